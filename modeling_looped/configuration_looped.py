@@ -1,0 +1,243 @@
+"""Configuration of a looped transformer: which sections it has, how they loop, what the KV cache keeps.
+
+    e     = prelude(embed(ids))                              num_prelude_layers, once
+    state = core(core(... core(e)))                          num_core_layers, num_loops times, same weights
+    h     = coda(state)                                      num_coda_layers, once
+
+One KV slot per attention call: `[prelude | coda | core @ loop 0 | core @ loop 1 | ...]`, so more loops only append.
+"""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from huggingface_hub.dataclasses import as_validated_field, strict
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# One repository serves every Auto class, whichever class was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_looped.LoopedConfig",
+    "AutoModel": "modeling_looped.LoopedModel",
+    "AutoModelForCausalLM": "modeling_looped.LoopedForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_looped.LoopedForSequenceClassification",
+}
+
+# What PreTrainedConfig accepts beside the declared fields: its own keyword arguments, what it writes into config.json,
+# and what quantisers and Trainer store there.
+BASE_ARGUMENTS = frozenset(
+    {
+        "_attn_implementation", "_commit_hash", "_experts_implementation", "_name_or_path", "_output_attentions",
+        "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_hidden_layers",
+        "num_labels", "output_attentions", "per_layer_config", "quantization_config", "rope_scaling", "rope_theta",
+        "tie_last_hidden_states", "torch_dtype", "transformers_version",
+    }
+)  # fmt: skip
+
+
+@as_validated_field
+def positive_int(value: int):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"must be an integer >= 1, got {value!r}")
+
+
+@as_validated_field
+def non_negative_int(value: int):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"must be an integer >= 0, got {value!r}")
+
+
+@as_validated_field
+def probability(value: int | float):
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"must be in [0, 1), got {value!r}")
+
+
+@dataclass(frozen=True)
+class KVSlots:
+    """Which entry of a KV cache an attention call uses: `[prelude | coda | core @ loop 0 | core @ loop 1 | ...]`.
+
+    Args:
+        num_prelude_layers, num_coda_layers, num_core_layers: layers of each section.
+        per_loop: every loop has its own core slots; otherwise all loops share those of loop 0.
+    """
+
+    num_prelude_layers: int
+    num_coda_layers: int
+    num_core_layers: int
+    per_loop: bool
+
+    def slot(self, section: Literal["prelude", "core", "coda"], layer: int, loop: int = 0) -> int:
+        """The slot of layer `layer` of `section` in loop `loop`."""
+        if section == "prelude":
+            return layer
+        if section == "coda":
+            return self.num_prelude_layers + layer
+        loop = loop if self.per_loop else 0
+        return self.num_prelude_layers + self.num_coda_layers + loop * self.num_core_layers + layer
+
+    def count(self, num_loops: int) -> int:
+        """Slots that `num_loops` loops need."""
+        return self.slot("core", self.num_core_layers - 1, num_loops - 1) + 1
+
+
+@strict
+class LoopedConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`LoopedModel`]. Sizes use the words of `LlamaConfig`; what is new:
+
+    Args:
+        num_prelude_layers (`int`, defaults to 0): layers run once before the loop.
+        num_core_layers (`int`, defaults to 2): layers of the core, run `num_loops` times with the same weights.
+        num_coda_layers (`int`, defaults to 0): layers run once after the loop.
+        num_loops (`int`, defaults to 4): loops run when the caller does not say (>= 1).
+        norm_type (`"rmsnorm"` | `"layernorm"`): every norm of the model, epsilon `norm_eps`.
+        norm_placement (`"pre"` | `"sandwich"`): sandwich also normalises sublayer outputs (Ouro, 2510.25741).
+        norm_between_loops (`bool`): feed the normalised state into the next loop (Ouro). With no coda that norm is the
+            final norm.
+        gated_mlp (`bool`): `down(act(gate(x)) * up(x))` if true, else `down(act(up(x)))`.
+        qk_norm (`bool`): normalise queries and keys per head before the rotary embedding.
+        position_embedding (`"rope"` | `"learned"` | `"none"`).
+        residual_init (`"zero"` | `"normal"`): zero makes every layer start as the identity (Fixup; arXiv 2604.07822).
+        embedding_init_std (`float`, *optional*): defaults to `initializer_range`.
+        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"`): how a loop reads the state, see
+            `connections_looped.py`.
+        state_init (`"embeddings"` | `"zeros"` | `"normal"`): what the first loop starts from.
+        state_init_std (`float`): standard deviation of `state_init="normal"`.
+        kv_sharing (`"per_loop"` | `"last"` | `"first"`): which loops of a token its KV rows keep, see
+            `cache_looped.py`.
+
+    Raises:
+        ValueError (or a strict-dataclass error carrying one): a field of the wrong type or range, an unknown field
+            (with the nearest name), sizes that do not divide.
+    """
+
+    model_type = "looped"
+    keys_to_ignore_at_inference = ["past_key_values", "loops_used"]  # noqa: RUF012 (an annotation would make it a field)
+    base_model_tp_plan = {  # noqa: RUF012
+        f"{section}.*.{name}": plan
+        for section in ("prelude", "core", "coda")
+        for name, plan in {
+            "self_attn.q_proj": "colwise",
+            "self_attn.k_proj": "colwise",
+            "self_attn.v_proj": "colwise",
+            "self_attn.o_proj": "rowwise",
+            "mlp.gate_proj": "colwise",
+            "mlp.up_proj": "colwise",
+            "mlp.down_proj": "rowwise",
+        }.items()
+    }
+    base_model_fsdp_plan = {  # noqa: RUF012
+        "embed_tokens": "free_full_weight",
+        "prelude.*": "free_full_weight",
+        "core.*": "free_full_weight",
+        "coda.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+
+    vocab_size: int = positive_int(default=32000)
+    hidden_size: int = positive_int(default=768)
+    intermediate_size: int = positive_int(default=2048)
+    num_attention_heads: int = positive_int(default=12)
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = positive_int(default=2048)
+
+    num_prelude_layers: int = non_negative_int(default=0)
+    num_core_layers: int = positive_int(default=2)
+    num_coda_layers: int = non_negative_int(default=0)
+    num_loops: int = positive_int(default=4)
+
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: int | float = 1e-6
+    norm_placement: Literal["pre", "sandwich"] = "pre"
+    norm_between_loops: bool = False
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    attention_dropout: int | float = probability(default=0.0)
+    residual_dropout: int | float = probability(default=0.0)
+    embedding_dropout: int | float = probability(default=0.0)
+    tie_word_embeddings: bool = True
+
+    position_embedding: Literal["rope", "learned", "none"] = "rope"
+    rope_parameters: RopeParameters | dict | None = None
+
+    residual_init: Literal["zero", "normal"] = "normal"
+    initializer_range: int | float = 0.02
+    embedding_init_std: int | float | None = None
+
+    loop_connection: Literal["plain", "inject_add", "inject_concat"] = "plain"
+    state_init: Literal["embeddings", "zeros", "normal"] = "embeddings"
+    state_init_std: int | float = 1.0
+    kv_sharing: Literal["per_loop", "last", "first"] = "per_loop"
+
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"num_attention_heads ({self.num_attention_heads}) does not divide hidden_size "
+                    f"({self.hidden_size}): change one of them, or set head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _refuse_unknown(cls, arguments: dict):
+        """PreTrainedConfig keeps any keyword as an attribute, so a misspelt field would be saved and do nothing."""
+        known = {field.name for field in fields(cls)}
+        generation = set(GenerationConfig().to_dict())
+        for name in sorted(set(arguments) - known - BASE_ARGUMENTS):
+            if name in generation:
+                raise ValueError(f"{name!r} is a generation setting: set it in `model.generation_config`.")
+            nearest = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the fields are {sorted(known)}"
+            raise ValueError(f"LoopedConfig has no field {name!r} (value {arguments[name]!r}); {hint}")
+
+    def validate_sizes(self):
+        """Pairs of sizes that must fit together; run by `@strict` after construction and before saving."""
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if self.head_dim < 1 or (self.position_embedding == "rope" and self.head_dim % 2):
+            raise ValueError(f"head_dim ({self.head_dim}) must be even and positive for rotary position embeddings.")
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Attention calls with a KV slot of their own: what stock caches, recorders and engines size themselves by."""
+        return self.kv_slots().count(self.num_loops)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int):
+        """Early-exit drafting and tools that shrink a model assign this field: it sets the loop count."""
+        outside = self.num_prelude_layers + self.num_coda_layers
+        loops, rest = divmod(value - outside, self.num_core_layers)
+        if rest or loops < 1 or (self.kv_sharing != "per_loop" and value != self.num_hidden_layers):
+            raise ValueError(
+                f"num_hidden_layers={value} is not {outside} layers outside the core plus a whole number of loops of "
+                f"{self.num_core_layers} core layers: set num_loops instead."
+            )
+        if self.kv_sharing == "per_loop":
+            self.num_loops = loops
+
+    def kv_slots(self) -> KVSlots:
+        """The slot arithmetic of this configuration."""
+        return KVSlots(
+            self.num_prelude_layers, self.num_coda_layers, self.num_core_layers, per_loop=self.kv_sharing == "per_loop"
+        )
+
+
+__all__ = ["KVSlots", "LoopedConfig"]

@@ -1,0 +1,209 @@
+"""Halting rules: when a row of the batch stops looping.
+
+    memory = None
+    after every loop:
+        memory, done = rule.step(memory, state, readout)     # (B, K, ...), (B, K) bool
+        a row leaves the batch when all of its positions are done
+
+The positions are those whose logits were asked for (`logits_to_keep`; padding excluded), so generation decides on the
+token being produced. No rule can halt before the second loop, since it compares a loop with the one before; a row that
+never satisfies its rule runs `num_loops` loops. Legend: B rows, K positions, D hidden size, V vocabulary.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_utils import slice_logits_to_keep
+
+Readout = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FixedRule:
+    """Every row runs all its loops; the base of the other rules."""
+
+    def step(self, memory, state: torch.Tensor, readout: Readout | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return state, torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
+
+
+class KLRule(FixedRule):
+    """Halt at the first loop t >= 2 with KL(p_t || p_{t-1}) < kl_threshold (nats).
+
+    Source: the ablation of arXiv 2604.07822 (section 6.3) without the entropy condition; it stops too early on long
+    chains.
+    """
+
+    max_entropy = float("inf")
+
+    def __init__(self, kl_threshold: float = 0.01):
+        self.kl_threshold = non_negative("kl_threshold", kl_threshold)
+
+    def step(self, memory, state, readout):
+        if readout is None:
+            raise ValueError(
+                f"the halting rule {type(self).__name__} compares output distributions, which LoopedModel does not "
+                "have: call it through LoopedForCausalLM, or use halting='latent'."
+            )
+        log_p = nn.functional.log_softmax(readout(state).float(), dim=-1)  # (B, K, V)
+        if memory is None:
+            return log_p, torch.zeros(log_p.shape[:2], dtype=torch.bool, device=log_p.device)
+        p = log_p.exp()
+        # Rounding can make the sum slightly negative, which a threshold of 0 would take for convergence.
+        kl = (p * (log_p - memory)).sum(-1).clamp_min(0)
+        entropy = -(p * log_p).sum(-1)
+        return log_p, (kl < self.kl_threshold) & (entropy < self.max_entropy)
+
+
+class KLEntropyRule(KLRule):
+    """Halt at the first loop t >= 2 with KL(p_t || p_{t-1}) < kl_threshold and H(p_t) < max_entropy (both in nats).
+
+    Source: arXiv 2604.07822, section 6.3; thresholds 0.01 and 3.00.
+    """
+
+    def __init__(self, kl_threshold: float = 0.01, max_entropy: float = 3.0):
+        super().__init__(kl_threshold)
+        self.max_entropy = non_negative("max_entropy", max_entropy)
+
+
+class LatentRule(FixedRule):
+    """Halt at the first loop t >= 2 with ||s_t - s_{t-1}|| / ||s_t|| < threshold (Huginn, arXiv 2502.05171)."""
+
+    def __init__(self, threshold: float = 0.03):
+        self.threshold = non_negative("threshold", threshold)
+
+    def step(self, memory, state, readout):
+        state = state.float()  # (B, K, D)
+        if memory is None:
+            return state, torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
+        change = (state - memory).norm(dim=-1) / state.norm(dim=-1).clamp_min(1e-12)
+        return state, change < self.threshold
+
+
+RULES = {"fixed": FixedRule, "kl_entropy": KLEntropyRule, "kl": KLRule, "latent": LatentRule}
+
+
+def non_negative(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"halting threshold {name} must be a number >= 0, got {value!r}.")
+    return value
+
+
+def halting_rule(halting: str | dict | FixedRule | None) -> FixedRule | None:
+    """The rule a call or a generation config names: `"kl"`, or with thresholds `{"rule": "kl", "kl_threshold": 0.1}`.
+
+    Returns None where no row can halt early, which spares the bookkeeping.
+
+    Raises:
+        ValueError: unknown rule or threshold (with the nearest name), or a threshold out of range.
+    """
+    if halting is None or isinstance(halting, FixedRule):
+        return halting
+    settings = {"rule": halting} if isinstance(halting, str) else dict(halting)
+    name = settings.pop("rule", None)
+    if name not in RULES:
+        raise ValueError(f"halting has no rule {name!r}{nearest(name, RULES)} The rules are {sorted(RULES)}.")
+    allowed = list(inspect.signature(RULES[name]).parameters)
+    for setting in settings:
+        if setting not in allowed:
+            raise ValueError(
+                f"halting rule {name!r} has no threshold {setting!r}{nearest(setting, allowed)} It takes {allowed}."
+            )
+    return None if name == "fixed" else RULES[name](**settings)
+
+
+def nearest(name, names) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A halting rule with what it looks at.
+
+    Args:
+        rule: the rule, or None where only a budget can end a row.
+        readout: norm + head on a state, (b, K, D) -> (b, K, V), or None in a model without a head.
+        logits_to_keep: as in `forward`: the last K positions (0: all), or a 1-D tensor of positions.
+    """
+
+    rule: FixedRule | None
+    readout: Readout | None = None
+    logits_to_keep: int | torch.Tensor = 0
+
+    def __post_init__(self):
+        if self.rule and isinstance(self.logits_to_keep, torch.Tensor) and self.logits_to_keep.ndim != 1:
+            raise ValueError(
+                "halting decides at positions that all rows share: logits_to_keep must be an int or a 1-D tensor, got "
+                f"a {self.logits_to_keep.ndim}-D tensor."
+            )
+
+
+class ActiveRows:
+    """Which rows of a batch still loop: a budget per row, a halting rule, and what the rows that left had reached.
+
+    Args:
+        num_loops: an int for all rows, or a (B,) LongTensor with a budget per row.
+        decision: the halting rule and what it looks at.
+        real: (B, T) bool, false at padding.
+    """
+
+    def __init__(self, num_loops: int | torch.Tensor, decision: Decision, real: torch.Tensor):
+        self.budget = num_loops if isinstance(num_loops, torch.Tensor) else None
+        self.num_loops = num_loops if self.budget is None else int(num_loops.max())
+        self.loops_run = self.num_loops
+        self.decision = decision
+        self.may_leave = decision.rule is not None or (
+            self.budget is not None and int(self.budget.min()) < self.num_loops
+        )
+        self.real = self._deciding(real.unsqueeze(-1)).squeeze(-1) if self.may_leave else real  # (B, K)
+        self.rows = torch.arange(len(real), device=real.device) if self.may_leave else None
+        self.memory = None
+        self.left = []  # (rows, state, loops) of those that halted
+
+    def _deciding(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return slice_logits_to_keep(hidden_states, self.decision.logits_to_keep)
+
+    def leave(self, loop: int, state: torch.Tensor, close: Callable) -> torch.Tensor | None:
+        """Take the rows that halt after `loop` out of the batch.
+
+        Args:
+            state: (b, ...) of the current rows, kept for those that leave.
+            close: (b, ...) -> (b, T, D), what the rule reads of a state.
+
+        Returns:
+            The (b',) indices, within the current rows, of those that go on; None when all of them do.
+        """
+        if not self.may_leave or loop + 1 == self.num_loops:
+            return None
+        done = torch.zeros(len(self.rows), dtype=torch.bool, device=self.rows.device)
+        if self.budget is not None:
+            done |= self.budget[self.rows] <= loop + 1
+        if self.decision.rule is not None:
+            self.memory, halted = self.decision.rule.step(
+                self.memory, self._deciding(close(state)), self.decision.readout
+            )
+            done |= (halted | ~self.real[self.rows]).all(dim=1)
+        if not done.any():
+            return None
+        self._record(done.nonzero().squeeze(1), state, loop + 1)
+        keep = (~done).nonzero().squeeze(1)
+        self.rows = self.rows[keep]
+        self.memory = None if self.memory is None else self.memory[keep]
+        if len(keep) == 0:
+            self.loops_run = loop + 1
+        return keep
+
+    def _record(self, rows: torch.Tensor, state: torch.Tensor, loops: int) -> None:
+        self.left.append((self.rows[rows], state[rows], torch.full_like(rows, loops)))
+
+    def gather(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
+        """All rows' states in batch order, and the loops each ran: (B,), or one int for all."""
+        if not self.left:
+            return state, self.num_loops
+        self._record(torch.arange(len(self.rows), device=self.rows.device), state, self.num_loops)
+        rows, states, loops = (torch.cat(parts) for parts in zip(*self.left, strict=True))
+        order = rows.argsort()
+        return states[order], loops[order]

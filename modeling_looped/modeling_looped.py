@@ -1,0 +1,646 @@
+"""A looped (recurrent-depth) transformer: the core's weights run `num_loops` times, and that count is an argument.
+
+    e     = prelude(embed(ids))                            # (B, T, D)  once
+    state = connection.open(start(e), e)                   # (B, T, D)
+    for loop in range(num_loops):                          # same weights every time
+        x     = connection.read(state, e, loop)
+        state = connection.write(state, core(x), loop)
+        rows that are done leave the batch                 # no work is done for them
+    h      = coda(connection.close(state))                 # (B, T, D)  once
+    logits = head(norm(h))                                 # (B, T, V)
+
+Layers are Llama's (or GPT-2's, by configuration); what differs is the loop, its KV slots and its exits. Sources: Loop,
+Think & Generalize (arXiv 2604.07822) for the plain loop and halting, Ouro (2510.25741) for sandwich norms and the norm
+between loops, Huginn (2502.05171) for prelude, coda, injection and random starts. Legend: B rows, T tokens, D hidden
+size, H heads, d head size, V vocabulary.
+"""
+
+import difflib
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_looped import SHARINGS, ActiveCache
+from .configuration_looped import LoopedConfig
+from .connections_looped import CONNECTIONS, STARTS
+from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
+
+# What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
+# is not a parameter is a mistake.
+BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
+    "attention_instances", "block_table", "cache", "logits_indices", "max_seqlen_k", "max_seqlen_q", "read_index",
+    "return_dict", "write_index",
+}  # fmt: skip
+LOOP_SETTINGS = ("num_loops", "halting")
+FORWARD_DOCSTRING = r"""
+        num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Loops of the core, >= 1; `config.num_loops` by default. With a tensor each row gets its own depth, equal
+            to running it alone, and leaves the batch when it has had it.
+        num_grad_loops (`int`, *optional*):
+            Only the last `num_grad_loops` loops are differentiated (truncated back-propagation).
+        halting (`str` or `dict`, *optional*):
+            Rule by which a row stops before `num_loops`: `"kl_entropy"`, `"kl"`, `"latent"`, `"fixed"`, or a dict
+            with the rule's thresholds, `{"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": 3.0}`. It is read
+            at the positions of `logits_to_keep`, padding excluded, and a row stops when all of them agree.
+        generator (`torch.Generator`, *optional*):
+            Seed of `state_init="normal"`, see `connections_looped.py`.
+
+        Raises `ValueError` for a loop count, mask, token id or halting rule that does not fit, `TypeError` for an
+        unknown keyword.
+"""
+
+
+@dataclass
+class LoopedModelOutput(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` plus the loops run.
+
+    `hidden_states` and `attentions` have one entry per layer call, in the order of the calls; entries of a loop hold
+    the rows that were still looping.
+
+    Args:
+        loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.
+    """
+
+    loops_used: torch.LongTensor | None = None
+
+
+@dataclass
+class LoopedCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` plus the loops run.
+
+    Args:
+        loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.
+    """
+
+    loops_used: torch.LongTensor | None = None
+
+
+@dataclass
+class LoopedGenerateOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` plus the loops run.
+
+    Args:
+        loops_used (`torch.LongTensor` of shape `(batch_size, new_tokens)`): loops of the call that made each token.
+    """
+
+    loops_used: torch.LongTensor | None = None
+
+
+def make_norm(config: LoopedConfig, size: int | None = None) -> nn.Module:
+    norm = LlamaRMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return norm(size or config.hidden_size, eps=config.norm_eps)
+
+
+class LoopedMLP(nn.Module):
+    """GPT-2's MLP: down(act(up(x)))."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class LoopedAttention(nn.Module):
+    """Llama's attention, except that its KV slot changes from call to call and keys may come from another input.
+
+    `layer_idx` is the slot of the call in progress: caches, paged attention and serving engines all read it here.
+    """
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+        self.config = config
+        self.layer_idx = 0
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) -> (B, T, D); keys and values come from `key_value_states` (B, T, D) where given."""
+        input_shape = hidden_states.shape[:-1]
+        heads = (*input_shape, -1, self.head_dim)
+        source = hidden_states if key_value_states is None else key_value_states
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, T, d)
+        key = self.k_norm(self.k_proj(source).view(heads)).transpose(1, 2)
+        value = self.v_proj(source).view(heads).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class LoopedLayer(GradientCheckpointingLayer):
+    """Pre-norm layer; with `norm_placement="sandwich"` each sublayer's output is normalised as well (Ouro)."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+        sandwich = config.norm_placement == "sandwich"
+        self.self_attn = LoopedAttention(config)
+        self.mlp = LlamaMLP(config) if config.gated_mlp else LoopedMLP(config)
+        self.input_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config)
+        # Names of the released Ouro checkpoints.
+        self.input_layernorm_2 = make_norm(config) if sandwich else nn.Identity()
+        self.post_attention_layernorm_2 = make_norm(config) if sandwich else nn.Identity()
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        if key_value_states is not None:
+            key_value_states = self.input_layernorm(key_value_states)
+        output, _ = self.self_attn(self.input_layernorm(hidden_states), key_value_states, **kwargs)
+        hidden_states = hidden_states + self.dropout(self.input_layernorm_2(output))
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.dropout(self.post_attention_layernorm_2(output))
+
+
+class RotaryPositions(LlamaRotaryEmbedding):
+    """Rotary position embeddings: queries and keys are rotated in every layer, by the same angles in every loop."""
+
+    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return embeds
+
+
+class LearnedPositions(nn.Module):
+    """A learned table added to the token embeddings, (max_position_embeddings, D)."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+        self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and int(position_ids.max()) >= self.table.num_embeddings:
+            raise ValueError(
+                f"position {int(position_ids.max())} is beyond max_position_embeddings={self.table.num_embeddings}, "
+                "the size of the learned position table: shorten the input or train with a larger table."
+            )
+        return embeds + self.table(position_ids)
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> None:
+        return None
+
+
+class NoPositions(nn.Module):
+    """No positions at all: order is seen through the causal mask only (arXiv 2604.07822, k-hop task)."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+
+    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return embeds
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> None:
+        return None
+
+
+POSITIONS = {"rope": RotaryPositions, "learned": LearnedPositions, "none": NoPositions}
+
+
+@dataclass
+class CallContext:
+    """What every layer call of one forward shares; all of it follows the rows that still loop."""
+
+    attention_mask: torch.Tensor | None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    position_ids: torch.Tensor
+    past_key_values: Cache | ActiveCache | None
+
+    def keep(self, rows: torch.Tensor, cache: ActiveCache | None) -> "CallContext":
+        """The context of the (b,) `rows` of this one, which see the cache through `cache`."""
+        if self.attention_mask is not None and not isinstance(self.attention_mask, torch.Tensor):
+            raise ValueError(
+                "rows cannot leave the batch under flex attention, whose block mask is fixed: use attn_implementation="
+                "'sdpa' or 'eager' with a num_loops per row or a halting rule."
+            )
+
+        def select(tensor):
+            return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
+
+        return replace(
+            self,
+            attention_mask=select(self.attention_mask),
+            position_embeddings=self.position_embeddings and tuple(map(select, self.position_embeddings)),
+            position_ids=select(self.position_ids),
+            past_key_values=cache,
+        )
+
+
+@auto_docstring
+class LoopedPreTrainedModel(PreTrainedModel):
+    config: LoopedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LoopedLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": LoopedLayer, "attentions": LoopedAttention}  # noqa: RUF012
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding) and self.config.embedding_init_std is not None:
+            init.normal_(module.weight, mean=0.0, std=self.config.embedding_init_std)
+        if isinstance(module, LoopedLayer) and self.config.residual_init == "zero":
+            for last in self._last_of_sublayers(module):
+                init.zeros_(last.weight)
+                if last.bias is not None:
+                    init.zeros_(last.bias)
+
+    def _last_of_sublayers(self, layer: LoopedLayer):
+        """What to zero so that the layer is the identity.
+
+        Under sandwich norms it is the outer norm: a norm fed with zeros would multiply gradients by norm_eps ** -0.5.
+        """
+        if self.config.norm_placement == "sandwich":
+            return layer.input_layernorm_2, layer.post_attention_layernorm_2
+        return layer.self_attn.o_proj, layer.mlp.down_proj
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers, except that loop settings put into the derived generation config survive a reload."""
+        if self.can_generate() and any(name in self.generation_config.to_dict() for name in LOOP_SETTINGS):
+            # Marked as derived from the model config, its custom fields would be dropped on load.
+            self.generation_config._from_model_config = False
+        super().save_pretrained(save_directory, **kwargs)
+
+
+@auto_docstring
+class LoopedModel(LoopedPreTrainedModel):
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.positions = POSITIONS[config.position_embedding](config)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.prelude = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_prelude_layers)])
+        self.core = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_core_layers)])
+        self.coda = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_coda_layers)])
+        self.connection = CONNECTIONS[config.loop_connection](config)
+        self.start = STARTS[config.state_init](config)
+        self.sharing = SHARINGS[config.kv_sharing](config)
+        # Ouro's final norm closes every loop: what it returns is both the readout and the next loop's input.
+        norm_is_between_loops = config.norm_between_loops and config.num_coda_layers == 0
+        self.core_norm = make_norm(config) if config.norm_between_loops else nn.Identity()
+        self.norm = nn.Identity() if norm_is_between_loops else make_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring(custom_args=FORWARD_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | torch.LongTensor | None = None,
+        num_grad_loops: int | None = None,
+        halting: str | dict | FixedRule | Decision | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoopedModelOutput:
+        refuse_unknown(kwargs)
+        batch_size, num_tokens = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values)
+        num_loops = check_loops(self.config.num_loops if num_loops is None else num_loops, batch_size)
+        first_grad_loop = check_grad_loops(num_grad_loops, num_loops)
+        decision = halting if isinstance(halting, Decision) else Decision(halting_rule(halting))
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = make_position_ids(inputs_embeds, attention_mask, past_key_values)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        active = ActiveRows(num_loops, decision, real_tokens(attention_mask, batch_size, num_tokens, inputs_embeds))
+        if past_key_values is not None:
+            self.sharing.open(past_key_values, active.num_loops)
+
+        embeds = self.dropout(self.positions.embed(inputs_embeds, position_ids))  # (B, T, D)
+        position_embeddings = self.positions(embeds, position_ids)
+        whole = CallContext(causal_mask, position_embeddings, position_ids, past_key_values)
+
+        embeds = self._run(self.prelude, "prelude", embeds, whole, **kwargs)
+        state = self.connection.open(self.start(embeds, position_ids, generator, self.training), embeds)
+        context, key_inputs = whole, self.sharing.inputs()
+        for loop in range(active.num_loops):
+            with torch.no_grad() if loop < first_grad_loop else nullcontext():
+                x = self.connection.read(state, embeds, loop)
+                x = self._run(self.core, "core", x, context, loop, key_inputs, **kwargs)
+                state = self.connection.write(state, self.core_norm(x), loop)
+            rows = active.leave(loop, state, self.connection.close)
+            if rows is not None:
+                state, embeds = state[rows], embeds[rows]
+                key_inputs.keep(rows)
+                cache = past_key_values and ActiveCache(past_key_values, active.rows, self.sharing)
+                context = context.keep(rows, cache)
+                if len(rows) == 0:
+                    break
+        state, loops_used = active.gather(state)
+        hidden_states = self._run(self.coda, "coda", self.connection.close(state), whole, **kwargs)
+
+        if past_key_values is not None:
+            self.sharing.close(past_key_values, active.loops_run, num_tokens)
+        return LoopedModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            loops_used=per_token(loops_used, batch_size, num_tokens, inputs_embeds.device),
+        )
+
+    def _run(self, layers, section, hidden_states, context, loop=0, key_inputs=None, **kwargs):
+        """One pass over the layers of a section: (B, T, D) -> (B, T, D)."""
+        for index, layer in enumerate(layers):
+            layer.self_attn.layer_idx = self.sharing.slots.slot(section, index, loop)
+            hidden_states = layer(
+                hidden_states,
+                None if key_inputs is None else key_inputs.of(index, hidden_states),
+                attention_mask=context.attention_mask,
+                position_embeddings=context.position_embeddings,
+                position_ids=context.position_ids,
+                past_key_values=context.past_key_values,
+                **kwargs,
+            )
+        return hidden_states
+
+
+@auto_docstring
+class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        self.model = LoopedModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def readout(self, state: torch.Tensor) -> torch.Tensor:
+        """Norm + head on a state: (B, K, D) -> (B, K, V) logits."""
+        return self.lm_head(self.model.norm(state))
+
+    @can_return_tuple
+    @auto_docstring(custom_args=FORWARD_DOCSTRING)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_loops: int | torch.LongTensor | None = None,
+        num_grad_loops: int | None = None,
+        halting: str | dict | FixedRule | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoopedCausalLMOutput:
+        shift_labels = kwargs.pop("shift_labels", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_loops=num_loops,
+            num_grad_loops=num_grad_loops,
+            halting=Decision(halting_rule(halting), self.readout, logits_to_keep),
+            generator=generator,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, K, V)
+
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
+            )
+        return LoopedCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            loops_used=outputs.loops_used,
+        )
+
+    def generate(self, *args, **kwargs):
+        r"""`GenerationMixin.generate`, with two more settings, also read from `generation_config`:
+
+            num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`): loops per token.
+            halting (`str` or `dict`): rule by which a token stops looping earlier, see `forward`.
+
+        With `return_dict_in_generate=True` the output of sampling and greedy search also has `loops_used`, a
+        (B, new tokens) LongTensor.
+        """
+        calls = []
+        outputs = super().generate(*args, **{**kwargs, "loops_of_calls": calls})
+        if type(outputs) is not GenerateDecoderOnlyOutput or any(
+            len(call) != len(outputs.sequences) for call in calls
+        ):
+            return outputs
+        return LoopedGenerateOutput(**outputs, loops_used=torch.cat(calls, dim=1))
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        """Loop settings are model arguments: a generation config that knows them must not swallow the call's own."""
+        asked = {name: kwargs.pop(name, None) for name in LOOP_SETTINGS}
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        stored = generation_config.to_dict()
+        for name, value in asked.items():
+            value = stored.get(name) if value is None else value
+            if value is not None:
+                model_kwargs[name] = value
+        halting_rule(model_kwargs.get("halting"))  # raises before any work
+        return generation_config, model_kwargs
+
+    def prepare_inputs_for_generation(self, input_ids, loops_of_calls=None, **kwargs):
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:])
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+
+class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPreTrainedModel):
+    def __init__(self, config: LoopedConfig):
+        # The generic head would build its model through AutoModel, which refuses a config class loaded as remote code.
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LoopedModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+def refuse_unknown(kwargs: dict) -> None:
+    """A misspelt loop argument must not vanish into the attention keywords."""
+    for name in kwargs:
+        if name not in BACKEND_ARGUMENTS:
+            names = [*LoopedForCausalLM.forward.__annotations__, *BACKEND_ARGUMENTS]
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"forward got an unexpected keyword argument {name!r}.{hint}")
+
+
+def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_key_values) -> tuple[int, int]:
+    """(B, T) of a call, after checking what would otherwise fail far from its cause."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds.")
+    batch_size, num_tokens = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
+    # Only on CPU, where it is free: on an accelerator it would wait for the device and break graph capture.
+    checkable = input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checkable and input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < config.vocab_size:
+        raise ValueError(
+            f"input_ids must be in [0, {config.vocab_size - 1}] (vocab_size={config.vocab_size}), got values from "
+            f"{int(input_ids.min())} to {int(input_ids.max())}: is this the tokenizer of another model?"
+        )
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    # A static cache counts on the device; its masks are made by generate.
+    checkable = is_row_mask(attention_mask) and isinstance(past, int)
+    if checkable and attention_mask.shape != (batch_size, past + num_tokens):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but there are {batch_size} rows of {past} "
+            f"cached + {num_tokens} new tokens: expected {(batch_size, past + num_tokens)}."
+        )
+    return batch_size, num_tokens
+
+
+def is_row_mask(attention_mask) -> bool:
+    """A (B, S) mask of real tokens, as opposed to a prepared 4-D or block mask."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+
+
+def check_loops(num_loops, batch_size: int) -> int | torch.LongTensor:
+    """An int >= 1, or a (B,) LongTensor of such."""
+    if isinstance(num_loops, torch.Tensor):
+        if num_loops.dtype != torch.long or num_loops.shape != (batch_size,):
+            raise ValueError(
+                f"num_loops as a tensor must be a LongTensor of shape ({batch_size},), one depth per row, got "
+                f"{num_loops.dtype} of shape {tuple(num_loops.shape)}."
+            )
+        if batch_size and int(num_loops.min()) < 1:
+            raise ValueError(f"num_loops must be >= 1 in every row, got {num_loops.tolist()}.")
+        return num_loops
+    if isinstance(num_loops, bool) or not isinstance(num_loops, int) or num_loops < 1:
+        raise ValueError(f"num_loops must be an int >= 1 or a LongTensor with one depth per row, got {num_loops!r}.")
+    return num_loops
+
+
+def check_grad_loops(num_grad_loops: int | None, num_loops: int | torch.LongTensor) -> int:
+    """The first loop that is differentiated."""
+    if num_grad_loops is None:
+        return 0
+    if isinstance(num_loops, torch.Tensor):
+        raise ValueError("num_grad_loops needs one num_loops for the whole batch: rows of different depth end apart.")
+    if isinstance(num_grad_loops, bool) or not isinstance(num_grad_loops, int) or num_grad_loops < 1:
+        raise ValueError(f"num_grad_loops must be an int >= 1, got {num_grad_loops!r}.")
+    return max(num_loops - num_grad_loops, 0)
+
+
+def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.LongTensor:
+    """(B or 1, T): counted over real tokens where a (B, S) mask says which they are, else over all."""
+    num_tokens = inputs_embeds.shape[1]
+    if is_row_mask(attention_mask):
+        return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -num_tokens:]
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return (torch.arange(num_tokens, device=inputs_embeds.device) + past).unsqueeze(0)
+
+
+def real_tokens(attention_mask, batch_size: int, num_tokens: int, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: this call's tokens that are not padding."""
+    if is_row_mask(attention_mask):
+        return attention_mask[:, -num_tokens:].bool()
+    return torch.ones(batch_size, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
+
+
+def per_token(loops_used: int | torch.Tensor, batch_size: int, num_tokens: int, device) -> torch.LongTensor:
+    """(B, T) LongTensor of loops run."""
+    if isinstance(loops_used, int):
+        return torch.full((batch_size, num_tokens), loops_used, dtype=torch.long, device=device)
+    return loops_used.unsqueeze(1).expand(batch_size, num_tokens)
+
+
+__all__ = [
+    "LoopedForCausalLM",
+    "LoopedForSequenceClassification",
+    "LoopedModel",
+    "LoopedPreTrainedModel",
+]

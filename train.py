@@ -1,0 +1,604 @@
+"""Train a looped transformer on a hop task: `accelerate launch train.py recipes/NAME.yaml [--any.field value ...]`.
+
+    while budget remains:
+        batch = batches[step]             one hop count and one loop count; a pure function of (seed, step)
+        loss  = model(batch, num_loops)   cross-entropy of the one readout token, averaged over ranks and micro-batches
+        update                            AdamW, or Muon for the matrices of the layers and AdamW for the rest
+        every check_every steps:          the gate, accuracy on held-out chains; stage k passed -> train on 1..k+1 hops
+        every checkpoint_every steps:     save the whole training state
+
+A run lives in `<output_dir>/<name>/`: recipe.yaml (resolved), metrics.jsonl, checkpoints/, and at the end model/ and
+summary.json. The same command again resumes it, after `kill -9` too, with the losses the uninterrupted run would have
+had. Curriculum and readout are those of Loop, Think, & Generalize (arXiv 2604.07822); the gate and the test are
+different chains here.
+"""
+
+import argparse
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from data_builders import DepthSampler, HopBatches, hop_tokenizer, load_task
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+
+logger = get_logger(__name__)
+Number = int | float
+
+
+@strict
+@dataclass
+class Data:
+    task: Literal["khop", "composition"] = "khop"
+    config: str = "cpu"  # preset of the builder
+    seed: int = 0
+    overrides: dict = field(default_factory=dict)  # fields of the builder's config
+    weighting: Literal["rows", "uniform"] = "rows"  # hop count of a step: by the rows each has, or all alike
+
+
+@strict
+@dataclass
+class Depth:
+    """Loops per training batch, see `data_builders.DepthSampler`."""
+
+    kind: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "poisson"
+    rate: Number | None = None
+    mean: Number | None = None
+    minimum: int | None = None
+    maximum: int | None = None
+    sigma: Number | None = None
+
+
+@strict
+@dataclass
+class Optim:
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: Number = 1e-3  # of AdamW
+    muon_lr: Number = 0.02
+    betas: list[Number] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: Number = 0.0  # of matrices and embeddings; norms and biases have none
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    clip: Number | None = None  # largest norm of the gradient
+
+
+@strict
+@dataclass
+class Curriculum:
+    """Stage k trains on 1..k hops jointly until k passes the gate. Ends default to the deepest hop in the data."""
+
+    start_hops: int | None = None
+    stop_hops: int | None = None
+    threshold: Number = 0.95
+    check_every: int = 200  # steps
+    min_steps: int = 0  # of a stage
+    after_last: Literal["stop", "continue"] = "continue"  # when stop_hops passed and budget remains
+    restart_optimizer: bool = False  # the paper starts optimizer and warm-up afresh at each stage
+
+
+@strict
+@dataclass
+class Recipe:
+    """Every number of a run. `model` holds fields of LoopedConfig; vocabulary and token ids come from the task."""
+
+    name: str
+    model: dict
+    output_dir: str = "runs"
+    overwrite: bool = False  # delete an existing run of this name
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    depth: Depth = field(default_factory=Depth)
+    optim: Optim = field(default_factory=Optim)
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    batch_size: int = 256  # rows of one update, over all ranks and micro-batches
+    accumulation_steps: int = 1  # micro-batches an update is split into
+    max_steps: int | None = None
+    max_seconds: Number | None = None  # of the training loop, counted across resumes
+    num_grad_loops: int | None = None  # back-propagate through the last loops only
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False  # layer by layer, so that the number of loops may vary
+    gate_loops: int | None = None  # loops at which the gate is measured; the model's num_loops if not given
+    eval_loops: list[int] = field(default_factory=list)  # more loop counts to measure beside the gate
+    log_every: int = 10
+    checkpoint_every: int = 500
+    trackers: list[str] = field(default_factory=list)  # of accelerate: tensorboard, trackio, wandb, ...
+
+    def __post_init__(self):
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                f"name must be a plain folder name, got {self.name!r}: use letters, digits, '_', '-', '.'."
+            )
+        if self.max_steps is None and self.max_seconds is None:
+            raise ValueError("the run has no budget: set max_steps, max_seconds, or both.")
+        counts = {name: value for name, value in asdict(self).items() if type(value) is int and name != "seed"}
+        counts |= {"curriculum.check_every": self.curriculum.check_every, "eval_loops": min([1, *self.eval_loops])}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}.")
+        if len(self.optim.betas) != 2:
+            raise ValueError(f"optim.betas must be two numbers, got {self.optim.betas}.")
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """PyYAML reads `1e-4` as a string (YAML 1.1); here it is a number."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def field_names(section: type = Recipe, prefix: str = "") -> list[str]:
+    """Dotted names of the recipe's fields."""
+    names = [prefix + item.name for item in fields(section)]
+    return names + [
+        n for i in fields(section) if is_dataclass(i.type) for n in field_names(i.type, f"{prefix}{i.name}.")
+    ]
+
+
+def build_recipe(values: dict, section: type = Recipe, prefix: str = ""):
+    """Recipe from nested plain values; ValueError for an unknown field, with the nearest name, and a wrong type."""
+    sections = {item.name: item.type for item in fields(section)}
+    built = {}
+    for name, value in values.items():
+        if name not in sections:
+            # Likeness of the whole dotted name and of its last part: `lr` should find `optim.lr`.
+            pairs = {known: [(f"{prefix}{name}", known), (str(name), known.split(".")[-1])] for known in field_names()}
+            nearest = max(pairs, key=lambda k: sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs[k]))
+            raise ValueError(f"{prefix}{name} is not a recipe field; did you mean {nearest}?")
+        if is_dataclass(sections[name]) and isinstance(value, dict):
+            value = build_recipe(value, sections[name], f"{prefix}{name}.")
+        built[name] = value
+    try:
+        return section(**built)
+    except StrictDataclassFieldValidationError as error:
+        raise ValueError(f"wrong type in the recipe{prefix and ', section ' + prefix[:-1]}: {error.__cause__}") from error
+    except TypeError as error:
+        raise ValueError(f"the recipe lacks a field: {error}") from error
+
+
+def read_recipe(path: str | Path, flags: list[str] = ()) -> Recipe:
+    """Recipe in the YAML file `path`, with `--section.field value` or `--section.field=value` flags put over it."""
+    values = yaml.load(Path(path).read_text(), RecipeLoader)
+    flags = iter(flags)
+    for flag in flags:
+        name, equals, text = flag.partition("=")
+        text = text if equals else next(flags, None)
+        if not name.startswith("--") or text is None:
+            raise ValueError(f"cannot read the argument {flag!r}: expected --section.field value.")
+        *sections, leaf = name.removeprefix("--").split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{name}: {section} is a value, it has no fields.")
+        place[leaf] = yaml.load(text, RecipeLoader)
+    return build_recipe(values)
+
+
+@dataclass
+class State:
+    """What a run knows beside weights, optimizers and random states."""
+
+    stage: int  # deepest hop count in training
+    stage_start: int = 0  # step at which the stage began
+    step: int = 0  # updates made
+    tokens: int = 0  # input tokens of all ranks
+    seconds: float = 0.0
+    learnable_depth: int = 0  # deepest hop count that passed the gate
+    gate: dict[str, float] = field(default_factory=dict)  # hops -> accuracy at the last check
+    finished: bool = False
+
+
+def write_text(path: Path, text: str):
+    """Write beside and rename: a reader sees the old file or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def open_run(run: Path, recipe: Recipe):
+    """Make the run folder, write the resolved recipe; ValueError if it cannot be written or holds another recipe."""
+    if recipe.overwrite and (run / "recipe.yaml").exists():
+        shutil.rmtree(run)
+    resolved = {k: v for k, v in asdict(recipe).items() if k not in ("output_dir", "overwrite")}
+    # A run without checkpoints has nothing to lose: a recipe corrected after an early error starts over.
+    if (run / "recipe.yaml").exists() and any(run.glob("checkpoints/step-*")):
+        old, new = (flatten(r) for r in (yaml.safe_load((run / "recipe.yaml").read_text()), resolved))
+        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+        if changed:
+            raise ValueError(
+                f"{run} holds a run of another recipe ({'; '.join(changed)}). "
+                "Give this one another --name, or replace that run with --overwrite true."
+            )
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_text(run / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    except OSError as error:
+        raise ValueError(f"cannot write to {run} ({error}): free it, or choose another --output_dir.") from error
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested values under dotted names."""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, state: State):
+    """Write the training state of all ranks to `folder`/step-N at once or not at all, and keep the last two."""
+    partial = folder / "partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    # Not safetensors: it would warn of the tied head at every save.
+    accelerator.save_state(partial, safe_serialization=False)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        digests = {path.name: digest(path) for path in sorted(partial.iterdir())}
+        write_text(partial / "state.json", json.dumps({"state": asdict(state), "sha256": digests}))
+        complete = folder / f"step-{state.step:09d}"
+        # Only a corrupt checkpoint that this run fell back from can be in the way.
+        shutil.rmtree(complete, ignore_errors=True)
+        partial.rename(complete)
+        for old in sorted(folder.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> State | None:
+    """Restore the newest intact checkpoint and return its state, or None; warns of those that are not."""
+    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            record = json.loads((checkpoint / "state.json").read_text())
+            broken = [name for name, sha256 in record["sha256"].items() if digest(checkpoint / name) != sha256]
+        except (OSError, ValueError) as error:
+            broken = [error]
+        if not broken:
+            accelerator.load_state(checkpoint)
+            return State(**record["state"])
+        logger.warning(f"{checkpoint} is incomplete or corrupt ({broken[0]}): trying the checkpoint before it.")
+    return None
+
+
+def forget_rows_after(metrics: Path, step: int):
+    """Drop the rows of `metrics` that a resumed run will write again, and a last row cut short by a kill."""
+    kept = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    write_text(metrics, "".join(kept))
+
+
+def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
+    """AdamW; with Muon, that takes the matrices of the layers (Jordan et al. 2024) and AdamW keeps the rest."""
+    parts = [model.model.prelude, model.model.core, model.model.coda] if optim.kind == "muon" else []
+    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=tuple(optim.betas))]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
+    """Multiplier of the learning rates, `stage_step` updates into the stage and with `progress` in [0, 1] of the run.
+
+    A linear warm-up, times: 1 (constant), 1 - progress (linear), half a cosine, or 1 and a linear end over the last
+    fifth (wsd).
+    """
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
+        "wsd": min(1.0, 5.0 * (1.0 - progress)),
+    }[optim.schedule]
+    return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
+
+
+def held_out_rows(split, tokenizer) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Hops -> (input_ids (N, T), answers (N,)) of a dataset split."""
+    rows = {}
+    for text, answer, hops in zip(split["text"], split["answer"], split["hops"], strict=True):
+        rows.setdefault(hops, ([], []))
+        rows[hops][0].append(text)
+        rows[hops][1].append(answer)
+    return {
+        hops: (
+            torch.tensor(tokenizer(rows[hops][0])["input_ids"]),
+            torch.tensor(tokenizer.convert_tokens_to_ids(rows[hops][1])),
+        )
+        for hops in sorted(rows)
+    }
+
+
+@torch.no_grad()
+def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops: int) -> dict[str, float]:
+    """Hops -> share of `rows` whose argmax over the vocabulary at the readout is the answer; ranks share the work."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    accuracy = {}
+    model.eval()
+    for k in hops:
+        correct = torch.zeros((), device=accelerator.device)
+        for input_ids, answers in zip(*(part[rank::world].split(512) for part in rows[k]), strict=True):
+            logits = model(
+                input_ids=input_ids.to(accelerator.device), logits_to_keep=1, num_loops=num_loops, use_cache=False
+            ).logits  # (b, 1, V)
+            correct += (logits[:, -1].argmax(-1) == answers.to(accelerator.device)).sum()
+        accuracy[str(k)] = accelerator.reduce(correct).item() / len(rows[k][1])
+    model.train()
+    return accuracy
+
+
+def hardware(accelerator: Accelerator) -> dict:
+    """Processor, cores, device and processes of the run."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        "processes": accelerator.num_processes,
+    }
+
+
+def commit() -> str | None:
+    """Commit of this file's repository, None outside of one."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, check=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main(recipe: Recipe) -> dict:
+    """Run `recipe`, or go on with it, and return what summary.json holds.
+
+    Raises ValueError for a recipe that cannot run, FloatingPointError when the loss is no longer finite.
+    """
+    run = Path(recipe.output_dir) / recipe.name
+    optim, curriculum = recipe.optim, recipe.curriculum
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        log_with=recipe.trackers or None,
+        project_dir=run,
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if recipe.batch_size % (world * recipe.accumulation_steps):
+        raise ValueError(
+            f"batch_size {recipe.batch_size} does not divide into {world} processes x {recipe.accumulation_steps} "
+            "accumulation_steps: change one of them."
+        )
+    if accelerator.is_main_process:
+        open_run(run, recipe)
+    accelerator.wait_for_everyone()
+
+    # Data: training rows by hop count, and the gate's held-out rows, which are not the test's.
+    with accelerator.main_process_first():
+        dataset = load_task(recipe.data.task, recipe.data.config, seed=recipe.data.seed, **recipe.data.overrides)
+    tokenizer = hop_tokenizer(20, 4)
+    gate_rows = held_out_rows(dataset["validation"], tokenizer)
+    train_hops = sorted(set(dataset["train"]["hops"]))
+    start_hops = curriculum.start_hops or train_hops[-1]
+    stop_hops = curriculum.stop_hops or train_hops[-1]
+    if not start_hops <= stop_hops or not {start_hops, stop_hops} <= set(train_hops) & set(gate_rows):
+        raise ValueError(
+            f"curriculum.start_hops {start_hops} and stop_hops {stop_hops} must be in order and have both training "
+            f"rows (hops {train_hops}) and held-out rows (hops {sorted(gate_rows)})."
+        )
+    depth = DepthSampler(seed=recipe.seed, **{k: v for k, v in asdict(recipe.depth).items() if v is not None})
+
+    def batches_up_to(stage: int) -> HopBatches:
+        hops = [k for k in train_hops if k <= stage]
+        return HopBatches(
+            dataset["train"], tokenizer, recipe.batch_size, recipe.seed, depth,
+            hops=hops, rank=rank, world=world, weighting=recipe.data.weighting,
+        )  # fmt: skip
+
+    # Model: the same weights on every rank; after that each rank has its own dropout.
+    set_seed(recipe.seed)
+    token_ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = LoopedConfig(**(token_ids | recipe.model))
+    looped = LoopedForCausalLM(config)
+    gate_loops = recipe.gate_loops or config.num_loops
+    set_seed(recipe.seed, device_specific=True)
+    if recipe.gradient_checkpointing:
+        looped.activation_checkpointing_enable()
+    if recipe.compile:
+        for layer in (*looped.model.prelude, *looped.model.core, *looped.model.coda):
+            layer.compile()
+    model, *optimizers = accelerator.prepare(looped, *build_optimizers(looped, optim))
+
+    # State: from the newest intact checkpoint, or the beginning.
+    state = load_checkpoint(accelerator, run / "checkpoints") or State(stage=start_hops)
+    batches = batches_up_to(state.stage)
+    accelerator.init_trackers("tracker", config={k: str(v) for k, v in flatten(asdict(recipe)).items()})
+    metrics = run / "metrics.jsonl"
+    if accelerator.is_main_process:
+        forget_rows_after(metrics, state.step)
+    progress_bar = tqdm(
+        total=recipe.max_steps,
+        initial=state.step,
+        disable=not accelerator.is_main_process,
+        unit="step",
+        mininterval=1.0,
+    )
+    began = time.perf_counter() - state.seconds
+
+    def write_row(row: dict):
+        if accelerator.is_main_process:
+            with metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        accelerator.log(flatten({k: v for k, v in row.items() if k != "step"}), step=row["step"])
+
+    model.train()
+    while not state.finished:
+        # One update. The schedule follows the steps, or the clock where only that limits the run.
+        progress = state.step / recipe.max_steps if recipe.max_steps else state.seconds / recipe.max_seconds
+        factor = lr_factor(optim, state.step - curriculum.restart_optimizer * state.stage_start, min(1.0, progress))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        batch = batches[state.step]
+        input_ids, shift_labels = (batch[k].to(accelerator.device) for k in ("input_ids", "shift_labels"))
+        parts = list(
+            zip(input_ids.chunk(recipe.accumulation_steps), shift_labels.chunk(recipe.accumulation_steps), strict=True)
+        )
+        loss = torch.zeros((), device=accelerator.device)
+        for index, (ids, labels) in enumerate(parts):
+            # Ranks exchange gradients once per update.
+            with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
+                part = model(
+                    input_ids=ids, shift_labels=labels, logits_to_keep=1, num_loops=batch["num_loops"],
+                    num_grad_loops=recipe.num_grad_loops, use_cache=False,
+                ).loss / len(parts)  # fmt: skip
+                accelerator.backward(part)
+            loss += part.detach()
+        # The clock is the main process's, so that all ranks stop at the same step.
+        seconds = (time.perf_counter() - began) * accelerator.is_main_process
+        loss, seconds = accelerator.reduce(torch.stack([loss / world, loss.new_tensor(seconds)])).tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss} at step {state.step + 1}; that update was not made. Lower the learning rate or set "
+                f"optim.clip under another --name. The checkpoints before it are in {run / 'checkpoints'}."
+            )
+        if optim.clip is not None:
+            accelerator.clip_grad_norm_(model.parameters(), optim.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        state.step += 1
+        state.tokens += input_ids.numel() * world
+        state.seconds = seconds
+        state.finished = state.step >= (recipe.max_steps or math.inf) or seconds >= (recipe.max_seconds or math.inf)
+        progress_bar.update()
+
+        if state.step % recipe.log_every == 0 or state.finished:
+            write_row(
+                {"step": state.step, "stage": state.stage, "loss": loss, "lr": optim.lr * factor}
+                | {"num_loops": batch["num_loops"], "hops": batch["hops"], "seconds": seconds, "tokens": state.tokens}
+            )
+            progress_bar.set_postfix(
+                loss=f"{loss:.3f}", stage=state.stage, gate=state.gate.get(str(state.stage)), refresh=False
+            )
+
+        if state.step % curriculum.check_every == 0 or state.finished:
+            hops = [k for k in gate_rows if k <= state.stage]
+            state.gate = held_out_accuracy(accelerator, looped, gate_rows, hops, gate_loops)
+            row = {"step": state.step, "stage": state.stage, "gate": state.gate, "seconds": seconds}
+            if recipe.eval_loops:
+                row["gate_at_loops"] = {
+                    str(r): held_out_accuracy(accelerator, looped, gate_rows, hops, r) for r in recipe.eval_loops
+                }
+            write_row(row)
+            rested = state.step - state.stage_start >= curriculum.min_steps
+            if rested and state.gate[str(state.stage)] > curriculum.threshold:
+                state.learnable_depth = state.stage
+                if state.stage == stop_hops:
+                    state.finished |= curriculum.after_last == "stop"
+                elif not state.finished:
+                    state.stage, state.stage_start = next(k for k in train_hops if k > state.stage), state.step
+                    batches = batches_up_to(state.stage)
+                    if curriculum.restart_optimizer:
+                        for optimizer in optimizers:
+                            optimizer.state.clear()
+
+        if state.step % recipe.checkpoint_every == 0 or state.finished:
+            save_checkpoint(accelerator, run / "checkpoints", state)
+
+    # The result: a model folder that loads anywhere, and what it took to make it.
+    progress_bar.close()
+    gate = held_out_accuracy(accelerator, looped, gate_rows, list(gate_rows), gate_loops)
+    summary = {
+        "name": recipe.name,
+        "recipe": "recipe.yaml",
+        "seed": recipe.seed,
+        "steps": state.step,
+        "seconds": state.seconds,
+        "tokens": state.tokens,
+        "parameters": looped.num_parameters(),
+        "stage": state.stage,
+        "learnable_depth": state.learnable_depth,
+        "gate": gate,
+        "gate_loops": gate_loops,
+        "trained_hops": [k for k in train_hops if k <= state.stage],
+        "trained_loops": {"minimum": depth.minimum, "maximum": depth.maximum, "mean": depth.expected},
+        "commit": commit(),
+        "hardware": hardware(accelerator),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")
+        },
+    }
+    if accelerator.is_main_process:
+        # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
+        looped.generation_config = GenerationConfig(
+            num_loops=config.num_loops,
+            max_new_tokens=1,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        partial = run / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        looped.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(run / "model", ignore_errors=True)
+        partial.rename(run / "model")
+        write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    accelerator.end_training()
+    return summary
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="fields: " + " ".join(f"--{name}" for name in field_names()),
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="YAML file of the fields below")
+    arguments, flags = parser.parse_known_args()
+    main(read_recipe(arguments.recipe, flags))

@@ -13,6 +13,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 # One repository serves every Auto class, whichever class was saved.
@@ -51,6 +52,13 @@ def non_negative_int(value: int):
 def probability(value: int | float):
     if not 0.0 <= value < 1.0:
         raise ValueError(f"must be in [0, 1), got {value!r}")
+
+
+@as_validated_field
+def activation(value: str):
+    if value not in ACT2FN:
+        near = difflib.get_close_matches(str(value), list(ACT2FN), n=3)
+        raise ValueError(f"must be an activation of transformers, got {value!r}; near names: {near}")
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ class LoopedConfig(PreTrainedConfig):
     norm_eps: int | float = 1e-6
     norm_placement: Literal["pre", "sandwich"] = "pre"
     norm_between_loops: bool = False
-    hidden_act: str = "silu"
+    hidden_act: str = activation(default="silu")
     gated_mlp: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False

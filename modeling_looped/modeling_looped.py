@@ -32,7 +32,6 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gradi
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -109,9 +108,41 @@ class LoopedGenerateOutput(GenerateDecoderOnlyOutput):
     loops_used: torch.LongTensor | None = None
 
 
+class SublayerEnd:
+    """Marks the last module of a sublayer, which `residual_init="zero"` zeroes: the layer then starts as the identity.
+
+    That is the output projection, or the outer norm under sandwich norms: a norm fed with zeros would multiply
+    gradients by norm_eps ** -0.5.
+    """
+
+
+class EndLinear(SublayerEnd, nn.Linear):
+    pass
+
+
+class EndRMSNorm(SublayerEnd, LlamaRMSNorm):
+    pass
+
+
+class EndLayerNorm(SublayerEnd, nn.LayerNorm):
+    pass
+
+
 def make_norm(config: LoopedConfig, size: int | None = None) -> nn.Module:
     norm = LlamaRMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(size or config.hidden_size, eps=config.norm_eps)
+
+
+def make_outer_norm(config: LoopedConfig) -> nn.Module:
+    if config.norm_placement == "pre":
+        return nn.Identity()
+    norm = EndRMSNorm if config.norm_type == "rmsnorm" else EndLayerNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+def make_output_projection(config: LoopedConfig, size: int, bias: bool) -> nn.Linear:
+    linear = EndLinear if config.norm_placement == "pre" else nn.Linear
+    return linear(size, config.hidden_size, bias=bias)
 
 
 class LoopedMLP(nn.Module):
@@ -120,11 +151,22 @@ class LoopedMLP(nn.Module):
     def __init__(self, config: LoopedConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = make_output_projection(config, config.intermediate_size, config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class LoopedGatedMLP(LoopedMLP):
+    """Llama's MLP: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class LoopedAttention(nn.Module):
@@ -147,7 +189,7 @@ class LoopedAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = make_output_projection(config, queries, config.attention_bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
@@ -194,14 +236,13 @@ class LoopedLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LoopedConfig):
         super().__init__()
-        sandwich = config.norm_placement == "sandwich"
         self.self_attn = LoopedAttention(config)
-        self.mlp = LlamaMLP(config) if config.gated_mlp else LoopedMLP(config)
+        self.mlp = LoopedGatedMLP(config) if config.gated_mlp else LoopedMLP(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
         # Names of the released Ouro checkpoints.
-        self.input_layernorm_2 = make_norm(config) if sandwich else nn.Identity()
-        self.post_attention_layernorm_2 = make_norm(config) if sandwich else nn.Identity()
+        self.input_layernorm_2 = make_outer_norm(config)
+        self.post_attention_layernorm_2 = make_outer_norm(config)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
@@ -308,20 +349,9 @@ class LoopedPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding) and self.config.embedding_init_std is not None:
             init.normal_(module.weight, mean=0.0, std=self.config.embedding_init_std)
-        if isinstance(module, LoopedLayer) and self.config.residual_init == "zero":
-            for last in self._last_of_sublayers(module):
-                init.zeros_(last.weight)
-                if last.bias is not None:
-                    init.zeros_(last.bias)
-
-    def _last_of_sublayers(self, layer: LoopedLayer):
-        """What to zero so that the layer is the identity.
-
-        Under sandwich norms it is the outer norm: a norm fed with zeros would multiply gradients by norm_eps ** -0.5.
-        """
-        if self.config.norm_placement == "sandwich":
-            return layer.input_layernorm_2, layer.post_attention_layernorm_2
-        return layer.self_attn.o_proj, layer.mlp.down_proj
+        if isinstance(module, SublayerEnd) and self.config.residual_init == "zero":
+            for parameter in module.parameters():
+                init.zeros_(parameter)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, except that loop settings put into the derived generation config survive a reload."""

@@ -1,0 +1,141 @@
+"""Laws of LoopedConfig: typed, strict, and lossless on disk."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_looped import LoopedConfig
+from toys import make_config, make_ids, make_model
+
+CONFIG_ERRORS = (ValueError, StrictDataclassError)
+
+
+@pytest.mark.parametrize("layers", [(0, 2, 0), (1, 1, 2), (2, 3, 1)])
+@pytest.mark.parametrize("kv_sharing", ["per_loop", "last", "first"])
+def test_slots_are_distinct_and_more_loops_only_append(layers, kv_sharing):
+    prelude, core, coda = layers
+    config = make_config(
+        num_prelude_layers=prelude, num_core_layers=core, num_coda_layers=coda, num_loops=4, kv_sharing=kv_sharing
+    )
+    slots = config.kv_slots()
+
+    def calls(num_loops):
+        outside = [slots.slot("prelude", i) for i in range(prelude)] + [slots.slot("coda", i) for i in range(coda)]
+        return outside + [slots.slot("core", i, loop) for loop in range(num_loops) for i in range(core)]
+
+    if kv_sharing == "per_loop":
+        assert calls(4) == list(range(prelude + coda + 4 * core)) == list(range(config.num_hidden_layers))
+        assert calls(6)[: len(calls(4))] == calls(4)
+    else:
+        assert sorted(set(calls(4))) == list(range(prelude + coda + core)) == list(range(config.num_hidden_layers))
+
+
+def test_num_hidden_layers_sets_the_loop_count():
+    """Early-exit drafting and layer-shrinking tools assign num_hidden_layers; it is derived here, so it is loops."""
+    config = make_config(num_prelude_layers=1, num_core_layers=2, num_loops=3)
+    config.num_hidden_layers = 1 + 2 * 5
+    assert config.num_loops == 5
+    with pytest.raises(ValueError, match="whole number of loops"):
+        config.num_hidden_layers = 4
+
+
+def test_save_load_save_is_the_same_config(tmp_path):
+    """Huginn's config passes one key twice on reload (peer trap 18)."""
+    config = make_config(norm_placement="sandwich", rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    config.save_pretrained(tmp_path / "a")
+    LoopedConfig.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+
+
+def test_slot_count_follows_an_edited_loop_count():
+    """HRM-Text keeps its old slot count after a config edit, and generate then runs off the cache (peer trap 7)."""
+    model = make_model(num_loops=2)
+    model.config.num_loops = 5
+    assert model.config.num_hidden_layers == 10
+    assert model.generate(make_ids(1, 4), max_new_tokens=2).shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_loops": 0}, "num_loops"),
+        ({"num_loops": -1}, "num_loops"),
+        ({"num_loops": 2.0}, "num_loops"),
+        ({"num_loops": True}, "num_loops"),
+        ({"num_core_layers": 0}, "num_core_layers"),
+        ({"num_attention_heads": 5}, "does not divide hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"kv_sharing": "middle"}, "kv_sharing"),
+        ({"loop_connection": "hyperr"}, "loop_connection"),
+        ({"hidden_act": "sillu"}, "hidden_act"),
+        ({"attention_dropout": 1.5}, "attention_dropout"),
+        ({"numloops": 3}, "did you mean 'num_loops'"),
+        ({"temperature": 0.3}, "generation_config"),
+    ],
+)
+def test_bad_fields_are_refused_by_name(fields, message):
+    with pytest.raises(CONFIG_ERRORS, match=message):
+        make_config(**fields)
+
+
+def test_an_assignment_is_checked_too():
+    config = make_config()
+    with pytest.raises(CONFIG_ERRORS, match="num_loops"):
+        config.num_loops = 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", 60),
+        ("hidden_size", 64),
+        ("intermediate_size", 64),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("head_dim", 16),
+        ("num_prelude_layers", 1),
+        ("num_core_layers", 3),
+        ("num_coda_layers", 1),
+        ("num_loops", 4),
+        ("norm_type", "layernorm"),
+        ("norm_eps", 0.1),
+        ("norm_placement", "sandwich"),
+        ("norm_between_loops", True),
+        ("hidden_act", "gelu"),
+        ("gated_mlp", False),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("qk_norm", True),
+        ("tie_word_embeddings", False),
+        ("position_embedding", "learned"),
+        ("position_embedding", "none"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 10.0}),
+        ("residual_init", "zero"),
+        ("initializer_range", 0.1),
+        ("embedding_init_std", 1.0),
+        ("loop_connection", "inject_add"),
+        ("loop_connection", "inject_concat"),
+        ("state_init", "zeros"),
+        ("state_init", "normal"),
+    ],
+)
+def test_every_field_changes_the_model(field, value):
+    """A field that changes neither parameters nor logits would be a dead option."""
+
+    def fingerprint(**fields):
+        model = make_model(**fields)
+        sizes = sum(parameter.numel() for parameter in model.parameters())
+        return sizes, model(make_ids()).logits.abs().sum()
+
+    base, changed = fingerprint(), fingerprint(**{field: value})
+    assert base[0] != changed[0] or not torch.isclose(base[1], changed[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("field", ["attention_dropout", "residual_dropout", "embedding_dropout"])
+def test_dropouts_act_in_training_only(field):
+    model = make_model(**{field: 0.5})
+    plain = make_model()
+    assert model(make_ids()).logits.equal(plain(make_ids()).logits)
+    assert not model.train()(make_ids()).logits.equal(plain.train()(make_ids()).logits)

@@ -1,0 +1,49 @@
+"""Toys that all tests share: tiny configurations of every kind, and one tolerance per precision."""
+
+import torch
+
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+
+# Written once for the suite, never loosened (fp32 rounding over a few layers; bf16 has 8 bits).
+FP32 = {"rtol": 0.0, "atol": 1e-5}
+BF16 = {"rtol": 0.0, "atol": 2e-2}
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_core_layers": 2,
+    "num_loops": 3,
+    "pad_token_id": 0,
+    # Larger than a real model's, so that a wrong row or slot moves the logits by far more than rounding does.
+    "initializer_range": 0.2,
+}
+
+
+def make_config(**fields) -> LoopedConfig:
+    return LoopedConfig(**{**SIZES, **fields})
+
+
+def make_model(seed: int = 0, attn: str = "sdpa", **fields) -> LoopedForCausalLM:
+    """A tiny causal LM in evaluation mode with seeded weights."""
+    torch.manual_seed(seed)
+    return LoopedForCausalLM._from_config(make_config(**fields), attn_implementation=attn).eval()
+
+
+def make_ids(rows: int = 3, tokens: int = 7, seed: int = 1) -> torch.Tensor:
+    """(rows, tokens) ids without the padding id."""
+    return torch.randint(1, SIZES["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def count_layer_calls(model) -> list:
+    """A list that grows by (section, rows) at every layer call of `model`."""
+    calls = []
+    for section in ("prelude", "core", "coda"):
+        for layer in getattr(model.model, section):
+            layer.register_forward_hook(
+                lambda module, args, output, section=section: calls.append((section, len(args[0])))
+            )
+    return calls

@@ -1,0 +1,32 @@
+"""Data of the hop tasks: `datasets` builders, tokenizers, and batches of one length and one depth."""
+
+from .batching import (
+    DepthSampler,
+    HopBatches,
+    LoopCollator,
+    LoopCollatorCallback,
+    encode_groups,
+    encode_hops,
+    encode_rows,
+    stack_rows,
+)
+from .khop import Khop, KhopConfig
+from .tasks import load_task, task_builder
+from .tokenizers import dataset_tokenizer, hop_tokenizer
+
+__all__ = [
+    "DepthSampler",
+    "HopBatches",
+    "Khop",
+    "KhopConfig",
+    "LoopCollator",
+    "LoopCollatorCallback",
+    "dataset_tokenizer",
+    "encode_groups",
+    "encode_hops",
+    "encode_rows",
+    "hop_tokenizer",
+    "load_task",
+    "stack_rows",
+    "task_builder",
+]

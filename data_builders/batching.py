@@ -1,0 +1,349 @@
+"""Batches of one length and one depth; every draw is a pure function of (seed, step), so that resuming replays them.
+
+    num_loops = depth(step)                                    the same on every rank
+    hops      = one hop count, drawn by the rows each has
+    rows      = the next global batch of that hop count's shuffled epochs; a rank takes its contiguous share
+
+Legend: N rows, b rows of a rank's batch, T tokens.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from .hop_rows import stream
+
+# Nodes of the Gauss-Hermite rule over the log-normal rate; 64 give the mean to about 1e-12 for sigma <= 1.
+NODES = 64
+
+# Steps whose hop counts are drawn at once.
+CHUNK = 4096
+
+
+class DepthSampler:
+    """Number of loops of a training step: `sampler(step)` depends on (seed, step) only.
+
+    kind                 draws                                                       takes
+    fixed                `mean` loops                                                mean
+    uniform              any of minimum .. maximum                                   minimum, maximum
+    poisson              clip(Poisson(rate), minimum, maximum)                       rate or mean, minimum, maximum
+    lognormal_poisson    as poisson, the rate itself log-normal: E rate = `rate`,    the same, and sigma
+                         sd of log rate = `sigma` (Geiping et al. 2025, arXiv 2502.05171, section 3.3)
+
+    Poisson (4; 2, 8) is Kohli et al. 2026 (arXiv 2604.07822): mean 4.08, P(2) = 24 %, P(8) = 5 %. Given `mean` instead
+    of `rate`, the rate is solved for, so that the mean *after* clipping is the one asked for.
+
+    depths (M,), probabilities (M,): the distribution; expected: its exact mean.
+    Raises ValueError for a field that is missing, superfluous or out of range.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "poisson",
+        *,
+        rate: float | None = None,
+        mean: float | None = None,
+        minimum: int | None = None,
+        maximum: int | None = None,
+        sigma: float | None = None,
+        seed: int = 0,
+    ):
+        given = {"rate": rate, "mean": mean, "minimum": minimum, "maximum": maximum, "sigma": sigma}
+        takes = {
+            "fixed": ["mean"],
+            "uniform": ["minimum", "maximum"],
+            "poisson": ["rate" if mean is None else "mean", "minimum", "maximum"],
+            "lognormal_poisson": ["rate" if mean is None else "mean", "minimum", "maximum", "sigma"],
+        }
+        if kind not in takes:
+            raise ValueError(f"kind must be one of {', '.join(takes)}, got {kind!r}.")
+        for name, value in given.items():
+            if (value is not None) != (name in takes[kind]):
+                raise ValueError(f"depth {kind} takes {', '.join(takes[kind])}; {name} is {value}.")
+        if kind == "fixed":
+            minimum = maximum = mean
+        if minimum != int(minimum) or maximum != int(maximum) or not 1 <= minimum <= maximum:
+            raise ValueError(f"loops must be whole numbers with 1 <= minimum <= maximum, got {minimum} and {maximum}.")
+        if sigma is not None and sigma <= 0:
+            raise ValueError(f"sigma must be > 0, got {sigma}; for a fixed rate use kind poisson.")
+        if rate is not None and rate <= 0:
+            raise ValueError(f"rate must be > 0, got {rate}.")
+        self.kind, self.seed = kind, seed
+        self.depths = np.arange(int(minimum), int(maximum) + 1)
+        if kind in ("fixed", "uniform"):
+            self.rate = None
+            self.probabilities = np.full(len(self.depths), 1 / len(self.depths))
+        else:
+            self.rate = rate if mean is None else self._rate_of(mean, sigma or 0.0)
+            self.probabilities = self._clipped_poisson(self.rate, sigma or 0.0)
+        self.expected = float(self.probabilities @ self.depths)
+        self._cumulative = np.cumsum(self.probabilities)
+
+    def __call__(self, step: int) -> int:
+        """Loops of update `step`."""
+        draw = stream(self.seed, "depth", step).random() * self._cumulative[-1]
+        return int(self.depths[np.searchsorted(self._cumulative, draw, side="right")])
+
+    def _clipped_poisson(self, rate: float, sigma: float) -> np.ndarray:
+        """Probability of each depth; sigma 0 is the plain Poisson."""
+        nodes, weights = np.polynomial.hermite_e.hermegauss(NODES if sigma else 1)
+        rates = rate * np.exp(sigma * nodes - sigma**2 / 2)  # their mean is `rate`
+        counts = np.arange(self.depths[-1])
+        log_factorial = np.array([math.lgamma(count + 1) for count in counts])
+        below = np.exp(counts * np.log(rates)[:, None] - rates[:, None] - log_factorial)  # (nodes, maximum)
+        below = weights / weights.sum() @ below
+        return np.array([*[below[: self.depths[0] + 1].sum()], *below[self.depths[0] + 1 :], 1 - below.sum()])
+
+    def _rate_of(self, mean: float, sigma: float) -> float:
+        """The rate whose clipped mean is `mean`, by bisection: the mean grows with the rate."""
+        if not self.depths[0] < mean < self.depths[-1]:
+            raise ValueError(f"mean {mean} must lie between minimum {self.depths[0]} and maximum {self.depths[-1]}.")
+        low, high = 0.0, float(self.depths[-1])
+        while self._clipped_poisson(high, sigma) @ self.depths < mean:
+            high *= 2
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._clipped_poisson(middle, sigma) @ self.depths < mean else (low, middle)
+        return high
+
+
+def encode_hops(
+    split: Dataset, tokenizer: PreTrainedTokenizerBase, hops: list[int] | None = None
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Hop count -> (input_ids (N, T) long with the readout token last, answers (N,) long); all hop counts by default.
+
+    The same ids as calling the tokenizer row by row, many times faster. Raises ValueError for an unknown word.
+    """
+    return {
+        group[0]: rows
+        for group, rows in _encode(split, tokenizer, ["hops"]).items()
+        if hops is None or group[0] in hops
+    }
+
+
+def encode_groups(
+    split: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+    """(hops, split_kind) -> (input_ids (N, T), answers (N,)), as `encode_hops`: the groups of results."""
+    return _encode(split, tokenizer, ["hops", "split_kind"])
+
+
+def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The split with columns input_ids (T,) and shift_labels (1,), for stock Trainer with `LoopCollator`."""
+
+    def encode(batch: dict) -> dict:
+        answers = tokenizer.convert_tokens_to_ids(batch["answer"])
+        return {"input_ids": tokenizer(batch["text"])["input_ids"], "shift_labels": [[answer] for answer in answers]}
+
+    return split.map(encode, batched=True)
+
+
+def _encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, columns: list[str]) -> dict[tuple, tuple]:
+    table = split.with_format("arrow")[:]
+    # What the tokenizer's template appends to every row: the readout token.
+    readout = torch.tensor(tokenizer("")["input_ids"])
+    groups = {}
+    for key in table.group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns]).to_pylist():
+        chosen = [pc.equal(table[name], key[name]) for name in columns]
+        rows = table.filter(chosen[0] if len(chosen) == 1 else pc.and_(*chosen))
+        words = _token_ids(pc.list_flatten(pc.utf8_split_whitespace(rows["text"])), tokenizer)
+        if len(words) != len(rows) * (key["hops"] + 1):
+            raise ValueError(f"a row of {key['hops']} hops must be one entity and {key['hops']} relations.")
+        input_ids = torch.cat([words.view(len(rows), -1), readout.expand(len(rows), -1)], dim=1)  # (N, T)
+        groups[tuple(key[name] for name in columns)] = input_ids, _token_ids(rows["answer"], tokenizer)
+    return groups
+
+
+def _token_ids(words: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Ids (M,) of words: the tokenizer is asked once per distinct word."""
+    coded = words.combine_chunks().dictionary_encode()
+    distinct = coded.dictionary.to_pylist()
+    vocabulary = tokenizer.get_vocab()
+    unknown = [word for word in distinct if word not in vocabulary]
+    if unknown:
+        raise ValueError(f"the tokenizer has no token for {unknown[:5]}: it was made for a smaller graph.")
+    return torch.tensor([vocabulary[word] for word in distinct])[
+        torch.from_numpy(coded.indices.to_numpy().astype(np.int64))
+    ]
+
+
+class HopBatches(torch.utils.data.Dataset):
+    """Batches of one hop count and one depth; item `step` is this rank's share of the step-th *global* batch:
+
+        {"input_ids": (b, T) long, "shift_labels": (b, 1) long, "logits_to_keep": 1, "num_loops": int, "hops": int}
+
+    A pure function of (seed, step), so that training resumed at a step goes on as if never interrupted, and training
+    on `world` ranks sees the batches of one. Within a hop count the rows come in shuffled epochs, each row once per
+    epoch. There is no last step: index it, or use a DataLoader with `batch_size=None, sampler=range(start, stop)`.
+
+    split: rows with the columns text, answer, hops. batch_size: rows of the global batch. depth: draws `num_loops`.
+    hops: the hop counts to draw from, all by default. weighting: how often a hop count is drawn, in proportion to its
+    "rows" or "uniform". Raises ValueError for a batch size that does not divide, or a hop count without rows.
+    """
+
+    def __init__(
+        self,
+        split: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        seed: int,
+        depth: DepthSampler,
+        hops: list[int] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        weighting: Literal["rows", "uniform"] = "rows",
+    ):
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(f"batch_size must be a positive multiple of the {world} ranks, got {batch_size}.")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be in 0 .. {world - 1}, got {rank}.")
+        if weighting not in ("rows", "uniform"):
+            raise ValueError(f"weighting must be rows or uniform, got {weighting!r}.")
+        self._rows = encode_hops(split, tokenizer, hops)
+        missing = sorted(set(hops or []) - set(self._rows))
+        if missing or not self._rows:
+            raise ValueError(f"the split has no rows of {missing or 'any'} hops; it has {sorted(set(split['hops']))}.")
+        self.hops = list(self._rows)
+        self.num_rows = {k: len(answers) for k, (_, answers) in self._rows.items()}
+        self.batch_size, self.seed, self.depth, self.rank, self.world = batch_size, seed, depth, rank, world
+        weights = np.array([self.num_rows[k] if weighting == "rows" else 1 for k in self.hops])
+        self._weights = weights / weights.sum()
+        # How often each hop count came before each chunk of steps, as far as it is known; and the chunk in use.
+        self._counts = [np.zeros(len(self.hops), dtype=np.int64)]
+        self._chunk = (-1, np.empty(0), np.empty(0))
+        self._orders = {k: {} for k in self.hops}
+
+    def __getitem__(self, step: int) -> dict:
+        if step < 0:
+            raise IndexError(f"step must be >= 0, got {step}.")
+        k, earlier = self._hops_of(step)
+        share = self.batch_size // self.world
+        chosen = self._rows_between(k, earlier * self.batch_size + self.rank * share, share)
+        input_ids, answers = self._rows[k]
+        return {
+            "input_ids": input_ids[chosen],
+            "shift_labels": answers[chosen, None],
+            "logits_to_keep": 1,
+            "num_loops": self.depth(step),
+            "hops": k,
+        }
+
+    def _hops_of(self, step: int) -> tuple[int, int]:
+        """Hop count of a step, and how many earlier steps had the same."""
+        chunk, offset = divmod(step, CHUNK)
+        if self._chunk[0] != chunk:
+            while len(self._counts) <= chunk:
+                drawn = self._draw_chunk(len(self._counts) - 1)
+                self._counts.append(self._counts[-1] + np.bincount(drawn, minlength=len(self.hops)))
+            drawn = self._draw_chunk(chunk)
+            earlier = np.empty(CHUNK, dtype=np.int64)
+            for i, count in enumerate(self._counts[chunk]):
+                earlier[drawn == i] = count + np.arange((drawn == i).sum())
+            self._chunk = (chunk, drawn, earlier)
+        _, drawn, earlier = self._chunk
+        return self.hops[drawn[offset]], int(earlier[offset])
+
+    def _draw_chunk(self, chunk: int) -> np.ndarray:
+        """Indices into `hops` (CHUNK,) of one chunk of steps."""
+        return stream(self.seed, "hops of steps", chunk).choice(len(self.hops), size=CHUNK, p=self._weights)
+
+    def _rows_between(self, k: int, start: int, count: int) -> torch.Tensor:
+        """Row numbers (count,) at positions start .. start + count of the endless sequence of shuffled epochs."""
+        # Short epochs are shuffled several at a time: a batch meets two blocks at most, and mostly one it has met.
+        epochs = -(-8 * self.batch_size // self.num_rows[k])
+        block, offset = divmod(start, epochs * self.num_rows[k])
+        order = self._order(k, block, epochs)[offset : offset + count]
+        if len(order) < count:
+            order = torch.cat([order, self._order(k, block + 1, epochs)[: count - len(order)]])
+        return order
+
+    def _order(self, k: int, block: int, epochs: int) -> torch.Tensor:
+        """Row numbers (epochs * N,): every N of them are a shuffled epoch. The last two blocks are kept."""
+        orders = self._orders[k]
+        if block not in orders:
+            rows = np.tile(np.arange(self.num_rows[k]), (epochs, 1))
+            shuffled = stream(self.seed, "rows of epochs", k, block).permuted(rows, axis=1)
+            if len(orders) > 1:
+                orders.pop(min(orders))
+            orders[block] = torch.from_numpy(shuffled.ravel())
+        return orders[block]
+
+
+def stack_rows(rows: list[dict]) -> dict:
+    """Rows of `encode_rows` as {"input_ids": (b, T), "shift_labels": (b, 1), "logits_to_keep": 1}; nothing is padded.
+
+    Raises ValueError for rows of different lengths.
+    """
+    lengths = sorted({len(row["input_ids"]) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(f"a batch holds rows of one length, got {lengths}: keep one hop count, or use HopBatches.")
+    return {
+        "input_ids": torch.tensor([row["input_ids"] for row in rows]),
+        "shift_labels": torch.tensor([row["shift_labels"] for row in rows]),
+        "logits_to_keep": 1,
+    }
+
+
+class LoopCollator:
+    """Adds a sampled `num_loops` to the batches of `collate`: sampled depth for stock Trainer.
+
+    All micro-batches of an update share its depth, `depth(update)`, on every rank. Calls are counted from `start_at`.
+    With a Trainer, add `LoopCollatorCallback(collator)`: it keeps the count through resumes, epochs and evaluations.
+    """
+
+    def __init__(self, depth: DepthSampler, collate: Callable[[list], dict] = stack_rows):
+        self.depth, self.collate = depth, collate
+        self.drawing = True
+        self.start_at(0)
+
+    def start_at(self, update: int, accumulation_steps: int = 1):
+        """The next batch is the first micro-batch of `update`."""
+        self._update, self._accumulation_steps, self._calls = update, accumulation_steps, 0
+
+    def __call__(self, rows: list) -> dict:
+        batch = self.collate(rows)
+        if not self.drawing:
+            return batch
+        worker = torch.utils.data.get_worker_info()
+        # Each worker of a DataLoader has its own copy of this object and collates every num_workers-th batch.
+        micro_batch = self._calls if worker is None else self._calls * worker.num_workers + worker.id
+        self._calls += 1
+        return batch | {"num_loops": self.depth(self._update + micro_batch // self._accumulation_steps)}
+
+
+class LoopCollatorCallback(TrainerCallback):
+    """Keeps a `LoopCollator` in step with the Trainer: resumed training replays the depths of uninterrupted training.
+
+    Evaluation batches draw no depth (the model's default is used) and do not move the count.
+    """
+
+    def __init__(self, collator: LoopCollator):
+        self.collator = collator
+        self._in_epoch = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.dataloader_persistent_workers:
+            raise ValueError(
+                "dataloader_persistent_workers must be off: such workers never learn the update they are at."
+            )
+        self.collator.drawing = self._in_epoch = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.start_at(state.global_step, args.gradient_accumulation_steps)
+        self.collator.drawing = self._in_epoch = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.collator.drawing = not control.should_evaluate
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.collator.drawing = self._in_epoch
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.collator.drawing = self._in_epoch = False

@@ -1,0 +1,143 @@
+"""k-hop chains over permutation relations (Kohli et al. 2026, arXiv 2604.07822, section 6; the depth task).
+
+    graph     num_relations random permutations of num_entities entities
+    program   (start entity, relation_1 .. relation_k); its answer is the entity the k relations lead to
+    hop 1     every program, all in train (the atomic facts)
+    hop k     distinct programs, uniform over all there are: test, then validation, then train
+
+Permutations, because with random maps the answer soon depends on the last relations only.
+"""
+
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+from .hop_rows import FEATURES, check_counts, hop_rows, source_hash, stream
+
+VERSION = datasets.Version("1.0.0")
+
+# Where a hop count has few programs, validation and test each get at most this share, train the other three quarters.
+HELD_OUT_SHARE = 1 / 8
+
+# Programs below this number are drawn by their number, which keeps them distinct; numpy counts in 64 bits.
+NUMBERED_PROGRAMS = 2**62
+
+
+@dataclass
+class KhopConfig(datasets.BuilderConfig):
+    """Sizes of the graph and of the splits; any field may be given to `Khop` or `load_task` by name."""
+
+    version: datasets.Version = VERSION
+    num_entities: int = 200
+    num_relations: int = 10
+    train_hops: int = 40  # train holds 1 .. train_hops
+    max_hops: int = 40  # validation and test hold 2 .. max_hops
+    train_per_hop: int = 15_000
+    gate_per_hop: int = 375  # rows of validation, which decides when a curriculum goes on
+    test_per_hop: int = 375
+    seed: int = 0
+
+
+class Khop(datasets.GeneratorBasedBuilder):
+    """k-hop chains: train (hops 1 .. train_hops), validation and test (hops 2 .. max_hops), pairwise disjoint.
+
+    Configs: `paper` (200 entities x 10 relations, hops to 40), `cpu` (50 x 6, trained to 6 hops, tested to 16) and
+    `quickstart` (20 x 4, trained to 3, tested to 8). `split_kind` is "atomic" or "train" in train; elsewhere "id" for
+    a hop count that train holds, "ood" for a deeper one. The rows of a hop count follow from (graph sizes, rows per
+    hop, seed) alone: a run trained to fewer hops is tested on the same items. One example:
+
+    >>> load_task("khop", "quickstart")["test"][0]
+    {'text': '', 'answer': '', 'hops': 2, 'split_kind': 'id', 'path': []}
+
+    Raises ValueError for a config field that is unknown, not a whole number, or too small.
+    """
+
+    VERSION = VERSION
+    BUILDER_CONFIG_CLASS = KhopConfig
+    BUILDER_CONFIGS = [  # noqa: RUF012 (an instance attribute would hide it from `datasets`)
+        KhopConfig(name="paper", description="The paper's sizes: 200 entities, 10 relations, hops to 40."),
+        KhopConfig(
+            name="cpu",
+            description="A laptop's evening: 50 entities, 6 relations, trained to 6 hops, tested to 16.",
+            num_entities=50,
+            num_relations=6,
+            train_hops=6,
+            max_hops=16,
+        ),
+        KhopConfig(
+            name="quickstart",
+            description="Five minutes on two cores: 20 entities, 4 relations, trained to 3 hops, tested to 8.",
+            num_entities=20,
+            num_relations=4,
+            train_hops=3,
+            max_hops=8,
+        ),
+    ]
+
+    def __init__(self, *args, hash: str | None = None, **kwargs):
+        super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
+        config = self.config
+        rows = dict.fromkeys(("train_per_hop", "gate_per_hop", "test_per_hop"), 1)
+        check_counts(config, num_entities=2, num_relations=2, train_hops=1, max_hops=2, seed=0, **rows)
+        if config.max_hops < config.train_hops:
+            raise ValueError(f"max_hops {config.max_hops} is below train_hops {config.train_hops}: raise max_hops.")
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=FEATURES, description=self.config.description)
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        hops = {
+            "train": range(1, self.config.train_hops + 1),
+            "validation": range(2, self.config.max_hops + 1),
+            "test": range(2, self.config.max_hops + 1),
+        }
+        # A list is what `datasets` deals out to processes and streaming workers.
+        return [datasets.SplitGenerator(split, {"split": split, "hops": list(hops[split])}) for split in hops]
+
+    def _generate_examples(self, split: str, hops: list[int]):
+        tables = self.relation_tables()
+        for k in hops:
+            if k == 1:
+                split_kind = "atomic"
+            else:
+                split_kind = "train" if split == "train" else "id" if k <= self.config.train_hops else "ood"
+            starts, relations = self.programs(k, split)
+            path = [starts]
+            for step in range(k):
+                path.append(tables[relations[:, step], path[-1]])
+            for i, row in enumerate(hop_rows(relations, np.stack(path, axis=1), split_kind)):
+                yield k << 32 | i, row
+
+    def relation_tables(self) -> np.ndarray:
+        """(num_relations, num_entities): where each relation leads from each entity; every row is a permutation."""
+        identity = np.tile(np.arange(self.config.num_entities), (self.config.num_relations, 1))
+        return stream(self.config.seed, "khop relations").permuted(identity, axis=1)
+
+    def programs(self, hops: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Start entities (N,) and relations (N, hops) of one hop count's share of a split."""
+        config = self.config
+        base = config.num_relations
+        if hops == 1:
+            starts, relations = np.divmod(np.arange(config.num_entities * base), base)
+            return starts, relations[:, None]
+        # Test comes first and train last, and train is drawn even where it is not used: one item, one place.
+        total = config.num_entities * base**hops
+        cap = int(total * HELD_OUT_SHARE)
+        num_test, num_gate = min(config.test_per_hop, cap), min(config.gate_per_hop, cap)
+        num_train = min(config.train_per_hop, total - num_test - num_gate)
+        rng = stream(config.seed, "khop programs", hops)
+        # Programs whose numbered beginnings differ are distinct, whatever relations follow.
+        numbered_hops = hops
+        while config.num_entities * base**numbered_hops > NUMBERED_PROGRAMS:
+            numbered_hops -= 1
+        numbers = rng.choice(config.num_entities * base**numbered_hops, num_test + num_gate + num_train, replace=False)
+        starts, rest = np.divmod(numbers, base**numbered_hops)
+        beginning = rest[:, None] // base ** np.arange(numbered_hops - 1, -1, -1) % base
+        relations = np.hstack([beginning, rng.integers(base, size=(len(numbers), hops - numbered_hops))])
+        share = {
+            "test": slice(0, num_test),
+            "validation": slice(num_test, num_test + num_gate),
+            "train": slice(num_test + num_gate, None),
+        }[split]
+        return starts[share], relations[share]

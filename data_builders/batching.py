@@ -23,7 +23,7 @@ from .hop_rows import stream
 # Nodes of the Gauss-Hermite rule over the log-normal rate; 64 give the mean to about 1e-12 for sigma <= 1.
 NODES = 64
 
-# Steps whose hop counts are drawn at once.
+# Steps whose depths, or hop counts, are drawn at once.
 CHUNK = 4096
 
 
@@ -84,12 +84,15 @@ class DepthSampler:
             self.rate = rate if mean is None else self._rate_of(mean, sigma or 0.0)
             self.probabilities = self._clipped_poisson(self.rate, sigma or 0.0)
         self.expected = float(self.probabilities @ self.depths)
-        self._cumulative = np.cumsum(self.probabilities)
+        self._chunk = (-1, self.depths)  # number of the chunk drawn last, and its depths
 
     def __call__(self, step: int) -> int:
         """Loops of update `step`."""
-        draw = stream(self.seed, "depth", step).random() * self._cumulative[-1]
-        return int(self.depths[np.searchsorted(self._cumulative, draw, side="right")])
+        chunk, offset = divmod(step, CHUNK)
+        if self._chunk[0] != chunk:
+            drawn = stream(self.seed, "depths of steps", chunk).choice(self.depths, size=CHUNK, p=self.probabilities)
+            self._chunk = (chunk, drawn)
+        return int(self._chunk[1][offset])
 
     def _clipped_poisson(self, rate: float, sigma: float) -> np.ndarray:
         """Probability of each depth; sigma 0 is the plain Poisson."""

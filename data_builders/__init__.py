@@ -10,11 +10,14 @@ from .batching import (
     encode_rows,
     stack_rows,
 )
+from .composition import Composition, CompositionConfig
 from .khop import Khop, KhopConfig
-from .tasks import load_task, task_builder
+from .tasks import export_parquet, load_task, task_builder
 from .tokenizers import dataset_tokenizer, hop_tokenizer
 
 __all__ = [
+    "Composition",
+    "CompositionConfig",
     "DepthSampler",
     "HopBatches",
     "Khop",
@@ -25,6 +28,7 @@ __all__ = [
     "encode_groups",
     "encode_hops",
     "encode_rows",
+    "export_parquet",
     "hop_tokenizer",
     "load_task",
     "stack_rows",

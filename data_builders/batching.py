@@ -120,22 +120,21 @@ class DepthSampler:
 def encode_hops(
     split: Dataset, tokenizer: PreTrainedTokenizerBase, hops: list[int] | None = None
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Hop count -> (input_ids (N, T) long with the readout token last, answers (N,) long); all hop counts by default.
+    """Hop count -> (input_ids (N, T) long with the readout token last, answers (N,) long); of `hops`, or of all.
 
     The same ids as calling the tokenizer row by row, many times faster. Raises ValueError for an unknown word.
     """
-    return {
-        group[0]: rows
-        for group, rows in _encode(split, tokenizer, ["hops"]).items()
-        if hops is None or group[0] in hops
-    }
+    table = split.with_format("arrow")[:]
+    if hops is not None:
+        table = table.filter(pc.is_in(table["hops"], pa.array(hops, table["hops"].type)))
+    return {group[0]: rows for group, rows in _encode(table, tokenizer, ["hops"]).items()}
 
 
 def encode_groups(
     split: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
     """(hops, split_kind) -> (input_ids (N, T), answers (N,)), as `encode_hops`: the groups of results."""
-    return _encode(split, tokenizer, ["hops", "split_kind"])
+    return _encode(split.with_format("arrow")[:], tokenizer, ["hops", "split_kind"])
 
 
 def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -148,8 +147,8 @@ def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     return split.map(encode, batched=True)
 
 
-def _encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, columns: list[str]) -> dict[tuple, tuple]:
-    table = split.with_format("arrow")[:]
+def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, columns: list[str]) -> dict[tuple, tuple]:
+    table = table.select(list(dict.fromkeys(["text", "answer", *columns])))
     # What the tokenizer's template appends to every row: the readout token.
     readout = torch.tensor(tokenizer("")["input_ids"])
     groups = {}

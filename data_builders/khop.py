@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from .hop_rows import FEATURES, check_counts, hop_rows, source_hash, stream
+from .hop_rows import FEATURES, check_counts, hop_tables, source_hash, stream
 
 VERSION = datasets.Version("1.0.0")
 
@@ -39,7 +39,7 @@ class KhopConfig(datasets.BuilderConfig):
     seed: int = 0
 
 
-class Khop(datasets.GeneratorBasedBuilder):
+class Khop(datasets.ArrowBasedBuilder):
     """k-hop chains: train (hops 1 .. train_hops), validation and test (hops 2 .. max_hops), pairwise disjoint.
 
     Configs: `paper` (200 entities x 10 relations, hops to 40), `cpu` (50 x 6, trained to 6 hops, tested to 16) and
@@ -50,6 +50,7 @@ class Khop(datasets.GeneratorBasedBuilder):
     >>> load_task("khop", "quickstart")["test"][0]
     {'text': '', 'answer': '', 'hops': 2, 'split_kind': 'id', 'path': []}
 
+    Arrow tables and not a row at a time: the 616,250 rows of `paper` take seconds instead of a minute.
     Raises ValueError for a config field that is unknown, not a whole number, or too small.
     """
 
@@ -95,7 +96,7 @@ class Khop(datasets.GeneratorBasedBuilder):
         # A list is what `datasets` deals out to processes and streaming workers.
         return [datasets.SplitGenerator(split, {"split": split, "hops": list(hops[split])}) for split in hops]
 
-    def _generate_examples(self, split: str, hops: list[int]):
+    def _generate_tables(self, split: str, hops: list[int]):
         tables = self.relation_tables()
         for k in hops:
             if k == 1:
@@ -106,8 +107,8 @@ class Khop(datasets.GeneratorBasedBuilder):
             path = [starts]
             for step in range(k):
                 path.append(tables[relations[:, step], path[-1]])
-            for i, row in enumerate(hop_rows(relations, np.stack(path, axis=1), split_kind)):
-                yield k << 32 | i, row
+            for i, table in enumerate(hop_tables(relations, np.stack(path, axis=1), split_kind)):
+                yield (k, i), table
 
     def relation_tables(self) -> np.ndarray:
         """(num_relations, num_entities): where each relation leads from each entity; every row is a permutation."""

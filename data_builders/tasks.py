@@ -1,45 +1,108 @@
 """The hop tasks by name: built into the `datasets` cache, or exported as a Hub data folder."""
 
 import difflib
+import inspect
+import os
+import tempfile
+from collections.abc import Collection
 from dataclasses import fields
+from pathlib import Path
 
 from datasets import BuilderConfig, DatasetDict, GeneratorBasedBuilder
+from huggingface_hub import DatasetCard, DatasetCardData
 
+from .composition import Composition
 from .khop import Khop
 
-TASKS = {"khop": Khop}
+TASKS = {"khop": Khop, "composition": Composition}
 
 
-def task_builder(name: str, config_name: str, **overrides) -> GeneratorBasedBuilder:
+def task_builder(
+    name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides
+) -> GeneratorBasedBuilder:
     """Builder of a task's preset, fields of its config replaced by `overrides`.
 
     Raises ValueError for an unknown task, preset or field, naming the nearest one, and for a value out of range.
     """
     if name not in TASKS:
         raise ValueError(_unknown("task", name, TASKS))
-    task = TASKS[name]
-    if config_name not in task.builder_configs:
-        raise ValueError(_unknown(f"{name} config", config_name, task.builder_configs))
-    preset = task.builder_configs[config_name]
-    known = [field.name for field in fields(task.BUILDER_CONFIG_CLASS)[len(fields(BuilderConfig)) :]]
+    presets = TASKS[name].builder_configs
+    if config_name not in presets:
+        raise ValueError(_unknown(f"config of {name}", config_name, presets))
+    known = _own_fields(presets[config_name])
     for override in overrides:
         if override not in known:
-            raise ValueError(_unknown(f"{name} field", override, known))
-    # Fields that the preset has anyway must not give the same data a second cache folder.
-    changed = {field: value for field, value in overrides.items() if value != vars(preset)[field]}
-    return task(config_name=config_name, **changed)
+            raise ValueError(_unknown(f"field of {name}", override, known))
+    # A field given the value it has anyway must not build the same data into a second cache folder.
+    changed = {override: value for override, value in overrides.items() if value != known[override]}
+    return TASKS[name](config_name=config_name, cache_dir=cache_dir, **changed)
 
 
-def load_task(name: str, config_name: str, **overrides) -> DatasetDict:
-    """Splits train, validation (the gate) and test of a task, from the `datasets` cache or built into it.
+def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetDict:
+    """Splits train, validation (the gate) and test of a task, built into the `datasets` cache on first use.
 
     `load_task("khop", "cpu", seed=1, train_hops=4)`. Raises ValueError as `task_builder`.
     """
-    builder = task_builder(name, config_name, **overrides)
+    builder = task_builder(name, config_name, cache_dir=cache_dir, **overrides)
     builder.download_and_prepare()
     return builder.as_dataset()
 
 
-def _unknown(what: str, name: str, known) -> str:
+def export_parquet(
+    name: str, config_name: str, folder: str | Path, *, cache_dir: str | Path | None = None, **overrides
+) -> Path:
+    """Write a task as a Hub data folder: `load_dataset(folder, config_name)` and streaming need none of our code.
+
+    The folder gets `config_name/SPLIT-00000-of-00001.parquet` and a README.md; another config of the task may be added
+    to it later. Data appear whole or not at all, and the card names them only then.
+
+    Raises ValueError as `task_builder`, and if the folder already has this config or holds something else.
+    """
+    folder = Path(folder)
+    builder = task_builder(name, config_name, cache_dir=cache_dir, **overrides)
+    readme = folder / "README.md"
+    if (folder / config_name).exists():
+        raise ValueError(f"{folder / config_name} exists: delete it or choose another folder.")
+    card = _card(readme if readme.exists() else None, name, builder)
+    if card.data.pretty_name != name or (folder.exists() and any(folder.iterdir()) and not readme.exists()):
+        raise ValueError(f"{folder} holds something else than the task {name}: choose an empty or a new folder.")
+    builder.download_and_prepare()
+    dataset = builder.as_dataset()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        data = Path(temporary, config_name)
+        data.mkdir()
+        for split, rows in dataset.items():
+            rows.to_parquet(data / f"{split}-00000-of-00001.parquet")
+        card.save(Path(temporary, "README.md"))
+        data.rename(folder / config_name)
+        os.replace(Path(temporary, "README.md"), readme)
+    return folder
+
+
+def _card(readme: Path | None, name: str, builder: GeneratorBasedBuilder) -> DatasetCard:
+    """The folder's card with one more config: the YAML that `load_dataset` reads, the fields that made the data."""
+    if readme is None:
+        tags = ["looped-transformers", "synthetic", "multi-hop"]
+        data = DatasetCardData(pretty_name=name, task_categories=["text-generation"], tags=tags)
+        text = f"# {name}\n\n{inspect.getdoc(builder).split('>>>')[0].rsplit('.', 1)[0]}.\n"
+        card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    else:
+        card = DatasetCard.load(readme)
+    config_name = builder.config.name
+    files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in ("train", "validation", "test")]
+    card.data["configs"] = [*(card.data.get("configs") or []), {"config_name": config_name, "data_files": files}]
+    sizes = "".join(f"| {field} | {value} |\n" for field, value in _own_fields(builder.config).items())
+    card.text += f"\n## {config_name}\n\n{builder.config.description}\n\n| field | value |\n| --- | --- |\n{sizes}"
+    return card
+
+
+def _own_fields(config: BuilderConfig) -> dict:
+    """The fields that make the data, without those that every config of `datasets` has."""
+    inherited = {field.name for field in fields(BuilderConfig)}
+    return {field.name: vars(config)[field.name] for field in fields(config) if field.name not in inherited}
+
+
+def _unknown(what: str, name: str, known: Collection[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"unknown {what} {name!r}: did you mean {nearest[0]!r}? There are: {', '.join(known)}."
+    return f"unknown {what}: {name!r}. Did you mean {nearest[0]!r}? There are {', '.join(known)}."

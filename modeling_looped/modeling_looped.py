@@ -50,8 +50,8 @@ from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
 # What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
 # is not a parameter is a mistake.
 BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
-    "attention_instances", "block_table", "cache", "logits_indices", "max_seqlen_k", "max_seqlen_q", "read_index",
-    "return_dict", "write_index",
+    "attention_instances", "block_table", "cache", "logits_indices", "logits_processor_args", "max_seqlen_k",
+    "max_seqlen_q", "read_index", "return_dict", "write_index",
 }  # fmt: skip
 LOOP_SETTINGS = ("num_loops", "halting")
 FORWARD_DOCSTRING = r"""

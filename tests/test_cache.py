@@ -1,0 +1,311 @@
+"""Laws of the KV cache: what is cached equals what would be computed, for every policy, cache kind and loop count."""
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
+
+from modeling_looped.cache_looped import RewritingDynamicLayer
+from toys import FP32, make_ids, make_model
+
+every_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])
+every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
+every_depth = pytest.mark.parametrize("num_loops", [1, 3, 5])  # below, at and above the configured 3
+exact_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first"])
+
+CACHES = {
+    "bare": lambda config: DynamicCache(),
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=16),
+}
+every_cache = pytest.mark.parametrize("kind", CACHES)
+
+
+def stepwise(model, ids, cache, sizes, **kwargs):
+    """Logits of `ids` fed in pieces of the given sizes through one cache."""
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(model(ids[:, start : start + size], past_key_values=cache, use_cache=True, **kwargs).logits)
+        start += size
+    return torch.cat(pieces, dim=1)
+
+
+def oracle(model, ids, sizes, num_loops):
+    """What kv_sharing means, without any cache class: rows are kept in plain lists.
+
+    Tokens come in pieces. A loop's queries see the pieces before through the row their policy left (loop 0 or the
+    last loop, or the same loop), and their own piece through this loop (`first`: through loop 0).
+    """
+    config, layers = model.config, model.model.core
+    memory = {}
+    logits, start = [], 0
+    for size in sizes:
+        hidden = model.get_input_embeddings()(ids[:, start : start + size])
+        positions = torch.arange(start, start + size)[None]
+        for loop in range(num_loops):
+            for index, layer in enumerate(layers):
+                attn = layer.self_attn
+                x = layer.input_layernorm(hidden)
+                heads = (*x.shape[:2], -1, attn.head_dim)
+                q, k, v = (p(x).view(heads).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+                cos, sin = model.model.positions(x, positions)
+                rotate = lambda t, cos=cos, sin=sin: t * cos[:, None] + half_turn(t) * sin[:, None]  # noqa: E731
+                q, k = rotate(q), rotate(k)
+                slot = (index, loop) if config.kv_sharing == "per_loop" else index
+                past = memory.get((slot, "past"))
+                if config.kv_sharing != "first" or loop == 0:
+                    memory[slot, "own"] = (k, v)
+                k, v = memory[slot, "own"]
+                if past is not None:
+                    k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+                groups = attn.num_key_value_groups
+                k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+                scores = q @ k.transpose(2, 3) * attn.scaling
+                visible = torch.arange(start + size)[None] <= torch.arange(start, start + size)[:, None]
+                out = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
+                hidden = hidden + attn.o_proj(out.transpose(1, 2).flatten(2))
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        for slot in {key[0] for key in memory if key[1] == "own"}:
+            past, own = memory.get((slot, "past")), memory.pop((slot, "own"))
+            memory[slot, "past"] = own if past is None else tuple(torch.cat(p, 2) for p in zip(past, own, strict=True))
+        logits.append(model.readout(hidden))
+        start += size
+    return torch.cat(logits, 1)
+
+
+def half_turn(x):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+@torch.no_grad()
+@every_sharing
+@every_attention
+@every_depth
+@every_cache
+@pytest.mark.parametrize("sizes", [(7,), (4, 1, 1, 1), (1,) * 7, (2, 3, 2)])
+def test_cached_equals_the_naive_twin(kv_sharing, attn, num_loops, kind, sizes):
+    """A stock layer in a shared slot appends every loop, silently wrong under sdpa only: hence both backends."""
+    model = make_model(attn=attn, kv_sharing=kv_sharing)
+    ids = make_ids()
+    cache = CACHES[kind](model.config)
+    logits = stepwise(model, ids, cache, sizes, num_loops=num_loops)
+    torch.testing.assert_close(logits, oracle(model, ids, sizes, num_loops), **FP32)
+    assert int(cache.get_seq_length()) == ids.shape[1]
+    slots = model.config.kv_slots().count(num_loops)
+    assert [int(cache.get_seq_length(slot)) for slot in range(len(cache.layers))] == [7] * slots
+
+
+@torch.no_grad()
+@exact_sharing
+@every_attention
+@every_depth
+@pytest.mark.parametrize("connection", ["plain", "inject_add", "inject_concat"])
+def test_cached_equals_uncached(kv_sharing, attn, num_loops, connection):
+    model = make_model(
+        attn=attn, kv_sharing=kv_sharing, loop_connection=connection, num_prelude_layers=1, num_coda_layers=1
+    )
+    ids = make_ids()
+    logits = stepwise(model, ids, DynamicCache(config=model.config), (3, 1, 2, 1), num_loops=num_loops)
+    torch.testing.assert_close(logits, model(ids, num_loops=num_loops, use_cache=False).logits, **FP32)
+
+
+@torch.no_grad()
+def test_last_is_the_uncached_model_within_one_call_only():
+    """`last` is an approximation at decode, and says so: one prefill is exact, token by token is another model."""
+    model = make_model(kv_sharing="last")
+    ids = make_ids()
+    uncached = model(ids, use_cache=False).logits
+    assert model(ids, use_cache=True).logits.equal(uncached)
+    assert not torch.allclose(stepwise(model, ids, DynamicCache(), (1,) * 7), uncached, atol=1e-2)
+
+
+@torch.no_grad()
+def test_first_keeps_the_keys_of_loop_zero():
+    """The rows that `first` caches are those of a one-loop run, whatever the loop count."""
+    model = make_model(kv_sharing="first")
+    one, many = (model(make_ids(), num_loops=loops, use_cache=True).past_key_values for loops in (1, 4))
+    for layer_of_one, layer_of_many in zip(one.layers, many.layers, strict=True):
+        assert layer_of_one.keys.equal(layer_of_many.keys)
+        assert layer_of_one.values.equal(layer_of_many.values)
+
+
+@torch.no_grad()
+@every_sharing
+@every_attention
+def test_left_padded_generation_equals_single_rows(kv_sharing, attn):
+    """Ouro builds a mask of length 1 in decoding, so every padded row is wrong (trap 2)."""
+    model = make_model(attn=attn, kv_sharing=kv_sharing)
+    ids = make_ids()
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[1, :3], mask[1, :3] = 0, 0
+    for num_loops in (1, 4):
+        kwargs = {"num_loops": num_loops, "max_new_tokens": 5, "do_sample": False}
+        batch = model.generate(padded, attention_mask=mask, **kwargs)
+        assert batch[0].equal(model.generate(ids[:1], **kwargs)[0])
+        assert batch[1, 3:].equal(model.generate(ids[1:2, 3:], **kwargs)[0])
+
+
+@torch.no_grad()
+@every_sharing
+@every_depth
+def test_generate_is_the_same_through_every_cache(kv_sharing, num_loops):
+    """Ouro swaps a static cache for its own, and breaks on the one generate makes (traps 12, 13)."""
+    model = make_model(kv_sharing=kv_sharing)
+    ids = make_ids()
+    kwargs = {"num_loops": num_loops, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **kwargs)
+    assert model.generate(ids, cache_implementation="static", **kwargs).equal(expected)
+    for make in CACHES.values():
+        cache = make(model.config)
+        output = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **kwargs)
+        assert output.sequences.equal(expected)
+        assert output.past_key_values is cache
+
+
+@torch.no_grad()
+@exact_sharing
+@pytest.mark.parametrize("num_loops", [1, 5])
+def test_beams_with_cache_equal_beams_without(kv_sharing, num_loops):
+    """Beam reorder must reach every slot of every loop."""
+    model = make_model(kv_sharing=kv_sharing)
+    kwargs = {"num_loops": num_loops, "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    assert model.generate(make_ids(), **kwargs).equal(model.generate(make_ids(), use_cache=False, **kwargs))
+
+
+@torch.no_grad()
+def test_beams_of_a_rewritten_cache_are_reordered():
+    model = make_model(kv_sharing="last")
+    cache = model(make_ids(), use_cache=True).past_key_values
+    before = [layer.keys.clone() for layer in cache.layers]
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    for layer, keys in zip(cache.layers, before, strict=True):
+        assert isinstance(layer, RewritingDynamicLayer)
+        assert layer.keys.equal(keys[[2, 0, 0]])
+
+
+@torch.no_grad()
+def test_sampling_with_cache_equals_sampling_without():
+    model = make_model()
+    torch.manual_seed(3)
+    cached = model.generate(make_ids(), num_loops=5, max_new_tokens=6, do_sample=True)
+    torch.manual_seed(3)
+    assert cached.equal(model.generate(make_ids(), num_loops=5, max_new_tokens=6, do_sample=True, use_cache=False))
+
+
+@torch.no_grad()
+@every_sharing
+def test_a_cropped_cache_continues_as_a_fresh_one(kv_sharing):
+    model = make_model(kv_sharing=kv_sharing)
+    ids, other = make_ids(), make_ids(seed=9)
+    cache = DynamicCache(config=model.config)
+    stepwise(model, ids, cache, (4, 3), num_loops=5)
+    cache.crop(-3)
+    continued = model(other[:, :2], past_key_values=cache, num_loops=5).logits
+    fresh = stepwise(
+        model, torch.cat([ids[:, :4], other[:, :2]], 1), DynamicCache(config=model.config), (4, 2), num_loops=5
+    )
+    torch.testing.assert_close(continued, fresh[:, 4:], **FP32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("turns", [(2, 4), (4, 2, 4), (1, 5, 3)])
+def test_a_token_that_ran_fewer_loops_is_seen_through_its_last_one(kind, turns):
+    """The fill policy, against a cache built by hand: missing slots hold the rows of the deepest loop computed."""
+    model = make_model()
+    ids = make_ids(2, 2 * len(turns))
+    cache, twin = CACHES[kind](model.config), {}
+    deepest = max(turns)
+    for turn, loops in enumerate(turns):
+        piece = ids[:, 2 * turn : 2 * turn + 2]
+        logits = model(piece, past_key_values=cache, num_loops=loops).logits
+        # The twin keeps one full-depth cache per turn, whose missing slots are copied from the deepest one computed.
+        by_hand = DynamicCache()
+        for slot in range(2 * loops):
+            if turn:
+                by_hand.update(*twin[slot], slot)
+        expected = model(piece, past_key_values=by_hand, num_loops=loops).logits
+        torch.testing.assert_close(logits, expected, **FP32)
+        for slot in range(2 * deepest):
+            source = slot if slot < 2 * loops else 2 * (loops - 1) + slot % 2
+            new = by_hand.layers[source].keys[:, :, -2:], by_hand.layers[source].values[:, :, -2:]
+            twin[slot] = new if not turn else tuple(torch.cat(pair, 2) for pair in zip(twin[slot], new, strict=True))
+
+
+@torch.no_grad()
+def test_the_cache_holds_what_its_policy_says():
+    ids = make_ids()
+
+    def kv_bytes(**fields):
+        cache = make_model(**fields)(ids, use_cache=True, num_loops=4).past_key_values
+        return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+
+    assert kv_bytes(kv_sharing="per_loop") == 4 * kv_bytes(kv_sharing="last") == 4 * kv_bytes(kv_sharing="first")
+    assert kv_bytes(kv_sharing="last") == 3 * 7 * 2 * (2 * 8) * 2 * 4  # rows, tokens, K+V, 2 heads of 8, layers, fp32
+
+
+@torch.no_grad()
+def test_a_quantized_cache_works_per_loop_and_refuses_what_it_cannot_do():
+    model = make_model(num_loops=4)
+    ids = make_ids()
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "quantized"}
+    out = model.generate(ids, num_loops=4, cache_config={"backend": "fp8"}, **kwargs)
+    assert out.shape == (3, 11)
+    with pytest.raises(ValueError, match="rows cannot be read back"):
+        model.generate(ids, num_loops=torch.tensor([1, 2, 3]), cache_config={"backend": "fp8"}, **kwargs)
+    shared = make_model(kv_sharing="last")
+    with pytest.raises(ValueError, match="rows cannot be read back"):
+        shared(ids, past_key_values=QuantizedCache("fp8", config=shared.config))
+
+
+def test_a_cache_of_another_policy_is_refused():
+    model, shared = make_model(), make_model(kv_sharing="last")
+    cache = model(make_ids(), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="Start from an empty DynamicCache"):
+        shared(make_ids(), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inside inductor
+@every_sharing
+def test_compiled_static_generation_equals_eager(kv_sharing):
+    model = make_model(kv_sharing=kv_sharing)
+    ids = make_ids()
+    compile_config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
+    compile_config._compile_all_devices = True  # generate compiles on accelerators only, unless told
+    for num_loops in (2, 4):
+        torch.compiler.reset()
+        kwargs = {"num_loops": num_loops, "max_new_tokens": 4, "do_sample": False}
+        compiled = model.generate(ids, cache_implementation="static", compile_config=compile_config, **kwargs)
+        assert compiled.equal(model.generate(ids, **kwargs))
+
+
+@torch.no_grad()
+@every_sharing
+def test_prompt_lookup_and_few_loop_drafts_are_lossless(kv_sharing):
+    """Assisted decoding crops rejected rows in every slot; drafting with fewer loops needs no second model."""
+    model = make_model(num_loops=4, kv_sharing=kv_sharing)
+    ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
+    kwargs = {"max_new_tokens": 8, "do_sample": False}
+    if kv_sharing == "last":  # verifying several tokens in one call is another chunking, so another model
+        assert model.generate(ids, prompt_lookup_num_tokens=2, **kwargs).shape == (1, 16)
+        return
+    expected = model.generate(ids, **kwargs)
+    assert model.generate(ids, prompt_lookup_num_tokens=2, **kwargs).equal(expected)
+    if kv_sharing == "per_loop":
+        assert model.generate(ids, assistant_early_exit=4, **kwargs).equal(expected)
+        assert model.config.num_loops == 4
+
+
+@torch.no_grad()
+def test_continuous_batching_finds_the_slot_of_every_loop():
+    """Paged attention finds the slot by attention.layer_idx (trap 15)."""
+    model = make_model(attn="sdpa", num_loops=3, eos_token_id=49)
+    ids = make_ids(2, 6)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)[:, 6:]
+    outputs = model.generate_batch(
+        inputs=ids.tolist(), generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=49)
+    )
+    generated = [output.generated_tokens for output in outputs.values()]
+    assert sorted(generated) == sorted(expected.tolist())

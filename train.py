@@ -40,7 +40,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from data_builders import DepthSampler, HopBatches, hop_tokenizer, load_task
+from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_hops, load_task
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 logger = get_logger(__name__)
@@ -174,7 +174,9 @@ def build_recipe(values: dict, section: type = Recipe, prefix: str = ""):
     try:
         return section(**built)
     except StrictDataclassFieldValidationError as error:
-        raise ValueError(f"wrong type in the recipe{prefix and ', section ' + prefix[:-1]}: {error.__cause__}") from error
+        raise ValueError(
+            f"wrong type in the recipe{prefix and ', section ' + prefix[:-1]}: {error.__cause__}"
+        ) from error
     except TypeError as error:
         raise ValueError(f"the recipe lacks a field: {error}") from error
 
@@ -334,22 +336,6 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
     return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
 
 
-def held_out_rows(split, tokenizer) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Hops -> (input_ids (N, T), answers (N,)) of a dataset split."""
-    rows = {}
-    for text, answer, hops in zip(split["text"], split["answer"], split["hops"], strict=True):
-        rows.setdefault(hops, ([], []))
-        rows[hops][0].append(text)
-        rows[hops][1].append(answer)
-    return {
-        hops: (
-            torch.tensor(tokenizer(rows[hops][0])["input_ids"]),
-            torch.tensor(tokenizer.convert_tokens_to_ids(rows[hops][1])),
-        )
-        for hops in sorted(rows)
-    }
-
-
 @torch.no_grad()
 def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops: int) -> dict[str, float]:
     """Hops -> share of `rows` whose argmax over the vocabulary at the readout is the answer; ranks share the work."""
@@ -397,7 +383,7 @@ def main(recipe: Recipe) -> dict:
     Raises ValueError for a recipe that cannot run, FloatingPointError when the loss is no longer finite.
     """
     run = Path(recipe.output_dir) / recipe.name
-    optim, curriculum = recipe.optim, recipe.curriculum
+    data, optim, curriculum = recipe.data, recipe.optim, recipe.curriculum
     accelerator = Accelerator(
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=recipe.trackers or None,
@@ -415,10 +401,10 @@ def main(recipe: Recipe) -> dict:
 
     # Data: training rows by hop count, and the gate's held-out rows, which are not the test's.
     with accelerator.main_process_first():
-        dataset = load_task(recipe.data.task, recipe.data.config, seed=recipe.data.seed, **recipe.data.overrides)
-    tokenizer = hop_tokenizer(20, 4)
-    gate_rows = held_out_rows(dataset["validation"], tokenizer)
-    train_hops = sorted(set(dataset["train"]["hops"]))
+        dataset = load_task(data.task, data.config, **({"seed": data.seed} | data.overrides))
+    tokenizer = dataset_tokenizer(dataset)
+    gate_rows = encode_hops(dataset["validation"], tokenizer)
+    train_hops = sorted(dataset["train"].unique("hops"))
     start_hops = curriculum.start_hops or train_hops[-1]
     stop_hops = curriculum.stop_hops or train_hops[-1]
     if not start_hops <= stop_hops or not {start_hops, stop_hops} <= set(train_hops) & set(gate_rows):
@@ -432,7 +418,7 @@ def main(recipe: Recipe) -> dict:
         hops = [k for k in train_hops if k <= stage]
         return HopBatches(
             dataset["train"], tokenizer, recipe.batch_size, recipe.seed, depth,
-            hops=hops, rank=rank, world=world, weighting=recipe.data.weighting,
+            hops=hops, rank=rank, world=world, weighting=data.weighting,
         )  # fmt: skip
 
     # Model: the same weights on every rank; after that each rank has its own dropout.
@@ -566,7 +552,7 @@ def main(recipe: Recipe) -> dict:
         "gate": gate,
         "gate_loops": gate_loops,
         "trained_hops": [k for k in train_hops if k <= state.stage],
-        "trained_loops": {"minimum": depth.minimum, "maximum": depth.maximum, "mean": depth.expected},
+        "trained_loops": {"minimum": int(depth.depths[0]), "maximum": int(depth.depths[-1]), "mean": depth.expected},
         "commit": commit(),
         "hardware": hardware(accelerator),
         "versions": {

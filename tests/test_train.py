@@ -1,0 +1,372 @@
+"""Laws of train.py: interrupted equals uninterrupted, a batch is the same however it is split, errors come first.
+
+Runs are a few steps of the smoke recipe with a smaller task.
+"""
+
+import importlib.metadata
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import AutoTokenizer, GenerationConfig
+
+import train
+from modeling_looped import LoopedForCausalLM
+from train import RecipeLoader, build_recipe, lr_factor, main, read_recipe
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "recipes" / "smoke.yaml"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Precision and launcher are the process's in accelerate; every test starts anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe("name", "--field=value", ...): the smoke recipe, its runs below the test's folder."""
+    return lambda name, *flags: read_recipe(SMOKE, [f"--output_dir={tmp_path}", f"--name={name}", *flags])
+
+
+def rows(folder: Path, key: str = "loss") -> list[tuple]:
+    """(step, value) of the metrics rows that have `key`."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[key]) for row in lines if key in row]
+
+
+def launch(*command: str, **environment: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-2000:]
+
+
+# Resume
+
+
+DROPOUT = "--model.residual_dropout=0.2"
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
+    """Weights, both optimizers, dropout, warm-up, data and depth streams: any of them off would move the loss."""
+    main(recipe("whole", DROPOUT))
+    main(recipe("parts", DROPOUT))
+    for later in ("model", "checkpoints/step-000000020"):
+        (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
+    main(recipe("parts", DROPOUT))
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "parts", "gate") == rows(tmp_path / "whole", "gate")
+    weights = [
+        LoopedForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.slow
+def test_a_killed_run_equals_an_uninterrupted_one(recipe, tmp_path):
+    """kill -9 at any moment, then the same command: no row is lost, doubled or different."""
+    flags = ["--max_steps=300", "--checkpoint_every=40", "--curriculum.check_every=50", DROPOUT]
+    process = launch("train.py", str(SMOKE), f"--output_dir={tmp_path}", "--name=killed", *flags)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 60:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed_at = len(rows(tmp_path / "killed"))
+    assert 60 - 2 <= killed_at < 300
+    main(recipe("killed", *flags))
+    main(recipe("whole", *flags))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "killed", "gate") == rows(tmp_path / "whole", "gate")
+
+
+def test_a_corrupt_checkpoint_is_passed_over(recipe, tmp_path, caplog):
+    main(recipe("run"))
+    whole = rows(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    weights = checkpoints / "step-000000020" / "pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (checkpoints / "partial").mkdir()
+    (checkpoints / "partial" / "optimizer.bin").write_text("half")
+    main(recipe("run"))
+    assert "step-000000020 is incomplete or corrupt" in caplog.text
+    assert rows(tmp_path / "run") == whole
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000000010", "step-000000020"]
+
+
+def test_without_an_intact_checkpoint_the_run_begins_again(recipe, tmp_path, caplog):
+    main(recipe("run"))
+    whole = rows(tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / "state.json").write_text('{"state": {"sta')
+    main(recipe("run"))
+    assert caplog.text.count("is incomplete or corrupt") == 2
+    assert rows(tmp_path / "run") == whole
+
+
+def test_a_finished_run_is_left_as_it_is(recipe, tmp_path):
+    first = main(recipe("run"))
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    second = main(recipe("run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    assert second == first
+
+
+def test_another_recipe_in_an_existing_run_raises(recipe, tmp_path):
+    main(recipe("run"))
+    whole = rows(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 -> 0\.5.*--overwrite true"):
+        main(recipe("run", "--optim.lr=0.5"))
+    assert rows(tmp_path / "run") == whole
+    main(recipe("run", "--optim.lr=0.5", "--overwrite=true"))
+    assert rows(tmp_path / "run") != whole
+
+
+# One batch, however it is split
+
+
+def test_accumulated_micro_batches_are_one_batch(recipe, tmp_path):
+    main(recipe("whole", "--optim.kind=adamw"))
+    main(recipe("parts", "--optim.kind=adamw", "--accumulation_steps=2"))
+    assert [loss for _, loss in rows(tmp_path / "parts")] == pytest.approx(
+        [loss for _, loss in rows(tmp_path / "whole")], abs=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_batch(recipe, tmp_path):
+    """DDP over gloo, accumulating; `accelerate launch --cpu --num_processes 2` would start one process only."""
+    flags = ["--optim.kind=adamw", "--accumulation_steps=2"]
+    command = ["--nproc_per_node=2", "--master_port=29611", "train.py", str(SMOKE), f"--output_dir={tmp_path}"]
+    finish(launch("-m", "torch.distributed.run", *command, "--name=two", *flags, ACCELERATE_USE_CPU="true"))
+    main(recipe("one", *flags))
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["hardware"]["processes"] == 2
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [step for step, _ in two] == [step for step, _ in one]
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], abs=1e-5)
+    assert rows(tmp_path / "two", "gate") == rows(tmp_path / "one", "gate")
+    assert len(list((tmp_path / "two" / "checkpoints" / "step-000000020").glob("random_states_*.pkl"))) == 2
+
+
+def test_a_batch_that_does_not_divide_raises(recipe):
+    with pytest.raises(ValueError, match=r"batch_size 16 does not divide into 1 processes x 3"):
+        main(recipe("run", "--accumulation_steps=3"))
+
+
+# Gate and curriculum
+
+
+def test_evaluating_more_often_changes_nothing(recipe, tmp_path):
+    """Training mode is on again after each evaluation, else dropout would be off for ever (Kohli et al.'s code)."""
+    main(recipe("often", DROPOUT, "--curriculum.check_every=2"))
+    main(recipe("never", DROPOUT, "--curriculum.check_every=1000"))
+    assert rows(tmp_path / "often") == rows(tmp_path / "never")
+
+
+def test_the_curriculum_adds_a_hop_when_the_gate_passes(recipe, tmp_path):
+    """Two entities make every relation a swap or nothing: parity, learnt in seconds."""
+    flags = ["--data.overrides={num_entities: 2, num_relations: 8, gate_per_hop: 64}", "--batch_size=64"]
+    curriculum = "--curriculum={start_hops: 2, threshold: 0.9, check_every: 25, min_steps: 30, after_last: stop}"
+    summary = main(recipe("run", *flags, curriculum, "--max_steps=400"))
+    trained, checked = {2: set(), 3: set()}, []
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "hops" in row:
+            trained[row["stage"]].add(row["hops"])
+        else:
+            checked.append((row["stage"], row["gate"][str(row["stage"])]))
+    assert trained == {2: {1, 2}, 3: {1, 2, 3}}
+    assert max(i for i, (stage, _) in enumerate(checked) if stage == 2) >= 1  # min_steps: not at the first check
+    assert [accuracy > 0.9 for _, accuracy in checked][-1]
+    assert summary["learnable_depth"] == summary["stage"] == 3
+    assert summary["trained_hops"] == [1, 2, 3]
+    assert summary["steps"] < 400
+
+
+# The result
+
+
+def test_the_model_folder_alone_scores_what_the_run_measured(recipe, tmp_path):
+    summary = main(recipe("run"))
+    folder = tmp_path / "run" / "model"
+    model, tokenizer = LoopedForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert GenerationConfig.from_pretrained(folder).num_loops == model.config.num_loops == 4
+    validation = train.load_task(
+        "khop", "quickstart", num_entities=8, num_relations=2, gate_per_hop=16, test_per_hop=16
+    )
+    two_hops = validation["validation"].filter(lambda hops: hops == 2, input_columns="hops")
+    answers = []
+    for text in two_hops["text"]:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        answers.append(tokenizer.decode(model.generate(ids)[0, ids.shape[1] :]))
+    accuracy = sum(given == asked for given, asked in zip(answers, two_hops["answer"], strict=True)) / len(answers)
+    assert accuracy == pytest.approx(summary["gate"]["2"])
+
+
+def test_the_summary_tells_what_was_trained(recipe, tmp_path):
+    summary = main(recipe("run", "--trackers=[tensorboard]", "--eval_loops=[2, 6]"))
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 20
+    assert summary["trained_hops"] == [1, 2]
+    assert summary["trained_loops"]["minimum"] == 2
+    assert summary["trained_loops"]["maximum"] == 4
+    assert summary["versions"]["torch"] == importlib.metadata.version("torch")
+    assert set(summary["gate"]) == {str(k) for k in range(2, 9)}
+    assert all(set(value) == {"2", "6"} for _, value in rows(tmp_path / "run", "gate_at_loops"))
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["optim"]["lr"] == 1e-3
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+# Precision, memory, speed
+
+
+def test_bf16_takes_steps_near_fp32(recipe, tmp_path):
+    main(recipe("fp32"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(recipe("bf16", "--precision=bf16"))
+    first, second = rows(tmp_path / "fp32"), rows(tmp_path / "bf16")
+    assert second != first
+    assert second[0][1] == pytest.approx(first[0][1], abs=2e-2)
+
+
+def test_checkpointed_layers_give_the_same_losses(recipe, tmp_path):
+    main(recipe("kept", "--optim.kind=adamw"))
+    main(recipe("computed_again", "--optim.kind=adamw", "--gradient_checkpointing=true"))
+    assert [loss for _, loss in rows(tmp_path / "computed_again")] == pytest.approx(
+        [loss for _, loss in rows(tmp_path / "kept")], abs=1e-5
+    )
+
+
+def test_num_grad_loops_cuts_the_gradient(recipe, tmp_path):
+    main(recipe("all"))
+    main(recipe("last", "--num_grad_loops=1"))
+    all_loops, last_loop = rows(tmp_path / "all"), rows(tmp_path / "last")
+    assert last_loop[0] == all_loops[0]
+    assert last_loop[-1] != all_loops[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch 2.13's own inductor
+def test_compiled_layers_give_the_same_losses(recipe, tmp_path):
+    main(recipe("eager", "--optim.kind=adamw", "--max_steps=3"))
+    main(recipe("compiled", "--optim.kind=adamw", "--max_steps=3", "--compile=true"))
+    assert [loss for _, loss in rows(tmp_path / "compiled")] == pytest.approx(
+        [loss for _, loss in rows(tmp_path / "eager")], abs=1e-4
+    )
+
+
+def test_a_run_ends_with_its_time(recipe):
+    summary = main(recipe("run", "--max_steps=null", "--max_seconds=0.3"))
+    assert 0.3 <= summary["seconds"] < 30
+    assert summary["steps"] >= 1
+
+
+def test_schedules():
+    """Warm-up counts from the stage's start; every shape but constant ends at zero."""
+    for schedule in ("constant", "linear", "cosine", "wsd"):
+        optim = train.Optim(schedule=schedule, warmup_steps=10)
+        assert lr_factor(optim, 4, 0.0) == 0.5
+        assert lr_factor(optim, 100, 0.0) == 1.0
+        assert lr_factor(optim, 100, 1.0) == pytest.approx(float(schedule == "constant"), abs=1e-12)
+    assert lr_factor(optim, 100, 0.8) == pytest.approx(1.0)
+    assert lr_factor(optim, 100, 0.9) == pytest.approx(0.5)
+
+
+# Errors come before any work
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--optim.learning_rate=1", r"optim\.learning_rate is not a recipe field"),
+        ("--optim.lrr=1", r"did you mean optim\.lr\?"),
+        ("--lr=1", r"did you mean optim\.lr\?"),
+        ("--batchsize=1", r"did you mean batch_size\?"),
+        ("--curiculum.start_hops=2", r"did you mean curriculum\?"),
+        ("--optim.lr=fast", r"section optim: Field 'lr'"),
+        ("--batch_size=2.5", r"'batch_size' expected int"),
+        ("--depth=4", r"'depth' expected Depth"),
+        ("--max_steps.a=4", r"max_steps is a value"),
+        ("--optim.kind=sgd", r"'kind'.*'adamw', 'muon'"),
+        ("--batch_size=0", r"batch_size must be >= 1, got 0"),
+        ("--curriculum.check_every=0", r"curriculum\.check_every must be >= 1"),
+        ("--max_steps=null", r"no budget: set max_steps, max_seconds"),
+        ("--name=../elsewhere", r"name must be a plain folder name"),
+        ("--optim.betas=[0.9]", r"optim\.betas must be two numbers"),
+        ("max_steps=3", r"cannot read the argument 'max_steps=3'"),
+        ("--overwrite", r"cannot read the argument '--overwrite'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_raises(flag, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(SMOKE, [flag])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.hiden_size=8", r"hidden_size"),
+        ("--depth.kind=fixed", r"fixed takes mean"),
+        ("--data.overrides.num_entitys=8", r"num_entit"),
+        ("--curriculum.start_hops=9", r"start_hops 9"),
+    ],
+)
+def test_a_recipe_that_cannot_run_raises(recipe, tmp_path, flag, message):
+    with pytest.raises(ValueError, match=message):
+        main(recipe("run", flag))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    # Nothing was trained, so the corrected recipe may have the folder.
+    main(recipe("run", "--max_steps=1"))
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(ValueError, match=r"name"):
+        build_recipe({"model": {}, "max_steps": 1})
+
+
+def test_numbers_are_read_as_in_yaml_1_2():
+    assert yaml.load("[1e-4, 3E5, .5, 10, e3, r1]", RecipeLoader) == [1e-4, 3e5, 0.5, 10, "e3", "r1"]
+
+
+def test_an_output_folder_that_cannot_be_written_raises(recipe, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot write to .*another --output_dir"):
+        main(recipe("run", f"--output_dir={tmp_path / 'file'}"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):
+    """The update that would have spread the NaN is not made, and no checkpoint holds it."""
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+"):
+        main(recipe("run", "--optim.kind=adamw", "--optim.lr=1e30", "--checkpoint_every=1"))
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        json.loads((checkpoint / "state.json").read_text())
+
+
+def test_help_names_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert {"--optim.lr", "--curriculum.stop_hops", "--max_seconds"} <= set(capsys.readouterr().out.split())

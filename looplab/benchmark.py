@@ -1,0 +1,334 @@
+"""Speed and memory against an equally wide, equally deep (unrolled) Llama, and what halting saves.
+
+    training   forward + backward + AdamW step, tokens/s; eager and with each layer compiled
+    decode     `generate`, greedy, batch 1, new tokens/s; eager with a dynamic cache, compiled with a static one
+    kv_bytes   bytes of the cache tensors per token, for each kv_sharing
+    halting    layer calls and wall time of the KL + entropy rule against fixed loops, on a trained run
+
+Both models run the same matrix products on the same tokens; the looped one has num_core_layers layers of weights,
+Llama num_loops times as many. They are timed in turn (A B A B ...) in one process, so that what else the machine does
+hits both, and a ratio is the median over the pairs. Nothing here is a test: numbers of two machines do not compare.
+"""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+
+from .evaluation import load_run_model, load_run_task
+from .runs import open_run, write_whole
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run at every width: a core of `layers` x `loops`, `batch` x `tokens` per training step."""
+
+    layers: int = 2
+    loops: int = 4
+    vocab: int = 512
+    batch: int = 16
+    tokens: int = 64
+    prompt: int = 16
+    new_tokens: int = 64
+    matmul: int = 1536
+    rows_per_hop: int = 64
+
+
+QUICK = Workload(vocab=64, batch=2, tokens=8, prompt=4, new_tokens=4, matmul=64, rows_per_hop=4)
+
+
+def forward_flops(
+    config: LoopedConfig, batch: int, tokens: int, num_loops: int, logits_kept: int | None = None
+) -> int:
+    """Matrix-product FLOPs (2 per multiply-add) of one forward; a training step is three times that.
+
+    Every loop counts. Attention is counted over all tokens x tokens pairs, norms and activations not at all.
+
+    Args:
+        logits_kept: positions whose logits are computed, all unless given.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = 2 * hidden * (2 * heads + 2 * keys) + 4 * tokens * heads
+    mlp = 2 * hidden * config.intermediate_size * (3 if config.gated_mlp else 2)
+    layer_calls = config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * num_loops
+    adapter = 4 * hidden * hidden * num_loops if config.loop_connection == "inject_concat" else 0
+    head = 2 * hidden * config.vocab_size
+    return batch * (tokens * (layer_calls * (attention + mlp) + adapter) + (logits_kept or tokens) * head)
+
+
+def build_pair(width: int, work: Workload, kv_sharing: str = "per_loop") -> tuple[LoopedForCausalLM, LlamaForCausalLM]:
+    """A looped model and a Llama of the same width whose depth is the loops unrolled; random weights."""
+    sizes = {
+        "vocab_size": work.vocab,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_attention_heads": max(1, width // 64),
+        "num_key_value_heads": max(1, width // 64),
+        "max_position_embeddings": 2 * max(work.tokens, work.prompt + work.new_tokens),
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    looped = LoopedConfig(**sizes, num_core_layers=work.layers, num_loops=work.loops, kv_sharing=kv_sharing)
+    llama = LlamaConfig(**sizes, num_hidden_layers=work.layers * work.loops)
+    return LoopedForCausalLM(looped), LlamaForCausalLM(llama)
+
+
+def training_step(model: PreTrainedModel, input_ids: torch.Tensor) -> Callable[[], None]:
+    """One update of `model` on `input_ids` (B, T): forward, backward, AdamW."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def decoding(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, **cache) -> Callable[[], None]:
+    """Greedy `generate` of exactly `new_tokens` after `prompt` (1, T)."""
+    model.eval()
+    mask = torch.ones_like(prompt)
+
+    def decode() -> None:
+        model.generate(prompt, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **cache)
+
+    return decode
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each layer on its own, in place; the loop over them stays in Python."""
+    for layer in model.model.core if isinstance(model, LoopedForCausalLM) else model.model.layers:
+        layer.compile()
+
+
+def seconds(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def interleaved(first: Callable, second: Callable, rounds: int, warmup: int = 2) -> list[tuple[float, float]]:
+    """Seconds of (first, second), timed in turn `rounds` times after `warmup` untimed turns (which also compile)."""
+    for _ in range(warmup):
+        first(), second()
+    return [(seconds(first), seconds(second)) for _ in range(rounds)]
+
+
+def compared(pairs: Sequence[tuple[float, float]], amount: float) -> dict:
+    """`amount` per second of both sides, and first over second: the median of the pairs, with its range."""
+    ratios = [theirs / ours for ours, theirs in pairs]
+    return {
+        "looped": amount / median(ours for ours, _ in pairs),
+        "llama": amount / median(theirs for _, theirs in pairs),
+        "ratio": median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "pairs": len(pairs),
+    }
+
+
+def training_row(width: int, work: Workload, rounds: int, compiled: bool, peak: float) -> dict:
+    looped, llama = build_pair(width, work)
+    if compiled:
+        compile_layers(looped)
+        compile_layers(llama)
+    input_ids = torch.randint(1, work.vocab, (work.batch, work.tokens), generator=torch.Generator().manual_seed(0))
+    pairs = interleaved(training_step(looped, input_ids), training_step(llama, input_ids), rounds)
+    row = {
+        "measure": "training",
+        "unit": "tokens/s",
+        "mode": "compiled layers" if compiled else "eager",
+        "width": width,
+    }
+    row |= compared(pairs, input_ids.numel())
+    flops = 3 * forward_flops(looped.config, work.batch, work.tokens, work.loops)
+    gflops = flops / median(ours for ours, _ in pairs) / 1e9
+    return row | {"batch": work.batch, "tokens": work.tokens, "gflops": gflops, "of_peak": gflops / peak}
+
+
+def decode_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
+    looped, llama = build_pair(width, work)
+    cache = {}
+    if compiled:
+        cache = {"cache_implementation": "static"}
+        for model in (looped, llama):
+            model.forward = torch.compile(model.forward, dynamic=False)
+    prompt = torch.randint(1, work.vocab, (1, work.prompt), generator=torch.Generator().manual_seed(0))
+    pairs = interleaved(*(decoding(model, prompt, work.new_tokens, **cache) for model in (looped, llama)), rounds)
+    mode = "compiled, static cache" if compiled else "eager"
+    row = {"measure": "decode", "unit": "tokens/s", "mode": mode, "width": width}
+    return row | compared(pairs, work.new_tokens) | {"batch": 1, "tokens": work.new_tokens}
+
+
+@torch.inference_mode()
+def kv_bytes_per_token(model: PreTrainedModel, tokens: int) -> float:
+    """Bytes of all cache tensors after `tokens` tokens, per token."""
+    cache = model.eval()(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / tokens
+
+
+def kv_row(width: int, work: Workload, kv_sharing: str) -> dict:
+    looped, llama = (kv_bytes_per_token(model, work.tokens) for model in build_pair(width, work, kv_sharing))
+    row = {"measure": "kv_bytes", "unit": "bytes/token", "mode": kv_sharing, "width": width}
+    return row | {"looped": looped, "llama": llama, "ratio": looped / llama, "tokens": work.tokens}
+
+
+def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
+    """KL + entropy halting against fixed loops on one batch of the run's test rows, all hop counts mixed.
+
+    At the largest trained loop count and at twice that; the entropy bound is the paper's 3.00 nats of ln 217, scaled
+    to the vocabulary. `layer_calls` counts rows through core layers, by forward hooks.
+    """
+    run = open_run(folder)
+    model, tokenizer = load_run_model(run)
+    model.eval()
+    test = load_run_task(run)["test"]
+    hops = np.array(test["hops"][:])
+    rows = test.select(
+        np.concatenate([np.flatnonzero(hops == count)[: work.rows_per_hop] for count in np.unique(hops)])
+    )
+    inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
+    answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]), device=model.device)
+    max_entropy = 3.0 / math.log(217) * math.log(model.config.vocab_size)
+    calls = []
+    for layer in model.model.core:
+        layer.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
+
+    def call(loops: int, halting: dict | None) -> Callable:
+        @torch.inference_mode()
+        def forward():
+            return model(**inputs, num_loops=loops, halting=halting, logits_to_keep=1, use_cache=False)
+
+        return forward
+
+    def once(forward: Callable) -> dict:
+        calls.clear()
+        output = forward()
+        accuracy = (output.logits[:, -1].argmax(-1) == answers).float().mean().item()
+        loops_used = output.loops_used[:, -1].float().mean().item()
+        return {"accuracy": accuracy, "layer_calls": sum(calls), "loops_used": loops_used}
+
+    results = []
+    largest = run.trained_loops()[1]
+    for loops in (largest, 2 * largest):
+        for kl_threshold in (0.1, 0.01, 0.001):
+            rule = {"rule": "kl_entropy", "kl_threshold": kl_threshold, "max_entropy": max_entropy}
+            halted, fixed = call(loops, rule), call(loops, None)
+            ours, theirs = once(halted), once(fixed)
+            ratios = [b / a for a, b in interleaved(halted, fixed, rounds)]
+            row = {"measure": "halting", "mode": f"kl < {kl_threshold}", "run": run.name, "loops": loops} | rule
+            row |= ours | {"fixed_accuracy": theirs["accuracy"], "fixed_layer_calls": theirs["layer_calls"]}
+            row |= {"layer_calls_saved": 1 - ours["layer_calls"] / theirs["layer_calls"], "rows": len(rows)}
+            row |= {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": rounds}
+            results.append(row)
+    return results
+
+
+def matmul_peak(size: int) -> float:
+    """GFLOP/s of the best of 10 fp32 products of two (size, size) matrices: what this process can reach."""
+    a, b = torch.randn(2, size, size)
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(10)) / 1e9
+
+
+def machine() -> dict:
+    """What the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "machine": names[0] if names else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+    }
+
+
+def bench(
+    output: str | Path,
+    *,
+    widths: Sequence[int] = (64, 256, 512),
+    rounds: int = 7,
+    run: str | Path | None = None,
+    compiled: bool = True,
+    quick: bool = False,
+) -> Path:
+    """Measure, print a table and write OUTPUT/bench.jsonl, one row per measurement.
+
+    Args:
+        widths: hidden sizes; a head is 64 wide.
+        rounds: timed pairs per ratio.
+        run: a trained run for the halting rows.
+        compiled: also the rows with torch.compile, which take minutes to compile.
+        quick: tiny sizes and two rounds, to see that it works.
+    """
+    if run is not None:
+        open_run(run).model_folder()
+    work = QUICK if quick else Workload()
+    widths, rounds = ((32,), 2) if quick else (widths, rounds)
+    modes = (False, True) if compiled else (False,)
+    peak = matmul_peak(work.matmul)
+    plan = [lambda w=w, c=c: [training_row(w, work, rounds, c, peak)] for w in widths for c in modes]
+    plan += [lambda w=w, c=c: [decode_row(w, work, rounds, c)] for w in widths for c in modes]
+    plan += [lambda w=w, s=s: [kv_row(w, work, s)] for w in widths for s in ("per_loop", "last")]
+    plan += [] if run is None else [lambda: halting_rows(run, work, rounds)]
+    facts = machine() | {"matmul_peak_gflops": peak, "layers": work.layers, "loops": work.loops}
+    rows = []
+    for measure in tqdm(plan, desc="measuring", unit="row"):
+        rows += [facts | row for row in measure()]
+    print(bench_table(rows))
+    return write_whole(Path(output) / "bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def bench_table(rows: Sequence[dict]) -> str:
+    """The rows as text, one block per kind of measurement."""
+    facts = rows[0]
+    depth = facts["layers"] * facts["loops"]
+    text = [
+        f"\n{facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, transformers "
+        f"{facts['transformers']}, {facts['dtype']}, matmul peak {facts['matmul_peak_gflops']:.0f} GFLOP/s",
+        f"{facts['layers']} layers x {facts['loops']} loops against a Llama of {depth} layers; "
+        "ratio = looped / Llama, median of interleaved pairs (min - max)",
+        f"{'':<10} {'mode':<23}{'width':>6}{'looped':>10}{'Llama':>10}  ratio",
+    ]
+    for row in rows:
+        if row["measure"] == "halting":
+            continue
+        line = f"{row['measure']:<10} {row['mode']:<23}{row['width']:>6}{row['looped']:>10.0f}{row['llama']:>10.0f}"
+        line += f"  {row['ratio']:.2f}"
+        if "ratio_min" in row:
+            line += f" ({row['ratio_min']:.2f} - {row['ratio_max']:.2f}) {row['unit']}"
+        else:
+            line += f" {row['unit']}"
+        if "gflops" in row:
+            line += f"; {row['gflops']:.1f} GFLOP/s, {100 * row['of_peak']:.0f} % of peak"
+        text.append(line)
+    halting = [row for row in rows if row["measure"] == "halting"]
+    if halting:
+        text.append(f"\nhalting on {halting[0]['run']}, {halting[0]['rows']} rows of mixed hops")
+        columns = f"{'rule':<12}{'loops':>6}{'used':>7}{'calls saved':>13}{'accuracy':>10}{'fixed':>8}"
+        text.append(f"{columns}   speed (fixed / halted seconds)")
+    for row in halting:
+        text.append(
+            f"{row['mode']:<12}{row['loops']:>6}{row['loops_used']:>7.1f}{100 * row['layer_calls_saved']:>11.0f} %"
+            f"{100 * row['accuracy']:>8.1f} %{100 * row['fixed_accuracy']:>6.1f} %   "
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
+        )
+    return "\n".join(text)

@@ -1,0 +1,102 @@
+"""The command line: `looped eval | plot | ask | bench`. Nothing heavy is imported before the arguments are parsed."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return value
+
+
+def run_eval(arguments) -> None:
+    from .evaluation import evaluate_run, print_grid
+    from .runs import open_run
+
+    path = evaluate_run(arguments.run, loops=arguments.loops, limit=arguments.limit)
+    print_grid(open_run(arguments.run))
+    print(f"\nwritten to {path}")
+
+
+def run_plot(arguments) -> None:
+    from .plots import plot_runs
+
+    for path in plot_runs(arguments.runs):
+        print(path)
+
+
+def run_ask(arguments) -> None:
+    from .evaluation import ask
+
+    ask(arguments.run, arguments.question, loops=arguments.loops)
+
+
+def run_bench(arguments) -> None:
+    from .benchmark import bench
+
+    bench(
+        arguments.output,
+        widths=arguments.widths,
+        rounds=arguments.rounds,
+        run=arguments.run,
+        compiled=not arguments.no_compile,
+        quick=arguments.quick,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    main_parser = argparse.ArgumentParser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
+    commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("eval", help="accuracy over loops x hops, to RUN/grid.jsonl")
+    command.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    command.add_argument(
+        "--loops", type=positive, nargs="+", metavar="R", help="loop counts (default: 1 2 3 4 6 8 12 16)"
+    )
+    command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
+    command.set_defaults(call=run_eval)
+
+    command = commands.add_parser("plot", help="heat map and training curves, to RUN/figures/*.png")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="run folders; several are also drawn as one mean")
+    command.set_defaults(call=run_plot)
+
+    command = commands.add_parser("ask", help="one answer at several loop counts")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("question", metavar="QUESTION", help='an entity and relations, such as "e3 r1 r2"')
+    command.add_argument("--loops", type=positive, nargs="+", default=[1, 2, 4, 8, 16], metavar="R")
+    command.set_defaults(call=run_ask)
+
+    command = commands.add_parser("bench", help="speed and memory against an unrolled Llama, to OUTPUT/bench.jsonl")
+    command.add_argument("--output", default="runs/bench", metavar="FOLDER", help="default: %(default)s")
+    command.add_argument("--widths", type=positive, nargs="+", default=[64, 256, 512], metavar="D")
+    command.add_argument(
+        "--rounds", type=positive, default=7, metavar="N", help="interleaved pairs (default: %(default)s)"
+    )
+    command.add_argument("--run", metavar="RUN", help="also measure halting on this trained run")
+    command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
+    command.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that it works; the numbers mean nothing"
+    )
+    command.set_defaults(call=run_bench)
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 with one sentence on stderr for what the user can mend."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.call(arguments)
+    except (ValueError, OSError) as error:
+        print(f"looped {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Accuracy of a trained run over (loops x hops), and single questions.
+
+    predict = predictor(model)                    (B, T) ids, loops -> (B,) ids: full-vocabulary argmax at the readout
+    for loops in the grid:
+        predictions = predict(rows, loops)        every row of every (hops, split_kind) group
+        rows += metric(predictions, answers)      the `evaluate` module in hop_accuracy/
+
+Protocol of Loop, Think & Generalize (arXiv 2604.07822, section 6): accuracy per hop count while the loops at inference
+are swept. What is evaluated is what ships: the model is loaded from `RUN/model` with that folder's own code.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import load_task
+
+from .runs import Run, open_run, write_whole
+
+LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
+TRAIN_ROWS = 1000  # rows of each (hops, split_kind) group of the train split: a check of memory, not a result
+THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
+
+Predict = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one hop count and split kind: `input_ids` (N, T) ending in the readout token, `answers` (N,)."""
+
+    hops: int
+    split_kind: str
+    input_ids: torch.Tensor
+    answers: torch.Tensor
+
+
+def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Group]:
+    """`rows` split by (split_kind, hops), at most `limit` of each (the same ones every time).
+
+    Raises:
+        ValueError: two questions of one group have different lengths.
+    """
+    hops, kinds = np.array(rows["hops"][:]), np.array(rows["split_kind"][:])
+    groups = []
+    for kind, count in sorted(set(zip(kinds.tolist(), hops.tolist(), strict=True))):
+        members = np.flatnonzero((kinds == kind) & (hops == count))
+        if limit is not None and limit < len(members):
+            members = np.sort(np.random.default_rng(0).choice(members, limit, replace=False))
+        chosen = rows.select(members)
+        ids = tokenizer(chosen["text"][:])["input_ids"]
+        if len({len(row) for row in ids}) > 1:
+            raise ValueError(f"questions of {count} hops ({kind}) differ in length; a group must have one length.")
+        answers = tokenizer.convert_tokens_to_ids(chosen["answer"][:])
+        groups.append(Group(count, kind, torch.tensor(ids), torch.tensor(answers)))
+    return groups
+
+
+def predictor(model: PreTrainedModel) -> Predict:
+    """The function `(B, T) ids, loops -> (B,) ids` of a causal LM: argmax over the whole vocabulary at the readout."""
+    model.eval()
+
+    @torch.inference_mode()
+    def predict(input_ids: torch.Tensor, num_loops: int) -> torch.Tensor:
+        output = model(input_ids.to(model.device), num_loops=num_loops, logits_to_keep=1, use_cache=False)
+        return output.logits[:, -1].argmax(-1).cpu()
+
+    return predict
+
+
+def accuracy_grid(
+    predict: Predict,
+    groups: Sequence[Group],
+    loops: Sequence[int],
+    trained_hops: Sequence[int],
+    batch_size: int = 2048,
+) -> list[dict]:
+    """A row per loop count and group: loops, hops, split_kind, accuracy (a fraction), n, trained (this hop count)."""
+    metric = evaluate.load(str(Path(__file__).parent / "hop_accuracy"), keep_in_memory=True)
+    columns = {
+        "references": torch.cat([group.answers for group in groups]).numpy(),
+        "hops": [group.hops for group in groups for _ in group.answers],
+        "split_kind": [group.split_kind for group in groups for _ in group.answers],
+    }
+    rows = []
+    with tqdm(total=len(loops) * len(columns["hops"]), desc="evaluating", unit="row", unit_scale=True) as bar:
+        for num_loops in loops:
+            predictions = []
+            for group in groups:
+                for batch in group.input_ids.split(batch_size):
+                    predictions.append(predict(batch, num_loops))
+                    bar.update(len(batch))
+            result = metric.compute(predictions=torch.cat(predictions).numpy(), **columns)
+            for cell in result["groups"]:
+                rows.append({"loops": num_loops, **cell, "trained": cell["hops"] in trained_hops})
+    return rows
+
+
+def load_run_task(run: Run) -> datasets.DatasetDict:
+    """The data of a run, from its recipe; already in the datasets cache where the run was trained."""
+    data = run.recipe()["data"]
+    return load_task(data["task"], data["config"], seed=data["seed"], **data["overrides"])
+
+
+def load_run_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The saved model, through the code saved beside it, on the accelerator if there is one, and its tokenizer."""
+    folder = run.model_folder()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def evaluate_run(folder: str | Path, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:
+    """Write RUN/grid.jsonl (rows of `accuracy_grid`) and RUN/evaluation.json (what the plots need beside it).
+
+    Args:
+        folder: a finished run.
+        loops: loop counts, `LOOPS` unless given.
+        limit: at most so many rows per (hops, split_kind); all test rows unless given.
+
+    Raises:
+        ValueError: no such run, or it has not finished.
+    """
+    run = open_run(folder)
+    trained_hops = run.summary()["trained_hops"]
+    model, tokenizer = load_run_model(run)
+    task = load_run_task(run)
+    groups = groups_of(task["train"], tokenizer, min(limit or TRAIN_ROWS, TRAIN_ROWS))
+    groups += groups_of(task["test"], tokenizer, limit)
+    loops = sorted(set(loops or LOOPS))
+    rows = accuracy_grid(predictor(model), groups, loops, trained_hops)
+    facts = {"chance": 1 / len(set(task["train"]["answer"][:])), "limit": limit}
+    write_whole(run.folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
+    return write_whole(run.folder / "grid.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share `accuracy` of `n` trials (Wilson 1927); inside [0, 1], and not empty at 0 or 1."""
+    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:
+    """Largest hop count such that it and all smaller ones reach `threshold` with `loops` loops (0: none does)."""
+    worst = {}
+    for row in rows:
+        if row["loops"] == loops and row["split_kind"] != "train":
+            worst[row["hops"]] = min(row["accuracy"], worst.get(row["hops"], 1.0))
+    solved = 0
+    for hops in sorted(worst):
+        if worst[hops] < threshold:
+            break
+        solved = hops
+    return solved
+
+
+def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, int]) -> str:
+    """The grid as text: a line per (split kind, hops), a column per loop count, accuracies in %.
+
+    The last column is the Wilson interval at the loop count that is best on average over the held-out lines.
+    """
+    loops = sorted({row["loops"] for row in rows})
+    cells = {(row["split_kind"], row["hops"], row["loops"]): row for row in rows}
+    lines = sorted({key[:2] for key in cells}, key=line_order)
+    held_out = [line for line in lines if line[0] not in ("atomic", "train")] or lines
+    best = max(loops, key=lambda count: sum(cells[(*line, count)]["accuracy"] for line in held_out))
+    low, high = trained_loops
+    header = "".join(f"{f'[{count}]' if low <= count <= high else count:>6}" for count in loops)
+    text = [
+        f"Accuracy in % (chance {100 * chance:.1f}); a column is a loop count; [ ] and * mark those of the training.",
+        f"{'split':<8}{'hops':>5} {'n':>6} |{header} | 95 % interval at {best} loops",
+    ]
+    for line in lines:
+        row = cells[(*line, best)]
+        values = "".join(f"{100 * cells[(*line, count)]['accuracy']:6.1f}" for count in loops)
+        interval = " - ".join(f"{100 * bound:.1f}" for bound in wilson_interval(row["accuracy"], row["n"]))
+        text.append(f"{line[0]:<8}{line[1]:>4}{'*' if row['trained'] else ' '} {row['n']:>6} |{values} | {interval}")
+    for threshold in THRESHOLDS:
+        values = "".join(f"{hops_solved(rows, count, threshold):>6}" for count in loops)
+        text.append(f"{f'hops at >= {100 * threshold:.0f} %':<20} |{values} |")
+    return "\n".join(text)
+
+
+def line_order(line: tuple[str, int]) -> tuple[int, str, int]:
+    """What was trained on first, then held-out rows, easy before hard."""
+    kinds = ["atomic", "train", "id", "ood"]
+    return kinds.index(line[0]) if line[0] in kinds else len(kinds), line[0], line[1]
+
+
+def print_grid(run: Run) -> None:
+    """Print the grid of an evaluated run."""
+    print(f"\n{run.folder}")
+    print(grid_table(run.grid(), run.evaluation()["chance"], run.trained_loops()))
+
+
+def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
+    """Entities along the chain of `question`, by following the atomic facts; None where a fact does not exist."""
+    facts = {
+        text: answer
+        for text, answer, kind in zip(*(train_rows[name][:] for name in ("text", "answer", "split_kind")), strict=True)
+        if kind == "atomic"
+    }
+    entity, *relations = question.split()
+    path = [entity]
+    for relation in relations:
+        if f"{path[-1]} {relation}" not in facts:
+            return None
+        path.append(facts[f"{path[-1]} {relation}"])
+    return path
+
+
+def ask(folder: str | Path, question: str, loops: Sequence[int] = (1, 2, 4, 8, 16)) -> None:
+    """Print the generated answer to `question` ("e3 r1 r2") at several loop counts, and the true chain.
+
+    Raises:
+        ValueError: no such run, or a word the tokenizer does not know.
+    """
+    run = open_run(folder)
+    model, tokenizer = load_run_model(run)
+    words, known = question.split(), tokenizer.get_vocab()
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        examples = ", ".join(list(load_run_task(run)["test"]["text"][:3]))
+        raise ValueError(f"unknown words {unknown} in the question {question!r}; questions look like: {examples}.")
+    path = true_path(load_run_task(run)["train"], question)
+    print(f"question  {question}")
+    if path is None:
+        print("chain     not in the graph: the question is an entity followed by relations it has")
+    else:
+        steps = "".join(f" -{relation}-> {entity}" for relation, entity in zip(words[1:], path[1:], strict=True))
+        print(f"chain     {path[0]}{steps}   ({len(path) - 1} hops)")
+    print("loops     answer   probability")
+    inputs = tokenizer(question, return_tensors="pt").to(model.device)
+    for num_loops in loops:
+        answer, probability = generate_answer(model, inputs, num_loops)
+        word = tokenizer.decode(answer)
+        place = "" if path is None or word not in path else "correct" if word == path[-1] else on_the_way(path, word)
+        print(f"{num_loops:>5}     {word:<8} {100 * probability:10.1f} %   {place}".rstrip())
+
+
+def on_the_way(path: list[str], word: str) -> str:
+    return f"(the chain after {path.index(word)} of {len(path) - 1} hops)"
+
+
+@torch.inference_mode()
+def generate_answer(model: PreTrainedModel, inputs: dict, num_loops: int) -> tuple[int, float]:
+    """The one generated token and its probability."""
+    output = model.generate(
+        **inputs,
+        num_loops=num_loops,
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    token = int(output.sequences[0, -1])
+    return token, float(output.logits[0][0].softmax(-1)[token])

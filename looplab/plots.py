@@ -1,0 +1,194 @@
+"""Pictures of a run: the heat map of accuracy over loops x hops, and its training curves, as PNG in RUN/figures/.
+
+    grid.png       x hops by split kind, y loops, colour and number accuracy in %; a frame around what was trained
+    training.png   loss and gate accuracy per hop count over wall minutes; dashed where a hop count was added
+
+Several runs (seeds) are also drawn as one heat map of their mean and their lowest accuracy. Colours are cividis, which
+colour-blind readers see as others do.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from .runs import Run, open_run
+
+try:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+except ImportError as error:
+    raise ValueError("plots need matplotlib: pip install 'looped-transformers[plots]'.") from error
+
+COLOURS = "cividis"
+FRAME = "#d55e00"  # vermilion of Okabe and Ito, apart from every colour of cividis
+KIND_WORDS = {"atomic": "facts", "train": "training rows", "id": "held out", "ood": "out of distribution"}
+
+
+def plot_runs(folders: Sequence[str | Path]) -> list[Path]:
+    """Draw every run, and all of them as one where there are several; returns the PNG paths.
+
+    Raises:
+        ValueError: no such run, it has not been evaluated, or the runs were evaluated on different grids.
+    """
+    runs = [open_run(folder) for folder in folders]
+    drawn = [(run.folder / "figures" / "grid.png", heat_map([run])) for run in runs]
+    drawn += [(run.folder / "figures" / "training.png", training_curves(run)) for run in runs]
+    if len(runs) > 1:
+        drawn.append((runs[0].folder / "figures" / f"grid_of_{len(runs)}_runs.png", heat_map(runs)))
+    return [save(figure, path) for path, figure in drawn]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=160)
+    temporary.replace(path)
+    return path
+
+
+def cells_of(run: Run) -> dict[tuple[int, str, int], dict]:
+    """Rows of the grid by (hops, split kind, loops), without those the model was trained on beyond the facts."""
+    return {(row["hops"], row["split_kind"], row["loops"]): row for row in run.grid() if row["split_kind"] != "train"}
+
+
+def heat_map(runs: Sequence[Run]) -> Figure:
+    """Accuracy over loops x hops of one run, or mean and lowest of several that were evaluated on the same grid."""
+    grids = [cells_of(run) for run in runs]
+    for run, grid in zip(runs, grids, strict=True):
+        if grid.keys() != grids[0].keys():
+            raise ValueError(
+                f"{run.folder} and {runs[0].folder} were evaluated on different (loops, hops): run `looped eval` on "
+                "each with the same --loops."
+            )
+    columns = sorted({key[:2] for key in grids[0]})
+    loops = sorted({key[2] for key in grids[0]})
+    values = {key: [100 * grid[key]["accuracy"] for grid in grids] for key in grids[0]}
+    mean = [[sum(values[(*column, count)]) / len(runs) for column in columns] for count in loops]
+
+    figure = Figure(figsize=(2.6 + 0.62 * max(len(columns), 5), 1.9 + 0.44 * len(loops)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(mean, cmap=COLOURS, vmin=0, vmax=100, origin="lower", aspect="auto")
+    for y, count in enumerate(loops):
+        for x, column in enumerate(columns):
+            colour = "white" if mean[y][x] < 55 else "black"
+            lift = 0 if len(runs) == 1 else 0.14
+            axes.text(x, y + lift, f"{mean[y][x]:.0f}", ha="center", va="center", color=colour, fontsize=9)
+            if len(runs) > 1:
+                lowest = f"{min(values[(*column, count)]):.0f}"
+                axes.text(x, y - 0.26, lowest, ha="center", va="center", color=colour, fontsize=6.5)
+    axes.set_xticks(range(len(columns)), [hops for hops, _ in columns])
+    axes.set_yticks(range(len(loops)), loops)
+    axes.tick_params(length=0)
+    axes.set_ylabel("loops at inference")
+    axes.set_xlabel("hops")
+    mark_kinds(axes, columns)
+    mark_training(axes, columns, loops, runs)
+    names = ", ".join(run.name for run in runs)
+    axes.set_title(names if len(runs) == 1 else f"mean (small: lowest) of {names}", fontsize=11, pad=18)
+    draw_scale(figure, image, axes, 100 * runs[0].evaluation()["chance"])
+    return figure
+
+
+def mark_kinds(axes, columns: Sequence[tuple[int, str]]) -> None:
+    """Name each stretch of columns of one split kind above it, and part the stretches by a white line."""
+    kinds = [kind for _, kind in columns]
+    start = 0
+    for end in range(1, len(kinds) + 1):
+        if end == len(kinds) or kinds[end] != kinds[start]:
+            word = KIND_WORDS.get(kinds[start], kinds[start])
+            middle = (start + end - 1) / 2
+            axes.annotate(
+                word, (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+                ha="center", fontsize=8.5,
+            )  # fmt: skip
+            if end < len(kinds):
+                axes.axvline(end - 0.5, color="white", linewidth=2)
+            start = end
+
+
+def mark_training(axes, columns, loops, runs: Sequence[Run]) -> None:
+    """Frame the cells whose hop count and loop count were both in training (of all the runs)."""
+    low = max(run.trained_loops()[0] for run in runs)
+    high = min(run.trained_loops()[1] for run in runs)
+    trained_hops = set.intersection(*(set(run.summary()["trained_hops"]) for run in runs))
+    xs = [x for x, (hops, _) in enumerate(columns) if hops in trained_hops]
+    ys = [y for y, count in enumerate(loops) if low <= count <= high]
+    if xs and ys:
+        label = f"in training: up to {max(trained_hops)} hops, {low} to {high} loops"
+        width, height = xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1
+        corner = (xs[0] - 0.5, ys[0] - 0.5)
+        frame = Rectangle(corner, width, height, fill=False, edgecolor=FRAME, linewidth=3, label=label)
+        frame.set(clip_on=False, zorder=3)  # above the white lines and the axes' own border
+        axes.add_patch(frame)
+        axes.figure.legend(handles=[frame], loc="outside lower center", frameon=False, fontsize=9)
+
+
+def draw_scale(figure: Figure, image, axes, chance: float) -> None:
+    """The colour bar in %, with the chance level marked on it."""
+    bar = figure.colorbar(image, ax=axes, ticks=range(0, 101, 20))
+    bar.set_label(f"accuracy (%); white line: chance, {chance:.1f}")
+    bar.ax.axhline(chance, color="white", linewidth=1.5)
+
+
+def training_curves(run: Run) -> Figure:
+    """Loss and gate accuracy over wall minutes; the gate is the held-out split that decides when hops are added."""
+    rows = run.metrics()
+    steps, gates = [row for row in rows if "loss" in row], [row for row in rows if "gate" in row]
+    if not steps:
+        raise ValueError(f"{run.folder}/metrics.jsonl has no training rows yet; wait for the first ones.")
+    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    minutes = [row["seconds"] / 60 for row in steps]
+    upper.plot(minutes, [row["loss"] for row in steps], ".", color="0.8", markersize=3, label="logged batches")
+    upper.plot(minutes, smooth([row["loss"] for row in steps]), color="black", linewidth=1.5, label="smoothed")
+    upper.set_ylabel("loss (nats)")
+    upper.set_ylim(bottom=0)
+    upper.set_title(f"{run.name}: {steps[-1]['step']:,} updates", fontsize=11, pad=18)
+
+    hops = sorted({int(count) for row in gates for count in row["gate"]})
+    if hops:
+        norm = BoundaryNorm([count - 0.5 for count in [*hops, hops[-1] + 1]], len(hops))
+        # The lightest part of the map does not show on white.
+        spread = [0.8 * index / max(len(hops) - 1, 1) for index in range(len(hops))]
+        shades = ScalarMappable(norm, ListedColormap(colormaps[COLOURS](spread)))
+        for count in hops:
+            seen = [row for row in gates if str(count) in row["gate"]]
+            points = [row["seconds"] / 60 for row in seen], [100 * row["gate"][str(count)] for row in seen]
+            lower.plot(*points, "o-", color=shades.to_rgba(count), markersize=3, linewidth=1.8)
+        figure.colorbar(shades, ax=[upper, lower], label="hops", ticks=hops, aspect=40)
+    lower.set_ylabel("gate accuracy (%)")
+    lower.set_ylim(-3, 103)
+    lower.set_xlabel("wall time (minutes)")
+    mark_stages(upper, lower, steps)
+    upper.legend(frameon=False, fontsize=9, loc="upper right")
+    return figure
+
+
+def mark_stages(upper, lower, steps: Sequence[dict]) -> None:
+    """A dashed line where the curriculum added a hop count, which is written above it."""
+    label = "hop count added"
+    for before, after in pairwise(steps):
+        if after["stage"] > before["stage"]:
+            minute = before["seconds"] / 60
+            for axes in (upper, lower):
+                axes.axvline(minute, color=FRAME, linestyle="--", linewidth=1, label=label)
+            label = None
+            upper.annotate(
+                f"+{after['stage']}", (minute, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                textcoords="offset points", ha="center", color=FRAME, fontsize=9,
+            )  # fmt: skip
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def smooth(values: Sequence[float], memory: float = 0.95) -> list[float]:
+    """Exponential average without the bias of its start (Adam's correction)."""
+    average, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        average = memory * average + (1 - memory) * value
+        weight = memory * weight + (1 - memory)
+        smoothed.append(average / weight)
+    return smoothed

@@ -1,0 +1,94 @@
+"""A run folder, read: `runs/<name>/`, the place where training and evaluation meet.
+
+recipe.yaml     the resolved recipe                      written before the first step
+metrics.jsonl   training rows and gate rows              while training
+model/          weights, config, tokenizer, model code   at the end
+summary.json    what was reached                         at the end
+grid.jsonl      accuracy over loops x hops               `looped eval`
+evaluation.json chance level and row limit               `looped eval`
+figures/        PNG                                      `looped plot`
+"""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+UNFINISHED = "the training has not finished; run train.py again to resume it."
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run; every reader raises ValueError that says what to do when its file is missing or broken."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def recipe(self) -> dict:
+        return self._parse("recipe.yaml", yaml.safe_load, "was it written by train.py?")
+
+    def summary(self) -> dict:
+        return self._parse("summary.json", json.loads, UNFINISHED)
+
+    def metrics(self) -> list[dict]:
+        return self._parse("metrics.jsonl", json_lines, "nothing was trained here; run train.py.")
+
+    def grid(self) -> list[dict]:
+        return self._parse("grid.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+
+    def evaluation(self) -> dict:
+        return self._parse("evaluation.json", json.loads, f"run `looped eval {self.folder}` first.")
+
+    def model_folder(self) -> Path:
+        if not (self.folder / "model" / "config.json").is_file():
+            raise ValueError(f"{self.folder} has no model/config.json: {UNFINISHED}")
+        return self.folder / "model"
+
+    def trained_loops(self) -> tuple[int, int]:
+        """Smallest and largest loop count of the training batches."""
+        loops = self.summary()["trained_loops"]
+        return loops["minimum"], loops["maximum"]
+
+    def _parse(self, file: str, parse, remedy: str):
+        path = self.folder / file
+        if not path.is_file():
+            raise ValueError(f"{self.folder} has no {file}: {remedy}")
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run at `folder`.
+
+    Raises:
+        ValueError: there is no such folder (with the nearest name), or it is not a run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        siblings = [str(path) for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+        nearest = difflib.get_close_matches(str(folder), siblings, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "train one with `accelerate launch train.py RECIPE`."
+        raise ValueError(f"there is no run folder {folder}; {hint}")
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no recipe.yaml, which train.py writes first.")
+    return Run(folder)
+
+
+def json_lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write `text` beside `path`, then rename: a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path

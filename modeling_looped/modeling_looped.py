@@ -260,8 +260,11 @@ class LoopedLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.post_attention_layernorm_2(output))
 
 
-class RotaryPositions(LlamaRotaryEmbedding):
-    """Rotary position embeddings: queries and keys are rotated in every layer, by the same angles in every loop."""
+class LoopedRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary position embeddings: queries and keys are rotated in every layer, by the same angles in every loop.
+
+    Its name ends as transformers expects of a module whose frequencies it must compute again after loading.
+    """
 
     def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return embeds
@@ -299,7 +302,7 @@ class NoPositions(nn.Module):
         return None
 
 
-POSITIONS = {"rope": RotaryPositions, "learned": LearnedPositions, "none": NoPositions}
+POSITIONS = {"rope": LoopedRotaryEmbedding, "learned": LearnedPositions, "none": NoPositions}
 
 
 @dataclass

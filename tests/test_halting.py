@@ -1,0 +1,265 @@
+"""Laws of depth per row: a row equals itself run alone, and what is not needed is not computed."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from modeling_looped.halting_looped import halting_rule
+from toys import FP32, count_layer_calls, make_ids, make_model
+
+RULES = {
+    "kl_entropy": {"rule": "kl_entropy", "kl_threshold": 0.003, "max_entropy": 3.7},
+    "kl": {"rule": "kl", "kl_threshold": 0.003},
+    "latent": {"rule": "latent", "threshold": 0.12},
+}
+every_rule = pytest.mark.parametrize("rule", RULES)
+every_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])
+
+
+def make_settling_model(**fields):
+    """A model whose rows settle at different loops: injection makes the loop a contraction towards a fixed point."""
+    fields = {"loop_connection": "inject_add", "norm_between_loops": True, "initializer_range": 0.15, **fields}
+    return make_model(seed=2, **fields)
+
+
+def loops_by_hand(model, ids, rule, num_loops):
+    """The loop a row halts at, from one full run per loop count: nothing of the halting code but its formula."""
+    settings = {"kl_threshold": float("inf"), "max_entropy": float("inf"), "threshold": None, **RULES[rule]}
+    previous = None
+    for loops in range(1, num_loops + 1):
+        state = model.model(ids, num_loops=loops).last_hidden_state[:, -1]
+        log_p = model.lm_head(state).log_softmax(-1)
+        if previous is not None:
+            kl = (log_p.exp() * (log_p - previous[0])).sum(-1).item()
+            entropy = -(log_p.exp() * log_p).sum(-1).item()
+            change = ((state - previous[1]).norm() / state.norm()).item()
+            if rule == "latent":
+                done = change < settings["threshold"]
+            else:
+                done = kl < settings["kl_threshold"] and entropy < settings["max_entropy"]
+            if done:
+                return loops
+        previous = log_p, state
+    return num_loops
+
+
+@torch.no_grad()
+@every_rule
+def test_rows_halt_where_the_formula_says_and_read_out_there(rule):
+    model, ids = make_settling_model(), make_ids(6, 5)
+    output = model(ids, num_loops=12, halting=RULES[rule], logits_to_keep=1)
+    expected = [loops_by_hand(model, ids[row : row + 1], rule, 12) for row in range(6)]
+    assert output.loops_used[:, -1].tolist() == expected
+    assert len(set(expected)) > 1  # else the test shows nothing about rows
+    for row, loops in enumerate(expected):
+        alone = model(ids[row : row + 1], num_loops=loops, logits_to_keep=1).logits
+        torch.testing.assert_close(output.logits[row], alone[0], **FP32)
+
+
+@torch.no_grad()
+@every_rule
+def test_halted_rows_cost_nothing(rule):
+    """Ouro, vLLM, HRM and TRM compute every loop whatever their exit says (trap 9); Huginn waits for the slowest row
+    (trap 10). Rows of the core's layer calls are counted."""
+    model, ids = make_settling_model(num_prelude_layers=1, num_coda_layers=1), make_ids(6, 5)
+    calls = count_layer_calls(model)
+    used = model(ids, num_loops=12, halting=RULES[rule], logits_to_keep=1).loops_used[:, -1]
+    core_rows = [rows for section, rows in calls if section == "core"]
+    expected = [int((used > loop).sum()) for loop in range(int(used.max())) for _ in range(2)]
+    assert core_rows == expected
+    assert sum(core_rows) < 12 * 2 * 6
+    assert [rows for section, rows in calls if section != "core"] == [6, 6]
+
+
+@torch.no_grad()
+@every_sharing
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_rows_of_different_depth_equal_each_row_alone(kv_sharing, attn):
+    model, ids = make_model(kv_sharing=kv_sharing, attn=attn), make_ids(4, 6)
+    budget = torch.tensor([3, 1, 5, 1])
+    kwargs = {"max_new_tokens": 5, "do_sample": False}
+    calls = count_layer_calls(model)
+    output = model(ids, num_loops=budget)
+    assert [rows for _, rows in calls] == [4, 4, 2, 2, 2, 2, 1, 1, 1, 1]
+    tokens = model.generate(ids, num_loops=budget, return_dict_in_generate=True, **kwargs)
+    assert tokens.loops_used.equal(budget[:, None].expand(4, 5))
+    for row, loops in enumerate(budget.tolist()):
+        torch.testing.assert_close(output.logits[row], model(ids[row : row + 1], num_loops=loops).logits[0], **FP32)
+        assert tokens.sequences[row].equal(model.generate(ids[row : row + 1], num_loops=loops, **kwargs)[0])
+    static = model.generate(ids, num_loops=budget, cache_implementation="static", **kwargs)
+    assert static.equal(tokens.sequences)
+    padded, mask = torch.cat([torch.zeros(4, 2, dtype=torch.long), ids], 1), torch.ones(4, 8, dtype=torch.long)
+    mask[:, :2] = 0
+    assert model.generate(padded, attention_mask=mask, num_loops=budget, **kwargs)[:, 2:].equal(tokens.sequences)
+
+
+@torch.no_grad()
+def test_a_budget_follows_its_row_through_beams():
+    model, ids = make_model(), make_ids(2, 5)
+    kwargs = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    batch = model.generate(ids, num_loops=torch.tensor([1, 4]), **kwargs)
+    for row, loops in enumerate((1, 4)):
+        assert batch[row].equal(model.generate(ids[row : row + 1], num_loops=loops, **kwargs)[0])
+
+
+@torch.no_grad()
+@every_rule
+@every_sharing
+def test_halting_in_generation_is_per_row_and_per_token(rule, kv_sharing):
+    """A batch generates what its rows generate alone, through a cache whose early tokens were filled in."""
+    model, ids = make_settling_model(kv_sharing=kv_sharing), make_ids(5, 5)
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "num_loops": 10, "halting": RULES[rule]}
+    batch = model.generate(ids, return_dict_in_generate=True, **kwargs)
+    assert batch.loops_used.shape == (5, 6)
+    assert batch.loops_used.unique().numel() > 1
+    static = model.generate(ids, cache_implementation="static", **kwargs)
+    assert static.equal(batch.sequences)
+    for row in range(5):
+        alone = model.generate(ids[row : row + 1], return_dict_in_generate=True, **kwargs)
+        assert alone.sequences[0].equal(batch.sequences[row])
+        assert alone.loops_used[0].equal(batch.loops_used[row])
+
+
+@torch.no_grad()
+def test_an_early_token_is_cached_as_its_last_computed_loop():
+    """The fill policy by hand: slots of loops a token never ran hold its rows of the deepest loop it did."""
+    model, ids = make_settling_model(), make_ids(4, 5)
+    cache = DynamicCache(config=model.config)
+    used = model(ids, num_loops=8, halting=RULES["kl"], past_key_values=cache, logits_to_keep=1).loops_used[:, -1]
+    full = model(ids, num_loops=8, use_cache=True).past_key_values
+    assert len(cache.layers) == 16
+    for loop in range(8):
+        for layer in range(2):
+            for row, ran in enumerate(used.tolist()):
+                expected = full.layers[2 * min(loop, ran - 1) + layer].keys[row]
+                torch.testing.assert_close(cache.layers[2 * loop + layer].keys[row], expected, **FP32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["kl_entropy", "kl"])
+def test_thresholds_at_their_ends(name):
+    """eps = infinity halts everyone at loop 2; eps = 0 never halts, since rounding cannot make the KL negative."""
+    model, ids = make_model(residual_init="zero"), make_ids()
+    at_once = {"rule": name, "kl_threshold": float("inf")}
+    never = {"rule": name, "kl_threshold": 0.0}
+    if name == "kl_entropy":
+        at_once["max_entropy"] = never["max_entropy"] = float("inf")
+    assert model(ids, num_loops=7, halting=at_once).loops_used.unique().tolist() == [2]
+    assert model(ids, num_loops=7, halting=never).loops_used.unique().tolist() == [7]
+    assert model(ids, num_loops=1, halting=at_once).loops_used.unique().tolist() == [1]
+
+
+@torch.no_grad()
+def test_high_entropy_keeps_a_row_looping():
+    """KL alone stops on a distribution that stands still because it knows nothing yet (arXiv 2604.07822)."""
+    model, ids = make_model(residual_init="zero", initializer_range=0.001), make_ids()
+    rule = {"rule": "kl_entropy", "kl_threshold": 1.0, "max_entropy": 3.0}
+    assert model(ids, num_loops=6, halting=rule).loops_used.unique().tolist() == [6]  # ln 50 = 3.9 nats
+    assert model(ids, num_loops=6, halting={"rule": "kl", "kl_threshold": 1.0}).loops_used.unique().tolist() == [2]
+
+
+@torch.no_grad()
+def test_fixed_halting_is_no_halting():
+    model, ids = make_model(), make_ids()
+    assert model(ids, halting="fixed").logits.equal(model(ids).logits)
+
+
+@torch.no_grad()
+def test_padding_does_not_hold_a_row_back():
+    model, ids, rule = make_settling_model(), make_ids(1, 5), {"rule": "kl", "kl_threshold": 0.1}
+    padded, mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1), torch.tensor([[0] * 4 + [1] * 5])
+    alone = model(ids, num_loops=12, halting=rule).loops_used[0, 0]
+    with_padding = model(padded, attention_mask=mask, num_loops=12, halting=rule).loops_used[0, 0]
+    assert alone == with_padding < 12
+
+
+@torch.no_grad()
+def test_all_kept_positions_must_agree():
+    model, ids = make_settling_model(), make_ids(1, 6)
+    each = [
+        int(model(ids, num_loops=12, halting=RULES["kl"], logits_to_keep=torch.tensor([t])).loops_used[0, 0])
+        for t in range(6)
+    ]
+    assert len(set(each)) > 1
+    together = int(model(ids, num_loops=12, halting=RULES["kl"]).loops_used[0, 0])
+    assert together >= max(each)
+
+
+@torch.no_grad()
+def test_loop_settings_of_the_generation_config_are_saved_loaded_and_overridden(tmp_path):
+    """A custom field of a generation config derived from the model's is dropped on load, and one that is there
+    swallows the call's own: both happened to a prototype."""
+    from modeling_looped import LoopedForCausalLM
+
+    model, ids = make_settling_model(), make_ids(2, 5)
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    model.generation_config.num_loops = 5
+    model.generation_config.halting = RULES["latent"]
+    model.save_pretrained(tmp_path)
+    loaded = LoopedForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.generation_config.num_loops == 5
+    by_config = loaded.generate(ids, **kwargs)
+    by_call = model.generate(ids, num_loops=5, halting=RULES["latent"], **kwargs)
+    assert by_config.loops_used.equal(by_call.loops_used)
+    assert loaded.generate(ids, num_loops=2, halting="fixed", **kwargs).loops_used.unique().tolist() == [2]
+    loaded.save_pretrained(tmp_path / "again")
+    assert LoopedForCausalLM.from_pretrained(tmp_path / "again").generation_config.num_loops == 5
+
+
+@pytest.mark.parametrize("num_loops", [1, 2, 3, 6])
+def test_generate_accepts_every_loop_count(num_loops):
+    """Ouro and LoopFormer reject the loop count in generate (trap 8)."""
+    output = make_model().generate(make_ids(), num_loops=num_loops, max_new_tokens=2, return_dict_in_generate=True)
+    assert output.loops_used.unique().tolist() == [num_loops]
+
+
+@pytest.mark.parametrize(
+    ("halting", "message"),
+    [
+        ("kl_entropi", "did you mean 'kl_entropy'"),
+        ({"rule": "kl", "kl_treshold": 0.1}, "did you mean 'kl_threshold'"),
+        ({"kl_threshold": 0.1}, "no rule None"),
+        ({"rule": "kl", "kl_threshold": -0.1}, "must be a number >= 0"),
+        ({"rule": "latent", "threshold": "small"}, "must be a number >= 0"),
+    ],
+)
+def test_bad_rules_are_refused_before_any_work(halting, message):
+    model = make_model()
+    calls = count_layer_calls(model)
+    with pytest.raises(ValueError, match=message):
+        model(make_ids(), halting=halting)
+    with pytest.raises(ValueError, match=message):
+        model.generate(make_ids(), halting=halting, max_new_tokens=2)
+    assert calls == []
+
+
+def test_a_misspelt_loop_argument_raises_in_generate():
+    model = make_model()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="numloops"):
+            model.generate(make_ids(), numloops=3)
+        model.generation_config.num_loops = 2  # a setting of the same kind must not hide the typo
+
+
+def test_a_model_without_a_head_has_no_distribution_to_compare():
+    with pytest.raises(ValueError, match="LoopedForCausalLM"):
+        make_model().model(make_ids(), halting="kl")
+    assert make_model().model(make_ids(), halting="latent").loops_used.shape == (3, 7)
+
+
+def test_rules_are_found_by_name():
+    assert halting_rule(None) is None
+    assert halting_rule("fixed") is None
+    assert halting_rule("kl_entropy").max_entropy == 3.0
+
+
+def test_rows_that_leave_are_differentiated_as_alone():
+    model, ids = make_model(), make_ids(3, 5)
+    loss = model(ids, labels=ids, num_loops=torch.tensor([1, 3, 2])).loss
+    loss.backward()
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for row, loops in enumerate((1, 3, 2)):
+        (model(ids[row : row + 1], labels=ids[row : row + 1], num_loops=loops).loss / 3).backward()
+    for gradient, parameter in zip(together, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, **FP32)

@@ -155,9 +155,10 @@ def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, columns: list[s
     for key in table.group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns]).to_pylist():
         chosen = [pc.equal(table[name], key[name]) for name in columns]
         rows = table.filter(chosen[0] if len(chosen) == 1 else pc.and_(*chosen))
-        words = _token_ids(pc.list_flatten(pc.utf8_split_whitespace(rows["text"])), tokenizer)
-        if len(words) != len(rows) * (key["hops"] + 1):
-            raise ValueError(f"a row of {key['hops']} hops must be one entity and {key['hops']} relations.")
+        words = pc.utf8_split_whitespace(rows["text"])
+        if set(pc.unique(pc.list_value_length(words)).to_pylist()) != {key["hops"] + 1}:
+            raise ValueError(f"the text of a row of {key['hops']} hops must be an entity and {key['hops']} relations.")
+        words = _token_ids(pc.list_flatten(words), tokenizer)
         input_ids = torch.cat([words.view(len(rows), -1), readout.expand(len(rows), -1)], dim=1)  # (N, T)
         groups[tuple(key[name] for name in columns)] = input_ids, _token_ids(rows["answer"], tokenizer)
     return groups
@@ -166,14 +167,12 @@ def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, columns: list[s
 def _token_ids(words: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Ids (M,) of words: the tokenizer is asked once per distinct word."""
     coded = words.combine_chunks().dictionary_encode()
-    distinct = coded.dictionary.to_pylist()
     vocabulary = tokenizer.get_vocab()
-    unknown = [word for word in distinct if word not in vocabulary]
-    if unknown:
-        raise ValueError(f"the tokenizer has no token for {unknown[:5]}: it was made for a smaller graph.")
-    return torch.tensor([vocabulary[word] for word in distinct])[
-        torch.from_numpy(coded.indices.to_numpy().astype(np.int64))
-    ]
+    distinct = [vocabulary.get(word) for word in coded.dictionary.to_pylist()]
+    if None in distinct:
+        unknown = coded.dictionary[distinct.index(None)]
+        raise ValueError(f"the tokenizer has no token for '{unknown}': it was made for another graph.")
+    return torch.tensor(distinct)[torch.from_numpy(coded.indices.to_numpy().astype(np.int64))]
 
 
 class HopBatches(torch.utils.data.Dataset):

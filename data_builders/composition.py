@@ -40,10 +40,10 @@ class Composition(datasets.ArrowBasedBuilder):
     Configs: `paper` (2,000 entities, 40,000 facts, 273,600 train compositions) and `cpu` (100 entities, 1,500 facts,
     10,800 train compositions). train: `split_kind` "atomic" (hops 1) and "train" (hops 2). The held-out compositions
     ("id" and "ood", hops 2) are dealt to validation and test by halves; the paper tests on all of them, so validation
-    and test together are its test sets. One example, e56 --r0--> e58 --r3--> e35:
+    and test together are its test sets. One example, e35 --r3--> e46 --r19--> e12:
 
-    >>> load_task("composition", "cpu")["test"][0]
-    {'text': '', 'answer': '', 'hops': 2, 'split_kind': 'id', 'path': []}
+    >>> load_task("composition", "cpu")["test"][400]
+    {'text': 'e35 r3 r19', 'answer': 'e12', 'hops': 2, 'split_kind': 'ood', 'path': [35, 46, 12]}
 
     Arrow tables and not a row at a time: the 319,221 rows of `paper` take a second instead of half a minute.
     Raises ValueError for a config field that is unknown or out of range.

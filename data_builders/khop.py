@@ -45,10 +45,11 @@ class Khop(datasets.ArrowBasedBuilder):
     Configs: `paper` (200 entities x 10 relations, hops to 40), `cpu` (50 x 6, trained to 6 hops, tested to 16) and
     `quickstart` (20 x 4, trained to 3, tested to 8). `split_kind` is "atomic" or "train" in train; elsewhere "id" for
     a hop count that train holds, "ood" for a deeper one. The rows of a hop count follow from (graph sizes, rows per
-    hop, seed) alone: a run trained to fewer hops is tested on the same items. One example:
+    hop, seed) alone: a run trained to fewer hops is tested on the same items. One example,
+    e10 --r1--> e12 --r1--> e15 --r2--> e14:
 
-    >>> load_task("khop", "quickstart")["test"][0]
-    {'text': '', 'answer': '', 'hops': 2, 'split_kind': 'id', 'path': []}
+    >>> load_task("khop", "quickstart")["test"][41]
+    {'text': 'e10 r1 r1 r2', 'answer': 'e14', 'hops': 3, 'split_kind': 'id', 'path': [10, 12, 15, 14]}
 
     Arrow tables and not a row at a time: the 616,250 rows of `paper` take seconds instead of a minute.
     Raises ValueError for a config field that is unknown, not a whole number, or too small.

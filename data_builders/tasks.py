@@ -85,7 +85,7 @@ def _card(readme: Path | None, name: str, builder: GeneratorBasedBuilder) -> Dat
     if readme is None:
         tags = ["looped-transformers", "synthetic", "multi-hop"]
         data = DatasetCardData(pretty_name=name, task_categories=["text-generation"], tags=tags)
-        text = f"# {name}\n\n{inspect.getdoc(builder).split('>>>')[0].rsplit('.', 1)[0]}.\n"
+        text = f"# {name}\n\n{inspect.getdoc(builder).split(' One example')[0]}\n"
         card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     else:
         card = DatasetCard.load(readme)

@@ -1,0 +1,346 @@
+"""Batches: one length, one depth, every row once per epoch, and nothing but (seed, step) decides."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from data_builders import (
+    DepthSampler,
+    HopBatches,
+    LoopCollator,
+    LoopCollatorCallback,
+    dataset_tokenizer,
+    encode_groups,
+    encode_hops,
+    encode_rows,
+    hop_tokenizer,
+    load_task,
+)
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+
+PAPER_DEPTH = {"kind": "poisson", "rate": 4, "minimum": 2, "maximum": 8}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return load_task("khop", "quickstart", cache_dir=tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dataset):
+    return dataset_tokenizer(dataset)
+
+
+@pytest.fixture
+def make_batches(dataset, tokenizer):
+    def make(batch_size: int = 32, seed: int = 0, **options) -> HopBatches:
+        return HopBatches(dataset["train"], tokenizer, batch_size, seed, DepthSampler(**PAPER_DEPTH), **options)
+
+    return make
+
+
+def equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) if torch.is_tensor(first[key]) else first[key] == second[key]
+        for key in first
+    )
+
+
+def row_numbers(batches: HopBatches, batch: dict) -> list[int]:
+    """Rows of the split (within their hop count), found again by their tokens."""
+    places = {tuple(row): place for place, row in enumerate(batches._rows[batch["hops"]][0].tolist())}
+    return [places[tuple(row)] for row in batch["input_ids"].tolist()]
+
+
+# Depth
+
+
+def test_the_paper_sampler_has_the_paper_mean_and_tails():
+    """(4; 2, 8): mean 4.08, P(2) = 24 %, P(8) = 5 %. A peer's sampler had mean + 1."""
+    sampler = DepthSampler(**PAPER_DEPTH)
+    assert sampler.expected == pytest.approx(4.0763, abs=1e-4)
+    poisson = [math.exp(-4) * 4**count / math.factorial(count) for count in range(8)]
+    assert sampler.probabilities == pytest.approx([sum(poisson[:3]), *poisson[3:8], 1 - sum(poisson[:8])])
+    drawn = Counter(sampler(step) for step in range(20_000))
+    assert sum(depth * count for depth, count in drawn.items()) / 20_000 == pytest.approx(4.0763, abs=0.05)
+    assert drawn[2] / 20_000 == pytest.approx(0.238, abs=0.012)
+    assert drawn[8] / 20_000 == pytest.approx(0.051, abs=0.006)
+    assert set(drawn) == set(range(2, 9))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "poisson", "mean": 4, "minimum": 2, "maximum": 8},
+        {"kind": "poisson", "mean": 2.2, "minimum": 2, "maximum": 8},
+        {"kind": "poisson", "mean": 7.9, "minimum": 1, "maximum": 8},
+        {"kind": "lognormal_poisson", "mean": 8, "sigma": 0.5, "minimum": 1, "maximum": 32},
+        {"kind": "lognormal_poisson", "mean": 3, "sigma": 1.0, "minimum": 1, "maximum": 16},
+        {"kind": "uniform", "minimum": 2, "maximum": 5},
+        {"kind": "fixed", "mean": 6},
+    ],
+)
+def test_the_mean_asked_for_is_the_mean_drawn(fields):
+    sampler = DepthSampler(**fields, seed=3)
+    mean = fields.get("mean", 3.5)
+    assert sampler.expected == pytest.approx(mean, abs=1e-9)
+    assert sampler.probabilities.sum() == pytest.approx(1)
+    drawn = np.array([sampler(step) for step in range(20_000)])
+    sd = np.sqrt(sampler.probabilities @ (sampler.depths - mean) ** 2)
+    assert abs(drawn.mean() - mean) <= 5 * sd / 20_000**0.5
+
+
+def test_lognormal_poisson_is_the_two_step_draw():
+    """The quadrature against its slow twin: draw the rate, then the count, then clip."""
+    rng = np.random.default_rng(0)
+    rates = 8 * np.exp(0.5 * rng.standard_normal(400_000) - 0.125)
+    drawn = rng.poisson(rates).clip(2, 20)
+    sampler = DepthSampler("lognormal_poisson", rate=8, sigma=0.5, minimum=2, maximum=20)
+    share = np.bincount(drawn, minlength=21)[2:] / len(drawn)
+    assert np.abs(share - sampler.probabilities).max() < 0.004
+    assert sampler.expected == pytest.approx(drawn.mean(), abs=0.05)
+
+
+def test_depth_is_a_pure_function_of_seed_and_step():
+    """Asked in any order, by any process: the same. Ranks therefore agree, and resuming replays."""
+    forward, backward = DepthSampler(**PAPER_DEPTH, seed=5), DepthSampler(**PAPER_DEPTH, seed=5)
+    steps = [0, 1, 4095, 4096, 10_000, 3]
+    assert [forward(step) for step in steps] == [backward(step) for step in reversed(steps)][::-1]
+    other = DepthSampler(**PAPER_DEPTH, seed=6)
+    assert [forward(step) for step in range(50)] != [other(step) for step in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "gauss"}, "kind must be one of fixed, uniform"),
+        ({"kind": "fixed", "mean": 4, "maximum": 8}, "depth fixed takes mean; maximum is 8"),
+        ({"kind": "fixed", "mean": 2.5}, "whole numbers"),
+        ({"kind": "fixed", "mean": 0}, "1 <= minimum"),
+        ({"kind": "uniform", "minimum": 2}, "maximum is None"),
+        ({"kind": "poisson", "rate": 4, "mean": 4, "minimum": 2, "maximum": 8}, "rate is 4"),
+        ({"kind": "poisson", "rate": -1, "minimum": 2, "maximum": 8}, "rate must be > 0"),
+        ({"kind": "poisson", "mean": 2, "minimum": 2, "maximum": 8}, "mean 2 must lie between"),
+        ({"kind": "poisson", "rate": 4, "minimum": 8, "maximum": 2}, "minimum <= maximum"),
+        ({"kind": "lognormal_poisson", "rate": 4, "minimum": 2, "maximum": 8}, "sigma is None"),
+        ({"kind": "lognormal_poisson", "rate": 4, "sigma": 0, "minimum": 2, "maximum": 8}, "sigma must be > 0"),
+    ],
+)
+def test_a_bad_depth_raises(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DepthSampler(**fields)
+
+
+# Encoding
+
+
+def test_encoding_equals_the_tokenizer_row_by_row(dataset, tokenizer):
+    for hops, (input_ids, answers) in encode_hops(dataset["test"], tokenizer).items():
+        rows = [row for row in dataset["test"].to_list() if row["hops"] == hops]
+        assert input_ids.tolist() == [tokenizer(row["text"])["input_ids"] for row in rows]
+        assert answers.tolist() == [tokenizer.convert_tokens_to_ids(row["answer"]) for row in rows]
+        assert input_ids.dtype == answers.dtype == torch.long
+
+
+def test_groups_are_hops_and_split_kind(dataset, tokenizer):
+    groups = encode_groups(dataset["test"], tokenizer)
+    assert list(groups) == [(2, "id"), (3, "id"), *((hops, "ood") for hops in range(4, 9))]
+    by_hops = encode_hops(dataset["test"], tokenizer)
+    assert all(torch.equal(groups[key][0], by_hops[key[0]][0]) for key in groups)
+
+
+def test_encoding_keeps_a_chosen_order_and_chosen_hops(dataset, tokenizer):
+    """A shuffled or selected split is an index over its table, which a shortcut to the table would ignore."""
+    shuffled = dataset["test"].shuffle(seed=1).select(range(200))
+    encoded = encode_hops(shuffled, tokenizer, hops=[4])
+    assert list(encoded) == [4]
+    texts = [text for text, hops in zip(shuffled["text"], shuffled["hops"], strict=True) if hops == 4]
+    assert tokenizer.batch_decode(encoded[4][0], skip_special_tokens=True) == texts
+
+
+def test_encoding_raises_for_what_it_cannot_say(dataset):
+    with pytest.raises(ValueError, match=r"no token for 'e1.'"):
+        encode_hops(dataset["test"], hop_tokenizer(10, 4))
+    crooked = Dataset.from_dict({"text": ["e1 r0", "e1 r0 r1 r2"], "answer": ["e1", "e2"], "hops": [2, 2]})
+    with pytest.raises(ValueError, match="a row of 2 hops must be an entity and 2 relations"):
+        encode_hops(crooked, hop_tokenizer(10, 4))
+
+
+# HopBatches
+
+
+def test_rows_of_a_batch_have_one_length_and_end_in_the_readout_token(make_batches, tokenizer):
+    batches = make_batches()
+    for step in range(50):
+        batch = batches[step]
+        assert batch["input_ids"].shape == (32, batch["hops"] + 2)
+        assert batch["shift_labels"].shape == (32, 1)
+        assert (batch["input_ids"][:, -1] == tokenizer.convert_tokens_to_ids("<ans>")).all()
+        assert batch["logits_to_keep"] == 1
+        assert batch["num_loops"] == DepthSampler(**PAPER_DEPTH)(step)
+
+
+def test_labels_are_the_answers_of_their_rows(make_batches, dataset, tokenizer):
+    answers = dict(zip(dataset["train"]["text"], dataset["train"]["answer"], strict=True))
+    for step in range(10):
+        batch = make_batches()[step]
+        texts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        assert tokenizer.batch_decode(batch["shift_labels"]) == [answers[text] for text in texts]
+
+
+def test_resuming_equals_never_stopping(make_batches):
+    """Item s of a fresh object is item s of one that was asked for every step before, also far out."""
+    walked = make_batches()
+    for step in range(5_000):
+        batch = walked[step]
+        if step in (0, 7, 4_095, 4_096, 4_999):
+            assert equal(make_batches()[step], batch)
+    assert equal(walked[3], make_batches()[3])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_partition_the_global_batch(make_batches, world):
+    """Also across the end of an epoch: 80 atomic rows are 2.5 batches of 32."""
+    ranks = [make_batches(rank=rank, world=world) for rank in range(world)]
+    for step in range(40):
+        whole, shares = make_batches()[step], [rank[step] for rank in ranks]
+        for key in ("input_ids", "shift_labels"):
+            assert torch.equal(torch.cat([share[key] for share in shares]), whole[key])
+        assert all(share[key] == whole[key] for share in shares for key in ("num_loops", "hops", "logits_to_keep"))
+
+
+@pytest.mark.parametrize("batch_size", [32, 7, 200])
+def test_every_row_comes_once_per_epoch(make_batches, batch_size):
+    """For batches smaller than an epoch, ones that straddle its end, and ones of several epochs."""
+    batches = make_batches(batch_size=batch_size)
+    seen = {k: [] for k in batches.hops}
+    for step in range(400):
+        batch = batches[step]
+        seen[batch["hops"]] += row_numbers(batches, batch)
+    for k, rows in seen.items():
+        epochs = [rows[i : i + batches.num_rows[k]] for i in range(0, len(rows), batches.num_rows[k])][:-1]
+        assert epochs
+        assert all(sorted(epoch) == list(range(batches.num_rows[k])) for epoch in epochs)
+        assert len(epochs) < 2 or epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("weighting", ["rows", "uniform"])
+def test_hops_are_drawn_by_their_rows_or_alike(make_batches, weighting):
+    batches = make_batches(weighting=weighting)
+    drawn = Counter(batches[step]["hops"] for step in range(4_000))
+    rows = {1: 80, 2: 240, 3: 960} if weighting == "rows" else dict.fromkeys((1, 2, 3), 1)
+    for hops, weight in rows.items():
+        share = weight / sum(rows.values())
+        assert abs(drawn[hops] / 4_000 - share) < 5 * (share * (1 - share) / 4_000) ** 0.5
+
+
+def test_seeds_differ_and_hops_can_be_chosen(make_batches):
+    assert not equal(make_batches(seed=0)[0], make_batches(seed=1)[0])
+    assert {make_batches(hops=[1, 2])[step]["hops"] for step in range(50)} == {1, 2}
+
+
+def test_data_loader_reads_steps_in_order(make_batches):
+    loader = DataLoader(make_batches(), batch_size=None, sampler=range(3, 6), num_workers=0)
+    assert all(equal(batch, make_batches()[step]) for step, batch in zip(range(3, 6), loader, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 30, "world": 4}, "batch_size must be a positive multiple of the 4 ranks, got 30"),
+        ({"batch_size": 0}, "batch_size must be a positive multiple"),
+        ({"rank": 2, "world": 2}, "rank must be in 0 .. 1, got 2"),
+        ({"hops": [1, 9]}, r"no rows of \[9\] hops; it has \[1, 2, 3\]"),
+        ({"weighting": "size"}, "weighting must be rows or uniform"),
+    ],
+)
+def test_bad_batches_raise(make_batches, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_batches(**options)
+
+
+# LoopCollator
+
+
+def test_collator_batches_equal_lengths_only(dataset, tokenizer):
+    rows = encode_rows(dataset["test"], tokenizer).select_columns(["input_ids", "shift_labels"]).to_list()
+    collator = LoopCollator(DepthSampler(**PAPER_DEPTH))
+    batch = collator(rows[:8])
+    assert batch["input_ids"].shape == (8, 4)
+    assert batch["shift_labels"].shape == (8, 1)
+    assert batch["logits_to_keep"] == 1
+    with pytest.raises(ValueError, match=r"one length, got \[4, 5\]"):
+        collator(rows[36:44])
+
+
+def test_collator_draws_one_depth_per_update():
+    """Micro-batches of an update share its depth; a counter set to a step goes on as if it had counted there."""
+    depth = DepthSampler(**PAPER_DEPTH)
+    collator = LoopCollator(depth, collate=lambda rows: {"rows": rows})
+    assert [collator([1])["num_loops"] for _ in range(6)] == [depth(step) for step in range(6)]
+    collator.start_at(10, accumulation_steps=2)
+    assert [collator([1])["num_loops"] for _ in range(6)] == [depth(step) for step in (10, 10, 11, 11, 12, 12)]
+
+
+def test_collator_counts_over_workers():
+    """Each worker of a DataLoader has its own counter; the batches still get the depths of their place."""
+    depth = DepthSampler(**PAPER_DEPTH)
+    loader = DataLoader(list(range(12)), batch_size=1, num_workers=2, collate_fn=LoopCollator(depth, Rows()))
+    assert [batch["num_loops"] for batch in loader] == [depth(step) for step in range(12)]
+
+
+class Rows:
+    """The simplest collate function that reaches a worker."""
+
+    def __call__(self, rows: list) -> dict:
+        return {"rows": rows}
+
+
+def test_stock_trainer_replays_the_depths_after_a_resume(tmp_path, dataset, tokenizer):
+    """Evaluations in between neither move the count nor draw a depth: they run the model's own number of loops."""
+    two_hops = encode_rows(dataset["train"].filter(lambda hops: hops == 2, input_columns="hops"), tokenizer)
+    depth = DepthSampler(**PAPER_DEPTH, seed=7)
+
+    def train(folder: str, max_steps: int, resume: bool = False) -> tuple[list[int], list[int], torch.Tensor]:
+        torch.manual_seed(0)
+        config = LoopedConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_attention_heads=2, num_core_layers=1,
+            max_position_embeddings=16, num_loops=3, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        model = LoopedForCausalLM(config)
+        trained, evaluated = [], []
+
+        def note(module, args, kwargs):
+            (trained if module.training else evaluated).append(kwargs.get("num_loops"))
+
+        model.register_forward_pre_hook(note, with_kwargs=True)
+        collator = LoopCollator(depth)
+        arguments = TrainingArguments(
+            output_dir=tmp_path / folder, max_steps=max_steps, per_device_train_batch_size=32, learning_rate=1e-3,
+            gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=120,
+            save_steps=3, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+            lr_scheduler_type="constant", logging_strategy="no", label_names=["shift_labels"],
+        )  # fmt: skip
+        trainer = Trainer(
+            model, arguments, data_collator=collator, train_dataset=two_hops, eval_dataset=two_hops,
+            callbacks=[LoopCollatorCallback(collator)],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.evaluate()
+        trainer.evaluate()
+        return trained, evaluated, torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+    # 240 rows are 8 batches, 4 updates an epoch: the run goes through two of them and stops within the second.
+    trained, evaluated, weights = train("whole", 7)
+    assert trained == [depth(step) for step in range(7) for _ in range(2)]
+    assert set(evaluated) == {None}
+    train("parts", 3)
+    resumed, _, resumed_weights = train("parts", 7, resume=True)
+    assert resumed == [depth(step) for step in range(3, 7) for _ in range(2)]
+    torch.testing.assert_close(resumed_weights, weights, rtol=1e-5, atol=1e-6)

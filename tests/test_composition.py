@@ -1,0 +1,179 @@
+"""The composition task: the out-of-distribution split really is one, and the paper's counts come out."""
+
+import doctest
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_builders import Composition, load_task
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="module")
+def cpu(cache):
+    return load_task("composition", "cpu", cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def paper(cache):
+    return load_task("composition", "paper", cache_dir=cache)
+
+
+def rows_of(dataset, *split_kinds: str) -> list[dict]:
+    return [row for split in dataset.values() for row in split.to_list() if row["split_kind"] in split_kinds]
+
+
+def facts_used(row: dict, facts: dict) -> list[tuple[str, str]]:
+    """The two (entity, relation) facts that a composition walks over."""
+    head, first, second = row["text"].split()
+    return [(head, first), (facts[head, first], second)]
+
+
+@pytest.fixture(scope="module")
+def facts(cpu):
+    return {tuple(row["text"].split()): row["answer"] for row in rows_of(cpu, "atomic")}
+
+
+def test_every_answer_is_found_by_walking_the_graph(cpu, facts):
+    for row in rows_of(cpu, "atomic", "train", "id", "ood"):
+        walked = [row["text"].split()[0]]
+        for relation in row["text"].split()[1:]:
+            walked.append(facts[walked[-1], relation])
+        assert row["answer"] == walked[-1]
+        assert row["path"] == [int(word[1:]) for word in walked]
+        assert row["hops"] == len(walked) - 1
+
+
+def test_every_entity_has_out_degree_distinct_relations(facts):
+    assert Counter(head for head, _ in facts) == {f"e{i}": 15 for i in range(100)}
+    assert {relation for _, relation in facts} == {f"r{i}" for i in range(20)}
+    assert set(facts.values()) == {f"e{i}" for i in range(100)}
+
+
+def test_ood_facts_are_known_and_never_composed(cpu, facts):
+    """Found again from the rows alone: no fact of an OOD question is part of any training composition."""
+    composed = {fact for row in rows_of(cpu, "train") for fact in facts_used(row, facts)}
+    for row in rows_of(cpu, "ood"):
+        for fact in facts_used(row, facts):
+            assert fact in facts
+            assert fact not in composed
+
+
+def test_id_questions_use_facts_that_are_composed_in_training(cpu, facts):
+    composed = {fact for row in rows_of(cpu, "train") for fact in facts_used(row, facts)}
+    used = [fact for row in rows_of(cpu, "id") for fact in facts_used(row, facts)]
+    assert sum(fact in composed for fact in used) / len(used) > 0.99
+    never = {fact for row in rows_of(cpu, "ood") for fact in facts_used(row, facts)}
+    assert not never & set(used)
+
+
+def test_every_composition_of_two_ood_facts_is_held_out(cpu, facts):
+    """All of them by brute force, so that the held-out set is not a chosen one."""
+    ood_facts = {fact for row in rows_of(cpu, "ood") for fact in facts_used(row, facts)}
+    possible = {
+        f"{head} {first} {second}"
+        for head, first in ood_facts
+        for place, second in ood_facts
+        if place == facts[head, first]
+    }
+    assert possible == {row["text"] for row in rows_of(cpu, "ood")}
+
+
+def test_no_item_is_in_two_splits_or_twice_in_one(cpu, paper):
+    for dataset in (cpu, paper):
+        texts = [text for split in dataset.values() for text in split["text"][:]]
+        assert len(set(texts)) == len(texts)
+
+
+def test_cpu_preset_is_small_and_its_test_is_not(cpu):
+    assert Counter(cpu["train"]["split_kind"][:]) == {"atomic": 1_500, "train": 10_800}
+    for split in ("validation", "test"):
+        assert min(Counter(cpu[split]["split_kind"][:]).values()) >= 300
+
+
+def test_paper_preset_has_the_paper_counts(paper):
+    """40,000 facts, 7.2 x 38,000 compositions, 0.5 % of about 721,900 held out, about 2,000 OOD questions."""
+    assert Counter(paper["train"]["split_kind"][:]) == {"atomic": 40_000, "train": 273_600}
+    held_out = Counter(paper["validation"]["split_kind"][:]) + Counter(paper["test"]["split_kind"][:])
+    assert abs(held_out["id"] - 0.005 * 721_900) < 10
+    assert abs(held_out["ood"] - 2_000) < 100
+    validation, test = (Counter(paper[split]["split_kind"][:]) for split in ("validation", "test"))
+    assert all(abs(validation[kind] - test[kind]) <= 1 for kind in ("id", "ood"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_paper_statistics_of_the_graph(seed):
+    """What the generator of arXiv 2604.07822 gives: 721.8 k both ID, 76.2 k one OOD, 2,017 both OOD; train has 38.1 %
+    of the pool and nearly all relation pairs, so that only the composition of facts is held out."""
+    builder = Composition(config_name="paper", seed=seed)
+    relations, tails, ood = builder.graph
+    second_ood = ood.reshape(2_000, 20)[tails]
+    assert ood.sum() == 2_000
+    assert abs((~ood[:, None] & ~second_ood).sum() - 721_900) < 1_500
+    assert abs((ood[:, None] ^ second_ood).sum() - 76_100) < 1_500
+    assert abs((ood[:, None] & second_ood).sum() - 2_000) < 100
+    chains = builder.compositions()
+    assert len(chains["train"]) / (len(chains["id"]) / 0.005 * 0.995) == pytest.approx(0.381, abs=0.001)
+    seen = np.zeros((200, 200), dtype=bool)
+    seen[tuple(relations[chains["train"]].T)] = True
+    assert 39_930 <= seen.sum() <= 39_980
+    assert seen[tuple(relations[chains["ood"]].T)].mean() >= 0.997
+    # The commonest answer after each second relation is nearly worthless, above all out of distribution.
+    answers = np.zeros((200, 2_000), dtype=int)
+    np.add.at(answers, (relations[chains["train"][:, 1]], tails[chains["train"][:, 1]]), 1)
+    commonest = answers.argmax(axis=1)
+    guess = {kind: (commonest[relations[chains[kind][:, 1]]] == tails[chains[kind][:, 1]]).mean() for kind in chains}
+    assert guess["id"] < 0.02
+    assert guess["ood"] < 0.006
+
+
+def test_another_seed_is_another_folder_and_other_data(cache, cpu, facts):
+    other = load_task("composition", "cpu", cache_dir=cache, seed=1)
+    assert other.cache_files != cpu.cache_files
+    assert {tuple(row["text"].split()): row["answer"] for row in rows_of(other, "atomic")} != facts
+
+
+def test_same_seed_same_rows(tmp_path, cpu):
+    again = load_task("composition", "cpu", cache_dir=tmp_path)
+    assert all(again[split].to_list() == cpu[split].to_list() for split in cpu)
+    streamed = Composition(config_name="cpu", cache_dir=tmp_path).as_streaming_dataset(split="test")
+    assert list(streamed) == cpu["test"].to_list()
+
+
+def test_the_docstring_draws_a_real_example(cache):
+    test = doctest.DocTestParser().get_doctest(
+        Composition.__doc__,
+        {"load_task": lambda name, config_name: load_task(name, config_name, cache_dir=cache)},
+        "Composition",
+        None,
+        None,
+    )
+    assert len(test.examples) == 1
+    assert doctest.DocTestRunner().run(test).failed == 0
+    row = eval(test.examples[0].want)
+    (_, first, second), path = row["text"].split(), row["path"]
+    assert f"e{path[0]} --{first}--> e{path[1]} --{second}--> e{path[2]}" in Composition.__doc__
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"ph": 7.2}, "ph'. Did you mean 'phi'"),
+        ({"phi": 12.0}, "phi must be at most 11.4[0-9] for this graph, got 12.0"),
+        ({"phi": 0}, "phi must be > 0"),
+        ({"ood_share": 0.0}, "ood_share must be above 0 and below 1"),
+        ({"id_holdout": 1.5}, "id_holdout must be above 0 and below 1"),
+        ({"out_degree": 21}, "out_degree 21 is above num_relations 20"),
+        ({"num_entities": 1}, "num_entities must be a whole number >= 2"),
+        ({"ood_share": 0.001}, "held-out compositions are too few"),
+    ],
+)
+def test_a_bad_field_raises_and_builds_nothing(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_task("composition", "cpu", cache_dir=tmp_path, **overrides)
+    assert not list(tmp_path.rglob("*.arrow"))

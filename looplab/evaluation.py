@@ -19,12 +19,13 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import load_task
 
-from .runs import Run, open_run, write_whole
+from .runs import AGAIN, Run, open_run, write_whole
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 TRAIN_ROWS = 1000  # rows of each (hops, split_kind) group of the train split: a check of memory, not a result
@@ -111,11 +112,19 @@ def load_run_task(run: Run) -> datasets.DatasetDict:
 
 
 def load_run_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The saved model, through the code saved beside it, on the accelerator if there is one, and its tokenizer."""
+    """The saved model, through the code saved beside it, on the accelerator if there is one, and its tokenizer.
+
+    Raises:
+        ValueError: there is no model yet, or its weights are damaged.
+    """
     folder = run.model_folder()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).to(device)
-    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged ({error}); {AGAIN}") from error
+    # The tokenizer needs no code of ours, but AutoTokenizer reads the model's config first.
+    return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 def evaluate_run(folder: str | Path, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import yaml
 
-UNFINISHED = "the training has not finished; run train.py again to resume it."
+AGAIN = "run train.py again: it resumes from the last checkpoint."
+UNFINISHED = f"the training has not finished; {AGAIN}"
 
 
 @dataclass(frozen=True)

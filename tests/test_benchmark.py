@@ -1,0 +1,68 @@
+"""The benchmark counts what it says: FLOPs against torch's counter, cache bytes by arithmetic, ratios by hand."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from looplab.benchmark import QUICK, build_pair, compared, forward_flops, interleaved, kv_row
+from toys import make_config, make_ids, make_model
+
+CONFIGS = {
+    "plain": {},
+    "sections": {"num_prelude_layers": 1, "num_core_layers": 3, "num_coda_layers": 2},
+    "two matrices per MLP": {"gated_mlp": False},
+    "wide heads": {"head_dim": 12, "position_embedding": "none"},
+    "adapter": {"loop_connection": "inject_concat"},
+}
+
+
+def counted_flops(action):
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("num_loops", [1, 4])
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+def test_the_flop_estimate_counts_every_loop_as_torch_does(fields, num_loops):
+    """LoopFormer's estimate ignored loops, so its utilisation was too low by their number."""
+    model, ids = make_model(attn="eager", **fields), make_ids()
+
+    def train():
+        model(ids, labels=ids, num_loops=num_loops, use_cache=False).loss.backward()
+
+    with torch.no_grad():
+        one = counted_flops(lambda: model(ids, num_loops=num_loops, logits_to_keep=1, use_cache=False))
+    assert one == forward_flops(model.config, *ids.shape, num_loops, logits_kept=1)
+    assert counted_flops(train) == 3 * forward_flops(model.config, *ids.shape, num_loops)
+
+
+def test_more_loops_cost_the_core_and_nothing_else():
+    config = make_config(num_prelude_layers=1, num_coda_layers=1)
+    costs = [forward_flops(config, 2, 8, loops) for loops in (1, 2, 3)]
+    assert costs[2] - costs[1] == costs[1] - costs[0] > 0
+
+
+def test_both_sides_of_a_comparison_do_the_same_work():
+    ids = make_ids(2, 8)
+    looped, llama = (counted_flops(lambda m=model: m(ids, use_cache=False)) for model in build_pair(32, QUICK))
+    assert looped == llama
+
+
+@pytest.mark.parametrize(("kv_sharing", "ratio"), [("per_loop", 1.0), ("last", 1 / QUICK.loops)])
+def test_kv_bytes_are_those_of_the_policy(kv_sharing, ratio):
+    row = kv_row(32, QUICK, kv_sharing)
+    assert row["llama"] == QUICK.layers * QUICK.loops * 2 * 32 * 4  # keys and values of 32 floats per layer
+    assert row["ratio"] == ratio
+
+
+def test_a_ratio_is_the_median_over_the_pairs():
+    row = compared([(1.0, 2.0), (1.0, 3.0), (2.0, 2.0)], amount=10)
+    assert (row["ratio"], row["ratio_min"], row["ratio_max"], row["pairs"]) == (2.0, 1.0, 3.0, 3)
+    assert (row["looped"], row["llama"]) == (10.0, 5.0)
+
+
+def test_two_actions_are_timed_in_turn():
+    order = []
+    interleaved(lambda: order.append("a"), lambda: order.append("b"), rounds=3, warmup=1)
+    assert "".join(order) == "ab" * 4

@@ -1,0 +1,159 @@
+"""The command line, on a run that train.py made: every command runs, and a user's mistake is one sentence."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+import train
+from looplab.cli import main
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("eval", "plot", "ask", "bench")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The smoke recipe, trained for 20 steps and evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.main(train.read_recipe(ROOT / "recipes" / "smoke.yaml", [f"--output_dir={folder}"]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["eval", str(folder / "smoke"), "--loops", "1", "2", "5"]) == 0
+    return folder / "smoke"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of that run to break."""
+    return Path(shutil.copytree(trained, tmp_path / "smoke"))
+
+
+def failure(capfd, *arguments) -> str:
+    """What a failing command says, without progress bars; it must be one line."""
+    capfd.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("looped ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_shown_without_importing_anything_heavy(command):
+    program = (
+        "import sys\n"
+        "from looplab.cli import main\n"
+        "try:\n"
+        f"    main([*{command.split()!r}, '--help'])\n"
+        "except SystemExit as end:\n"
+        "    assert not {'torch', 'transformers', 'datasets', 'evaluate', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "    raise\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: looped {command}".strip())
+    if not command:
+        assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_eval_writes_the_grid(trained):
+    rows = [json.loads(line) for line in (trained / "grid.jsonl").read_text().splitlines()]
+    assert {row["loops"] for row in rows} == {1, 2, 5}
+    assert {row["hops"] for row in rows if row["split_kind"] == "ood"} == {4, 5, 6, 7, 8}
+    trained_hops = json.loads((trained / "summary.json").read_text())["trained_hops"]
+    assert all(row["trained"] == (row["hops"] in trained_hops) for row in rows)
+    assert json.loads((trained / "evaluation.json").read_text()) == {"chance": 1 / 8, "limit": None}
+    assert not list(trained.glob("*.tmp"))
+
+
+def test_eval_prints_the_grid_and_keeps_to_the_limit(run, capsys):
+    assert main(["eval", str(run), "--loops", "2", "--limit", "3"]) == 0
+    assert "Accuracy in % (chance 12.5)" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (run / "grid.jsonl").read_text().splitlines()]
+    assert {row["n"] for row in rows} == {3}
+
+
+def test_a_failed_eval_leaves_the_old_grid(run, capfd):
+    before = (run / "grid.jsonl").read_text()
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "are damaged" in failure(capfd, "eval", run)
+    assert (run / "grid.jsonl").read_text() == before
+
+
+def test_plot_prints_the_paths_it_wrote(run, capsys):
+    assert main(["plot", str(run)]) == 0
+    paths = capsys.readouterr().out.split()
+    assert paths == [str(run / "figures" / "grid.png"), str(run / "figures" / "training.png")]
+    assert all(Path(path).stat().st_size > 10_000 for path in paths)
+
+
+def test_ask_shows_the_true_chain_and_an_answer_per_loop_count(trained, capsys):
+    assert main(["ask", str(trained), "e3 r1 r0", "--loops", "1", "4"]) == 0
+    question, chain, header, *answers = capsys.readouterr().out.splitlines()
+    assert question == "question  e3 r1 r0"
+    assert chain.startswith("chain     e3 -r1-> e")
+    assert chain.endswith("(2 hops)")
+    assert header.split() == ["loops", "answer", "probability"]
+    assert [line.split()[0] for line in answers] == ["1", "4"]
+    assert all(0 < float(line.split()[2]) <= 100 for line in answers)
+
+
+def test_bench_writes_every_kind_of_row(trained, tmp_path, capsys):
+    assert main(["bench", "--quick", "--no-compile", "--output", str(tmp_path), "--run", str(trained)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert {row["measure"] for row in rows} == {"training", "decode", "kv_bytes", "halting"}
+    assert all(row["machine"] and row["threads"] == 1 and row["matmul_peak_gflops"] > 0 for row in rows)
+    for row in rows:
+        if row["measure"] in ("training", "decode"):
+            assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        if row["measure"] == "halting":
+            assert row["fixed_layer_calls"] == row["rows"] * row["loops"]  # one core layer
+            assert row["layer_calls"] == pytest.approx(row["rows"] * row["loops_used"])
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("GFLOP/s", "tokens/s", "bytes/token", "calls saved"))
+
+
+def test_an_unknown_run_is_one_sentence_with_the_nearest_name(trained, capfd):
+    for command in ("eval", "plot"):
+        wrong = trained.parent / "smokee"
+        expected = f"looped {command}: there is no run folder {wrong}; did you mean {trained}?"
+        assert failure(capfd, command, wrong) == expected
+    assert "no run folder" in failure(capfd, "ask", "nowhere/at-all", "e1 r1")
+    assert "no run folder" in failure(capfd, "bench", "--quick", "--run", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "message"),
+    [
+        ("recipe.yaml", "eval", "is not a run folder: it has no recipe.yaml"),
+        ("summary.json", "eval", "has no summary.json: the training has not finished"),
+        ("model/config.json", "eval", "has no model/config.json: the training has not finished"),
+        ("grid.jsonl", "plot", "has no grid.jsonl: run `looped eval"),
+        ("metrics.jsonl", "plot", "has no metrics.jsonl: nothing was trained here"),
+    ],
+)
+def test_a_missing_file_names_the_command_that_makes_it(run, capfd, missing, command, message):
+    (run / missing).unlink()
+    assert message in failure(capfd, command, run)
+
+
+def test_a_half_written_file_is_named(run, capfd):
+    (run / "summary.json").write_text('{"trained_hops": [1, ')
+    assert f"{run / 'summary.json'} cannot be read" in failure(capfd, "eval", run)
+
+
+def test_an_unknown_word_in_a_question_is_named_with_examples(trained, capfd):
+    message = failure(capfd, "ask", trained, "e3 r99")
+    assert "unknown words ['r99']" in message
+    assert "questions look like: e" in message
+
+
+def test_a_loop_count_below_one_is_refused_before_any_work(trained, capfd):
+    with pytest.raises(SystemExit) as end:
+        main(["eval", str(trained), "--loops", "0"])
+    assert end.value.code == 2
+    assert "must be an integer >= 1, got '0'" in capfd.readouterr().err

@@ -1,0 +1,180 @@
+"""Laws of evaluation: what an oracle scores, what a toy of limited depth scores, and that it sees what ships."""
+
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import pytest
+import torch
+
+import looplab.evaluation
+from data_builders import hop_tokenizer, load_task
+from looplab.evaluation import (
+    Group,
+    accuracy_grid,
+    grid_table,
+    groups_of,
+    hops_solved,
+    predictor,
+    true_path,
+    wilson_interval,
+)
+from toys import make_ids, make_model
+
+WRONG = 0  # the padding id, which is never an answer
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
+    sizes = {"num_entities": 8, "num_relations": 2, "train_hops": 3, "max_hops": 5, "test_per_hop": 12}
+    return load_task("khop", "quickstart", cache_dir=folder, **sizes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return hop_tokenizer(8, 2)
+
+
+@pytest.fixture(scope="module")
+def groups(task, tokenizer):
+    return groups_of(task["train"], tokenizer) + groups_of(task["test"], tokenizer)
+
+
+def chain_follower(groups, hops_per_loop):
+    """A toy model: it looks up one atomic fact after the other, at most `hops_per_loop(num_loops)` of them."""
+    facts = {}
+    for group in groups:
+        if group.split_kind == "atomic":
+            for (entity, relation, _), answer in zip(group.input_ids.tolist(), group.answers.tolist(), strict=True):
+                facts[entity, relation] = answer
+
+    def predict(input_ids, num_loops):
+        answers = []
+        for entity, *relations, _ in input_ids.tolist():
+            for relation in relations:
+                entity = facts[entity, relation]
+            answers.append(entity if len(relations) <= hops_per_loop(num_loops) else WRONG)
+        return torch.tensor(answers)
+
+    return predict
+
+
+def test_an_oracle_scores_one_everywhere(groups):
+    rows = accuracy_grid(chain_follower(groups, lambda loops: 99), groups, [1, 3], trained_hops=[1, 2, 3])
+    assert {row["accuracy"] for row in rows} == {1.0}
+
+
+def test_a_toy_of_k_loops_scores_exactly_the_hops_up_to_k(groups):
+    rows = accuracy_grid(chain_follower(groups, lambda loops: loops), groups, [1, 2, 4, 8], trained_hops=[1, 2, 3])
+    for row in rows:
+        assert row["accuracy"] == (row["hops"] <= row["loops"]), row
+
+
+def test_grid_rows_have_the_agreed_fields_and_count_every_row_once(groups, task):
+    rows = accuracy_grid(chain_follower(groups, lambda loops: loops), groups, [2], trained_hops=[1, 2])
+    for row in rows:
+        types = {"loops": int, "hops": int, "split_kind": str, "accuracy": float, "n": int, "trained": bool}
+        assert {name: type(value) for name, value in row.items()} == types
+        assert row["trained"] == (row["hops"] <= 2)
+    assert sum(row["n"] for row in rows) == len(task["train"]) + len(task["test"])
+    kinds = {(row["split_kind"], row["hops"]) for row in rows}
+    assert kinds == {("atomic", 1), *(("train", k) for k in (2, 3)), ("id", 2), ("id", 3), ("ood", 4), ("ood", 5)}
+
+
+def test_the_batch_size_does_not_change_the_grid(groups):
+    toy = chain_follower(groups, lambda loops: loops)
+    whole, small = (accuracy_grid(toy, groups, [1, 3], [1], batch_size=size) for size in (2048, 5))
+    assert whole == small
+
+
+def test_a_limit_takes_the_same_rows_every_time_from_every_group(task, tokenizer):
+    first, again = (groups_of(task["test"], tokenizer, limit=4) for _ in range(2))
+    assert [(group.hops, len(group.answers)) for group in first] == [(2, 4), (3, 4), (4, 4), (5, 4)]
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(first, again, strict=True))
+
+
+def test_rows_of_one_group_must_have_one_length(tokenizer):
+    rows = {"text": ["e1 r0", "e1 r0 r1"], "answer": ["e2", "e3"], "hops": [2, 2], "split_kind": ["id", "id"]}
+    with pytest.raises(ValueError, match=r"2 hops \(id\) differ in length"):
+        groups_of(datasets.Dataset.from_dict(rows), tokenizer)
+
+
+@pytest.mark.parametrize("num_loops", [1, 3, 5])
+def test_a_prediction_is_the_token_that_generate_produces(num_loops):
+    model, ids = make_model(), make_ids()
+    generated = model.generate(ids, num_loops=num_loops, max_new_tokens=1, do_sample=False, eos_token_id=None)
+    assert torch.equal(predictor(model)(ids, num_loops), generated[:, -1])
+
+
+def test_a_model_in_training_mode_is_evaluated_without_dropout():
+    model = make_model(residual_dropout=0.5).train()
+    ids = make_ids(rows=32)
+    predict = predictor(model)
+    assert torch.equal(predict(ids, 2), predict(ids, 2))
+
+
+def test_the_metric_agrees_with_counting_by_hand():
+    metric = evaluate.load(str(Path(looplab.evaluation.__file__).parent / "hop_accuracy"), keep_in_memory=True)
+    result = metric.compute(
+        predictions=[1, 2, 3, 4], references=[1, 0, 3, 0], hops=[1, 1, 2, 2], split_kind=["id", "id", "id", "ood"]
+    )
+    assert result == {
+        "accuracy": 0.5,
+        "n": 4,
+        "groups": [
+            {"hops": 1, "split_kind": "id", "accuracy": 0.5, "n": 2},
+            {"hops": 2, "split_kind": "id", "accuracy": 1.0, "n": 1},
+            {"hops": 2, "split_kind": "ood", "accuracy": 0.0, "n": 1},
+        ],
+    }
+
+
+def test_the_true_path_is_the_one_the_data_was_built_from(task):
+    for row in task["test"]:
+        assert true_path(task["train"], row["text"]) == [f"e{entity}" for entity in row["path"]]
+    assert true_path(task["train"], "r0 r1") is None
+
+
+def test_the_wilson_interval_covers_95_percent_of_samples():
+    for share, n in ((0.5, 40), (0.95, 100), (0.02, 375)):
+        hits = np.random.default_rng(0).binomial(n, share, size=4000)
+        bounds = np.array([wilson_interval(hit / n, n) for hit in hits])
+        covered = ((bounds[:, 0] <= share) & (share <= bounds[:, 1])).mean()
+        assert 0.92 < covered < 0.98
+    assert wilson_interval(1.0, 10)[0] < 1.0 == wilson_interval(1.0, 10)[1]
+    assert wilson_interval(0.0, 10)[0] == 0.0 < wilson_interval(0.0, 10)[1]
+
+
+def grid_of(accuracies, loops=2, kind="id"):
+    return [
+        {"loops": loops, "hops": hops, "split_kind": kind, "accuracy": accuracy, "n": 50, "trained": hops < 3}
+        for hops, accuracy in accuracies.items()
+    ]
+
+
+def test_hops_are_solved_up_to_the_first_gap():
+    rows = grid_of({2: 1.0, 3: 0.95, 4: 0.5, 5: 0.99}) + grid_of({2: 0.0}, kind="train")
+    assert hops_solved(rows, 2, 0.9) == 3
+    assert hops_solved(rows, 2, 0.99) == 2
+    assert hops_solved([*rows, *grid_of({2: 0.1}, kind="ood")], 2, 0.6) == 0
+
+
+def test_the_table_marks_what_was_trained():
+    rows = grid_of({2: 1.0, 3: 0.5}, loops=2) + grid_of({2: 0.9, 3: 0.9}, loops=12)
+    header, *lines = grid_table(rows, chance=0.05, trained_loops=(2, 8)).splitlines()[1:]
+    assert "[2]" in header
+    assert " 12 " in header
+    assert "best" not in header
+    assert "at 12 loops" in header
+    assert "2*" in lines[0]
+    assert "3*" not in lines[1]
+    assert "50.0" in lines[1]
+
+
+def test_a_group_holds_what_its_columns_say(groups):
+    group = next(group for group in groups if group.hops == 4)
+    assert isinstance(group, Group)
+    assert group.input_ids.shape == (12, 6)  # entity, four relations, readout
+    assert group.answers.shape == (12,)

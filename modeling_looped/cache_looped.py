@@ -19,7 +19,7 @@ it did run. Legend: B rows, K heads, S cached tokens, T tokens of this call, d h
 import copy
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 
 def recent_rows(layer: DynamicLayer | StaticLayer, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,12 +37,14 @@ def readable(cache: Cache, slot: int) -> DynamicLayer | StaticLayer:
         ValueError: it is quantized, sliding or of an unknown kind.
     """
     layer = cache.layers[slot]
-    if type(layer) not in (DynamicLayer, StaticLayer, RewritingDynamicLayer, RewritingStaticLayer):
-        raise ValueError(
-            f"slot {slot} is a {type(layer).__name__}, whose rows cannot be read back: rows of different depth, early "
-            "halting, shared KV and a num_loops that changes between calls need a DynamicCache or StaticCache."
-        )
-    return layer
+    # Quantized and sliding layers are subclasses of these, and keep other tensors than their rows.
+    plain = type(layer) in (DynamicLayer, StaticLayer, RewritingDynamicLayer, RewritingStaticLayer)
+    if plain and isinstance(layer, (DynamicLayer, StaticLayer)):
+        return layer
+    raise ValueError(
+        f"slot {slot} is a {type(layer).__name__}, whose rows cannot be read back: rows of different depth, early "
+        "halting, shared KV and a num_loops that changes between calls need a DynamicCache or StaticCache."
+    )
 
 
 class PerLoopSharing:
@@ -166,7 +168,7 @@ class FirstInputs:
         self.inputs = [hidden_states[rows] for hidden_states in self.inputs]
 
 
-class RewritingLayer:
+class RewritingLayer(CacheLayerMixin):
     """A cache layer whose rows of one step are written once per loop: the first update appends, the others overwrite.
 
     A stock layer would append every loop, which is silently wrong under sdpa: six tokens would become 6 x loops rows.

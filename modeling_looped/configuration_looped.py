@@ -215,12 +215,12 @@ class LoopedConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Pairs of sizes that must fit together; run by `@strict` after construction and before saving."""
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if not self.num_key_value_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
                 f"({self.num_attention_heads})."
             )
-        if self.head_dim < 1 or (self.position_embedding == "rope" and self.head_dim % 2):
+        if not self.head_dim or (self.position_embedding == "rope" and self.head_dim % 2):
             raise ValueError(f"head_dim ({self.head_dim}) must be even and positive for rotary position embeddings.")
 
     @property

@@ -152,14 +152,14 @@ class ActiveRows:
 
     def __init__(self, num_loops: int | torch.Tensor, decision: Decision, real: torch.Tensor):
         self.budget = num_loops if isinstance(num_loops, torch.Tensor) else None
-        self.num_loops = num_loops if self.budget is None else int(num_loops.max())
+        self.num_loops = int(num_loops.max()) if isinstance(num_loops, torch.Tensor) else num_loops
         self.loops_run = self.num_loops
         self.decision = decision
         self.may_leave = decision.rule is not None or (
             self.budget is not None and int(self.budget.min()) < self.num_loops
         )
         self.real = self._deciding(real.unsqueeze(-1)).squeeze(-1) if self.may_leave else real  # (B, K)
-        self.rows = torch.arange(len(real), device=real.device) if self.may_leave else None
+        self.rows = torch.arange(len(real), device=real.device)
         self.memory = None
         self.left = []  # (rows, state, loops) of those that halted
 

@@ -16,7 +16,7 @@ size, H heads, d head size, V vocabulary.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -83,7 +83,7 @@ class LoopedModelOutput(BaseModelOutputWithPast):
         loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.
     """
 
-    loops_used: torch.LongTensor | None = None
+    loops_used: torch.Tensor | None = None
 
 
 @dataclass
@@ -94,7 +94,7 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
         loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.
     """
 
-    loops_used: torch.LongTensor | None = None
+    loops_used: torch.Tensor | None = None
 
 
 @dataclass
@@ -105,7 +105,7 @@ class LoopedGenerateOutput(GenerateDecoderOnlyOutput):
         loops_used (`torch.LongTensor` of shape `(batch_size, new_tokens)`): loops of the call that made each token.
     """
 
-    loops_used: torch.LongTensor | None = None
+    loops_used: torch.Tensor | None = None
 
 
 class SublayerEnd:
@@ -177,6 +177,8 @@ class LoopedAttention(nn.Module):
 
     def __init__(self, config: LoopedConfig):
         super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None  # both filled by the configuration
         self.config = config
         self.layer_idx = 0
         self.is_causal = True
@@ -216,7 +218,8 @@ class LoopedAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
+            eager_attention_forward,
         )
         output, weights = attention_interface(
             self,
@@ -314,8 +317,8 @@ class CallContext:
     position_ids: torch.Tensor
     past_key_values: Cache | ActiveCache | None
 
-    def keep(self, rows: torch.Tensor, cache: ActiveCache | None) -> "CallContext":
-        """The context of the (b,) `rows` of this one, which see the cache through `cache`."""
+    def keep(self, rows: torch.Tensor) -> "CallContext":
+        """The context of the (b,) `rows` of this one."""
         if self.attention_mask is not None and not isinstance(self.attention_mask, torch.Tensor):
             raise ValueError(
                 "rows cannot leave the batch under flex attention, whose block mask is fixed: use attn_implementation="
@@ -330,7 +333,6 @@ class CallContext:
             attention_mask=select(self.attention_mask),
             position_embeddings=self.position_embeddings and tuple(map(select, self.position_embeddings)),
             position_ids=select(self.position_ids),
-            past_key_values=cache,
         )
 
 
@@ -391,15 +393,15 @@ class LoopedModel(LoopedPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        num_loops: int | torch.LongTensor | None = None,
+        num_loops: int | torch.Tensor | None = None,
         num_grad_loops: int | None = None,
         halting: str | dict | FixedRule | Decision | None = None,
         generator: torch.Generator | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> LoopedModelOutput:
         refuse_unknown(kwargs)
         batch_size, num_tokens = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values)
@@ -407,24 +409,23 @@ class LoopedModel(LoopedPreTrainedModel):
         first_grad_loop = check_grad_loops(num_grad_loops, num_loops)
         decision = halting if isinstance(halting, Decision) else Decision(halting_rule(halting))
 
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = make_position_ids(inputs_embeds, attention_mask, past_key_values)
+            position_ids = make_position_ids(embeds, attention_mask, past_key_values)
         causal_mask = create_causal_mask(
             config=self.config,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        active = ActiveRows(num_loops, decision, real_tokens(attention_mask, batch_size, num_tokens, inputs_embeds))
+        active = ActiveRows(num_loops, decision, real_tokens(attention_mask, batch_size, num_tokens, embeds))
         if past_key_values is not None:
             self.sharing.open(past_key_values, active.num_loops)
 
-        embeds = self.dropout(self.positions.embed(inputs_embeds, position_ids))  # (B, T, D)
+        embeds = self.dropout(self.positions.embed(embeds, position_ids))
         position_embeddings = self.positions(embeds, position_ids)
         whole = CallContext(causal_mask, position_embeddings, position_ids, past_key_values)
 
@@ -440,8 +441,9 @@ class LoopedModel(LoopedPreTrainedModel):
             if rows is not None:
                 state, embeds = state[rows], embeds[rows]
                 key_inputs.keep(rows)
-                cache = past_key_values and ActiveCache(past_key_values, active.rows, self.sharing)
-                context = context.keep(rows, cache)
+                context = context.keep(rows)
+                if past_key_values is not None:
+                    context.past_key_values = ActiveCache(past_key_values, active.rows, self.sharing)
                 if len(rows) == 0:
                     break
         state, loops_used = active.gather(state)
@@ -452,7 +454,7 @@ class LoopedModel(LoopedPreTrainedModel):
         return LoopedModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            loops_used=per_token(loops_used, batch_size, num_tokens, inputs_embeds.device),
+            loops_used=per_token(loops_used, batch_size, num_tokens, embeds.device),
         )
 
     def _run(self, layers, section, hidden_states, context, loop=0, key_inputs=None, **kwargs):
@@ -494,17 +496,17 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        num_loops: int | torch.LongTensor | None = None,
+        num_loops: int | torch.Tensor | None = None,
         num_grad_loops: int | None = None,
         halting: str | dict | FixedRule | None = None,
         generator: torch.Generator | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> LoopedCausalLMOutput:
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
@@ -579,11 +581,11 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = LoopedModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, len(config.id2label or {}), bias=False)
         self.post_init()
 
 
-def refuse_unknown(kwargs: dict) -> None:
+def refuse_unknown(kwargs: Iterable[str]) -> None:
     """A misspelt loop argument must not vanish into the attention keywords."""
     for name in kwargs:
         if name not in BACKEND_ARGUMENTS:
@@ -621,7 +623,7 @@ def is_row_mask(attention_mask) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
-def check_loops(num_loops, batch_size: int) -> int | torch.LongTensor:
+def check_loops(num_loops, batch_size: int) -> int | torch.Tensor:
     """An int >= 1, or a (B,) LongTensor of such."""
     if isinstance(num_loops, torch.Tensor):
         if num_loops.dtype != torch.long or num_loops.shape != (batch_size,):
@@ -637,7 +639,7 @@ def check_loops(num_loops, batch_size: int) -> int | torch.LongTensor:
     return num_loops
 
 
-def check_grad_loops(num_grad_loops: int | None, num_loops: int | torch.LongTensor) -> int:
+def check_grad_loops(num_grad_loops: int | None, num_loops: int | torch.Tensor) -> int:
     """The first loop that is differentiated."""
     if num_grad_loops is None:
         return 0
@@ -648,7 +650,7 @@ def check_grad_loops(num_grad_loops: int | None, num_loops: int | torch.LongTens
     return max(num_loops - num_grad_loops, 0)
 
 
-def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.LongTensor:
+def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
     """(B or 1, T): counted over real tokens where a (B, S) mask says which they are, else over all."""
     num_tokens = inputs_embeds.shape[1]
     if is_row_mask(attention_mask):
@@ -664,7 +666,7 @@ def real_tokens(attention_mask, batch_size: int, num_tokens: int, inputs_embeds:
     return torch.ones(batch_size, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
 
 
-def per_token(loops_used: int | torch.Tensor, batch_size: int, num_tokens: int, device) -> torch.LongTensor:
+def per_token(loops_used: int | torch.Tensor, batch_size: int, num_tokens: int, device) -> torch.Tensor:
     """(B, T) LongTensor of loops run."""
     if isinstance(loops_used, int):
         return torch.full((batch_size, num_tokens), loops_used, dtype=torch.long, device=device)

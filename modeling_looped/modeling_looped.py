@@ -32,7 +32,6 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gradi
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
@@ -120,7 +119,7 @@ class EndLinear(SublayerEnd, nn.Linear):
     pass
 
 
-class EndRMSNorm(SublayerEnd, LlamaRMSNorm):
+class EndRMSNorm(SublayerEnd, nn.RMSNorm):
     pass
 
 
@@ -129,7 +128,7 @@ class EndLayerNorm(SublayerEnd, nn.LayerNorm):
 
 
 def make_norm(config: LoopedConfig, size: int | None = None) -> nn.Module:
-    norm = LlamaRMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    norm = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(size or config.hidden_size, eps=config.norm_eps)
 
 

@@ -114,6 +114,7 @@ def decoding(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, **ca
 
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each layer on its own, in place; the loop over them stays in Python."""
+    torch.compiler.reset()  # a second width would otherwise be compiled for sizes that may change
     for layer in model.model.core if isinstance(model, LoopedForCausalLM) else model.model.layers:
         layer.compile()
 
@@ -167,6 +168,7 @@ def decode_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
     looped, llama = build_pair(width, work)
     cache = {}
     if compiled:
+        torch.compiler.reset()
         cache = {"cache_implementation": "static"}
         for model in (looped, llama):
             model.forward = torch.compile(model.forward, dynamic=False)

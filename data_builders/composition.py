@@ -51,7 +51,7 @@ class Composition(datasets.ArrowBasedBuilder):
 
     VERSION = VERSION
     BUILDER_CONFIG_CLASS = CompositionConfig
-    BUILDER_CONFIGS = [  # noqa: RUF012 (an instance attribute would hide it from `datasets`)
+    BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
         CompositionConfig(name="paper", description="The paper's sizes: 2,000 entities, 200 relations, 40,000 facts."),
         CompositionConfig(
             name="cpu",

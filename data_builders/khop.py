@@ -57,7 +57,7 @@ class Khop(datasets.ArrowBasedBuilder):
 
     VERSION = VERSION
     BUILDER_CONFIG_CLASS = KhopConfig
-    BUILDER_CONFIGS = [  # noqa: RUF012 (an instance attribute would hide it from `datasets`)
+    BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
         KhopConfig(name="paper", description="The paper's sizes: 200 entities, 10 relations, hops to 40."),
         KhopConfig(
             name="cpu",

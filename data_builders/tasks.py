@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
-from datasets import BuilderConfig, DatasetDict, GeneratorBasedBuilder
+from datasets import ArrowBasedBuilder, BuilderConfig, DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .composition import Composition
@@ -19,7 +19,7 @@ TASKS = {"khop": Khop, "composition": Composition}
 
 def task_builder(
     name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides
-) -> GeneratorBasedBuilder:
+) -> ArrowBasedBuilder:
     """Builder of a task's preset, fields of its config replaced by `overrides`.
 
     Raises ValueError for an unknown task, preset or field, naming the nearest one, and for a value out of range.
@@ -33,6 +33,8 @@ def task_builder(
     for override in overrides:
         if override not in known:
             raise ValueError(_unknown(f"field of {name}", override, known))
+        if overrides[override] is None:
+            raise ValueError(f"{override} must have a value, got None: leave it out for the preset's.")
     # A field given the value it has anyway must not build the same data into a second cache folder.
     changed = {override: value for override, value in overrides.items() if value != known[override]}
     return TASKS[name](config_name=config_name, cache_dir=cache_dir, **changed)
@@ -80,7 +82,7 @@ def export_parquet(
     return folder
 
 
-def _card(readme: Path | None, name: str, builder: GeneratorBasedBuilder) -> DatasetCard:
+def _card(readme: Path | None, name: str, builder: ArrowBasedBuilder) -> DatasetCard:
     """The folder's card with one more config: the YAML that `load_dataset` reads, the fields that made the data."""
     if readme is None:
         tags = ["looped-transformers", "synthetic", "multi-hop"]

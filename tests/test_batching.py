@@ -112,6 +112,7 @@ def test_depth_is_a_pure_function_of_seed_and_step():
     forward, backward = DepthSampler(**PAPER_DEPTH, seed=5), DepthSampler(**PAPER_DEPTH, seed=5)
     steps = [0, 1, 4095, 4096, 10_000, 3]
     assert [forward(step) for step in steps] == [backward(step) for step in reversed(steps)][::-1]
+    assert [forward(step) for step in range(4_096)] != [forward(step) for step in range(4_096, 8_192)]
     other = DepthSampler(**PAPER_DEPTH, seed=6)
     assert [forward(step) for step in range(50)] != [other(step) for step in range(50)]
 
@@ -215,12 +216,12 @@ def test_ranks_partition_the_global_batch(make_batches, world):
         assert all(share[key] == whole[key] for share in shares for key in ("num_loops", "hops", "logits_to_keep"))
 
 
-@pytest.mark.parametrize("batch_size", [32, 7, 200])
-def test_every_row_comes_once_per_epoch(make_batches, batch_size):
-    """For batches smaller than an epoch, ones that straddle its end, and ones of several epochs."""
+@pytest.mark.parametrize(("batch_size", "steps"), [(32, 400), (7, 5_000), (200, 400)])
+def test_every_row_comes_once_per_epoch(make_batches, batch_size, steps):
+    """For batches smaller than an epoch, ones that straddle its end, and ones of several epochs; for a long time."""
     batches = make_batches(batch_size=batch_size)
     seen = {k: [] for k in batches.hops}
-    for step in range(400):
+    for step in range(steps):
         batch = batches[step]
         seen[batch["hops"]] += row_numbers(batches, batch)
     for k, rows in seen.items():
@@ -233,11 +234,13 @@ def test_every_row_comes_once_per_epoch(make_batches, batch_size):
 @pytest.mark.parametrize("weighting", ["rows", "uniform"])
 def test_hops_are_drawn_by_their_rows_or_alike(make_batches, weighting):
     batches = make_batches(weighting=weighting)
-    drawn = Counter(batches[step]["hops"] for step in range(4_000))
+    hops_of_steps = [batches[step]["hops"] for step in range(8_192)]
+    assert hops_of_steps[:4_096] != hops_of_steps[4_096:]
+    drawn = Counter(hops_of_steps)
     rows = {1: 80, 2: 240, 3: 960} if weighting == "rows" else dict.fromkeys((1, 2, 3), 1)
     for hops, weight in rows.items():
         share = weight / sum(rows.values())
-        assert abs(drawn[hops] / 4_000 - share) < 5 * (share * (1 - share) / 4_000) ** 0.5
+        assert abs(drawn[hops] / 8_192 - share) < 5 * (share * (1 - share) / 8_192) ** 0.5
 
 
 def test_seeds_differ_and_hops_can_be_chosen(make_batches):

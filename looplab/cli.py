@@ -68,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("ask", help="one answer at several loop counts")
     command.add_argument("run", metavar="RUN")
-    command.add_argument("question", metavar="QUESTION", help='an entity and relations, such as "e3 r1 r2"')
+    command.add_argument(
+        "question",
+        metavar="QUESTION",
+        nargs="?",
+        help='an entity and relations, such as "e3 r1 r2" (default: a test question one hop beyond the training)',
+    )
     command.add_argument("--loops", type=positive, nargs="+", default=[1, 2, 4, 8, 16], metavar="R")
     command.set_defaults(call=run_ask)
 

@@ -227,20 +227,31 @@ def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
     return path
 
 
-def ask(folder: str | Path, question: str, loops: Sequence[int] = (1, 2, 4, 8, 16)) -> None:
+def first_question_beyond(test_rows: datasets.Dataset, trained_hops: Sequence[int]) -> str:
+    """The first test question one hop count beyond the training, or of the deepest hop count if none is beyond."""
+    hops = test_rows["hops"][:]
+    deepest = min(set(hops) - set(trained_hops), default=max(hops))
+    return test_rows[hops.index(deepest)]["text"]
+
+
+def ask(folder: str | Path, question: str | None = None, loops: Sequence[int] = (1, 2, 4, 8, 16)) -> None:
     """Print the generated answer to `question` ("e3 r1 r2") at several loop counts, and the true chain.
+
+    Without a question, one is taken from the test split, one hop count beyond the training.
 
     Raises:
         ValueError: no such run, or a word the tokenizer does not know.
     """
     run = open_run(folder)
     model, tokenizer = load_run_model(run)
+    task = load_run_task(run)
+    question = first_question_beyond(task["test"], run.summary()["trained_hops"]) if question is None else question
     words, known = question.split(), tokenizer.get_vocab()
     unknown = [word for word in words if word not in known]
     if unknown or not words:
-        examples = ", ".join(list(load_run_task(run)["test"]["text"][:3]))
+        examples = ", ".join(task["test"]["text"][:3])
         raise ValueError(f"unknown words {unknown} in the question {question!r}; questions look like: {examples}.")
-    path = true_path(load_run_task(run)["train"], question)
+    path = true_path(task["train"], question)
     print(f"question  {question}")
     if path is None:
         print("chain     not in the graph: the question is an entity followed by relations it has")

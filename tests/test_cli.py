@@ -102,6 +102,12 @@ def test_ask_shows_the_true_chain_and_an_answer_per_loop_count(trained, capsys):
     assert all(0 < float(line.split()[2]) <= 100 for line in answers)
 
 
+def test_ask_without_a_question_takes_one_hop_beyond_the_training(trained, capsys):
+    assert main(["ask", str(trained), "--loops", "2"]) == 0
+    trained_hops = json.loads((trained / "summary.json").read_text())["trained_hops"]
+    assert f"({max(trained_hops) + 1} hops)" in capsys.readouterr().out
+
+
 def test_bench_writes_every_kind_of_row(trained, tmp_path, capsys):
     assert main(["bench", "--quick", "--no-compile", "--output", str(tmp_path), "--run", str(trained)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]

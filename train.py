@@ -25,6 +25,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -34,13 +35,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_hops, load_task
+from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups, load_task
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 logger = get_logger(__name__)
@@ -184,6 +185,8 @@ def build_recipe(values: dict, section: type = Recipe, prefix: str = ""):
 def read_recipe(path: str | Path, flags: list[str] = ()) -> Recipe:
     """Recipe in the YAML file `path`, with `--section.field value` or `--section.field=value` flags put over it."""
     values = yaml.load(Path(path).read_text(), RecipeLoader)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a recipe: expected fields and values, got {values!r}.")
     flags = iter(flags)
     for flag in flags:
         name, equals, text = flag.partition("=")
@@ -281,7 +284,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> State | None:
         try:
             record = json.loads((checkpoint / "state.json").read_text())
             broken = [name for name, sha256 in record["sha256"].items() if digest(checkpoint / name) != sha256]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             broken = [error]
         if not broken:
             accelerator.load_state(checkpoint)
@@ -338,43 +341,46 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
 
 @torch.no_grad()
 def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops: int) -> dict[str, float]:
-    """Hops -> share of `rows` whose argmax over the vocabulary at the readout is the answer; ranks share the work."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    accuracy = {}
+    """Share of `rows` whose argmax over the vocabulary at the readout is the answer; ranks share the work.
+
+    rows: (hops, split_kind) -> (input_ids (N, T), answers (N,)). Result: "2", "3", .. and "2 id", "2 ood"..
+    """
+    right, total = Counter(), Counter()
     model.eval()
-    for k in hops:
+    for (k, split_kind), group in rows.items():
+        if k not in hops:
+            continue
         correct = torch.zeros((), device=accelerator.device)
-        for input_ids, answers in zip(*(part[rank::world].split(512) for part in rows[k]), strict=True):
+        share = (part[accelerator.process_index :: accelerator.num_processes].split(512) for part in group)
+        for input_ids, answers in zip(*share, strict=True):
+            input_ids, answers = input_ids.to(accelerator.device), answers.to(accelerator.device)
             logits = model(
-                input_ids=input_ids.to(accelerator.device), logits_to_keep=1, num_loops=num_loops, use_cache=False
+                input_ids=input_ids, logits_to_keep=1, num_loops=num_loops, use_cache=False
             ).logits  # (b, 1, V)
-            correct += (logits[:, -1].argmax(-1) == answers.to(accelerator.device)).sum()
-        accuracy[str(k)] = accelerator.reduce(correct).item() / len(rows[k][1])
+            correct += (logits[:, -1].argmax(-1) == answers).sum()
+        for key in (str(k), f"{k} {split_kind}"):
+            right[key] += accelerator.reduce(correct).item()
+            total[key] += len(group[1])
     model.train()
-    return accuracy
+    return {key: right[key] / total[key] for key in total}
 
 
-def hardware(accelerator: Accelerator) -> dict:
-    """Processor, cores, device and processes of the run."""
+def provenance(accelerator: Accelerator) -> dict:
+    """Where a run was made: commit of this file's repository (None outside of one), machine, versions."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
-        "processes": accelerator.num_processes,
+        "commit": commit or None,
+        "hardware": {
+            "cpu": names[0] if names else platform.processor(),
+            "cores": os.cpu_count(),
+            "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+            "processes": accelerator.num_processes,
+        },
+        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "accelerate", "datasets")},
     }
-
-
-def commit() -> str | None:
-    """Commit of this file's repository, None outside of one."""
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, check=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main(recipe: Recipe) -> dict:
@@ -384,10 +390,13 @@ def main(recipe: Recipe) -> dict:
     """
     run = Path(recipe.output_dir) / recipe.name
     data, optim, curriculum = recipe.data, recipe.optim, recipe.curriculum
+    # Truncated back-propagation may leave the prelude without a gradient, which DDP must be told.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=recipe.num_grad_loops is not None)
     accelerator = Accelerator(
-        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=recipe.trackers or None,
         project_dir=run,
+        kwargs_handlers=[ddp],
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.batch_size % (world * recipe.accumulation_steps):
@@ -403,14 +412,15 @@ def main(recipe: Recipe) -> dict:
     with accelerator.main_process_first():
         dataset = load_task(data.task, data.config, **({"seed": data.seed} | data.overrides))
     tokenizer = dataset_tokenizer(dataset)
-    gate_rows = encode_hops(dataset["validation"], tokenizer)
+    gate_rows = encode_groups(dataset["validation"], tokenizer)
+    gate_hops = sorted({k for k, _ in gate_rows})
     train_hops = sorted(dataset["train"].unique("hops"))
     start_hops = curriculum.start_hops or train_hops[-1]
     stop_hops = curriculum.stop_hops or train_hops[-1]
-    if not start_hops <= stop_hops or not {start_hops, stop_hops} <= set(train_hops) & set(gate_rows):
+    if not start_hops <= stop_hops or not {start_hops, stop_hops} <= set(train_hops) & set(gate_hops):
         raise ValueError(
             f"curriculum.start_hops {start_hops} and stop_hops {stop_hops} must be in order and have both training "
-            f"rows (hops {train_hops}) and held-out rows (hops {sorted(gate_rows)})."
+            f"rows (hops {train_hops}) and held-out rows (hops {gate_hops})."
         )
     depth = DepthSampler(seed=recipe.seed, **{k: v for k, v in asdict(recipe.depth).items() if v is not None})
 
@@ -513,9 +523,11 @@ def main(recipe: Recipe) -> dict:
             )
 
         if state.step % curriculum.check_every == 0 or state.finished:
-            hops = [k for k in gate_rows if k <= state.stage]
-            state.gate = held_out_accuracy(accelerator, looped, gate_rows, hops, gate_loops)
+            hops = [k for k in gate_hops if k <= state.stage]
+            accuracy = held_out_accuracy(accelerator, looped, gate_rows, hops, gate_loops)
+            state.gate = {key: value for key, value in accuracy.items() if key.isdigit()}
             row = {"step": state.step, "stage": state.stage, "gate": state.gate, "seconds": seconds}
+            row["gate_by_split_kind"] = {key: value for key, value in accuracy.items() if not key.isdigit()}
             if recipe.eval_loops:
                 row["gate_at_loops"] = {
                     str(r): held_out_accuracy(accelerator, looped, gate_rows, hops, r) for r in recipe.eval_loops
@@ -538,7 +550,7 @@ def main(recipe: Recipe) -> dict:
 
     # The result: a model folder that loads anywhere, and what it took to make it.
     progress_bar.close()
-    gate = held_out_accuracy(accelerator, looped, gate_rows, list(gate_rows), gate_loops)
+    gate = held_out_accuracy(accelerator, looped, gate_rows, gate_hops, gate_loops)
     summary = {
         "name": recipe.name,
         "recipe": "recipe.yaml",
@@ -549,15 +561,12 @@ def main(recipe: Recipe) -> dict:
         "parameters": looped.num_parameters(),
         "stage": state.stage,
         "learnable_depth": state.learnable_depth,
-        "gate": gate,
+        "gate": {key: value for key, value in gate.items() if key.isdigit()},
+        "gate_by_split_kind": {key: value for key, value in gate.items() if not key.isdigit()},
         "gate_loops": gate_loops,
         "trained_hops": [k for k in train_hops if k <= state.stage],
         "trained_loops": {"minimum": int(depth.depths[0]), "maximum": int(depth.depths[-1]), "mean": depth.expected},
-        "commit": commit(),
-        "hardware": hardware(accelerator),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "datasets")
-        },
+        **provenance(accelerator),
     }
     if accelerator.is_main_process:
         # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
@@ -574,6 +583,7 @@ def main(recipe: Recipe) -> dict:
         shutil.rmtree(run / "model", ignore_errors=True)
         partial.rename(run / "model")
         write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    accelerator.print(f"{run}: {state.step} steps, learnable depth {state.learnable_depth}, held-out accuracy {gate}")
     accelerator.end_training()
     return summary
 

@@ -104,17 +104,17 @@ def test_a_killed_run_equals_an_uninterrupted_one(recipe, tmp_path):
 
 
 def test_a_corrupt_checkpoint_is_passed_over(recipe, tmp_path, caplog):
-    main(recipe("run"))
+    main(recipe("run", "--checkpoint_every=6"))
     whole = rows(tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     weights = checkpoints / "step-000000020" / "pytorch_model.bin"
     weights.write_bytes(weights.read_bytes()[:-100])
     (checkpoints / "partial").mkdir()
     (checkpoints / "partial" / "optimizer.bin").write_text("half")
-    main(recipe("run"))
+    main(recipe("run", "--checkpoint_every=6"))
     assert "step-000000020 is incomplete or corrupt" in caplog.text
     assert rows(tmp_path / "run") == whole
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000000010", "step-000000020"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000000018", "step-000000020"]
 
 
 def test_without_an_intact_checkpoint_the_run_begins_again(recipe, tmp_path, caplog):
@@ -188,7 +188,11 @@ def test_evaluating_more_often_changes_nothing(recipe, tmp_path):
 
 def test_the_curriculum_adds_a_hop_when_the_gate_passes(recipe, tmp_path):
     """Two entities make every relation a swap or nothing: parity, learnt in seconds."""
-    flags = ["--data.overrides={num_entities: 2, num_relations: 8, gate_per_hop: 64}", "--batch_size=64"]
+    flags = [
+        "--data.overrides={num_entities: 2, num_relations: 8, gate_per_hop: 64}",
+        "--data.weighting=uniform",
+        "--batch_size=64",
+    ]
     curriculum = "--curriculum={start_hops: 2, threshold: 0.9, check_every: 25, min_steps: 30, after_last: stop}"
     summary = main(recipe("run", *flags, curriculum, "--max_steps=400"))
     trained, checked = {2: set(), 3: set()}, []
@@ -253,8 +257,17 @@ def test_bf16_takes_steps_near_fp32(recipe, tmp_path):
 
 
 def test_checkpointed_layers_give_the_same_losses(recipe, tmp_path):
-    main(recipe("kept", "--optim.kind=adamw"))
-    main(recipe("computed_again", "--optim.kind=adamw", "--gradient_checkpointing=true"))
+    """They are computed again in the backward pass, and to the same numbers."""
+    calls = {"kept": 0, "computed_again": 0}
+    for name, flag in (("kept", "false"), ("computed_again", "true")):
+
+        def count(module, args, name=name):
+            calls[name] += 1
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+        main(recipe(name, "--optim.kind=adamw", f"--gradient_checkpointing={flag}"))
+        hook.remove()
+    assert calls["computed_again"] > calls["kept"]
     assert [loss for _, loss in rows(tmp_path / "computed_again")] == pytest.approx(
         [loss for _, loss in rows(tmp_path / "kept")], abs=1e-5
     )
@@ -269,10 +282,12 @@ def test_num_grad_loops_cuts_the_gradient(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch 2.13's own inductor
+# Both come from inside torch 2.13's compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers_give_the_same_losses(recipe, tmp_path):
-    main(recipe("eager", "--optim.kind=adamw", "--max_steps=3"))
-    main(recipe("compiled", "--optim.kind=adamw", "--max_steps=3", "--compile=true"))
+    main(recipe("eager", "--optim.kind=adamw", "--max_steps=2", "--data.overrides.max_hops=3"))
+    main(recipe("compiled", "--optim.kind=adamw", "--max_steps=2", "--data.overrides.max_hops=3", "--compile=true"))
     assert [loss for _, loss in rows(tmp_path / "compiled")] == pytest.approx(
         [loss for _, loss in rows(tmp_path / "eager")], abs=1e-4
     )
@@ -370,3 +385,12 @@ def test_help_names_every_field(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     assert {"--optim.lr", "--curriculum.stop_hops", "--max_seconds"} <= set(capsys.readouterr().out.split())
+
+
+def test_composition_is_measured_by_split_kind(recipe, tmp_path):
+    """Two hops of known facts (id) are learnt long before those of facts never composed in training (ood)."""
+    data = "--data={task: composition, overrides: {num_entities: 20, num_relations: 5, out_degree: 5, phi: 2.0}}"
+    summary = main(recipe("run", data, "--curriculum.start_hops=null", "--model.position_embedding=learned"))
+    assert summary["trained_hops"] == [1, 2]
+    [(_, by_kind), *_] = rows(tmp_path / "run", "gate_by_split_kind")
+    assert set(by_kind) == set(summary["gate_by_split_kind"]) == {"2 id", "2 ood"}

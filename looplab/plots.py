@@ -34,11 +34,10 @@ def plot_runs(folders: Sequence[str | Path]) -> list[Path]:
         ValueError: no such run, it has not been evaluated, or the runs were evaluated on different grids.
     """
     runs = [open_run(folder) for folder in folders]
-    drawn = [(run.folder / "figures" / "grid.png", heat_map([run])) for run in runs]
-    drawn += [(run.folder / "figures" / "training.png", training_curves(run)) for run in runs]
+    paths = [save(heat_map([run]), run.folder / "figures" / "grid.png") for run in runs]
     if len(runs) > 1:
-        drawn.append((runs[0].folder / "figures" / f"grid_of_{len(runs)}_runs.png", heat_map(runs)))
-    return [save(figure, path) for path, figure in drawn]
+        paths.append(save(heat_map(runs), runs[0].folder / "figures" / f"grid_of_{len(runs)}_runs.png"))
+    return paths + [save(training_curves(run), run.folder / "figures" / "training.png") for run in runs]
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -117,7 +116,8 @@ def mark_training(axes, columns, loops, runs: Sequence[Run]) -> None:
     xs = [x for x, (hops, _) in enumerate(columns) if hops in trained_hops]
     ys = [y for y, count in enumerate(loops) if low <= count <= high]
     if xs and ys:
-        label = f"in training: up to {max(trained_hops)} hops, {low} to {high} loops"
+        trained_loops = f"{low} loops" if low == high else f"{low} to {high} loops"
+        label = f"in training: up to {max(trained_hops)} hops, {trained_loops}"
         width, height = xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1
         corner = (xs[0] - 0.5, ys[0] - 0.5)
         frame = Rectangle(corner, width, height, fill=False, edgecolor=FRAME, linewidth=3, label=label)
@@ -141,11 +141,11 @@ def training_curves(run: Run) -> Figure:
         raise ValueError(f"{run.folder}/metrics.jsonl has no training rows yet; wait for the first ones.")
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    minutes = [row["seconds"] / 60 for row in steps]
-    upper.plot(minutes, [row["loss"] for row in steps], ".", color="0.8", markersize=3, label="logged batches")
-    upper.plot(minutes, smooth([row["loss"] for row in steps]), color="black", linewidth=1.5, label="smoothed")
+    minutes, losses = [row["seconds"] / 60 for row in steps], [row["loss"] for row in steps]
+    upper.plot(minutes, losses, ".", color="0.8", markersize=3, label="logged batches")
+    upper.plot(minutes, smooth(losses), color="black", linewidth=1.5, label="smoothed")
     upper.set_ylabel("loss (nats)")
-    upper.set_ylim(bottom=0)
+    upper.set_ylim(0, 1.05 * max(losses))
     upper.set_title(f"{run.name}: {steps[-1]['step']:,} updates", fontsize=11, pad=18)
 
     hops = sorted({int(count) for row in gates for count in row["gate"]})

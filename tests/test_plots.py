@@ -99,7 +99,7 @@ def test_the_scale_is_in_percent_and_marks_chance(make_run):
 
 def test_several_runs_are_drawn_as_mean_and_lowest(make_run):
     runs = [make_run("a"), make_run("b", shift=0.2)]
-    assert plot_runs(runs)[-1] == runs[0] / "figures" / "grid_of_2_runs.png"
+    assert runs[0] / "figures" / "grid_of_2_runs.png" in plot_runs(runs)
     axes = heat_map([open_run(run) for run in runs]).axes[0]
     at_2_loops_2_hops = [text for text in axes.texts if tuple(map(round, text.get_position())) == (1, 1)]
     assert [text.get_text() for text in at_2_loops_2_hops if text.get_text().isdigit()] == ["40", "30"]  # of 50 and 30

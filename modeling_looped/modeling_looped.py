@@ -132,9 +132,18 @@ def make_norm(config: LoopedConfig, size: int | None = None) -> nn.Module:
     return norm(size or config.hidden_size, eps=config.norm_eps)
 
 
-def make_outer_norm(config: LoopedConfig) -> nn.Module:
+def as_is(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Stands for a norm or dropout that a configuration does not have; nn.Identity would cost a module call each."""
+    return hidden_states
+
+
+def make_dropout(probability: float) -> Callable:
+    return nn.Dropout(probability) if probability else as_is
+
+
+def make_outer_norm(config: LoopedConfig) -> Callable:
     if config.norm_placement == "pre":
-        return nn.Identity()
+        return as_is
     norm = EndRMSNorm if config.norm_type == "rmsnorm" else EndLayerNorm
     return norm(config.hidden_size, eps=config.norm_eps)
 
@@ -191,8 +200,8 @@ class LoopedAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.o_proj = make_output_projection(config, queries, config.attention_bias)
-        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
 
     def forward(
         self,
@@ -245,7 +254,7 @@ class LoopedLayer(GradientCheckpointingLayer):
         # Names of the released Ouro checkpoints.
         self.input_layernorm_2 = make_outer_norm(config)
         self.post_attention_layernorm_2 = make_outer_norm(config)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.dropout = make_dropout(config.residual_dropout)
 
     def forward(
         self,
@@ -371,7 +380,7 @@ class LoopedModel(LoopedPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.positions = POSITIONS[config.position_embedding](config)
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = make_dropout(config.embedding_dropout)
         self.prelude = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_prelude_layers)])
         self.core = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_core_layers)])
         self.coda = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_coda_layers)])
@@ -380,8 +389,8 @@ class LoopedModel(LoopedPreTrainedModel):
         self.sharing = SHARINGS[config.kv_sharing](config)
         # Ouro's final norm closes every loop: what it returns is both the readout and the next loop's input.
         norm_is_between_loops = config.norm_between_loops and config.num_coda_layers == 0
-        self.core_norm = make_norm(config) if config.norm_between_loops else nn.Identity()
-        self.norm = nn.Identity() if norm_is_between_loops else make_norm(config)
+        self.core_norm = make_norm(config) if config.norm_between_loops else as_is
+        self.norm = as_is if norm_is_between_loops else make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -583,7 +583,7 @@ def main(recipe: Recipe) -> dict:
         shutil.rmtree(run / "model", ignore_errors=True)
         partial.rename(run / "model")
         write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-    accelerator.print(f"{run}: {state.step} steps, learnable depth {state.learnable_depth}, held-out accuracy {gate}")
+    accelerator.print(f"{run}: {state.step} steps, learnable depth {state.learnable_depth}, gate {summary['gate']}")
     accelerator.end_training()
     return summary
 

@@ -15,6 +15,9 @@ from huggingface_hub.dataclasses import as_validated_field, strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # One repository serves every Auto class, whichever class was saved.
 AUTO_MAP = {
@@ -122,19 +125,6 @@ class LoopedConfig(PreTrainedConfig):
 
     model_type = "looped"
     keys_to_ignore_at_inference = ["past_key_values", "loops_used"]  # noqa: RUF012 (an annotation would make it a field)
-    base_model_tp_plan = {  # noqa: RUF012
-        f"{section}.*.{name}": plan
-        for section in ("prelude", "core", "coda")
-        for name, plan in {
-            "self_attn.q_proj": "colwise",
-            "self_attn.k_proj": "colwise",
-            "self_attn.v_proj": "colwise",
-            "self_attn.o_proj": "rowwise",
-            "mlp.gate_proj": "colwise",
-            "mlp.up_proj": "colwise",
-            "mlp.down_proj": "rowwise",
-        }.items()
-    }
     base_model_fsdp_plan = {  # noqa: RUF012
         "embed_tokens": "free_full_weight",
         "prelude.*": "free_full_weight",
@@ -198,6 +188,7 @@ class LoopedConfig(PreTrainedConfig):
                     f"({self.hidden_size}): change one of them, or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
@@ -231,15 +222,46 @@ class LoopedConfig(PreTrainedConfig):
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int):
         """Early-exit drafting and tools that shrink a model assign this field: it sets the loop count."""
-        outside = self.num_prelude_layers + self.num_coda_layers
-        loops, rest = divmod(value - outside, self.num_core_layers)
-        if rest or loops < 1 or (self.kv_sharing != "per_loop" and value != self.num_hidden_layers):
-            raise ValueError(
-                f"num_hidden_layers={value} is not {outside} layers outside the core plus a whole number of loops of "
-                f"{self.num_core_layers} core layers: set num_loops instead."
-            )
+        loops = self.loops_of(value)
         if self.kv_sharing == "per_loop":
             self.num_loops = loops
+
+    def loops_of(self, num_hidden_layers: int) -> int:
+        """The loop count that has `num_hidden_layers` KV slots.
+
+        Raises:
+            ValueError: no whole number of loops does.
+        """
+        outside = self.num_prelude_layers + self.num_coda_layers
+        loops, rest = divmod(num_hidden_layers - outside, self.num_core_layers)
+        if rest or loops < 1 or (self.kv_sharing != "per_loop" and loops > 1):
+            raise ValueError(
+                f"num_hidden_layers={num_hidden_layers} is not {outside} layers outside the core plus a whole number "
+                f"of loops of {self.num_core_layers} core layers with kv_sharing={self.kv_sharing!r}: set num_loops."
+            )
+        return loops
+
+    @property
+    def num_layer_calls(self) -> int:
+        """Layers run per token by default: what recorded hidden states are counted by."""
+        return self.num_prelude_layers + self.num_coda_layers + self.num_core_layers * self.num_loops
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        plan = {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
+        plan |= {"mlp.gate_proj": "colwise"} if self.gated_mlp else {}
+        plan |= {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+        layers = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
+        sections = [section for section, count in layers.items() if count]
+        return {f"{section}.*.{module}": kind for section in sections for module, kind in plan.items()}
+
+    def to_dict(self) -> dict:
+        """As in transformers, without attributes that are no fields: tools set some, and loading would refuse them."""
+        output = super().to_dict()
+        known = {field.name for field in fields(self)} | BASE_ARGUMENTS
+        for name in [name for name in output if name not in known]:
+            logger.warning_once(f"{name!r} is not a field of LoopedConfig and is not saved.")
+            del output[name]
+        return output
 
     def kv_slots(self) -> KVSlots:
         """The slot arithmetic of this configuration."""

@@ -97,21 +97,25 @@ class NormalStart(EmbeddingsStart):
 
     def __init__(self, config):
         self.std = config.state_init_std
+        self.seed, self.table = 0, torch.empty(0, config.hidden_size)  # the noise drawn last, (positions, D)
 
     def __call__(self, embeds, position_ids, generator, training):
         if training:
             noise = torch.randn(embeds.shape, generator=generator, device=embeds.device, dtype=torch.float32)
         else:
             seed = 0 if generator is None else generator.initial_seed()
-            table = self._table(int(position_ids.max()) + 1, embeds.shape[-1], seed)
-            noise = table.to(embeds.device)[position_ids].expand(embeds.shape)
+            noise = self._rows(int(position_ids.max()) + 1, seed).to(embeds.device)[position_ids].expand(embeds.shape)
         return (self.std * noise).to(embeds.dtype)
 
-    def _table(self, num_positions: int, hidden_size: int, seed: int) -> torch.Tensor:
-        """(num_positions rounded up, D), each block of positions from a seed of its own so that more only append."""
-        blocks = range((num_positions + self.block - 1) // self.block)
-        draws = [torch.Generator().manual_seed((seed * 1_000_003 + block) % 2**63) for block in blocks]
-        return torch.cat([torch.randn(self.block, hidden_size, generator=draw) for draw in draws])
+    def _rows(self, num_positions: int, seed: int) -> torch.Tensor:
+        """At least `num_positions` rows of noise; each block has a seed of its own, so that more only append."""
+        if seed != self.seed:
+            self.seed, self.table = seed, self.table[:0]
+        while len(self.table) < num_positions:
+            block = torch.Generator().manual_seed((seed * 1_000_003 + len(self.table)) % 2**63)
+            drawn = torch.randn(self.block, self.table.shape[1], generator=block)
+            self.table = torch.cat([self.table, drawn])
+        return self.table
 
 
 STARTS = {"embeddings": EmbeddingsStart, "zeros": ZerosStart, "normal": NormalStart}

@@ -39,7 +39,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_looped import SHARINGS, ActiveCache
 from .configuration_looped import LoopedConfig
@@ -356,7 +356,10 @@ class LoopedPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": LoopedLayer, "attentions": LoopedAttention}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": OutputRecorder(LoopedLayer, num_hidden_layers_key="num_layer_calls"),
+        "attentions": LoopedAttention,
+    }
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -575,8 +578,21 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         halting_rule(model_kwargs.get("halting"))  # raises before any work
         return generation_config, model_kwargs
 
-    def prepare_inputs_for_generation(self, input_ids, loops_of_calls=None, **kwargs):
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, loops_of_calls=None, **kwargs):
+        # generate looks for inputs_embeds in this signature before it accepts them.
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        """Drafting: an early exit of the draft means fewer loops, also where the call names a loop count."""
+        if self.config.kv_sharing == "last":
+            raise ValueError(
+                "kv_sharing='last' cannot verify drafted tokens: several tokens in one call see each other at the "
+                "current loop, so the output would not be that of plain decoding. Use 'per_loop' or 'first'."
+            )
+        candidates = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        if generation_config.assistant_early_exit is not None:
+            candidates.assistant_kwargs["num_loops"] = self.config.loops_of(generation_config.assistant_early_exit)
+        return candidates
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:])

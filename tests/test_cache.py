@@ -288,14 +288,29 @@ def test_prompt_lookup_and_few_loop_drafts_are_lossless(kv_sharing):
     model = make_model(num_loops=4, kv_sharing=kv_sharing)
     ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
     kwargs = {"max_new_tokens": 8, "do_sample": False}
-    if kv_sharing == "last":  # verifying several tokens in one call is another chunking, so another model
-        assert model.generate(ids, prompt_lookup_num_tokens=2, **kwargs).shape == (1, 16)
+    if kv_sharing == "last":
+        with pytest.raises(ValueError, match="cannot verify drafted tokens"):
+            model.generate(ids, prompt_lookup_num_tokens=2, **kwargs)
         return
     expected = model.generate(ids, **kwargs)
     assert model.generate(ids, prompt_lookup_num_tokens=2, **kwargs).equal(expected)
     if kv_sharing == "per_loop":
-        assert model.generate(ids, assistant_early_exit=4, **kwargs).equal(expected)
+        depths = set()
+        model.model.register_forward_pre_hook(lambda m, args, kw: depths.add(kw["num_loops"]), with_kwargs=True)
+        assert model.generate(ids, assistant_early_exit=4, num_loops=4, **kwargs).equal(expected)
         assert model.config.num_loops == 4
+        assert depths == {2, 4}  # drafts of two loops, verification with four
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_generation_from_embeddings_equals_generation_from_ids(static):
+    """generate looks for inputs_embeds in the signature of prepare_inputs_for_generation, which we override."""
+    model, ids = make_model(), make_ids()
+    kwargs = {"num_loops": 4, "max_new_tokens": 4, "do_sample": False}
+    kwargs |= {"cache_implementation": "static"} if static else {}
+    embeds = model.get_input_embeddings()(ids)
+    assert model.generate(inputs_embeds=embeds, **kwargs).equal(model.generate(ids, **kwargs)[:, 7:])
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Laws of LoopedConfig: typed, strict, and lossless on disk."""
 
+import re
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -78,6 +80,21 @@ def test_slot_count_follows_an_edited_loop_count():
 def test_bad_fields_are_refused_by_name(fields, message):
     with pytest.raises(CONFIG_ERRORS, match=message):
         make_config(**fields)
+
+
+def test_what_a_tool_hangs_on_a_config_is_not_saved(tmp_path):
+    """It would be refused on loading, and the saved model with it."""
+    model = make_model()
+    model.config.foo_eps = 1.0
+    model.save_pretrained(tmp_path)
+    assert not hasattr(LoopedConfig.from_pretrained(tmp_path), "foo_eps")
+
+
+def test_the_tensor_parallel_plan_names_modules_that_exist():
+    for fields in ({}, {"num_prelude_layers": 1, "gated_mlp": False}):
+        model = make_model(**fields)
+        names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.model.named_modules()}
+        assert set(model.config.base_model_tp_plan) <= names
 
 
 def test_an_assignment_is_checked_too():

@@ -263,7 +263,9 @@ def test_every_layer_call_is_recorded():
     assert len(output.hidden_states) == 1 + 1 + 4 * 2 + 1
     assert len(output.attentions) == 1 + 4 * 2 + 1
     assert all(weights.shape == (3, 4, 7, 7) for weights in output.attentions)
-    assert output.hidden_states[-1].shape == (3, 7, 32)
+    assert output.hidden_states[-1].equal(output[0].new_tensor(0) + model.model(make_ids(), num_loops=4)[0])
+    shared = make_model(kv_sharing="last")(make_ids(), output_hidden_states=[-1]).hidden_states
+    assert [state is None for state in shared] == [True] * 6 + [False]  # counted by layer calls, not by KV slots
 
 
 def test_layer_calls_carry_their_slot():

@@ -56,6 +56,7 @@ class Data:
     seed: int = 0
     overrides: dict = field(default_factory=dict)  # fields of the builder's config
     weighting: Literal["rows", "uniform"] = "rows"  # hop count of a step: by the rows each has, or all alike
+    at_least_hops: bool = False  # raise a batch's loops to its hop count where fewer were drawn
 
 
 @strict
@@ -428,7 +429,7 @@ def main(recipe: Recipe) -> dict:
         hops = [k for k in train_hops if k <= stage]
         return HopBatches(
             dataset["train"], tokenizer, recipe.batch_size, recipe.seed, depth,
-            hops=hops, rank=rank, world=world, weighting=data.weighting,
+            hops=hops, rank=rank, world=world, weighting=data.weighting, at_least_hops=data.at_least_hops,
         )  # fmt: skip
 
     # Model: the same weights on every rank; after that each rank has its own dropout.

@@ -186,7 +186,10 @@ class HopBatches(torch.utils.data.Dataset):
 
     split: rows with the columns text, answer, hops. batch_size: rows of the global batch. depth: draws `num_loops`.
     hops: the hop counts to draw from, all by default. weighting: how often a hop count is drawn, in proportion to its
-    "rows" or "uniform". Raises ValueError for a batch size that does not divide, or a hop count without rows.
+    "rows" or "uniform". at_least_hops: a depth below the batch's hop count is raised to it. (The paper draws the two
+    apart, which asks a core that follows one relation per loop for answers it cannot reach.)
+
+    Raises ValueError for a batch size that does not divide, or a hop count without rows.
     """
 
     def __init__(
@@ -200,6 +203,7 @@ class HopBatches(torch.utils.data.Dataset):
         rank: int = 0,
         world: int = 1,
         weighting: Literal["rows", "uniform"] = "rows",
+        at_least_hops: bool = False,
     ):
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"batch_size must be a positive multiple of the {world} ranks, got {batch_size}.")
@@ -214,6 +218,7 @@ class HopBatches(torch.utils.data.Dataset):
         self.hops = list(self._rows)
         self.num_rows = {k: len(answers) for k, (_, answers) in self._rows.items()}
         self.batch_size, self.seed, self.depth, self.rank, self.world = batch_size, seed, depth, rank, world
+        self.at_least_hops = at_least_hops
         weights = np.array([self.num_rows[k] if weighting == "rows" else 1 for k in self.hops])
         self._weights = weights / weights.sum()
         # How often each hop count came before each chunk of steps, as far as it is known; and the chunk in use.
@@ -233,7 +238,7 @@ class HopBatches(torch.utils.data.Dataset):
             "input_ids": input_ids.index_select(0, chosen),
             "shift_labels": answers.index_select(0, chosen)[:, None],
             "logits_to_keep": 1,
-            "num_loops": self.depth(step),
+            "num_loops": max(self.depth(step), k if self.at_least_hops else 1),
             "hops": k,
         }
 

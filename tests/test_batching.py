@@ -231,6 +231,14 @@ def test_every_row_comes_once_per_epoch(make_batches, batch_size, steps):
         assert len(epochs) < 2 or epochs[0] != epochs[1]
 
 
+def test_depth_reaches_the_hops_where_asked(make_batches):
+    """Drawn apart, some batches ask for more hops than loops; raised, none does, and the others keep their depth."""
+    apart, reaching = make_batches(), make_batches(at_least_hops=True)
+    pairs = [(apart[step], reaching[step]) for step in range(200)]
+    assert any(one["num_loops"] < one["hops"] for one, _ in pairs)
+    assert all(other["num_loops"] == max(one["num_loops"], one["hops"]) for one, other in pairs)
+
+
 @pytest.mark.parametrize("weighting", ["rows", "uniform"])
 def test_hops_are_drawn_by_their_rows_or_alike(make_batches, weighting):
     batches = make_batches(weighting=weighting)

@@ -12,7 +12,7 @@ BIN    := .venv/bin
 	touch $@
 
 quickstart: .venv/installed
-	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train.py recipes/quickstart.yaml
 	$(BIN)/looped eval $(RUN)
 	$(BIN)/looped plot $(RUN)

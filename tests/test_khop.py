@@ -94,20 +94,19 @@ def test_programs_are_uniform_at_every_place(cache):
 
 def test_few_programs_leave_three_quarters_to_train(quickstart):
     """Two hops over 20 x 4 are 320 programs in all: 40 for the gate, 40 for the test, not 375."""
-    assert rows_per_hop(quickstart["train"]) == {1: 80, 2: 240, 3: 960}
-    held_out = {2: 40, 3: 160} | dict.fromkeys(range(4, 9), 375)
+    assert rows_per_hop(quickstart["train"]) == {1: 80, 2: 240, 3: 960, 4: 4370} | dict.fromkeys(range(5, 9), 15_000)
+    held_out = {2: 40, 3: 160} | dict.fromkeys(range(4, 13), 375)
     assert rows_per_hop(quickstart["validation"]) == rows_per_hop(quickstart["test"]) == held_out
 
 
 def test_split_kind_says_what_train_holds(quickstart):
     assert {(row["hops"], row["split_kind"]) for row in quickstart["train"].to_list()} == {
         (1, "atomic"),
-        (2, "train"),
-        (3, "train"),
+        *((k, "train") for k in range(2, 9)),
     }
     for split in ("validation", "test"):
         for row in quickstart[split].to_list():
-            assert row["split_kind"] == ("id" if row["hops"] <= 3 else "ood")
+            assert row["split_kind"] == ("id" if row["hops"] <= 8 else "ood")
 
 
 def test_training_on_fewer_hops_keeps_the_test(cache, quickstart):
@@ -161,7 +160,7 @@ def test_streaming_gives_the_same_rows(cache, quickstart):
     """An example depends on (config, seed, split, its place), not on how the data is read."""
     builder = Khop(config_name="quickstart", cache_dir=cache)
     streamed = builder.as_streaming_dataset(split="train")
-    assert streamed.num_shards == 3
+    assert streamed.num_shards == 8
     assert list(streamed) == quickstart["train"].to_list()
 
 
@@ -193,7 +192,7 @@ def test_the_docstring_draws_a_real_example(cache):
         ({"num_entities": 20.5}, "num_entities must be a whole number"),
         ({"num_relations": 1}, "num_relations must be a whole number >= 2"),
         ({"train_hops": True}, "train_hops must be a whole number"),
-        ({"train_hops": 9}, "max_hops 8 is below train_hops 9"),
+        ({"train_hops": 13}, "max_hops 12 is below train_hops 13"),
         ({"test_per_hop": 0}, "test_per_hop must be"),
         ({"seed": None}, "seed must have a value"),
     ],

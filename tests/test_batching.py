@@ -29,7 +29,7 @@ PAPER_DEPTH = {"kind": "poisson", "rate": 4, "minimum": 2, "maximum": 8}
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return load_task("khop", "quickstart", cache_dir=tmp_path_factory.mktemp("datasets"))
+    return load_task("khop", "quickstart", cache_dir=tmp_path_factory.mktemp("datasets"), train_hops=3, max_hops=8)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from toys import make_model
-
 from data_builders.tokenizers import hop_tokenizer
+from toys import make_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

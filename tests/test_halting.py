@@ -263,3 +263,47 @@ def test_rows_that_leave_are_differentiated_as_alone():
         (model(ids[row : row + 1], labels=ids[row : row + 1], num_loops=loops).loss / 3).backward()
     for gradient, parameter in zip(together, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, **FP32)
+
+
+@torch.no_grad()
+def test_processors_stop_strings_and_streaming_act_while_halting():
+    """Huginn's exit modes have a sampler of their own that knows none of these (trap 43)."""
+    from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor
+    from transformers.generation.streamers import BaseStreamer
+
+    class Seen(BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    model, ids, seen = make_settling_model(), make_ids(1, 5), Seen()
+    kwargs = {"num_loops": 10, "halting": RULES["kl"], "do_sample": False, "max_new_tokens": 6}
+    plain = model.generate(ids, **kwargs)
+    output = model.generate(ids, streamer=seen, **kwargs)
+    assert seen.tokens == [*output[0].tolist(), "end"]
+    banned = int(plain[0, 5])
+    assert banned not in model.generate(ids, bad_words_ids=[[banned]], **kwargs)[0, 5:].tolist()
+    assert model.generate(ids, eos_token_id=banned, pad_token_id=0, **kwargs).shape[1] == 6
+    longer = LogitsProcessorList([MinNewTokensLengthLogitsProcessor(5, 4, eos_token_id=banned)])
+    held = model.generate(ids, eos_token_id=banned, pad_token_id=0, logits_processor=longer, **kwargs)
+    assert held.shape[1] >= 5 + 4
+
+
+@pytest.mark.parametrize("halting", [None, RULES["kl"]])
+@pytest.mark.parametrize("num_loops", [3, torch.tensor([1, 2, 3])])
+@pytest.mark.parametrize("flags", [{}, {"use_cache": True}, {"labels": make_ids()}, {"output_hidden_states": True}])
+def test_every_mix_of_flags_returns_the_same_fields(halting, num_loops, flags):
+    """One of TRM's flags makes a function return three values where five are unpacked (trap 28)."""
+    model, ids = make_model(), make_ids()
+    named = model(ids, halting=halting, num_loops=num_loops, **flags)
+    values = model(ids, halting=halting, num_loops=num_loops, return_dict=False, **flags)
+    assert len(values) == len(named.to_tuple())
+    assert named.logits.shape == (3, 7, 50)
+    assert named.loops_used.shape == (3, 7)
+    assert (named.loss is not None) == ("labels" in flags)
+    assert (named.past_key_values is not None) == flags.get("use_cache", True)

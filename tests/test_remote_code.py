@@ -147,3 +147,13 @@ def test_a_misspelt_field_in_a_config_file_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"num_loops"', '"num_lops"'))
     with pytest.raises(ValueError, match="did you mean 'num_loops'"):
         LoopedConfig.from_pretrained(tmp_path)
+
+
+def test_special_ids_are_the_tokenizers(tmp_path):
+    """Ouro ships 0 for bos, eos and pad alike, so generation never stops (trap 38)."""
+    _, tokenizer = save_with_tokenizer(tmp_path, eos_token_id=1)
+    loaded = LoopedForCausalLM.from_pretrained(tmp_path)
+    for config in (loaded.config, loaded.generation_config):
+        assert config.pad_token_id == tokenizer.pad_token_id == 0
+        assert config.eos_token_id == tokenizer.eos_token_id == 1
+    assert loaded.config.vocab_size == len(tokenizer)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_looped.halting_looped import halting_rule
+from modeling_looped.halting_looped import FixedRule, halting_rule
 from toys import FP32, count_layer_calls, make_ids, make_model
 
 RULES = {
@@ -164,13 +164,31 @@ def test_fixed_halting_is_no_halting():
     assert model(ids, halting="fixed").logits.equal(model(ids).logits)
 
 
+class DoneFromFourth(FixedRule):
+    """Halts at every position but the first four."""
+
+    def step(self, memory, state, readout):
+        return state, (torch.arange(state.shape[1]) >= 4).expand(state.shape[:2])
+
+
 @torch.no_grad()
 def test_padding_does_not_hold_a_row_back():
-    model, ids, rule = make_settling_model(), make_ids(1, 5), {"rule": "kl", "kl_threshold": 0.1}
-    padded, mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1), torch.tensor([[0] * 4 + [1] * 5])
-    alone = model(ids, num_loops=12, halting=rule).loops_used[0, 0]
-    with_padding = model(padded, attention_mask=mask, num_loops=12, halting=rule).loops_used[0, 0]
-    assert alone == with_padding < 12
+    model, ids = make_model(), make_ids(2, 9)
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    used = model(ids, attention_mask=mask, num_loops=6, halting=DoneFromFourth()).loops_used
+    assert used[:, -1].tolist() == [1, 6]
+
+
+def test_rounding_does_not_halt_at_a_threshold_of_zero():
+    """A KL divergence summed in fp32 can come out negative, which is below zero, which is below any threshold."""
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(1, 500, 50, generator=generator)
+    nearly = state + 1e-6 * torch.randn(1, 500, 50, generator=generator)
+    log_p, log_q = nearly.log_softmax(-1), state.log_softmax(-1)
+    assert (log_p.exp() * (log_p - log_q)).sum(-1).min() < 0
+    rule = halting_rule({"rule": "kl", "kl_threshold": 0.0})
+    memory, _ = rule.step(None, state, lambda hidden: hidden)
+    assert not rule.step(memory, nearly, lambda hidden: hidden)[1].any()
 
 
 @torch.no_grad()

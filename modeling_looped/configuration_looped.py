@@ -125,14 +125,6 @@ class LoopedConfig(PreTrainedConfig):
 
     model_type = "looped"
     keys_to_ignore_at_inference = ["past_key_values", "loops_used"]  # noqa: RUF012 (an annotation would make it a field)
-    base_model_fsdp_plan = {  # noqa: RUF012
-        "embed_tokens": "free_full_weight",
-        "prelude.*": "free_full_weight",
-        "core.*": "free_full_weight",
-        "coda.*": "free_full_weight",
-        "norm": "keep_full_weight",
-    }
-
     vocab_size: int = positive_int(default=32000)
     hidden_size: int = positive_int(default=768)
     intermediate_size: int = positive_int(default=2048)
@@ -188,7 +180,9 @@ class LoopedConfig(PreTrainedConfig):
                     f"({self.hidden_size}): change one of them, or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        # Plans name modules, and must name none that a section of zero layers does not have.
         self.base_model_tp_plan = self._tensor_parallel_plan()
+        self.base_model_fsdp_plan = self._sharding_plan()
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
@@ -246,13 +240,19 @@ class LoopedConfig(PreTrainedConfig):
         """Layers run per token by default: what recorded hidden states are counted by."""
         return self.num_prelude_layers + self.num_coda_layers + self.num_core_layers * self.num_loops
 
+    def _sections(self) -> list[str]:
+        layers = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
+        return [section for section, count in layers.items() if count]
+
     def _tensor_parallel_plan(self) -> dict[str, str]:
         plan = {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
         plan |= {"mlp.gate_proj": "colwise"} if self.gated_mlp else {}
         plan |= {"mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
-        layers = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
-        sections = [section for section, count in layers.items() if count]
-        return {f"{section}.*.{module}": kind for section in sections for module, kind in plan.items()}
+        return {f"{section}.*.{module}": kind for section in self._sections() for module, kind in plan.items()}
+
+    def _sharding_plan(self) -> dict[str, str]:
+        layers = {f"{section}.*": "free_full_weight" for section in self._sections()}
+        return {"embed_tokens": "free_full_weight", **layers, "norm": "keep_full_weight"}
 
     def to_dict(self) -> dict:
         """As in transformers, without attributes that are no fields: tools set some, and loading would refuse them."""

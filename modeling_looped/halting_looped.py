@@ -147,10 +147,9 @@ class ActiveRows:
     Args:
         num_loops: an int for all rows, or a (B,) LongTensor with a budget per row.
         decision: the halting rule and what it looks at.
-        real: (B, T) bool, false at padding.
     """
 
-    def __init__(self, num_loops: int | torch.Tensor, decision: Decision, real: torch.Tensor):
+    def __init__(self, num_loops: int | torch.Tensor, decision: Decision):
         self.budget = num_loops if isinstance(num_loops, torch.Tensor) else None
         self.num_loops = int(num_loops.max()) if isinstance(num_loops, torch.Tensor) else num_loops
         self.loops_run = self.num_loops
@@ -158,10 +157,13 @@ class ActiveRows:
         self.may_leave = decision.rule is not None or (
             self.budget is not None and int(self.budget.min()) < self.num_loops
         )
-        self.real = self._deciding(real.unsqueeze(-1)).squeeze(-1) if self.may_leave else real  # (B, K)
-        self.rows = torch.arange(len(real), device=real.device)
         self.memory = None
         self.left = []  # (rows, state, loops) of those that halted
+
+    def open(self, real: torch.Tensor) -> None:
+        """Start with all rows; `real` is (B, T) bool, false at padding. Needed only where rows may leave."""
+        self.real = self._deciding(real.unsqueeze(-1)).squeeze(-1)  # (B, K)
+        self.rows = torch.arange(len(real), device=real.device)
 
     def _deciding(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return slice_logits_to_keep(hidden_states, self.decision.logits_to_keep)

@@ -369,12 +369,12 @@ class LoopedPreTrainedModel(PreTrainedModel):
             for parameter in module.parameters():
                 init.zeros_(parameter)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, except that loop settings put into the derived generation config survive a reload."""
         if self.can_generate() and any(name in self.generation_config.to_dict() for name in LOOP_SETTINGS):
             # Marked as derived from the model config, its custom fields would be dropped on load.
             self.generation_config._from_model_config = False
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 @auto_docstring
@@ -432,7 +432,9 @@ class LoopedModel(LoopedPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        active = ActiveRows(num_loops, decision, real_tokens(attention_mask, batch_size, num_tokens, embeds))
+        active = ActiveRows(num_loops, decision)
+        if active.may_leave:
+            active.open(real_tokens(attention_mask, embeds))
         if past_key_values is not None:
             self.sharing.open(past_key_values, active.num_loops)
 
@@ -626,11 +628,13 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_key_valu
     batch_size, num_tokens = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
     # Only on CPU, where it is free: on an accelerator it would wait for the device and break graph capture.
     checkable = input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if checkable and input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < config.vocab_size:
-        raise ValueError(
-            f"input_ids must be in [0, {config.vocab_size - 1}] (vocab_size={config.vocab_size}), got values from "
-            f"{int(input_ids.min())} to {int(input_ids.max())}: is this the tokenizer of another model?"
-        )
+    if checkable and input_ids.numel():
+        lowest, highest = (int(bound) for bound in input_ids.aminmax())
+        if lowest < 0 or highest >= config.vocab_size:
+            raise ValueError(
+                f"input_ids must be in [0, {config.vocab_size - 1}] (vocab_size={config.vocab_size}), got values from "
+                f"{lowest} to {highest}: is this the tokenizer of another model?"
+            )
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     # A static cache counts on the device; its masks are made by generate.
     checkable = is_row_mask(attention_mask) and isinstance(past, int)
@@ -683,11 +687,11 @@ def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.T
     return (torch.arange(num_tokens, device=inputs_embeds.device) + past).unsqueeze(0)
 
 
-def real_tokens(attention_mask, batch_size: int, num_tokens: int, inputs_embeds: torch.Tensor) -> torch.Tensor:
+def real_tokens(attention_mask, embeds: torch.Tensor) -> torch.Tensor:
     """(B, T) bool: this call's tokens that are not padding."""
     if is_row_mask(attention_mask):
-        return attention_mask[:, -num_tokens:].bool()
-    return torch.ones(batch_size, num_tokens, dtype=torch.bool, device=inputs_embeds.device)
+        return attention_mask[:, -embeds.shape[1] :].bool()
+    return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
 
 
 def per_token(loops_used: int | torch.Tensor, batch_size: int, num_tokens: int, device) -> torch.Tensor:

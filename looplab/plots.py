@@ -170,6 +170,7 @@ def training_curves(run: Run) -> Figure:
 def mark_stages(upper, lower, steps: Sequence[dict]) -> None:
     """A dashed line where the curriculum added a hop count, which is written above it."""
     label = "hop count added"
+    height = 3  # points above the axes; every other one is higher, since stages can follow each other closely
     for before, after in pairwise(steps):
         if after["stage"] > before["stage"]:
             minute = before["seconds"] / 60
@@ -177,9 +178,10 @@ def mark_stages(upper, lower, steps: Sequence[dict]) -> None:
                 axes.axvline(minute, color=FRAME, linestyle="--", linewidth=1, label=label)
             label = None
             upper.annotate(
-                f"+{after['stage']}", (minute, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                f"+{after['stage']}", (minute, 1), xycoords=("data", "axes fraction"), xytext=(0, height),
                 textcoords="offset points", ha="center", color=FRAME, fontsize=9,
             )  # fmt: skip
+            height = 16 - height
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
 

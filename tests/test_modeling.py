@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceClassification
+from modeling_looped.connections_looped import NormalStart
 from toys import BF16, FP32, count_layer_calls, make_config, make_ids, make_model
 
 SHAPES = {
@@ -180,6 +181,17 @@ def test_random_start_is_reproducible_and_local():
     assert logits(ids, 5).equal(logits(ids, 5))
     torch.manual_seed(0)
     assert not logits(ids).equal(logits(ids))
+
+
+def test_random_starts_of_far_positions_are_new_and_stay():
+    start = NormalStart(make_config(state_init="normal"))
+    embeds = torch.zeros(1, 200, 32)
+    positions = torch.arange(200)[None]
+    noise = start(embeds, positions, None, training=False)[0]
+    assert len(noise.unique(dim=0)) == 200
+    assert start(embeds[:, :3], positions[:, 150:153], None, training=False)[0].equal(noise[150:153])
+    fresh = NormalStart(make_config(state_init="normal"))
+    assert fresh(embeds[:, :70], positions[:, :70], None, training=False)[0].equal(noise[:70])
 
 
 @pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])

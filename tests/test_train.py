@@ -189,7 +189,7 @@ def test_evaluating_more_often_changes_nothing(recipe, tmp_path):
 def test_the_curriculum_adds_a_hop_when_the_gate_passes(recipe, tmp_path):
     """Two entities make every relation a swap or nothing: parity, learnt in seconds."""
     flags = [
-        "--data.overrides={num_entities: 2, num_relations: 8, gate_per_hop: 64}",
+        "--data.overrides={num_entities: 2, num_relations: 8, train_hops: 3, max_hops: 8, gate_per_hop: 64}",
         "--data.weighting=uniform",
         "--batch_size=64",
     ]
@@ -219,7 +219,14 @@ def test_the_model_folder_alone_scores_what_the_run_measured(recipe, tmp_path):
     model, tokenizer = LoopedForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert GenerationConfig.from_pretrained(folder).num_loops == model.config.num_loops == 4
     validation = train.load_task(
-        "khop", "quickstart", num_entities=8, num_relations=2, gate_per_hop=16, test_per_hop=16
+        "khop",
+        "quickstart",
+        num_entities=8,
+        num_relations=2,
+        train_hops=3,
+        max_hops=8,
+        gate_per_hop=16,
+        test_per_hop=16,
     )
     two_hops = validation["validation"].filter(lambda hops: hops == 2, input_columns="hops")
     answers = []

@@ -35,7 +35,7 @@ class DepthSampler:
     uniform              any of minimum .. maximum                                   minimum, maximum
     poisson              clip(Poisson(rate), minimum, maximum)                       rate or mean, minimum, maximum
     lognormal_poisson    as poisson, the rate itself log-normal: E rate = `rate`,    the same, and sigma
-                         sd of log rate = `sigma` (Geiping et al. 2025, arXiv 2502.05171, section 3.3)
+                         sd of log rate = `sigma` (Geiping et al. 2025, arXiv 2502.05171)
 
     Poisson (4; 2, 8) is Kohli et al. 2026 (arXiv 2604.07822): mean 4.08, P(2) = 24 %, P(8) = 5 %. Given `mean` instead
     of `rate`, the rate is solved for, so that the mean *after* clipping is the one asked for.

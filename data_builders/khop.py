@@ -1,4 +1,4 @@
-"""k-hop chains over permutation relations (Kohli et al. 2026, arXiv 2604.07822, section 6; the depth task).
+"""k-hop chains over permutation relations (Kohli et al. 2026, arXiv 2604.07822; the depth task).
 
     graph     num_relations random permutations of num_entities entities
     program   (start entity, relation_1 .. relation_k); its answer is the entity the k relations lead to

@@ -5,7 +5,7 @@
         predictions = predict(rows, loops)        every row of every (hops, split_kind) group
         rows += metric(predictions, answers)      the `evaluate` module in hop_accuracy/
 
-Protocol of Loop, Think & Generalize (arXiv 2604.07822, section 6): accuracy per hop count while the loops at inference
+Protocol of Loop, Think & Generalize (arXiv 2604.07822): accuracy per hop count while the loops at inference
 are swept. What is evaluated is what ships: the model is loaded from `RUN/model` with that folder's own code.
 """
 

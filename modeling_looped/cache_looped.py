@@ -4,7 +4,7 @@
     first      one row per token, that of loop 0, read by every loop (MELT's z = 1). Cached == uncached.
     last       one row per token, rewritten by every loop (MELT's z = 0): tokens of one call see each other at the
                current loop, later calls see the last loop. The cache is therefore a different model from the uncached
-               run: the one obtained by calling the model token by token (Ouro, arXiv 2510.25741, section 5.4).
+               run: the one obtained by calling the model token by token (Ouro, arXiv 2510.25741).
 
 A policy is used in every forward, whatever the cache:
 

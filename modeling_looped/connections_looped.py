@@ -14,7 +14,7 @@ from torch import nn
 
 
 class PlainConnection(nn.Module):
-    """state = core(state): nothing is added between loops (Loop, Think & Generalize, arXiv 2604.07822, section 3)."""
+    """state = core(state): nothing is added between loops (Loop, Think & Generalize, arXiv 2604.07822)."""
 
     def __init__(self, config):
         super().__init__()
@@ -51,7 +51,7 @@ class InjectAddConnection(PlainConnection):
 
 
 class InjectConcatConnection(PlainConnection):
-    """state = core(adapter([state, e])), a learned 2D -> D adapter (Huginn, arXiv 2502.05171, section 3)."""
+    """state = core(adapter([state, e])), a learned 2D -> D adapter (Huginn, arXiv 2502.05171)."""
 
     def __init__(self, config):
         super().__init__(config)

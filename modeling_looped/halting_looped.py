@@ -32,7 +32,7 @@ class FixedRule:
 class KLRule(FixedRule):
     """Halt at the first loop t >= 2 with KL(p_t || p_{t-1}) < kl_threshold (nats).
 
-    Source: the ablation of arXiv 2604.07822 (section 6.3) without the entropy condition; it stops too early on long
+    Source: the halting ablation of arXiv 2604.07822, without the entropy condition; it stops too early on long
     chains.
     """
 
@@ -60,7 +60,7 @@ class KLRule(FixedRule):
 class KLEntropyRule(KLRule):
     """Halt at the first loop t >= 2 with KL(p_t || p_{t-1}) < kl_threshold and H(p_t) < max_entropy (both in nats).
 
-    Source: arXiv 2604.07822, section 6.3; thresholds 0.01 and 3.00.
+    Source: the halting rule of arXiv 2604.07822; thresholds 0.01 and 3.00.
     """
 
     def __init__(self, kl_threshold: float = 0.01, max_entropy: float = 3.0):

@@ -597,7 +597,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         return candidates
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
-        model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:])
+        if "loops_of_calls" in model_kwargs:  # decoding loops of other libraries call this as well
+            model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:])
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
 

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    StaticCache,
+)
 
 from modeling_looped.cache_looped import RewritingDynamicLayer
 from toys import FP32, make_ids, make_model
@@ -320,7 +327,10 @@ def test_continuous_batching_finds_the_slot_of_every_loop():
     ids = make_ids(2, 6)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)[:, 6:]
     outputs = model.generate_batch(
-        inputs=ids.tolist(), generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=49)
+        inputs=ids.tolist(),
+        generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=49),
+        # Without sizes it takes most of the memory there is.
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32),
     )
     generated = [output.generated_tokens for output in outputs.values()]
     assert sorted(generated) == sorted(expected.tolist())

@@ -240,6 +240,11 @@ class LoopedConfig(PreTrainedConfig):
         """Layers run per token by default: what recorded hidden states are counted by."""
         return self.num_prelude_layers + self.num_coda_layers + self.num_core_layers * self.num_loops
 
+    @property
+    def final_norm_closes_loops(self) -> bool:
+        """The norm between loops is also the final one: nothing comes after the last loop (Ouro)."""
+        return self.norm_between_loops and self.num_coda_layers == 0
+
     def _sections(self) -> list[str]:
         layers = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
         return [section for section, count in layers.items() if count]
@@ -252,7 +257,9 @@ class LoopedConfig(PreTrainedConfig):
 
     def _sharding_plan(self) -> dict[str, str]:
         layers = {f"{section}.*": "free_full_weight" for section in self._sections()}
-        return {"embed_tokens": "free_full_weight", **layers, "norm": "keep_full_weight"}
+        norms = {"core_norm": self.norm_between_loops, "norm": not self.final_norm_closes_loops}
+        kept = {norm: "keep_full_weight" for norm, exists in norms.items() if exists}
+        return {"embed_tokens": "free_full_weight", **layers, **kept}
 
     def to_dict(self) -> dict:
         """As in transformers, without attributes that are no fields: tools set some, and loading would refuse them."""

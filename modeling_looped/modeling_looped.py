@@ -391,9 +391,8 @@ class LoopedModel(LoopedPreTrainedModel):
         self.start = STARTS[config.state_init](config)
         self.sharing = SHARINGS[config.kv_sharing](config)
         # Ouro's final norm closes every loop: what it returns is both the readout and the next loop's input.
-        norm_is_between_loops = config.norm_between_loops and config.num_coda_layers == 0
         self.core_norm = make_norm(config) if config.norm_between_loops else as_is
-        self.norm = as_is if norm_is_between_loops else make_norm(config)
+        self.norm = as_is if config.final_norm_closes_loops else make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -577,7 +576,9 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             value = stored.get(name) if value is None else value
             if value is not None:
                 model_kwargs[name] = value
-        halting_rule(model_kwargs.get("halting"))  # raises before any work
+        rule = halting_rule(model_kwargs.pop("halting", None))  # built once: raises before any work, not per token
+        if rule is not None:
+            model_kwargs["halting"] = rule
         return generation_config, model_kwargs
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, loops_of_calls=None, **kwargs):

@@ -90,11 +90,22 @@ def test_what_a_tool_hangs_on_a_config_is_not_saved(tmp_path):
     assert not hasattr(LoopedConfig.from_pretrained(tmp_path), "foo_eps")
 
 
-def test_the_tensor_parallel_plan_names_modules_that_exist():
-    for fields in ({}, {"num_prelude_layers": 1, "gated_mlp": False}):
-        model = make_model(**fields)
-        names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.model.named_modules()}
-        assert set(model.config.base_model_tp_plan) <= names
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_prelude_layers": 1, "gated_mlp": False},
+        {"norm_between_loops": True},
+        {"norm_between_loops": True, "num_coda_layers": 1},
+    ],
+)
+def test_the_parallel_plans_name_modules_that_exist(fields):
+    """The sharding plan named a final norm that the norm between loops had replaced, and not that one."""
+    model = make_model(**fields)
+    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in model.model.named_modules()}
+    assert set(model.config.base_model_tp_plan) <= names
+    assert set(model.config.base_model_fsdp_plan) <= names
+    assert {"norm", "core_norm"} & names == {"norm", "core_norm"} & set(model.config.base_model_fsdp_plan)
 
 
 def test_an_assignment_is_checked_too():

@@ -19,7 +19,13 @@ def run_eval(arguments) -> None:
     from .evaluation import evaluate_run, print_grid
     from .runs import open_run
 
-    path = evaluate_run(arguments.run, loops=arguments.loops, limit=arguments.limit)
+    path = evaluate_run(
+        arguments.run,
+        loops=arguments.loops,
+        limit=arguments.limit,
+        max_loops=arguments.max_loops,
+        max_hops=arguments.max_hops,
+    )
     print_grid(open_run(arguments.run))
     print(f"\nwritten to {path}")
 
@@ -54,12 +60,20 @@ def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("eval", help="accuracy over loops x hops, to RUN/grid.jsonl")
+    command = commands.add_parser("eval", help="accuracy over loops x hops, to RUN/grid.jsonl and RUN/loops.jsonl")
     command.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
     command.add_argument(
         "--loops", type=positive, nargs="+", metavar="R", help="loop counts (default: 1 2 3 4 6 8 12 16)"
     )
     command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
+    command.add_argument(
+        "--max-loops",
+        type=positive,
+        default=50,
+        metavar="R",
+        help="follow held-out rows so far (default: %(default)s)",
+    )
+    command.add_argument("--max-hops", type=positive, metavar="K", help="test chains of up to K hops (khop only)")
     command.set_defaults(call=run_eval)
 
     command = commands.add_parser("plot", help="heat map and training curves, to RUN/figures/*.png")

@@ -1,9 +1,9 @@
 """Accuracy of a trained run over (loops x hops), and single questions.
 
-    predict = predictor(model)                    (B, T) ids, loops -> (B,) ids: full-vocabulary argmax at the readout
-    for loops in the grid:
-        predictions = predict(rows, loops)        every row of every (hops, split_kind) group
-        rows += metric(predictions, answers)      the `evaluate` module in hop_accuracy/
+    for every (hops, split_kind) group of rows:
+        trace(model, rows, answers, loops)        one forward: the answer after every loop, see traces.py
+    grid.jsonl   loops x hops                     the `evaluate` module in hop_accuracy/: full-vocabulary argmax
+    loops.jsonl  every loop x held-out hops       accuracy, mean margin, first correct loop; validation and test
 
 Protocol of Loop, Think & Generalize (arXiv 2604.07822): accuracy per hop count while the loops at inference
 are swept. What is evaluated is what ships: the model is loaded from `RUN/model` with that folder's own code.
@@ -11,7 +11,7 @@ are swept. What is evaluated is what ships: the model is loaded from `RUN/model`
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from data_builders import load_task
 
-from .runs import AGAIN, Run, open_run, write_whole
+from .runs import AGAIN, Run, open_run, to_json_lines, write_whole
+from .traces import Trace, joined, trace
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
+MAX_LOOPS = 50  # how far overthinking is followed
 TRAIN_ROWS = 1000  # rows of each (hops, split_kind) group of the train split: a check of memory, not a result
 THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
-
-Predict = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,31 @@ def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit:
     return groups
 
 
-def predictor(model: PreTrainedModel) -> Predict:
-    """The function `(B, T) ids, loops -> (B,) ids` of a causal LM: argmax over the whole vocabulary at the readout."""
-    model.eval()
-
-    @torch.inference_mode()
-    def predict(input_ids: torch.Tensor, num_loops: int) -> torch.Tensor:
-        output = model(input_ids.to(model.device), num_loops=num_loops, logits_to_keep=1, use_cache=False)
-        return output.logits[:, -1].argmax(-1).cpu()
-
-    return predict
+def trace_groups(
+    model: PreTrainedModel, groups: Sequence[Group], num_loops: Sequence[int], batch_size: int = 512
+) -> list[Trace]:
+    """The trace of every group, over its own number of loops."""
+    total = sum(loops * len(group.answers) for loops, group in zip(num_loops, groups, strict=True))
+    traces = []
+    with tqdm(total=total, desc="evaluating", unit="loop", unit_scale=True, mininterval=1) as bar:
+        for loops, group in zip(num_loops, groups, strict=True):
+            parts = []
+            batches = zip(group.input_ids.split(batch_size), group.answers.split(batch_size), strict=True)
+            for input_ids, answers in batches:
+                parts.append(trace(model, input_ids, answers, loops))
+                bar.update(loops * len(answers))
+            traces.append(joined(parts))
+    return traces
 
 
 def accuracy_grid(
-    predict: Predict,
-    groups: Sequence[Group],
-    loops: Sequence[int],
-    trained_hops: Sequence[int],
-    batch_size: int = 2048,
+    groups: Sequence[Group], predictions: Sequence[torch.Tensor], loops: Sequence[int], trained_hops: Sequence[int]
 ) -> list[dict]:
-    """A row per loop count and group: loops, hops, split_kind, accuracy (a fraction), n, trained (this hop count)."""
+    """A row per loop count and group: loops, hops, split_kind, accuracy (a fraction), n, trained (this hop count).
+
+    Args:
+        predictions: of each group, (R, N) ids after each of R >= max(loops) loops.
+    """
     metric = evaluate.load(str(Path(__file__).parent / "hop_accuracy"), keep_in_memory=True)
     columns = {
         "references": torch.cat([group.answers for group in groups]).numpy(),
@@ -92,23 +97,43 @@ def accuracy_grid(
         "split_kind": [group.split_kind for group in groups for _ in group.answers],
     }
     rows = []
-    with tqdm(total=len(loops) * len(columns["hops"]), desc="evaluating", unit="row", unit_scale=True) as bar:
-        for num_loops in loops:
-            predictions = []
-            for group in groups:
-                for batch in group.input_ids.split(batch_size):
-                    predictions.append(predict(batch, num_loops))
-                    bar.update(len(batch))
-            result = metric.compute(predictions=torch.cat(predictions).numpy(), **columns)
-            for cell in result["groups"]:
-                rows.append({"loops": num_loops, **cell, "trained": cell["hops"] in trained_hops})
+    for num_loops in loops:
+        said = torch.cat([prediction[num_loops - 1] for prediction in predictions])
+        result = metric.compute(predictions=said.numpy(), **columns)
+        rows += [{"loops": num_loops, **cell, "trained": cell["hops"] in trained_hops} for cell in result["groups"]]
     return rows
 
 
-def load_run_task(run: Run) -> datasets.DatasetDict:
-    """The data of a run, from its recipe; already in the datasets cache where the run was trained."""
+def loop_rows(split: str, group: Group, traced: Trace) -> list[dict]:
+    """A row per loop: split, split_kind, hops, loops, accuracy, margin (mean), first_correct (share of the rows that
+    are right after this loop and after none before it), n."""
+    correct = traced.prediction == group.answers  # (R, N)
+    first = correct & (correct.cumsum(0) == 1)
+    columns = zip(correct.double().mean(1), traced.margin.double().mean(1), first.double().mean(1), strict=True)
+    cell = {"split": split, "split_kind": group.split_kind, "hops": group.hops}
+    return [
+        {**cell, "loops": loop, "accuracy": float(accuracy), "margin": float(margin), "first_correct": float(share)}
+        | {"n": len(group.answers)}
+        for loop, (accuracy, margin, share) in enumerate(columns, start=1)
+    ]
+
+
+def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict:
+    """The data of a run, from its recipe; already in the datasets cache where the run was trained.
+
+    Args:
+        max_hops: test up to this hop count instead of the recipe's; the rows of the other hop counts stay the same.
+
+    Raises:
+        ValueError: the task is not k-hop, or max_hops is below the trained hops.
+    """
     data = run.recipe()["data"]
-    return load_task(data["task"], data["config"], seed=data["seed"], **data["overrides"])
+    overrides = {"seed": data["seed"]} | data["overrides"]
+    if max_hops is not None:
+        if data["task"] != "khop":
+            raise ValueError(f"--max-hops {max_hops} is for the task khop; the chains of {data['task']} have 2 hops.")
+        overrides["max_hops"] = max_hops
+    return load_task(data["task"], data["config"], **overrides)
 
 
 def load_run_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -127,28 +152,47 @@ def load_run_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
-def evaluate_run(folder: str | Path, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:
-    """Write RUN/grid.jsonl (rows of `accuracy_grid`) and RUN/evaluation.json (what the plots need beside it).
+def evaluate_run(
+    folder: str | Path,
+    loops: Sequence[int] | None = None,
+    limit: int | None = None,
+    max_loops: int = MAX_LOOPS,
+    max_hops: int | None = None,
+) -> Path:
+    """Write RUN/grid.jsonl (`accuracy_grid`), RUN/loops.jsonl (`loop_rows`) and RUN/evaluation.json (chance, limit).
 
     Args:
         folder: a finished run.
-        loops: loop counts, `LOOPS` unless given.
-        limit: at most so many rows per (hops, split_kind); all test rows unless given.
+        loops: loop counts of the grid, `LOOPS` unless given.
+        limit: at most so many rows per (hops, split_kind); all held-out rows unless given.
+        max_loops: held-out rows are followed so far.
+        max_hops: deepest held-out chains, the recipe's unless given (k-hop only).
 
     Raises:
-        ValueError: no such run, or it has not finished.
+        ValueError: no such run, it has not finished, or it has no deeper chains.
     """
     run = open_run(folder)
     trained_hops = run.summary()["trained_hops"]
     model, tokenizer = load_run_model(run)
-    task = load_run_task(run)
-    groups = groups_of(task["train"], tokenizer, min(limit or TRAIN_ROWS, TRAIN_ROWS))
-    groups += groups_of(task["test"], tokenizer, limit)
+    task = load_run_task(run, max_hops)
     loops = sorted(set(loops or LOOPS))
-    rows = accuracy_grid(predictor(model), groups, loops, trained_hops)
+    depth = {"train": loops[-1], "test": max(max_loops, loops[-1]), "validation": max_loops}
+    limits = {"train": min(limit or TRAIN_ROWS, TRAIN_ROWS), "test": limit, "validation": limit}
+    plan = [(split, group) for split in depth for group in groups_of(task[split], tokenizer, limits[split])]
+    groups = [group for _, group in plan]
+    traces = trace_groups(model, groups, [depth[split] for split, _ in plan])
+    gridded = [i for i, (split, _) in enumerate(plan) if split != "validation"]
+    grid = accuracy_grid([groups[i] for i in gridded], [traces[i].prediction for i in gridded], loops, trained_hops)
+    every_loop = [
+        row
+        for (split, group), traced in zip(plan, traces, strict=True)
+        for row in loop_rows(split, group, traced)[:max_loops]
+        if split != "train"
+    ]
     facts = {"chance": 1 / len(set(task["train"]["answer"][:])), "limit": limit}
     write_whole(run.folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
-    return write_whole(run.folder / "grid.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(run.folder / "loops.jsonl", to_json_lines(every_loop))
+    return write_whole(run.folder / "grid.jsonl", to_json_lines(grid))
 
 
 def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -159,10 +203,13 @@ def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, fl
 
 
 def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:
-    """Largest hop count such that it and all smaller ones reach `threshold` with `loops` loops (0: none does)."""
+    """Largest hop count such that it and all smaller ones reach `threshold` with `loops` loops (0: none does).
+
+    Of facts, id and ood: the finer split kinds of the composition task are probes beside the paper's measure.
+    """
     worst = {}
     for row in rows:
-        if row["loops"] == loops and row["split_kind"] != "train":
+        if row["loops"] == loops and row["split_kind"] in ("atomic", "id", "ood"):
             worst[row["hops"]] = min(row["accuracy"], worst.get(row["hops"], 1.0))
     solved = 0
     for hops in sorted(worst):

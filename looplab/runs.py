@@ -5,12 +5,14 @@ metrics.jsonl   training rows and gate rows              while training
 model/          weights, config, tokenizer, model code   at the end
 summary.json    what was reached                         at the end
 grid.jsonl      accuracy over loops x hops               `looped eval`
+loops.jsonl     held-out accuracy and margin, every loop `looped eval`
 evaluation.json chance level and row limit               `looped eval`
 figures/        PNG                                      `looped plot`
 """
 
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,9 @@ class Run:
 
     def grid(self) -> list[dict]:
         return self._parse("grid.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+
+    def loops(self) -> list[dict]:
+        return self._parse("loops.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
 
     def evaluation(self) -> dict:
         return self._parse("evaluation.json", json.loads, f"run `looped eval {self.folder}` first.")
@@ -84,6 +89,10 @@ def open_run(folder: str | Path) -> Run:
 
 def json_lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def to_json_lines(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write_whole(path: Path, text: str) -> Path:

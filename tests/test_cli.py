@@ -22,7 +22,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     train.main(train.read_recipe(ROOT / "recipes" / "smoke.yaml", [f"--output_dir={folder}"]))
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert main(["eval", str(folder / "smoke"), "--loops", "1", "2", "5"]) == 0
+    assert main(["eval", str(folder / "smoke"), "--loops", "1", "2", "5", "--max-loops", "6"]) == 0
     return folder / "smoke"
 
 
@@ -67,6 +67,20 @@ def test_eval_writes_the_grid(trained):
     assert all(row["trained"] == (row["hops"] in trained_hops) for row in rows)
     assert json.loads((trained / "evaluation.json").read_text()) == {"chance": 1 / 8, "limit": None}
     assert not list(trained.glob("*.tmp"))
+
+
+def test_eval_follows_held_out_rows_over_every_loop(trained):
+    rows = [json.loads(line) for line in (trained / "loops.jsonl").read_text().splitlines()]
+    grid = {
+        (row["split_kind"], row["hops"], row["loops"]): row["accuracy"]
+        for row in map(json.loads, (trained / "grid.jsonl").read_text().splitlines())
+    }
+    for split in ("validation", "test"):
+        cells = {(row["hops"], row["loops"]) for row in rows if row["split"] == split}
+        assert cells == {(hops, loops) for hops in range(2, 9) for loops in range(1, 7)}
+    for row in rows:
+        if row["split"] == "test" and row["loops"] in (1, 2, 5):
+            assert row["accuracy"] == pytest.approx(grid[row["split_kind"], row["hops"], row["loops"]])
 
 
 def test_eval_prints_the_grid_and_keeps_to_the_limit(run, capsys):

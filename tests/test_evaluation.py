@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import looplab.evaluation
 from data_builders import hop_tokenizer, load_task
@@ -16,10 +17,14 @@ from looplab.evaluation import (
     grid_table,
     groups_of,
     hops_solved,
-    predictor,
+    load_run_task,
+    loop_rows,
+    trace_groups,
     true_path,
     wilson_interval,
 )
+from looplab.runs import open_run
+from looplab.traces import Trace, trace
 from toys import make_ids, make_model
 
 WRONG = 0  # the padding id, which is never an answer
@@ -43,37 +48,39 @@ def groups(task, tokenizer):
 
 
 def chain_follower(groups, hops_per_loop):
-    """A toy model: it looks up one atomic fact after the other, at most `hops_per_loop(num_loops)` of them."""
+    """Predictions of a toy that looks up one atomic fact after the other, at most `hops_per_loop(loops)`."""
     facts = {}
     for group in groups:
         if group.split_kind == "atomic":
             for (entity, relation, _), answer in zip(group.input_ids.tolist(), group.answers.tolist(), strict=True):
                 facts[entity, relation] = answer
 
-    def predict(input_ids, num_loops):
+    def predictions(group):
+        """(8, N): what it says after each of 8 loops."""
         answers = []
-        for entity, *relations, _ in input_ids.tolist():
+        for entity, *relations, _ in group.input_ids.tolist():
             for relation in relations:
                 entity = facts[entity, relation]
-            answers.append(entity if len(relations) <= hops_per_loop(num_loops) else WRONG)
-        return torch.tensor(answers)
+            reached = [len(relations) <= hops_per_loop(loops) for loops in range(1, 9)]
+            answers.append([entity if there else WRONG for there in reached])
+        return torch.tensor(answers).T
 
-    return predict
+    return [predictions(group) for group in groups]
 
 
 def test_an_oracle_scores_one_everywhere(groups):
-    rows = accuracy_grid(chain_follower(groups, lambda loops: 99), groups, [1, 3], trained_hops=[1, 2, 3])
+    rows = accuracy_grid(groups, chain_follower(groups, lambda loops: 99), [1, 3], trained_hops=[1, 2, 3])
     assert {row["accuracy"] for row in rows} == {1.0}
 
 
 def test_a_toy_of_k_loops_scores_exactly_the_hops_up_to_k(groups):
-    rows = accuracy_grid(chain_follower(groups, lambda loops: loops), groups, [1, 2, 4, 8], trained_hops=[1, 2, 3])
+    rows = accuracy_grid(groups, chain_follower(groups, lambda loops: loops), [1, 2, 4, 8], trained_hops=[1, 2, 3])
     for row in rows:
         assert row["accuracy"] == (row["hops"] <= row["loops"]), row
 
 
 def test_grid_rows_have_the_agreed_fields_and_count_every_row_once(groups, task):
-    rows = accuracy_grid(chain_follower(groups, lambda loops: loops), groups, [2], trained_hops=[1, 2])
+    rows = accuracy_grid(groups, chain_follower(groups, lambda loops: loops), [2], trained_hops=[1, 2])
     for row in rows:
         types = {"loops": int, "hops": int, "split_kind": str, "accuracy": float, "n": int, "trained": bool}
         assert {name: type(value) for name, value in row.items()} == types
@@ -83,10 +90,26 @@ def test_grid_rows_have_the_agreed_fields_and_count_every_row_once(groups, task)
     assert kinds == {("atomic", 1), *(("train", k) for k in (2, 3)), ("id", 2), ("id", 3), ("ood", 4), ("ood", 5)}
 
 
-def test_the_batch_size_does_not_change_the_grid(groups):
-    toy = chain_follower(groups, lambda loops: loops)
-    whole, small = (accuracy_grid(toy, groups, [1, 3], [1], batch_size=size) for size in (2048, 5))
-    assert whole == small
+def test_the_batch_size_does_not_change_a_trace(groups):
+    model, few = make_model(), groups[:2]
+    whole, small = (trace_groups(model, few, [3, 2], batch_size=size) for size in (2048, 5))
+    for one, other, group, loops in zip(whole, small, few, (3, 2), strict=True):
+        assert one.prediction.shape == (loops, len(group.answers))
+        assert torch.equal(one.prediction, other.prediction)
+
+
+def test_loop_rows_are_the_means_over_the_rows_of_a_group(groups):
+    group = Group(2, "id", torch.zeros(4, 3), torch.tensor([5, 6, 7, 8]))
+    prediction = torch.tensor([[5, 1, 1, 1], [5, 6, 1, 1], [1, 6, 7, 1]])  # the first answer is lost again
+    margin = torch.arange(12.0).view(3, 4)
+    rows = loop_rows("test", group, Trace(prediction, margin, margin, margin, margin))
+    assert rows[0] == {"split": "test", "split_kind": "id", "hops": 2, "loops": 1, "accuracy": 0.25, "n": 4} | {
+        "margin": 1.5,
+        "first_correct": 0.25,
+    }
+    assert [row["accuracy"] for row in rows] == [0.25, 0.5, 0.5]
+    assert [row["first_correct"] for row in rows] == [0.25, 0.25, 0.25]
+    assert [row["margin"] for row in rows] == [1.5, 5.5, 9.5]
 
 
 def test_a_limit_takes_the_same_rows_every_time_from_every_group(task, tokenizer):
@@ -101,18 +124,24 @@ def test_rows_of_one_group_must_have_one_length(tokenizer):
         groups_of(datasets.Dataset.from_dict(rows), tokenizer)
 
 
-@pytest.mark.parametrize("num_loops", [1, 3, 5])
-def test_a_prediction_is_the_token_that_generate_produces(num_loops):
+def test_a_prediction_is_the_token_that_generate_produces():
     model, ids = make_model(), make_ids()
-    generated = model.generate(ids, num_loops=num_loops, max_new_tokens=1, do_sample=False, eos_token_id=None)
-    assert torch.equal(predictor(model)(ids, num_loops), generated[:, -1])
+    traced = trace(model, ids, ids[:, 0], 5)
+    for loops in (1, 3, 5):
+        generated = model.generate(ids, num_loops=loops, max_new_tokens=1, do_sample=False, eos_token_id=None)
+        assert torch.equal(traced.prediction[loops - 1], generated[:, -1])
 
 
-def test_a_model_in_training_mode_is_evaluated_without_dropout():
-    model = make_model(residual_dropout=0.5).train()
-    ids = make_ids(rows=32)
-    predict = predictor(model)
-    assert torch.equal(predict(ids, 2), predict(ids, 2))
+def test_deeper_test_chains_leave_the_others_as_they_were(tmp_path):
+    recipe = {"data": {"task": "khop", "config": "quickstart", "seed": 3, "overrides": {"test_per_hop": 5}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shallow, deep = (load_run_task(open_run(tmp_path), max_hops)["test"] for max_hops in (None, 14))
+    assert deep[: len(shallow)] == shallow[:]
+    assert set(deep["hops"][len(shallow) :]) == {13, 14}
+    recipe["data"]["task"] = "composition"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match="--max-hops 14 is for the task khop"):
+        load_run_task(open_run(tmp_path), 14)
 
 
 def test_the_metric_agrees_with_counting_by_hand():

@@ -1,0 +1,109 @@
+"""Every loop of a forward at once: what a model would answer if it stopped after loop 1, 2 .. R.
+
+    for loop in range(R):                      one forward
+        state  = the loop's state
+        logits = readout(state)                (N, V) at the last position
+        trace  = argmax, margin of the gold token, KL to the loop before, entropy, change of the state
+
+Nothing in a loop depends on how many follow, so loop t of R answers as a run of t loops does (arXiv 2604.07822). A
+coda runs once, after the last loop: the answers of a model that has one are taken from a forward per loop count.
+Legend: R loops, N rows, T tokens, D hidden size, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Rows after each of R loops, every tensor (R, N).
+
+    Args:
+        prediction: id of the token with the largest logit.
+        margin: logit of the gold token minus the largest of the others.
+        kl: KL(p_t || p_{t-1}) in nats, infinite at the first loop.
+        entropy: H(p_t) in nats.
+        change: ||s_t - s_{t-1}|| / ||s_t||, infinite at the first loop.
+    """
+
+    prediction: torch.Tensor
+    margin: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    change: torch.Tensor
+
+
+def trace(
+    model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.Tensor, num_loops: int, batch_size: int = 1024
+) -> Trace:
+    """The trace of rows `input_ids` (N, T), read at the last position, with gold tokens `answers` (N,), on the CPU.
+
+    The signals are what the halting rules of `halting_looped.py` compare with their thresholds.
+    """
+    model.eval()
+    batches = zip(input_ids.split(batch_size), answers.split(batch_size), strict=True)
+    traces = [trace_batch(model, ids.to(model.device), gold.to(model.device), num_loops) for ids, gold in batches]
+    return joined(traces)
+
+
+def joined(traces: list[Trace]) -> Trace:
+    """Traces of several batches of rows as one."""
+    return Trace(*(torch.cat([getattr(part, field.name) for part in traces], dim=1) for field in fields(Trace)))
+
+
+@torch.inference_mode()
+def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.Tensor, num_loops: int) -> Trace:
+    calls = {"logits_to_keep": 1, "use_cache": False}
+    signals, said = [], []
+
+    def visit(state: torch.Tensor, logits: torch.Tensor) -> None:
+        before = signals[-1] if signals else None
+        signals.append(signals_of(state[:, -1].float(), logits[:, -1].float().log_softmax(-1), before))
+        if before is not None:
+            del before["state"], before["log_p"]  # only the loop before is compared with
+        said.append(answer_of(logits[:, -1].float(), answers))
+
+    # The rule is not asked after the last loop, so one more is granted, before which every row has left.
+    model(input_ids, num_loops=num_loops + 1, halting=visiting_rule(model, visit, num_loops), **calls)
+    if model.config.num_coda_layers:
+        runs = (model(input_ids, num_loops=loops, **calls).logits[:, -1] for loops in range(1, num_loops + 1))
+        said = [answer_of(logits.float(), answers) for logits in runs]
+    prediction, margin = (torch.stack(part).cpu() for part in zip(*said, strict=True))
+    stacked = {name: torch.stack([signal[name] for signal in signals]).cpu() for name in ("kl", "entropy", "change")}
+    return Trace(prediction, margin, **stacked)
+
+
+def visiting_rule(model: PreTrainedModel, visit: Callable[[torch.Tensor, torch.Tensor], None], num_loops: int):
+    """A halting rule that shows `visit` state and logits after every loop, and ends all rows at `num_loops`."""
+
+    # A saved model accepts the rules of the code saved beside it.
+    class VisitingRule(inspect.getmodule(type(model)).FixedRule):
+        loops = 0
+
+        def step(self, memory, state, readout):
+            visit(state, readout(state))
+            self.loops += 1
+            return None, torch.full(state.shape[:2], self.loops == num_loops, device=state.device)
+
+    return VisitingRule()
+
+
+def signals_of(state: torch.Tensor, log_p: torch.Tensor, before: dict | None) -> dict:
+    """What the rules look at, (N,) each, for states (N, D) and log-probabilities (N, V)."""
+    p = log_p.exp()
+    kl = change = torch.full(log_p.shape[:1], torch.inf, device=log_p.device)
+    if before is not None:
+        kl = (p * (log_p - before["log_p"])).sum(-1).clamp_min(0)
+        change = (state - before["state"]).norm(dim=-1) / state.norm(dim=-1).clamp_min(1e-12)
+    return {"state": state, "log_p": log_p, "kl": kl, "entropy": -(p * log_p).sum(-1), "change": change}
+
+
+def answer_of(logits: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted token and margin of the gold one, (N,) each."""
+    gold = logits.gather(1, answers[:, None])
+    others = logits.scatter(1, answers[:, None], -torch.inf).amax(1)
+    return logits.argmax(-1), gold[:, 0] - others

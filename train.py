@@ -39,7 +39,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups, load_task
 from modeling_looped import LoopedConfig, LoopedForCausalLM
@@ -56,6 +56,8 @@ class Data:
     seed: int = 0
     overrides: dict = field(default_factory=dict)  # fields of the builder's config
     weighting: Literal["rows", "uniform"] = "rows"  # hop count of a step: by the rows each has, or all alike
+    readout: Literal["token", "last"] = "token"  # where the answer is read: an appended token, or the last relation
+    pad_to: int | None = None  # pad every row to this length and read at its end, as the paper's code does
     at_least_hops: bool = False  # raise a batch's loops to its hop count where fewer were drawn
 
 
@@ -125,6 +127,7 @@ class Recipe:
     eval_loops: list[int] = field(default_factory=list)  # more loop counts to measure beside the gate
     log_every: int = 10
     checkpoint_every: int = 500
+    snapshots: list[int] = field(default_factory=list)  # steps at which to keep the model, for `looped lens`
     trackers: list[str] = field(default_factory=list)  # of accelerate: tensorboard, trackio, wandb, ...
 
     def __post_init__(self):
@@ -136,6 +139,7 @@ class Recipe:
             raise ValueError("the run has no budget: set max_steps, max_seconds, or both.")
         counts = {name: value for name, value in asdict(self).items() if type(value) is int and name != "seed"}
         counts |= {"curriculum.check_every": self.curriculum.check_every, "eval_loops": min([1, *self.eval_loops])}
+        counts |= {"snapshots": min([1, *self.snapshots])}
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}.")
@@ -340,6 +344,23 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
     return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
 
 
+def save_model(model: LoopedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path):
+    """Write `folder`, a model that loads anywhere, at once or not at all; one that is there is replaced."""
+    # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
+    model.generation_config = GenerationConfig(
+        num_loops=model.config.num_loops,
+        max_new_tokens=1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
 @torch.no_grad()
 def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops: int) -> dict[str, float]:
     """Share of `rows` whose argmax over the vocabulary at the readout is the answer; ranks share the work.
@@ -412,7 +433,7 @@ def main(recipe: Recipe) -> dict:
     # Data: training rows by hop count, and the gate's held-out rows, which are not the test's.
     with accelerator.main_process_first():
         dataset = load_task(data.task, data.config, **({"seed": data.seed} | data.overrides))
-    tokenizer = dataset_tokenizer(dataset)
+    tokenizer = dataset_tokenizer(dataset, readout=data.readout)
     gate_rows = encode_groups(dataset["validation"], tokenizer)
     gate_hops = sorted({k for k, _ in gate_rows})
     train_hops = sorted(dataset["train"].unique("hops"))
@@ -430,6 +451,7 @@ def main(recipe: Recipe) -> dict:
         return HopBatches(
             dataset["train"], tokenizer, recipe.batch_size, recipe.seed, depth,
             hops=hops, rank=rank, world=world, weighting=data.weighting, at_least_hops=data.at_least_hops,
+            pad_to=data.pad_to,
         )  # fmt: skip
 
     # Model: the same weights on every rank; after that each rank has its own dropout.
@@ -481,16 +503,15 @@ def main(recipe: Recipe) -> dict:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
         batch = batches[state.step]
-        input_ids, shift_labels = (batch[k].to(accelerator.device) for k in ("input_ids", "shift_labels"))
-        parts = list(
-            zip(input_ids.chunk(recipe.accumulation_steps), shift_labels.chunk(recipe.accumulation_steps), strict=True)
-        )
+        tensors = {name: value.to(accelerator.device) for name, value in batch.items() if torch.is_tensor(value)}
+        chunks = [value.chunk(recipe.accumulation_steps) for value in tensors.values()]
+        parts = [dict(zip(tensors, part, strict=True)) for part in zip(*chunks, strict=True)]
         loss = torch.zeros((), device=accelerator.device)
-        for index, (ids, labels) in enumerate(parts):
+        for index, rows in enumerate(parts):
             # Ranks exchange gradients once per update.
             with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
                 part = model(
-                    input_ids=ids, shift_labels=labels, logits_to_keep=1, num_loops=batch["num_loops"],
+                    **rows, logits_to_keep=1, num_loops=batch["num_loops"],
                     num_grad_loops=recipe.num_grad_loops, use_cache=False,
                 ).loss / len(parts)  # fmt: skip
                 accelerator.backward(part)
@@ -509,7 +530,7 @@ def main(recipe: Recipe) -> dict:
             optimizer.step()
             optimizer.zero_grad()
         state.step += 1
-        state.tokens += input_ids.numel() * world
+        state.tokens += tensors["input_ids"].numel() * world
         state.seconds = seconds
         state.finished = state.step >= (recipe.max_steps or math.inf) or seconds >= (recipe.max_seconds or math.inf)
         progress_bar.update()
@@ -546,6 +567,8 @@ def main(recipe: Recipe) -> dict:
                         for optimizer in optimizers:
                             optimizer.state.clear()
 
+        if state.step in recipe.snapshots and accelerator.is_main_process:
+            save_model(looped, tokenizer, run / "snapshots" / f"step-{state.step:09d}")
         if state.step % recipe.checkpoint_every == 0 or state.finished:
             save_checkpoint(accelerator, run / "checkpoints", state)
 
@@ -570,19 +593,7 @@ def main(recipe: Recipe) -> dict:
         **provenance(accelerator),
     }
     if accelerator.is_main_process:
-        # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
-        looped.generation_config = GenerationConfig(
-            num_loops=config.num_loops,
-            max_new_tokens=1,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        partial = run / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        looped.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(run / "model", ignore_errors=True)
-        partial.rename(run / "model")
+        save_model(looped, tokenizer, run / "model")
         write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     accelerator.print(f"{run}: {state.step} steps, learnable depth {state.learnable_depth}, gate {summary['gate']}")
     accelerator.end_training()

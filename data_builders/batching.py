@@ -120,7 +120,7 @@ class DepthSampler:
 def encode_hops(
     split: Dataset, tokenizer: PreTrainedTokenizerBase, hops: list[int] | None = None
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Hop count -> (input_ids (N, T) long with the readout token last, answers (N,) long); of `hops`, or of all.
+    """Hop count -> (input_ids (N, T) long, its last column the readout, answers (N,) long); of `hops`, or of all.
 
     The same ids as calling the tokenizer row by row, many times faster. Raises ValueError for an unknown word.
     """
@@ -149,8 +149,8 @@ def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, columns: list[str]) -> dict[tuple, tuple]:
     table = table.select(list(dict.fromkeys(["text", "answer", *columns])))
-    # What the tokenizer's template appends to every row: the readout token.
-    readout = torch.tensor(tokenizer("")["input_ids"])
+    # What the tokenizer's template appends to every row: the readout token, or nothing.
+    readout = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)
     groups = {}
     for key in table.group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns]).to_pylist():
         chosen = [pc.equal(table[name], key[name]) for name in columns]
@@ -187,9 +187,11 @@ class HopBatches(torch.utils.data.Dataset):
     split: rows with the columns text, answer, hops. batch_size: rows of the global batch. depth: draws `num_loops`.
     hops: the hop counts to draw from, all by default. weighting: how often a hop count is drawn, in proportion to its
     "rows" or "uniform". at_least_hops: a depth below the batch's hop count is raised to it. (The paper draws the two
-    apart, which asks a core that follows one relation per loop for answers it cannot reach.)
+    apart, which asks a core that follows one relation per loop for answers it cannot reach.) pad_to: length to which
+    rows are filled up with masked copies of the readout token before the one that is read, with an "attention_mask";
+    the answer is the same and the work is that of the paper's code, which pads to 50.
 
-    Raises ValueError for a batch size that does not divide, or a hop count without rows.
+    Raises ValueError for a batch size that does not divide, a hop count without rows, or rows longer than pad_to.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class HopBatches(torch.utils.data.Dataset):
         world: int = 1,
         weighting: Literal["rows", "uniform"] = "rows",
         at_least_hops: bool = False,
+        pad_to: int | None = None,
     ):
         if batch_size < 1 or batch_size % world:
             raise ValueError(f"batch_size must be a positive multiple of the {world} ranks, got {batch_size}.")
@@ -216,6 +219,12 @@ class HopBatches(torch.utils.data.Dataset):
         if missing or not self._rows:
             raise ValueError(f"the split has no rows of {missing or 'any'} hops; it has {sorted(set(split['hops']))}.")
         self.hops = list(self._rows)
+        longest = max(input_ids.shape[1] for input_ids, _ in self._rows.values())
+        if pad_to is not None and (pad_to < longest or not tokenizer("")["input_ids"]):
+            raise ValueError(
+                f"pad_to must be at least {longest}, the longest row, and needs a readout token; got {pad_to}."
+            )
+        self.pad_to = pad_to
         self.num_rows = {k: len(answers) for k, (_, answers) in self._rows.items()}
         self.batch_size, self.seed, self.depth, self.rank, self.world = batch_size, seed, depth, rank, world
         self.at_least_hops = at_least_hops
@@ -233,7 +242,7 @@ class HopBatches(torch.utils.data.Dataset):
         share = self.batch_size // self.world
         chosen = self._rows_between(k, earlier * self.batch_size + self.rank * share, share)
         input_ids, answers = self._rows[k]
-        return {
+        batch = {
             # Four times as fast as input_ids[chosen].
             "input_ids": input_ids.index_select(0, chosen),
             "shift_labels": answers.index_select(0, chosen)[:, None],
@@ -241,6 +250,7 @@ class HopBatches(torch.utils.data.Dataset):
             "num_loops": max(self.depth(step), k if self.at_least_hops else 1),
             "hops": k,
         }
+        return batch if self.pad_to is None else batch | pad_rows(batch["input_ids"], self.pad_to)
 
     def _hops_of(self, step: int) -> tuple[int, int]:
         """Hop count of a step, and how many earlier steps had the same."""
@@ -281,6 +291,14 @@ class HopBatches(torch.utils.data.Dataset):
                 orders.pop(min(orders))
             orders[block] = torch.from_numpy(shuffled.ravel())
         return orders[block]
+
+
+def pad_rows(input_ids: torch.Tensor, length: int) -> dict:
+    """Rows (b, T) with their last token, the readout, repeated up to `length`; all copies but the last are masked."""
+    num_copies = length - input_ids.shape[1]
+    mask = torch.ones(len(input_ids), length, dtype=torch.long)
+    mask[:, input_ids.shape[1] - 1 : -1] = 0
+    return {"input_ids": torch.cat([input_ids, input_ids[:, -1:].expand(-1, num_copies)], 1), "attention_mask": mask}
 
 
 def stack_rows(rows: list[dict]) -> dict:

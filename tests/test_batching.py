@@ -23,6 +23,7 @@ from data_builders import (
     load_task,
 )
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from toys import FP32
 
 PAPER_DEPTH = {"kind": "poisson", "rate": 4, "minimum": 2, "maximum": 8}
 
@@ -56,6 +57,51 @@ def row_numbers(batches: HopBatches, batch: dict) -> list[int]:
     """Rows of the split (within their hop count), found again by their tokens."""
     places = {tuple(row): place for place, row in enumerate(batches._rows[batch["hops"]][0].tolist())}
     return [places[tuple(row)] for row in batch["input_ids"].tolist()]
+
+
+# Readout
+
+
+def test_padding_to_a_length_changes_the_work_and_not_the_answer(dataset, tokenizer, make_batches):
+    """The paper's code pads every row to 50 and reads at the end; one readout token says the same for less."""
+    config = LoopedConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_attention_heads=2, num_core_layers=1,
+        num_loops=3, residual_init="normal", initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LoopedForCausalLM(config).eval()
+    for step in range(4):
+        short, padded = make_batches()[step], make_batches(pad_to=12)[step]
+        assert padded["input_ids"].shape == (32, 12)
+        logits = [
+            model(batch["input_ids"], batch.get("attention_mask"), logits_to_keep=1).logits
+            for batch in (short, padded)
+        ]
+        torch.testing.assert_close(*logits, **FP32)
+        # Both kinds of masked copies must be there to be ignored, or this test cannot fail.
+        assert (padded["attention_mask"].sum(1) == short["input_ids"].shape[1]).all()
+
+
+def test_padding_needs_room_and_a_readout_token(dataset, tokenizer, make_batches):
+    with pytest.raises(ValueError, match="at least 5, the longest row"):
+        make_batches(pad_to=4)
+    last = dataset_tokenizer(dataset, readout="last")
+    with pytest.raises(ValueError, match="needs a readout token"):
+        HopBatches(dataset["train"], last, 32, 0, DepthSampler(**PAPER_DEPTH), pad_to=12)
+
+
+def test_without_a_readout_token_a_row_ends_at_its_last_relation(dataset, tokenizer):
+    """Then a fact and the first hop of a chain are the same tokens at the same places."""
+    last = dataset_tokenizer(dataset, readout="last")
+    assert last.get_vocab() == tokenizer.get_vocab()
+    rows, with_token = encode_hops(dataset["test"], last), encode_hops(dataset["test"], tokenizer)
+    for k in rows:
+        assert torch.equal(rows[k][0], with_token[k][0][:, :-1])
+        assert torch.equal(rows[k][1], with_token[k][1])
+        assert (
+            rows[k][0][0].tolist()
+            == last(dataset["test"].filter(lambda row, k=k: row["hops"] == k)[0]["text"])["input_ids"]
+        )
 
 
 # Depth

@@ -148,9 +148,10 @@ def test_another_recipe_in_an_existing_run_raises(recipe, tmp_path):
 # One batch, however it is split
 
 
-def test_accumulated_micro_batches_are_one_batch(recipe, tmp_path):
-    main(recipe("whole", "--optim.kind=adamw"))
-    main(recipe("parts", "--optim.kind=adamw", "--accumulation_steps=2"))
+@pytest.mark.parametrize("flags", [[], ["--data.pad_to=12"]])
+def test_accumulated_micro_batches_are_one_batch(recipe, tmp_path, flags):
+    main(recipe("whole", "--optim.kind=adamw", *flags))
+    main(recipe("parts", "--optim.kind=adamw", "--accumulation_steps=2", *flags))
     assert [loss for _, loss in rows(tmp_path / "parts")] == pytest.approx(
         [loss for _, loss in rows(tmp_path / "whole")], abs=1e-5
     )
@@ -235,6 +236,35 @@ def test_the_model_folder_alone_scores_what_the_run_measured(recipe, tmp_path):
         answers.append(tokenizer.decode(model.generate(ids)[0, ids.shape[1] :]))
     accuracy = sum(given == asked for given, asked in zip(answers, two_hops["answer"], strict=True)) / len(answers)
     assert accuracy == pytest.approx(summary["gate"]["2"])
+
+
+def test_snapshots_keep_the_model_on_its_way(recipe, tmp_path):
+    """Each is a model folder; the last step's is the model, and keeping them changes nothing."""
+    main(recipe("kept", DROPOUT, "--snapshots=[5, 20]"))
+    main(recipe("bare", DROPOUT))
+    assert rows(tmp_path / "kept") == rows(tmp_path / "bare")
+    snapshots = sorted((tmp_path / "kept" / "snapshots").iterdir())
+    assert [folder.name for folder in snapshots] == ["step-000000005", "step-000000020"]
+    early, late, final = (
+        LoopedForCausalLM.from_pretrained(folder).state_dict() for folder in (*snapshots, tmp_path / "kept" / "model")
+    )
+    assert all(torch.equal(late[key], final[key]) for key in final)
+    assert not all(torch.equal(early[key], final[key]) for key in final)
+
+
+def test_an_answer_may_be_read_at_the_last_relation(recipe, tmp_path):
+    """The tokenizer that is saved appends nothing, and the run measured what the folder alone answers."""
+    summary = main(recipe("run", "--data.readout=last", "--data.weighting=uniform", "--max_steps=60"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert len(tokenizer("e1 r0 r1")["input_ids"]) == 3
+    model = LoopedForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    overrides = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["overrides"]
+    gate = train.load_task("khop", "quickstart", **overrides)["validation"]
+    two_hops = gate.filter(lambda hops: hops == 2, input_columns="hops")
+    ids = torch.tensor(tokenizer(two_hops["text"][:])["input_ids"])
+    answers = tokenizer.convert_ids_to_tokens(model(ids).logits[:, -1].argmax(-1).tolist())
+    right = [given == asked for given, asked in zip(answers, two_hops["answer"], strict=True)]
+    assert sum(right) / len(right) == pytest.approx(summary["gate"]["2"])
 
 
 def test_the_summary_tells_what_was_trained(recipe, tmp_path):
@@ -353,6 +383,7 @@ def test_a_recipe_that_cannot_be_read_raises(flag, message):
         ("--model.hiden_size=8", r"hidden_size"),
         ("--depth.kind=fixed", r"fixed takes mean"),
         ("--data.overrides.num_entitys=8", r"num_entit"),
+        ("--data.pad_to=3", r"pad_to must be at least 4, the longest row"),
         ("--curriculum.start_hops=9", r"start_hops 9"),
     ],
 )

@@ -6,7 +6,8 @@ arXiv 2405.15071).
     composition   fact (h, r1, b) then fact (b, r2, t), asked as "h r1 r2"
       both ID     id_holdout of them are held out (id); of the rest, phi x (number of ID facts) are in train (train)
       both OOD    held out (ood): each fact is known, neither was ever composed with anything
-      one OOD     dropped
+      one OOD     held out (ood_first, ood_second); the paper drops them
+      pair        both ID, but no training composition has the relations (r1, r2) in a row; not in the paper
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 
 from .hop_rows import FEATURES, check_counts, hop_tables, source_hash, stream
 
-VERSION = datasets.Version("1.0.0")
+VERSION = datasets.Version("1.1.0")
 
 
 @dataclass
@@ -31,6 +32,8 @@ class CompositionConfig(datasets.BuilderConfig):
     ood_share: float = 0.05  # of the facts
     phi: float = 7.2  # train compositions per ID fact
     id_holdout: float = 0.005  # of the compositions of two ID facts
+    pair_holdout: float = 0.0  # of the ordered pairs of relations
+    test_per_kind: int = 1_000  # rows in test of ood_first, of ood_second and of pair, at most
     seed: int = 0
 
 
@@ -40,12 +43,19 @@ class Composition(datasets.ArrowBasedBuilder):
     Configs: `paper` (2,000 entities, 40,000 facts, 273,600 train compositions) and `cpu` (100 entities, 1,500 facts,
     10,800 train compositions). train: `split_kind` "atomic" (hops 1) and "train" (hops 2). The held-out compositions
     ("id" and "ood", hops 2) are dealt to validation and test by halves; the paper tests on all of them, so validation
-    and test together are its test sets. One example, e35 --r3--> e46 --r19--> e12:
+    and test together are its test sets.
+
+    Test alone holds what the paper left open, so that no decision in training rests on it: "ood_first" and
+    "ood_second", where one of the two facts is OOD, and with `pair_holdout` also "pair", two ID facts whose relations
+    never follow each other in training. No other kind has such a pair: each kind leaves out one thing. While
+    `pair_holdout` is 0, train, "id" and "ood" are those of the paper's recipe.
+
+    One example, e35 --r3--> e46 --r19--> e12:
 
     >>> load_task("composition", "cpu")["test"][400]
     {'text': 'e35 r3 r19', 'answer': 'e12', 'hops': 2, 'split_kind': 'ood', 'path': [35, 46, 12]}
 
-    Arrow tables and not a row at a time: the 319,221 rows of `paper` take a second instead of half a minute.
+    Arrow tables and not a row at a time: the 321,221 rows of `paper` take a second instead of half a minute.
     Raises ValueError for a config field that is unknown or out of range.
     """
 
@@ -68,7 +78,7 @@ class Composition(datasets.ArrowBasedBuilder):
     def __init__(self, *args, hash: str | None = None, **kwargs):
         super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
         config = self.config
-        check_counts(config, num_entities=2, num_relations=1, out_degree=1, seed=0)
+        check_counts(config, num_entities=2, num_relations=1, out_degree=1, test_per_kind=0, seed=0)
         if config.out_degree > config.num_relations:
             raise ValueError(
                 f"out_degree {config.out_degree} is above num_relations {config.num_relations}: an entity's relations "
@@ -77,6 +87,11 @@ class Composition(datasets.ArrowBasedBuilder):
         for name in ("ood_share", "id_holdout"):
             if not 0 < vars(config)[name] < 1:
                 raise ValueError(f"{name} must be above 0 and below 1, got {vars(config)[name]}.")
+        one_pair = 1 / config.num_relations**2
+        if config.pair_holdout != 0 and not one_pair <= config.pair_holdout < 1:
+            raise ValueError(
+                f"pair_holdout must be 0, or at least {one_pair:g} (one pair) and below 1, got {config.pair_holdout}."
+            )
         if config.phi <= 0:
             raise ValueError(f"phi must be > 0, got {config.phi}.")
 
@@ -86,11 +101,13 @@ class Composition(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         facts = np.arange(self.config.num_entities * self.config.out_degree)[:, None]  # (facts, 1)
         chains = self.compositions()
-        held_out = ("id", "ood")
         groups = {
             "train": [("atomic", facts), ("train", chains["train"])],
-            "validation": [(split_kind, chains[split_kind][::2]) for split_kind in held_out],
-            "test": [(split_kind, chains[split_kind][1::2]) for split_kind in held_out],
+            "validation": [(split_kind, chains[split_kind][::2]) for split_kind in ("id", "ood")],
+            "test": [
+                *((split_kind, chains[split_kind][1::2]) for split_kind in ("id", "ood")),
+                *((kind, chains[kind]) for kind in ("ood_first", "ood_second", "pair") if len(chains[kind])),
+            ],
         }
         return [datasets.SplitGenerator(split, {"groups": groups[split]}) for split in groups]
 
@@ -114,25 +131,44 @@ class Composition(datasets.ArrowBasedBuilder):
         ood[facts[: round(config.ood_share * relations.size)]] = True
         return relations.ravel(), tails, ood
 
+    @cached_property
+    def held_out_pairs(self) -> np.ndarray:
+        """(num_relations, num_relations): True where training never has the second relation after the first."""
+        num_relations = self.config.num_relations
+        pairs = stream(self.config.seed, "composition pairs").permutation(num_relations**2)
+        held_out = np.zeros(num_relations**2, dtype=bool)
+        held_out[pairs[: round(self.config.pair_holdout * num_relations**2)]] = True
+        return held_out.reshape(num_relations, num_relations)
+
     def compositions(self) -> dict[str, np.ndarray]:
-        """split_kind -> chains of two facts (N, 2), in random order: id and ood held out, train for training."""
+        """split_kind -> chains of two facts (N, 2), in random order: train for training, all others held out."""
         config = self.config
-        _, tails, ood = self.graph
+        relations, tails, ood = self.graph
         # Composition c: fact c // out_degree, then the (c % out_degree)-th fact of the entity it leads to.
         first = np.repeat(np.arange(len(tails)), config.out_degree)
         second = (tails[:, None] * config.out_degree + np.arange(config.out_degree)).ravel()
+        id_id, seen_pair = ~ood[first] & ~ood[second], ~self.held_out_pairs[relations[first], relations[second]]
         shuffle = stream(config.seed, "composition order").permutation
-        both_id = shuffle(np.flatnonzero(~ood[first] & ~ood[second]))
-        both_ood = shuffle(np.flatnonzero(ood[first] & ood[second]))
-        num_held_out = round(config.id_holdout * len(both_id))
+        pool = shuffle(np.flatnonzero(id_id & seen_pair))
+        both_ood = shuffle(np.flatnonzero(ood[first] & ood[second] & seen_pair))
+        num_held_out = round(config.id_holdout * id_id.sum())
         num_train = round(config.phi * (~ood).sum())
-        if num_held_out + num_train > len(both_id):
-            most = (len(both_id) - num_held_out) / (~ood).sum()
-            raise ValueError(f"phi must be at most {most:.2f} for this graph, got {config.phi}.")
+        if num_held_out + num_train > len(pool):
+            most = (len(pool) - num_held_out) / (~ood).sum()
+            cause = f" and pair_holdout {config.pair_holdout}" if config.pair_holdout else ""
+            raise ValueError(f"phi must be at most {most:.2f} for this graph{cause}, got {config.phi}.")
         if num_held_out < 2 or len(both_ood) < 2:
             raise ValueError(
                 f"the held-out compositions are too few ({num_held_out} ID, {len(both_ood)} OOD): raise num_entities, "
                 "out_degree, id_holdout or ood_share."
             )
-        chosen = {"id": both_id[:num_held_out], "train": both_id[num_held_out:][:num_train], "ood": both_ood}
+        chosen = {"id": pool[:num_held_out], "train": pool[num_held_out:][:num_train], "ood": both_ood}
+        test_only = {
+            "ood_first": ood[first] & ~ood[second] & seen_pair,
+            "ood_second": ~ood[first] & ood[second] & seen_pair,
+            "pair": id_id & ~seen_pair,
+        }
+        for split_kind, members in test_only.items():
+            shuffle = stream(config.seed, f"composition {split_kind}").permutation
+            chosen[split_kind] = shuffle(np.flatnonzero(members))[: config.test_per_kind]
         return {split_kind: np.stack([first[c], second[c]], axis=1) for split_kind, c in chosen.items()}

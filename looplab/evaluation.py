@@ -233,22 +233,22 @@ def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, in
     header = "".join(f"{f'[{count}]' if low <= count <= high else count:>6}" for count in loops)
     text = [
         f"Accuracy in % (chance {100 * chance:.1f}); a column is a loop count; [ ] and * mark those of the training.",
-        f"{'split':<8}{'hops':>5} {'n':>6} |{header} | 95 % interval at {best} loops",
+        f"{'split':<11}{'hops':>5} {'n':>6} |{header} | 95 % interval at {best} loops",
     ]
     for line in lines:
         row = cells[(*line, best)]
         values = "".join(f"{100 * cells[(*line, count)]['accuracy']:6.1f}" for count in loops)
         interval = " - ".join(f"{100 * bound:.1f}" for bound in wilson_interval(row["accuracy"], row["n"]))
-        text.append(f"{line[0]:<8}{line[1]:>4}{'*' if row['trained'] else ' '} {row['n']:>6} |{values} | {interval}")
+        text.append(f"{line[0]:<11}{line[1]:>4}{'*' if row['trained'] else ' '} {row['n']:>6} |{values} | {interval}")
     for threshold in THRESHOLDS:
         values = "".join(f"{hops_solved(rows, count, threshold):>6}" for count in loops)
-        text.append(f"{f'hops at >= {100 * threshold:.0f} %':<20} |{values} |")
+        text.append(f"{f'hops at >= {100 * threshold:.0f} %':<23} |{values} |")
     return "\n".join(text)
 
 
 def line_order(line: tuple[str, int]) -> tuple[int, str, int]:
     """What was trained on first, then held-out rows, easy before hard."""
-    kinds = ["atomic", "train", "id", "ood"]
+    kinds = ["atomic", "train", "id", "ood_first", "ood_second", "ood", "pair"]
     return kinds.index(line[0]) if line[0] in kinds else len(kinds), line[0], line[1]
 
 

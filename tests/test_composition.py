@@ -1,12 +1,15 @@
 """The composition task: the out-of-distribution split really is one, and the paper's counts come out."""
 
 import doctest
+import hashlib
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from data_builders import Composition, load_task
+
+KINDS = ("atomic", "train", "id", "ood", "ood_first", "ood_second", "pair")
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +20,12 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cpu(cache):
     return load_task("composition", "cpu", cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def paired(cache):
+    """The cpu preset with a tenth of the relation pairs held out."""
+    return load_task("composition", "cpu", cache_dir=cache, pair_holdout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +48,9 @@ def facts(cpu):
     return {tuple(row["text"].split()): row["answer"] for row in rows_of(cpu, "atomic")}
 
 
-def test_every_answer_is_found_by_walking_the_graph(cpu, facts):
-    for row in rows_of(cpu, "atomic", "train", "id", "ood"):
+@pytest.mark.parametrize("name", ["cpu", "paired"])
+def test_every_answer_is_found_by_walking_the_graph(name, facts, request):
+    for row in rows_of(request.getfixturevalue(name), *KINDS):
         walked = [row["text"].split()[0]]
         for relation in row["text"].split()[1:]:
             walked.append(facts[walked[-1], relation])
@@ -84,8 +94,85 @@ def test_every_composition_of_two_ood_facts_is_held_out(cpu, facts):
     assert possible == {row["text"] for row in rows_of(cpu, "ood")}
 
 
-def test_no_item_is_in_two_splits_or_twice_in_one(cpu, paper):
-    for dataset in (cpu, paper):
+def test_exactly_the_named_fact_of_a_mixed_question_is_ood(cpu, facts):
+    """OOD facts are those of the ood questions: the cpu preset composes each of them with another at least once."""
+    ood_facts = {fact for row in rows_of(cpu, "ood") for fact in facts_used(row, facts)}
+    assert len(ood_facts) > 0.95 * 300
+    composed = {fact for row in rows_of(cpu, "train") for fact in facts_used(row, facts)}
+    for kind, place in (("ood_first", 0), ("ood_second", 1)):
+        rows = rows_of(cpu, kind)
+        assert len(rows) == 1_000
+        used = [facts_used(row, facts) for row in rows]
+        assert sum(pair[place] in ood_facts for pair in used) > 0.95 * 1_000
+        assert not composed & {pair[place] for pair in used}
+        assert not ood_facts & {pair[1 - place] for pair in used}
+        assert sum(pair[1 - place] in composed for pair in used) > 0.99 * 1_000
+
+
+def test_mixed_questions_are_a_sample_of_all(cache, cpu, facts):
+    """A cap above their number gives every composition of one OOD fact, by brute force; the preset's is part of it."""
+    builder = Composition(config_name="cpu", cache_dir=cache, test_per_kind=10_000)
+    relations, tails, ood = builder.graph
+    for kind, wanted in (("ood_first", (True, False)), ("ood_second", (False, True))):
+        possible = {
+            f"e{first // 15} r{relations[first]} r{relations[second]}"
+            for first in range(1_500)
+            for second in range(15 * tails[first], 15 * tails[first] + 15)
+            if (ood[first], ood[second]) == wanted
+        }
+        heads = builder.compositions()[kind]
+        assert {f"e{a // 15} r{relations[a]} r{relations[b]}" for a, b in heads} == possible
+        assert {row["text"] for row in rows_of(cpu, kind)} < possible
+        assert len({row["path"][0] for row in rows_of(cpu, kind)}) > 90
+
+
+def test_held_out_pairs_are_in_no_other_composition(paired):
+    def pairs(*kinds):
+        return {tuple(row["text"].split()[1:]) for row in rows_of(paired, *kinds)}
+
+    assert len(rows_of(paired, "pair")) == 1_000
+    assert len(pairs("pair")) == 40
+    assert len(pairs("train")) == 400 - 40
+    assert not pairs("pair") & pairs("train", "id", "ood", "ood_first", "ood_second")
+    # Each of the relations is still composed in both places.
+    assert all({pair[place] for pair in pairs("train")} == {f"r{i}" for i in range(20)} for place in (0, 1))
+
+
+def test_facts_of_pair_questions_are_composed_in_training(paired, facts):
+    composed = {fact for row in rows_of(paired, "train") for fact in facts_used(row, facts)}
+    used = [fact for row in rows_of(paired, "pair") for fact in facts_used(row, facts)]
+    assert sum(fact in composed for fact in used) / len(used) > 0.99
+    assert not {fact for row in rows_of(paired, "ood") for fact in facts_used(row, facts)} & set(used)
+
+
+def test_holding_out_pairs_takes_nothing_from_the_id_questions(cpu, paired):
+    for kind in ("atomic", "train", "id", "ood_first", "ood_second"):
+        assert len(rows_of(paired, kind)) == len(rows_of(cpu, kind))
+    assert rows_of(paired, "atomic") == rows_of(cpu, "atomic")
+    assert {row["text"] for row in rows_of(paired, "ood")} < {row["text"] for row in rows_of(cpu, "ood")}
+
+
+def test_what_the_paper_left_open_is_in_test_alone_and_after_its_rows(cache, cpu):
+    """The gate of training averages over validation: it must not move. Nor may an older run's rows."""
+    assert set(cpu["train"]["split_kind"][:]) == {"atomic", "train"}
+    assert set(cpu["validation"]["split_kind"][:]) == {"id", "ood"}
+    bare = load_task("composition", "cpu", cache_dir=cache, test_per_kind=0)
+    assert bare["train"].to_list() == cpu["train"].to_list()
+    assert bare["validation"].to_list() == cpu["validation"].to_list()
+    assert bare["test"].to_list() == cpu["test"].to_list()[: len(bare["test"])]
+    assert set(bare["test"]["split_kind"][:]) == {"id", "ood"}
+
+
+@pytest.mark.parametrize(("seed", "expected"), [(0, "89834efc4347b78f"), (1, "aea6a8312bbb16af")])
+def test_rows_are_those_of_the_first_version(cache, seed, expected):
+    """SHA-256 of the texts of train, id and ood as version 1.0.0 made them."""
+    dataset = load_task("composition", "cpu", cache_dir=cache, seed=seed)
+    texts = [row["text"] for row in rows_of(dataset, "atomic", "train", "id", "ood")]
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == expected
+
+
+def test_no_item_is_in_two_splits_or_twice_in_one(cpu, paired, paper):
+    for dataset in (cpu, paired, paper):
         texts = [text for split in dataset.values() for text in split["text"][:]]
         assert len(set(texts)) == len(texts)
 
@@ -118,6 +205,9 @@ def test_paper_statistics_of_the_graph(seed):
     assert abs((ood[:, None] ^ second_ood).sum() - 76_100) < 1_500
     assert abs((ood[:, None] & second_ood).sum() - 2_000) < 100
     chains = builder.compositions()
+    every = Composition(config_name="paper", seed=seed, test_per_kind=100_000).compositions()
+    assert abs(len(every["ood_first"]) + len(every["ood_second"]) - 76_100) < 1_500
+    assert len(chains["ood_first"]) == len(chains["ood_second"]) == 1_000
     assert len(chains["train"]) / (len(chains["id"]) / 0.005 * 0.995) == pytest.approx(0.381, abs=0.001)
     seen = np.zeros((200, 200), dtype=bool)
     seen[tuple(relations[chains["train"]].T)] = True
@@ -127,7 +217,8 @@ def test_paper_statistics_of_the_graph(seed):
     answers = np.zeros((200, 2_000), dtype=int)
     np.add.at(answers, (relations[chains["train"][:, 1]], tails[chains["train"][:, 1]]), 1)
     commonest = answers.argmax(axis=1)
-    guess = {kind: (commonest[relations[chains[kind][:, 1]]] == tails[chains[kind][:, 1]]).mean() for kind in chains}
+    held_out = {kind: chains[kind][:, 1] for kind in ("id", "ood")}
+    guess = {kind: (commonest[relations[last]] == tails[last]).mean() for kind, last in held_out.items()}
     assert guess["id"] < 0.02
     assert guess["ood"] < 0.006
 
@@ -166,6 +257,10 @@ def test_the_docstring_draws_a_real_example(cache):
         ({"ph": 7.2}, "ph'. Did you mean 'phi'"),
         ({"phi": 12.0}, "phi must be at most 11.4[0-9] for this graph, got 12.0"),
         ({"phi": 0}, "phi must be > 0"),
+        ({"pair_holdout": 0.3}, "phi must be at most 7.[0-9]+ for this graph and pair_holdout 0.3, got 9.0"),
+        ({"pair_holdout": 1.0}, r"pair_holdout must be 0, or at least 0.0025 \(one pair\) and below 1, got 1.0"),
+        ({"pair_holdout": 0.001}, "pair_holdout must be 0, or at least 0.0025"),
+        ({"test_per_kind": -1}, "test_per_kind must be a whole number >= 0"),
         ({"ood_share": 0.0}, "ood_share must be above 0 and below 1"),
         ({"id_holdout": 1.5}, "id_holdout must be above 0 and below 1"),
         ({"out_degree": 21}, "out_degree 21 is above num_relations 20"),

@@ -188,6 +188,15 @@ def test_hops_are_solved_up_to_the_first_gap():
     assert hops_solved(rows, 2, 0.9) == 3
     assert hops_solved(rows, 2, 0.99) == 2
     assert hops_solved([*rows, *grid_of({2: 0.1}, kind="ood")], 2, 0.6) == 0
+    assert hops_solved([*rows, *grid_of({2: 0.1}, kind="ood_first"), *grid_of({2: 0.1}, kind="pair")], 2, 0.9) == 3
+
+
+def test_the_table_lists_split_kinds_from_known_to_new_in_one_width():
+    kinds = ["atomic", "train", "id", "ood_first", "ood_second", "ood", "pair"]
+    rows = [row for kind in sorted(kinds) for row in grid_of({2: 0.5}, kind=kind)]
+    lines = grid_table(rows, chance=0.05, trained_loops=(2, 8)).splitlines()[1:]
+    assert [line.split()[0] for line in lines[1 : 1 + len(kinds)]] == kinds
+    assert len({line.index("|") for line in lines}) == 1
 
 
 def test_the_table_marks_what_was_trained():

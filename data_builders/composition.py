@@ -40,8 +40,8 @@ class CompositionConfig(datasets.BuilderConfig):
 class Composition(datasets.ArrowBasedBuilder):
     """Two-hop questions over a knowledge graph: does a model compose facts that it never saw composed?
 
-    Configs: `paper` (2,000 entities, 40,000 facts, 273,600 train compositions) and `cpu` (100 entities, 1,500 facts,
-    10,800 train compositions). train: `split_kind` "atomic" (hops 1) and "train" (hops 2). The held-out compositions
+    Configs: `paper` (2,000 entities, 40,000 facts, 273,600 train compositions) and `cpu` (50 entities, 1,000 facts,
+    11,480 train compositions). train: `split_kind` "atomic" (hops 1) and "train" (hops 2). The held-out compositions
     ("id" and "ood", hops 2) are dealt to validation and test by halves; the paper tests on all of them, so validation
     and test together are its test sets.
 
@@ -65,13 +65,14 @@ class Composition(datasets.ArrowBasedBuilder):
         CompositionConfig(name="paper", description="The paper's sizes: 2,000 entities, 200 relations, 40,000 facts."),
         CompositionConfig(
             name="cpu",
-            description="A laptop's evening: 100 entities, 20 relations, 1,500 facts, a fifth of them OOD.",
-            num_entities=100,
+            description="Half an hour on a CPU core: 50 entities, 20 relations, 1,000 facts, 18 % of them OOD.",
+            num_entities=50,
             num_relations=20,
-            out_degree=15,
-            ood_share=0.2,
-            phi=9.0,
+            out_degree=20,
+            ood_share=0.18,
+            phi=14.0,
             id_holdout=0.05,
+            pair_holdout=0.05,
         ),
     ]
 

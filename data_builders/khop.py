@@ -43,7 +43,7 @@ class Khop(datasets.ArrowBasedBuilder):
     """k-hop chains: train (hops 1 .. train_hops), validation and test (hops 2 .. max_hops), pairwise disjoint.
 
     Configs: `paper` (200 entities x 10 relations, hops to 40), `cpu` (50 x 6, trained to 6 hops, tested to 16) and
-    `quickstart` (20 x 4, trained to 8, tested to 12). `split_kind` is "atomic" or "train" in train; elsewhere "id" for
+    `quickstart` (20 x 4, trained to 8, tested to 24). `split_kind` is "atomic" or "train" in train; elsewhere "id" for
     a hop count that train holds, "ood" for a deeper one. The rows of a hop count follow from (graph sizes, rows per
     hop, seed) alone: a run trained to fewer hops is tested on the same items. One example,
     e10 --r1--> e12 --r1--> e15 --r2--> e14:
@@ -69,11 +69,11 @@ class Khop(datasets.ArrowBasedBuilder):
         ),
         KhopConfig(
             name="quickstart",
-            description="Three minutes on two cores: 20 entities, 4 relations, trained to 8 hops, tested to 12.",
+            description="Three minutes on two cores: 20 entities, 4 relations, trained to 8 hops, tested to 24.",
             num_entities=20,
             num_relations=4,
             train_hops=8,
-            max_hops=12,
+            max_hops=24,
         ),
     ]
 

@@ -1,0 +1,341 @@
+"""Where a chain's entities are readable in a looped model, and where they are causal.
+
+    chains = chains_of(rows, tokenizer)          e35 --r3--> e46 --r19--> e12, asked as "e35 r3 r19"
+    facts  = facts_of(train_rows, tokenizer)     (V, V)  entity x relation -> entity
+
+    logit_lens(model, chains)                    which entity of the path each state reads out
+    clean, corrupted = corrupt(chains, facts, position=0)
+    patch(model, clean, corrupted)               one clean state put into the corrupted run: does the answer come back?
+    swap_bridge(model, chains, facts)            b exchanged with another b' in the state: does the answer follow b'?
+
+Each returns a table, a dict per layer call and position or set of positions, counted as in `recorder.py`; shares are
+fractions.
+
+Methods: Loop, Think & Generalize (arXiv 2604.07822) for lens, patching and bridge swap on two-hop chains. Legend: N
+chains, T tokens, K hops, V vocabulary, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .recorder import Recording, edit, layer_calls, record
+
+BATCH = 512  # chains run at once
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Questions of one hop count and split kind, as token ids.
+
+    Position 0 of `input_ids` (N, T) is the start entity, position i the i-th relation, the last one the readout.
+    `path` (N, K + 1) are the entities from the start to the answer; those between are the bridges.
+    """
+
+    hops: int
+    split_kind: str
+    input_ids: torch.Tensor
+    path: torch.Tensor
+
+    @property
+    def answers(self) -> torch.Tensor:
+        return self.path[:, -1]
+
+    def keep(self, rows: torch.Tensor) -> "Chains":
+        return Chains(self.hops, self.split_kind, self.input_ids[rows], self.path[rows])
+
+    def split(self, size: int = BATCH) -> Iterator["Chains"]:
+        for rows in torch.arange(len(self.path)).split(size):
+            yield self.keep(rows)
+
+    def labels(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """What stands at each position: h, r1, r2, ..., and the readout token where there is one."""
+        words = ["h", *(f"r{hop}" for hop in range(1, self.hops + 1))]
+        return words + tokenizer.convert_ids_to_tokens(self.input_ids[0, len(words) :].tolist())
+
+
+def chains_of(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, hops: int, limit: int | None = None
+) -> list[Chains]:
+    """The chains of `hops` hops by split kind, at most `limit` of each (the same ones every time).
+
+    Raises:
+        ValueError: there are none.
+    """
+    counts, kinds = np.array(rows["hops"][:]), np.array(rows["split_kind"][:])
+    if hops not in counts:
+        raise ValueError(f"there are no chains of hops={hops}; there are {sorted(set(counts.tolist()))}.")
+    groups = []
+    for kind in sorted(set(kinds[counts == hops].tolist())):
+        members = np.flatnonzero((kinds == kind) & (counts == hops))
+        if limit is not None and limit < len(members):
+            members = np.sort(np.random.default_rng(0).choice(members, limit, replace=False))
+        chosen = rows.select(members)
+        words = [f"e{entity}" for path in chosen["path"][:] for entity in path]
+        path = torch.tensor(tokenizer.convert_tokens_to_ids(words)).view(-1, hops + 1)
+        groups.append(Chains(hops, kind, torch.tensor(tokenizer(chosen["text"][:])["input_ids"]), path))
+    return groups
+
+
+def facts_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """(V, V) token ids: entity x relation -> the entity it leads to, -1 where there is no such fact."""
+    facts = torch.full((len(tokenizer), len(tokenizer)), -1)
+    known = rows.select(np.flatnonzero(np.array(rows["hops"][:]) == 1))
+    asked = torch.tensor(tokenizer(known["text"][:])["input_ids"])
+    facts[asked[:, 0], asked[:, 1]] = torch.tensor(tokenizer.convert_tokens_to_ids(known["answer"][:]))
+    return facts
+
+
+def follow(facts: torch.Tensor, entities: torch.Tensor, relations: torch.Tensor) -> torch.Tensor:
+    """The path (..., K + 1) from `entities` (...) along `relations` (..., K); -1 from the first missing fact on."""
+    path = [entities]
+    for relation in relations.unbind(-1):
+        path.append(torch.where(path[-1] >= 0, facts[path[-1], relation], -1))
+    return torch.stack(path, dim=-1)
+
+
+def corrupt(chains: Chains, facts: torch.Tensor, position: int, seed: int = 0) -> tuple[Chains, Chains]:
+    """The chains, and beside each the same one with another word at `position` that leads to another answer.
+
+    The other word is drawn among all that make a chain of the graph; chains that have none are left out of both.
+
+    Raises:
+        ValueError: `position` is neither the start entity's nor a relation's.
+    """
+    if not 0 <= position <= chains.hops:
+        raise ValueError(
+            f"position must be 0 (the start entity) to {chains.hops} (the last relation), got {position}: nothing "
+            "else of the question can be changed."
+        )
+    words = ((facts >= 0).any(dim=0 if position else 1)).nonzero().squeeze(1)  # relations, or entities
+    questions = chains.input_ids[:, None].repeat(1, len(words), 1)  # (N, words, T)
+    questions[..., position] = words
+    paths = follow(facts, questions[..., 0], questions[..., 1 : chains.hops + 1])  # (N, words, K + 1)
+    rows, chosen = draw((paths[..., -1] >= 0) & (paths[..., -1] != chains.answers[:, None]), seed)
+    return chains.keep(rows), Chains(chains.hops, chains.split_kind, questions[rows, chosen], paths[rows, chosen])
+
+
+def draw(allowed: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of `allowed` (N, choices) that allow anything, and for each one of its choices, all alike likely."""
+    rows = allowed.any(dim=1).nonzero().squeeze(1)
+    if len(rows) == 0:
+        raise ValueError("no chain can be changed so that its answer changes: the graph is too small.")
+    generator = torch.Generator().manual_seed(seed)
+    return rows, allowed[rows].float().multinomial(1, generator=generator).squeeze(1)
+
+
+def position_sets(chains: Chains) -> list[list[int]]:
+    """Each position alone, then all relations together: a model may keep an entity at several of them."""
+    relations = list(range(1, chains.hops + 1))
+    return [[position] for position in range(chains.input_ids.shape[1])] + [relations] * (chains.hops > 1)
+
+
+def recordings(
+    model: PreTrainedModel, chains: Chains, num_loops: int | None, task: str
+) -> Iterator[tuple[Chains, Recording]]:
+    """Batch by batch, the chains and what the model does on them."""
+    with tqdm(total=len(chains.path), desc=f"{task}, {chains.split_kind}", unit="row") as bar:
+        for batch in chains.split():
+            yield batch, record(model, batch.input_ids, num_loops)
+            bar.update(len(batch.path))
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, chains: Chains, num_loops: int | None = None) -> float:
+    """Share of chains whose answer is the argmax at the readout."""
+    right = [
+        recording.logits[:, -1].argmax(-1).cpu() == batch.answers
+        for batch, recording in recordings(model, chains, num_loops, "answering")
+    ]
+    return torch.cat(right).float().mean().item()
+
+
+@torch.no_grad()
+def logit_lens(model: PreTrainedModel, chains: Chains, num_loops: int | None = None) -> list[dict]:
+    """The readout of every state, and where in it each entity of the path stands.
+
+    A row per layer call, position and `hop` of the path (0 the start, K the answer): `top1` the share of chains where
+    that entity is the argmax, `mrr` its mean reciprocal rank, `log_prob` its mean log-probability (nats).
+    """
+    calls, width = layer_calls(model.config, num_loops), chains.input_ids.shape[1]
+    sums = torch.zeros(len(calls), width, chains.hops + 1, 3, dtype=torch.float64)
+    for batch, recording in recordings(model, chains, num_loops, "logit lens"):
+        path = batch.path.to(recording.logits.device)
+        for i, call in enumerate(calls):
+            log_probs = recording.readout(call).float().log_softmax(-1)  # (N, T, V)
+            best = log_probs.argmax(-1)
+            for hop, entity in enumerate(path.T):
+                own = log_probs.gather(-1, entity[:, None, None].expand(-1, width, 1))
+                rank = 1 + (log_probs > own).sum(-1)
+                seen = torch.stack([best == entity[:, None], 1 / rank, own.squeeze(-1)], dim=-1)  # (N, T, 3)
+                sums[i, :, hop] += seen.double().sum(0).cpu()
+    means = (sums / len(chains.path)).tolist()
+    return [
+        {**call._asdict(), "position": position, "hop": hop, "n": len(chains.path)}
+        | dict(zip(("top1", "mrr", "log_prob"), values, strict=True))
+        for call, at_call in zip(calls, means, strict=True)
+        for position, at_position in enumerate(at_call)
+        for hop, values in enumerate(at_position)
+    ]
+
+
+@torch.no_grad()
+def patch(model: PreTrainedModel, source: Chains, target: Chains, num_loops: int | None = None) -> list[dict]:
+    """Run `target` with one state of `source`, row by row, and see whether the answer of `source` comes out.
+
+    With (clean, corrupted) it is what the state suffices for; with (corrupted, clean), the inverse, what it is needed
+    for. A row per layer call and set of `positions`, those of `position_sets`:
+
+        recovered        share of chains whose argmax becomes the answer of `source`
+        logit_recovery   logit of the source's answer minus that of the target's: 0 as in the target run, 1 as in the
+                         source run (mean over chains of the gain, over the mean of what there was to gain)
+        unpatched        share of target runs that give the source's answer anyway
+        source           share of source runs that do: about the most that can be recovered
+
+    Raises:
+        ValueError: the two do not belong together row by row.
+    """
+    if source.input_ids.shape != target.input_ids.shape:
+        raise ValueError(
+            f"source {tuple(source.input_ids.shape)} and target {tuple(target.input_ids.shape)} must have one shape: "
+            "a row of one is patched into the same row of the other; `corrupt` makes such pairs."
+        )
+    calls, sets, num_rows = layer_calls(model.config, num_loops), position_sets(source), len(source.path)
+
+    def outcome(logits: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """(2,) sums over the rows: the wanted answer is given; its logit lead over the other one."""
+        logits = logits[:, -1].double().cpu()
+        lead = (logits.gather(1, wanted[:, None]) - logits.gather(1, other[:, None])).squeeze(1)
+        return torch.stack([logits.argmax(-1) == wanted, lead], dim=1).sum(0)
+
+    at_source, at_target = torch.zeros(2, 2, dtype=torch.float64)
+    patched = torch.zeros(len(calls), len(sets), 2, dtype=torch.float64)
+    with tqdm(total=num_rows * patched[..., 0].numel(), desc=f"patching, {source.split_kind}", unit="row") as bar:
+        for given, run in zip(source.split(), target.split(), strict=True):
+            answers = given.answers, run.answers
+            states = record(model, given.input_ids, num_loops)
+            at_source += outcome(states.logits, *answers)
+            at_target += outcome(record(model, run.input_ids, num_loops).logits, *answers)
+            for i, call in enumerate(calls):
+                for j, positions in enumerate(sets):
+                    state = states.states[call][:, positions]
+                    with edit(model, call, lambda _, state=state: state, positions):
+                        patched[i, j] += outcome(record(model, run.input_ids, num_loops).logits, *answers)
+                    bar.update(len(given.path))
+    gain = at_source[1] - at_target[1]
+    return [
+        {
+            **call._asdict(),
+            "positions": positions,
+            "recovered": (patched[i, j, 0] / num_rows).item(),
+            "logit_recovery": ((patched[i, j, 1] - at_target[1]) / gain).item() if gain else None,
+            "unpatched": (at_target[0] / num_rows).item(),
+            "source": (at_source[0] / num_rows).item(),
+            "n": num_rows,
+        }
+        for i, call in enumerate(calls)
+        for j, positions in enumerate(sets)
+    ]
+
+
+def redirect(chains: Chains, facts: torch.Tensor, hop: int, seed: int = 0) -> tuple[Chains, Chains]:
+    """The chains, and beside each the same question as if its entity after `hop` hops were another one, drawn among
+    all from which the rest of the question leads to another answer; chains that have none are left out of both.
+
+    Raises:
+        ValueError: `hop` is not that of a bridge.
+    """
+    if not 1 <= hop < chains.hops:
+        raise ValueError(
+            f"hop must be that of a bridge, 1 to {chains.hops - 1} in chains of {chains.hops} hops, got {hop}."
+        )
+    others = (facts >= 0).any(dim=1).nonzero().squeeze(1)
+    starts = others.expand(len(chains.path), -1)  # (N, entities)
+    rest = chains.input_ids[:, None, hop + 1 : chains.hops + 1].expand(-1, len(others), -1)
+    paths = follow(facts, starts, rest)
+    rows, chosen = draw((paths[..., -1] >= 0) & (paths[..., -1] != chains.answers[:, None]), seed)
+    kept = chains.keep(rows)
+    path = torch.cat([kept.path[:, :hop], paths[rows, chosen]], dim=1)
+    return kept, Chains(kept.hops, kept.split_kind, kept.input_ids, path)
+
+
+def exchange(first: torch.Tensor, second: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The change of a state (N, K, D) that exchanges its components along two directions (N, D), row by row.
+
+    It is the reflection that maps one direction to the other: what the state has of `first` it then has of `second`
+    and the other way round; all that is orthogonal to both stays, and so does the state's length. Between equal
+    directions it is the identity.
+    """
+    across = normalize(normalize(first, dim=-1) - normalize(second, dim=-1), dim=-1)[:, None]  # (N, 1, D)
+
+    def change(state: torch.Tensor) -> torch.Tensor:
+        return state - 2 * (state * across).sum(-1, keepdim=True) * across
+
+    return change
+
+
+def random_step(change: Callable[[torch.Tensor], torch.Tensor], generator: torch.Generator) -> Callable:
+    """The control of `change`: a step as long as its own in a random direction."""
+
+    def step(state: torch.Tensor) -> torch.Tensor:
+        length = (change(state) - state).norm(dim=-1, keepdim=True)
+        noise = torch.randn(state.shape, generator=generator).to(state)
+        return state + length * normalize(noise, dim=-1)
+
+    return step
+
+
+@torch.no_grad()
+def swap_bridge(
+    model: PreTrainedModel,
+    chains: Chains,
+    facts: torch.Tensor,
+    *,
+    hop: int = 1,
+    num_loops: int | None = None,
+    directions: torch.Tensor | None = None,
+    seed: int = 0,
+) -> list[dict]:
+    """Exchange the bridge's token direction with that of another entity b' in one state: does the answer follow b'?
+
+    A row per layer call and set of `positions`, those of `position_sets`, with the share of chains that answer as from
+    b' (`swapped`) and as before (`kept`), and the same after a step of equal length in a random direction
+    (`random_swapped`, `random_kept`).
+
+    Args:
+        hop: which bridge, 1 the first.
+        directions: (V, D) a direction per token, the rows of the head unless given.
+
+    Raises:
+        ValueError: `hop` is not that of a bridge.
+    """
+    chains, redirected = redirect(chains, facts, hop, seed)
+    directions = model.get_output_embeddings().weight if directions is None else directions.to(model.device)
+    calls, sets, num_rows = layer_calls(model.config, num_loops), position_sets(chains), len(chains.path)
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.zeros(len(calls), len(sets), 4, dtype=torch.long)
+    with tqdm(total=num_rows * counts[..., 0].numel(), desc=f"bridge swap, {chains.split_kind}", unit="row") as bar:
+        for before, after in zip(chains.split(), redirected.split(), strict=True):
+            swap = exchange(directions[before.path[:, hop]], directions[after.path[:, hop]])
+            for i, call in enumerate(calls):
+                for j, positions in enumerate(sets):
+                    for k, change in enumerate((swap, random_step(swap, generator))):
+                        with edit(model, call, change, positions):
+                            answers = record(model, before.input_ids, num_loops).logits[:, -1].argmax(-1).cpu()
+                        counts[i, j, 2 * k] += (answers == after.answers).sum()
+                        counts[i, j, 2 * k + 1] += (answers == before.answers).sum()
+                    bar.update(len(before.path))
+    names = ("swapped", "kept", "random_swapped", "random_kept")
+    return [
+        {**call._asdict(), "positions": positions, "hop": hop}
+        | dict(zip(names, shares, strict=True))
+        | {"n": num_rows}
+        for call, at_call in zip(calls, (counts / num_rows).tolist(), strict=True)
+        for positions, shares in zip(sets, at_call, strict=True)
+    ]

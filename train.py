@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -84,6 +85,7 @@ class Optim:
     weight_decay: Number = 0.0  # of matrices and embeddings; norms and biases have none
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    label_smoothing: Number = 0.0  # of the cross-entropy, over the vocabulary
     clip: Number | None = None  # largest norm of the gradient
 
 
@@ -145,6 +147,8 @@ class Recipe:
                 raise ValueError(f"{name} must be >= 1, got {value}.")
         if len(self.optim.betas) != 2:
             raise ValueError(f"optim.betas must be two numbers, got {self.optim.betas}.")
+        if not 0 <= self.optim.label_smoothing < 1:
+            raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.optim.label_smoothing}.")
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -510,10 +514,13 @@ def main(recipe: Recipe) -> dict:
         for index, rows in enumerate(parts):
             # Ranks exchange gradients once per update.
             with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
-                part = model(
+                labels = rows.pop("shift_labels")
+                logits = model(
                     **rows, logits_to_keep=1, num_loops=batch["num_loops"],
                     num_grad_loops=recipe.num_grad_loops, use_cache=False,
-                ).loss / len(parts)  # fmt: skip
+                ).logits  # fmt: skip
+                part = F.cross_entropy(logits[:, -1].float(), labels[:, -1], label_smoothing=optim.label_smoothing)
+                part = part / len(parts)
                 accelerator.backward(part)
             loss += part.detach()
         # The clock is the main process's, so that all ranks stop at the same step.

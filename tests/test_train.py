@@ -318,6 +318,16 @@ def test_num_grad_loops_cuts_the_gradient(recipe, tmp_path):
     assert last_loop[-1] != all_loops[-1]
 
 
+def test_label_smoothing_is_that_of_the_first_loss(recipe, tmp_path):
+    """(1 - s) CE(gold) + s x mean CE over the vocabulary, on the first batch of the same weights."""
+    main(recipe("plain"))
+    main(recipe("smooth", "--optim.label_smoothing=0.4"))
+    main(recipe("flat", "--optim.label_smoothing=0.999999"))
+    plain, smooth, flat = (rows(tmp_path / name)[0][1] for name in ("plain", "smooth", "flat"))
+    assert flat != pytest.approx(plain, abs=1e-3)
+    assert smooth == pytest.approx(0.6 * plain + 0.4 * flat, abs=1e-4)
+
+
 @pytest.mark.slow
 # Both come from inside torch 2.13's compiler.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
@@ -367,6 +377,7 @@ def test_schedules():
         ("--curriculum.check_every=0", r"curriculum\.check_every must be >= 1"),
         ("--max_steps=null", r"no budget: set max_steps, max_seconds"),
         ("--name=../elsewhere", r"name must be a plain folder name"),
+        ("--optim.label_smoothing=1", r"label_smoothing must be in \[0, 1\), got 1"),
         ("--optim.betas=[0.9]", r"optim\.betas must be two numbers"),
         ("max_steps=3", r"cannot read the argument 'max_steps=3'"),
         ("--overwrite", r"cannot read the argument '--overwrite'"),

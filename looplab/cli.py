@@ -1,4 +1,7 @@
-"""The command line: `looped eval | plot | ask | bench`. Nothing heavy is imported before the arguments are parsed."""
+"""The command line: `looped eval | plot | lens | ask | bench`.
+
+Nothing heavy is imported before the arguments are parsed.
+"""
 
 import argparse
 import sys
@@ -34,6 +37,21 @@ def run_plot(arguments) -> None:
     from .plots import plot_runs
 
     for path in plot_runs(arguments.runs):
+        print(path)
+
+
+def run_lens(arguments) -> None:
+    from .mechanism import lens_run
+
+    paths = lens_run(
+        arguments.run,
+        snapshot=arguments.snapshot,
+        hops=arguments.hops,
+        num_loops=arguments.loops,
+        limit=arguments.limit,
+        probes=not arguments.no_probes,
+    )
+    for path in paths:
         print(path)
 
 
@@ -79,6 +97,17 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("plot", help="heat map and training curves, to RUN/figures/*.png")
     command.add_argument("runs", metavar="RUN", nargs="+", help="run folders; several are also drawn as one mean")
     command.set_defaults(call=run_plot)
+
+    command = commands.add_parser("lens", help="where a chain's entities are readable and causal, to RUN/lens.jsonl")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--snapshot", metavar="step-N", help="a folder of RUN/snapshots, or 'all': over training")
+    command.add_argument("--hops", type=positive, metavar="K", help="default: the longest trained on, at most 4")
+    command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
+    command.add_argument(
+        "--limit", type=positive, default=300, metavar="N", help="chains per split kind (default: %(default)s)"
+    )
+    command.add_argument("--no-probes", action="store_true", help="skip the linear probes, most of the work")
+    command.set_defaults(call=run_lens)
 
     command = commands.add_parser("ask", help="one answer at several loop counts")
     command.add_argument("run", metavar="RUN")

@@ -1,0 +1,195 @@
+"""Pictures of lens rows, as PNG in RUN/figures/: heat maps of words x layer calls, in %, a column per split kind.
+
+    lens.png     share of chains in which a state reads out the bridge, and the answer
+    patch.png    share of corrupted runs that give the clean answer after one clean state was put in
+    swap.png     share of runs that follow the other bridge after its direction was exchanged
+    probe.png    accuracy of a linear probe for the bridge, and for the answer
+    stages.png   the first three over training, at the positions where the two-hop mechanism would be
+
+Figures count loops and layers from 1, the rows from 0. Depth grows upwards.
+"""
+
+from collections.abc import Callable, Sequence
+
+from .plots import COLOURS, KIND_WORDS
+
+from matplotlib.figure import Figure  # isort: skip (plots.py says what to install when there is none)
+
+NAN = float("nan")
+
+
+def call_of(row: dict) -> tuple[str, int, int]:
+    return row["section"], row["loop"], row["layer"]
+
+
+def call_labels(calls: Sequence[tuple[str, int, int]]) -> list[str]:
+    """A name per layer call, without a number that is the same for all."""
+    loops = {loop for section, loop, _ in calls if section == "core"}
+    layers = {layer for section, _, layer in calls if section == "core"}
+
+    def name(section: str, loop: int, layer: int) -> str:
+        if section != "core":
+            return f"{section} {layer + 1}"
+        parts = [f"loop {loop + 1}"] * (len(loops) > 1) + [f"layer {layer + 1}"] * (len(layers) > 1)
+        return ", ".join(parts) or "core"
+
+    return [name(*call) for call in calls]
+
+
+def ordered(values) -> list:
+    """Distinct values in order of appearance."""
+    return list(dict.fromkeys(values))
+
+
+def kind_title(row: dict) -> str:
+    return KIND_WORDS.get(row["split_kind"], row["split_kind"].replace("_", " "))
+
+
+def entity_word(row: dict) -> str:
+    """What the entity after `hop` hops is to the chain."""
+    if row["hop"] == row["hops"]:
+        return "answer"
+    return "bridge" if row["hops"] == 2 else f"bridge {row['hop']}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def lens_figures(rows: Sequence[dict]) -> dict[str, Figure]:
+    """A figure per kind of measurement that is among the rows of one model: name -> figure."""
+    by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("lens", "patch", "swap", "probe")}
+    reached = {row["split_kind"]: row["accuracy"] for row in rows if row["measure"] == "accuracy"}
+    lens = [row for row in by_measure["lens"] if row["hop"] > 0]
+    who = f"{rows[0]['run']}, {rows[0]['snapshot']}"
+
+    def answers(panel: Sequence[dict]) -> str:
+        return f"answers {share(reached[panel[0]['split_kind']])}"
+
+    def to_recover(panel: Sequence[dict]) -> str:
+        return f"clean run {share(panel[0]['source'])}"
+
+    def random_step(panel: Sequence[dict]) -> str:
+        return f"random step at most {share(max(row['random_swapped'] for row in panel))}"
+
+    def controls(panel: Sequence[dict]) -> str:
+        random_init = max(row["random_init"] for row in panel)
+        return f"random weights at most {share(random_init)}\nmajority {share(panel[0]['majority'])}"
+
+    plan = {
+        "lens": (lens, "top1", entity_word, answers, "states that read out the entity (%)"),
+        "patch": (by_measure["patch"], "recovered", lambda row: f"{row['changed']} changed", to_recover,
+                  "clean answer restored (%)"),
+        "swap": (by_measure["swap"], "swapped", lambda row: f"{entity_word(row)} exchanged", random_step,
+                 "answer follows the other bridge (%)"),
+        "probe": (by_measure["probe"], "accuracy", entity_word, controls, "probe accuracy (%)"),
+    }  # fmt: skip
+    return {
+        name: heat_maps(chosen, value, line, note, scale, title=who)
+        for name, (chosen, value, line, note, scale) in plan.items()
+        if chosen
+    }
+
+
+def heat_maps(
+    rows: Sequence[dict],
+    value: str,
+    line: Callable[[dict], str],
+    note: Callable[[Sequence[dict]], str],
+    scale: str,
+    title: str,
+) -> Figure:
+    """`rows` as heat maps of `value` over words (`at`) x layer calls: a line of panels per `line`, a column per kind.
+
+    Args:
+        note: rows of a panel -> what stands above it beside the split kind, its control or its ceiling.
+    """
+    lines, kinds = ordered(map(line, rows)), ordered(row["split_kind"] for row in rows)
+    calls, words = ordered(map(call_of, rows)), ordered(row["at"] for row in rows)
+    figure, panels = panel_grid(lines, kinds, 0.75 + 0.43 * len(words), 0.85 + 0.22 * len(calls))
+    for name, across in zip(lines, panels, strict=True):
+        for kind, axes in zip(kinds, across, strict=True):
+            own = [row for row in rows if line(row) == name and row["split_kind"] == kind]
+            cells = {(call_of(row), row["at"]): row[value] for row in own}
+            image = shade(axes, [[cells.get((call, word), NAN) for word in words] for call in calls])
+            axes.set_xticks(range(len(words)), words, fontsize=7.5, rotation=90 if max(map(len, words)) > 5 else 0)
+            axes.set_title(f"{kind_title(own[0])}\n{note(own)}", fontsize=8)
+        name_lines(across, name, call_labels(calls))
+    figure.colorbar(image, ax=list(panels.flat), aspect=30).set_label(scale, fontsize=8.5)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def panel_grid(lines: Sequence[str], columns: Sequence[str], width: float, height: float):
+    """A figure of lines x columns panels of about `width` x `height` inches, with room for the names beside them."""
+    size = (1.9 + width * len(columns), max(0.6 + max(height, 1.3) * len(lines), 2.9))
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(len(lines), len(columns), squeeze=False)
+
+
+def shade(axes, values: Sequence[Sequence[float]], numbers: bool = True):
+    """Fractions as colours and, in %, as numbers; what was not measured stays white."""
+    percent = [[100 * value for value in across] for across in values]
+    image = axes.imshow(percent, cmap=COLOURS, vmin=0, vmax=100, origin="lower", aspect="auto")
+    axes.tick_params(length=0)
+    for y, across in enumerate(percent):
+        for x, value in enumerate(across):
+            if numbers and value == value:
+                colour = "white" if value < 55 else "black"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=6.5)
+    return image
+
+
+def name_lines(across, name: str, labels: Sequence[str]) -> None:
+    """The line's name and its layer calls on the left panel; none on the others."""
+    across[0].set_yticks(range(len(labels)), labels, fontsize=7.5)
+    across[0].set_ylabel(name, fontsize=9)
+    for axes in across[1:]:
+        axes.set_yticks([])
+
+
+def stages_figure(rows: Sequence[dict]) -> Figure:
+    """Snapshots x layer calls: where the bridge and the answer become readable and causal, below the accuracy.
+
+    Readable is the lens' top-1 rate, of the bridge at its relation and of the answer at the readout. Causal, in the
+    states of all relations at once, is that the clean ones restore the answer after the start entity was changed, and
+    that the answer follows an exchanged bridge.
+    """
+    kinds, steps = ordered(row["split_kind"] for row in rows), ordered(row["step"] for row in rows)
+    measured = [row for row in rows if row["measure"] != "accuracy"]
+    calls, hops = ordered(map(call_of, measured)), measured[0]["hops"]
+    readout = [row for row in measured if row["measure"] == "lens"][-1]["at"]
+    relations = [row for row in measured if row["measure"] == "swap"][-1]["at"]
+    lines = {
+        "bridge read\nout at r1": ("lens", "r1", {"hop": 1}, "top1"),
+        f"answer read\nout at {readout}": ("lens", readout, {"hop": hops}, "top1"),
+        f"clean {relations}\nput back": ("patch", relations, {}, "recovered"),
+        f"bridge swapped\nat {relations}": ("swap", relations, {}, "swapped"),
+    }
+    figure, panels = panel_grid(["accuracy", *lines], kinds, 0.9 + 0.3 * max(len(steps), 5), 0.6 + 0.2 * len(calls))
+    for column, kind in enumerate(kinds):
+        own = [row for row in rows if row["split_kind"] == kind]
+        reached = {row["step"]: 100 * row["accuracy"] for row in own if row["measure"] == "accuracy"}
+        axes = panels[0, column]
+        axes.plot(range(len(steps)), [reached[step] for step in steps], "o-", color="black", markersize=3)
+        axes.set(ylim=(-5, 105), xlim=(-0.5, len(steps) - 0.5), xticks=[])
+        axes.set_title(kind_title(own[0]), fontsize=9)
+        for (measure, word, where, value), across in zip(lines.values(), panels[1:], strict=True):
+            cells = {
+                (call_of(row), row["step"]): row[value]
+                for row in own
+                if row["measure"] == measure and row["at"] == word and where.items() <= row.items()
+            }
+            table = [[cells[call, step] for step in steps] for call in calls]
+            image = shade(across[column], table, numbers=len(steps) <= 15)
+            across[column].set_xticks([])
+        panels[-1, column].set_xticks(range(len(steps)), [f"{step:,}" for step in steps], fontsize=7, rotation=90)
+        panels[-1, column].set_xlabel("training step", fontsize=9)
+    panels[0, 0].set_ylabel("accuracy (%)", fontsize=9)
+    for axes in panels[0, 1:]:
+        axes.set_yticks([])
+    for name, across in zip(lines, panels[1:], strict=True):
+        name_lines(across, name, call_labels(calls))
+    figure.colorbar(image, ax=list(panels[1:].flat), aspect=30).set_label("share of chains (%)", fontsize=9)
+    figure.suptitle(rows[0]["run"], fontsize=11)
+    return figure

@@ -1,0 +1,181 @@
+"""`looped lens`: a run's lens, patching, bridge swap and probes, measured, written and drawn.
+
+lens.jsonl           every measurement of RUN/model            figures/lens.png, patch.png, swap.png, probe.png
+lens_step-N.jsonl    the same of RUN/snapshots/step-N          figures/lens_step-N.png, ...
+lens_stages.jsonl    what tells the stages of training apart   figures/stages.png
+
+Every row names its `measure` (accuracy, lens, patch, swap, probe), the snapshot and its step, `hops`, `split_kind`,
+and `at`: the words of its positions. The other fields are those of the functions in lens.py and probes.py.
+"""
+
+import json
+from pathlib import Path
+
+import datasets
+import torch
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .evaluation import load_run_task
+from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
+from .lens_plots import lens_figures, stages_figure
+from .plots import save
+from .probes import probe_path
+from .runs import Run, open_run, write_whole
+
+LIMIT = 300  # chains per split kind
+PROBE_ROWS = 3000  # training chains of a probe
+DEEPEST = 4  # hops looked at unless asked for more: the work grows with their square
+STAGE_KINDS = ("train", "id", "ood")  # what the stages of training are told apart by
+
+
+def lens_run(
+    folder: str | Path,
+    *,
+    snapshot: str | None = None,
+    hops: int | None = None,
+    num_loops: int | None = None,
+    limit: int = LIMIT,
+    probes: bool = True,
+) -> list[Path]:
+    """Measure RUN/model, one snapshot, or all of them over training; write the numbers and draw them.
+
+    Args:
+        snapshot: a folder of RUN/snapshots ("step-000001000"), "all", or None for RUN/model.
+        hops: length of the chains, the longest trained on but at most `DEEPEST` unless given.
+        num_loops: loops at inference, those of the model's configuration unless given.
+        limit: chains per split kind.
+        probes: also fit the probes, most of the work; never for "all".
+
+    Returns:
+        The paths written, numbers first.
+
+    Raises:
+        ValueError: no such run, snapshot or hop count.
+    """
+    run = open_run(folder)
+    task = load_run_task(run)
+    hops = min(max(task["train"]["hops"][:]), DEEPEST) if hops is None else hops
+    figures = run.folder / "figures"
+    if snapshot == "all":
+        rows = []
+        for step, path in tqdm(snapshots_of(run).items(), desc="snapshots", unit="snapshot"):
+            model, tokenizer = load_snapshot(path)
+            facts = {"run": run.name, "snapshot": path.name, "step": step}
+            measured = stage_rows(model, tokenizer, task, hops, num_loops, limit)
+            rows += [facts | row for row in measured]
+        return [write_rows(run, "lens_stages", rows), save(stages_figure(rows), figures / "stages.png")]
+
+    path = run.model_folder() if snapshot is None else named_snapshot(run, snapshot)
+    model, tokenizer = load_snapshot(path)
+    facts = {"run": run.name, "snapshot": path.name, "step": step_of(path) if snapshot else None}
+    rows = [facts | row for row in all_rows(model, tokenizer, task, hops, num_loops, limit, probes)]
+    suffix = f"_{snapshot}" if snapshot else ""
+    drawn = [save(figure, figures / f"{name}{suffix}.png") for name, figure in lens_figures(rows).items()]
+    return [write_rows(run, f"lens{suffix}", rows), *drawn]
+
+
+def write_rows(run: Run, name: str, rows: list[dict]) -> Path:
+    return write_whole(run.folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def snapshots_of(run: Run) -> dict[int, Path]:
+    """Training step -> folder, in order."""
+    found = {step_of(path): path for path in run.folder.glob("snapshots/step-*") if (path / "config.json").is_file()}
+    if not found:
+        raise ValueError(
+            f"{run.folder} has no snapshots/step-*: name the steps to keep in the recipe's `snapshots` and train."
+        )
+    return dict(sorted(found.items()))
+
+
+def named_snapshot(run: Run, name: str) -> Path:
+    names = {path.name: path for path in snapshots_of(run).values()}
+    if name not in names:
+        raise ValueError(f"{run.folder} has no snapshot {name!r}; there are {', '.join(names)}, and 'all'.")
+    return names[name]
+
+
+def load_snapshot(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model saved at `folder`, through the code beside it, on the accelerator if there is one; its tokenizer."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged ({error}); delete the folder.") from error
+    return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+def chains_by_kind(task: datasets.DatasetDict, tokenizer, hops: int, limit: int) -> list[Chains]:
+    """At most `limit` chains of every split kind, training first.
+
+    Raises:
+        ValueError: there are no chains of `hops` hops.
+    """
+    known = sorted({count for split in ("train", "test") for count in task[split].unique("hops")})
+    if hops not in known:
+        raise ValueError(f"there are no chains of hops={hops} in the task; there are {known}.")
+    return [
+        chains
+        for split in ("train", "test")
+        if hops in task[split].unique("hops")
+        for chains in chains_of(task[split], tokenizer, hops, limit)
+    ]
+
+
+def labelled(
+    measure: str, chains: Chains, tokenizer: PreTrainedTokenizerBase, rows: list[dict], **facts
+) -> list[dict]:
+    """The rows with what they measure, of which chains, and the words of their positions."""
+    labels = chains.labels(tokenizer)
+
+    def words(row: dict) -> dict:
+        positions = row["positions"] if "positions" in row else [row["position"]]
+        joint = "+" if len(positions) == 2 else ".."
+        return {"at": joint.join(labels[position] for position in dict.fromkeys((positions[0], positions[-1])))}
+
+    kind = {"measure": measure, "hops": chains.hops, "split_kind": chains.split_kind, **facts}
+    return [kind | words(row) | row for row in rows]
+
+
+def accuracy_row(model: PreTrainedModel, chains: Chains, num_loops: int | None) -> dict:
+    kind = {"measure": "accuracy", "hops": chains.hops, "split_kind": chains.split_kind}
+    return kind | {"accuracy": accuracy(model, chains, num_loops), "n": len(chains.path)}
+
+
+def all_rows(model, tokenizer, task, hops: int, num_loops: int | None, limit: int, probes: bool) -> list[dict]:
+    """Every measurement of one model, for every split kind with chains of `hops` hops."""
+    facts = facts_of(task["train"], tokenizer)
+    rows = []
+    for chains in chains_by_kind(task, tokenizer, hops, limit):
+        rows.append(accuracy_row(model, chains, num_loops))
+        rows += labelled("lens", chains, tokenizer, logit_lens(model, chains, num_loops))
+        for changed, word in enumerate(chains.labels(tokenizer)[: hops + 1]):
+            pair = corrupt(chains, facts, changed)
+            rows += labelled("patch", chains, tokenizer, patch(model, *pair, num_loops), changed=word)
+        for hop in range(1, hops):
+            swapped = swap_bridge(model, chains, facts, hop=hop, num_loops=num_loops)
+            rows += labelled("swap", chains, tokenizer, swapped)
+        if probes and chains.split_kind not in ("atomic", "train"):
+            (train,) = chains_of(task["train"], tokenizer, hops, PROBE_ROWS)
+            rows += labelled("probe", chains, tokenizer, probe_path(model, train, chains, num_loops))
+    return rows
+
+
+def stage_rows(model, tokenizer, task, hops: int, num_loops: int | None, limit: int) -> list[dict]:
+    """What tells stages of training apart: accuracy, lens, patching of the start entity, swap of the first bridge."""
+    facts = facts_of(task["train"], tokenizer)
+    rows = []
+    for chains in chains_by_kind(task, tokenizer, hops, limit):
+        if chains.split_kind in STAGE_KINDS:
+            rows.append(accuracy_row(model, chains, num_loops))
+            rows += labelled("lens", chains, tokenizer, logit_lens(model, chains, num_loops))
+            pair = corrupt(chains, facts, position=0)
+            rows += labelled("patch", chains, tokenizer, patch(model, *pair, num_loops), changed="h")
+            rows += labelled("swap", chains, tokenizer, swap_bridge(model, chains, facts, num_loops=num_loops))
+    return rows

@@ -20,6 +20,7 @@ def positive(text: str) -> int:
 
 def run_eval(arguments) -> None:
     from .evaluation import evaluate_run, print_grid
+    from .results import depth_text
     from .runs import open_run
 
     path = evaluate_run(
@@ -30,14 +31,33 @@ def run_eval(arguments) -> None:
         max_hops=arguments.max_hops,
     )
     print_grid(open_run(arguments.run))
+    print(f"\n{depth_text(open_run(arguments.run))}")
     print(f"\nwritten to {path}")
 
 
-def run_plot(arguments) -> None:
-    from .plots import plot_runs
+def run_halting(arguments) -> None:
+    from .halting import halting_run
+    from .results import halting_text
+    from .runs import open_run
 
-    for path in plot_runs(arguments.runs):
+    path = halting_run(
+        arguments.run, max_loops=arguments.max_loops, max_hops=arguments.max_hops, limit=arguments.limit
+    )
+    print(f"\n{arguments.run}\n{halting_text(open_run(arguments.run).halting())}\n\nwritten to {path}")
+
+
+def run_plot(arguments) -> None:
+    from .figures import plot_runs
+
+    for path in plot_runs(arguments.runs, arguments.output):
         print(path)
+
+
+def run_table(arguments) -> None:
+    from .runs import open_run
+    from .seeds import markdown_table
+
+    print(markdown_table([open_run(folder) for folder in arguments.runs]))
 
 
 def run_lens(arguments) -> None:
@@ -94,9 +114,29 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-hops", type=positive, metavar="K", help="test chains of up to K hops (khop only)")
     command.set_defaults(call=run_eval)
 
+    command = commands.add_parser("halting", help="what each halting rule saves, to RUN/halting.jsonl")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument(
+        "--max-loops", type=positive, default=50, metavar="R", help="the largest budget (default: %(default)s)"
+    )
+    command.add_argument("--max-hops", type=positive, metavar="K", help="chains of up to K hops (khop only)")
+    command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
+    command.set_defaults(call=run_halting)
+
     command = commands.add_parser("plot", help="heat map and training curves, to RUN/figures/*.png")
-    command.add_argument("runs", metavar="RUN", nargs="+", help="run folders; several are also drawn as one mean")
+    command.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run folders; those of one recipe are also drawn as one"
+    )
+    command.add_argument(
+        "--output", metavar="FOLDER", help="for the figures of several runs (default: figures/NAMES beside the first)"
+    )
     command.set_defaults(call=run_plot)
+
+    command = commands.add_parser(
+        "table", help="Markdown table of runs, those of one recipe as mean [lowest, highest]"
+    )
+    command.add_argument("runs", metavar="RUN", nargs="+")
+    command.set_defaults(call=run_table)
 
     command = commands.add_parser("lens", help="where a chain's entities are readable and causal, to RUN/lens.jsonl")
     command.add_argument("run", metavar="RUN")

@@ -10,7 +10,6 @@ are swept. What is evaluated is what ships: the model is loaded from `RUN/model`
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from data_builders import load_task
 
+from .results import THRESHOLDS, hops_solved, wilson_interval
 from .runs import AGAIN, Run, open_run, to_json_lines, write_whole
 from .traces import Trace, joined, trace
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_LOOPS = 50  # how far overthinking is followed
 TRAIN_ROWS = 1000  # rows of each (hops, split_kind) group of the train split: a check of memory, not a result
-THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
 
 
 @dataclass(frozen=True)
@@ -193,30 +192,6 @@ def evaluate_run(
     write_whole(run.folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
     write_whole(run.folder / "loops.jsonl", to_json_lines(every_loop))
     return write_whole(run.folder / "grid.jsonl", to_json_lines(grid))
-
-
-def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share `accuracy` of `n` trials (Wilson 1927); inside [0, 1], and not empty at 0 or 1."""
-    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:
-    """Largest hop count such that it and all smaller ones reach `threshold` with `loops` loops (0: none does).
-
-    Of facts, id and ood: the finer split kinds of the composition task are probes beside the paper's measure.
-    """
-    worst = {}
-    for row in rows:
-        if row["loops"] == loops and row["split_kind"] in ("atomic", "id", "ood"):
-            worst[row["hops"]] = min(row["accuracy"], worst.get(row["hops"], 1.0))
-    solved = 0
-    for hops in sorted(worst):
-        if worst[hops] < threshold:
-            break
-        solved = hops
-    return solved
 
 
 def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, int]) -> str:

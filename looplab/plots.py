@@ -3,15 +3,15 @@
     grid.png       x hops by split kind, y loops, colour and number accuracy in %; a frame around what was trained
     training.png   loss and gate accuracy per hop count over wall minutes; dashed where a hop count was added
 
-Several runs (seeds) are also drawn as one heat map of their mean and their lowest accuracy. Colours are cividis, which
-colour-blind readers see as others do.
+Several runs (seeds) are drawn as one heat map of their mean and their lowest accuracy. Colours are cividis, which
+colour-blind readers see as others do. Figures of seeds are in curves.py.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from .runs import Run, open_run
+from .runs import Run
 
 try:
     from matplotlib import colormaps

@@ -6,6 +6,7 @@ model/          weights, config, tokenizer, model code   at the end
 summary.json    what was reached                         at the end
 grid.jsonl      accuracy over loops x hops               `looped eval`
 loops.jsonl     held-out accuracy and margin, every loop `looped eval`
+halting.jsonl   accuracy against loops, time saved       `looped halting`
 evaluation.json chance level and row limit               `looped eval`
 figures/        PNG                                      `looped plot`
 """
@@ -46,6 +47,9 @@ class Run:
 
     def loops(self) -> list[dict]:
         return self._parse("loops.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+
+    def halting(self) -> list[dict]:
+        return self._parse("halting.jsonl", json_lines, f"run `looped halting {self.folder}` first.")
 
     def evaluation(self) -> dict:
         return self._parse("evaluation.json", json.loads, f"run `looped eval {self.folder}` first.")

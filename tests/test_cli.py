@@ -13,7 +13,7 @@ import train
 from looplab.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("eval", "plot", "ask", "bench")
+COMMANDS = ("eval", "halting", "plot", "table", "ask", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_failed_eval_leaves_the_old_grid(run, capfd):
 def test_plot_prints_the_paths_it_wrote(run, capsys):
     assert main(["plot", str(run)]) == 0
     paths = capsys.readouterr().out.split()
-    assert paths == [str(run / "figures" / "grid.png"), str(run / "figures" / "training.png")]
+    assert paths == [str(run / "figures" / f"{name}.png") for name in ("grid", "training", "hops", "loops")]
     assert all(Path(path).stat().st_size > 10_000 for path in paths)
 
 
@@ -138,7 +138,7 @@ def test_bench_writes_every_kind_of_row(trained, tmp_path, capsys):
 
 
 def test_an_unknown_run_is_one_sentence_with_the_nearest_name(trained, capfd):
-    for command in ("eval", "plot"):
+    for command in ("eval", "halting", "plot", "table"):
         wrong = trained.parent / "smokee"
         expected = f"looped {command}: there is no run folder {wrong}; did you mean {trained}?"
         assert failure(capfd, command, wrong) == expected

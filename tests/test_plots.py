@@ -6,7 +6,8 @@ import pytest
 import yaml
 from matplotlib.patches import Rectangle
 
-from looplab.plots import heat_map, plot_runs, smooth, training_curves
+from looplab.figures import plot_runs
+from looplab.plots import heat_map, smooth, training_curves
 from looplab.runs import open_run
 
 LOOPS, HOPS, TRAINED = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5), 3
@@ -98,17 +99,17 @@ def test_the_scale_is_in_percent_and_marks_chance(make_run):
 
 
 def test_several_runs_are_drawn_as_mean_and_lowest(make_run):
-    runs = [make_run("a"), make_run("b", shift=0.2)]
-    assert runs[0] / "figures" / "grid_of_2_runs.png" in plot_runs(runs)
+    runs = [make_run("ab"), make_run("ab_seed1", shift=0.2)]
+    assert runs[0].parent / "figures" / "ab" / "grid_ab.png" in plot_runs(runs)
     axes = heat_map([open_run(run) for run in runs]).axes[0]
     at_2_loops_2_hops = [text for text in axes.texts if tuple(map(round, text.get_position())) == (1, 1)]
     assert [text.get_text() for text in at_2_loops_2_hops if text.get_text().isdigit()] == ["40", "30"]  # of 50 and 30
-    assert axes.get_title() == "mean (small: lowest) of a, b"
+    assert axes.get_title() == "mean (small: lowest) of ab, ab_seed1"
 
 
 def test_runs_on_different_grids_cannot_be_averaged(make_run):
     with pytest.raises(ValueError, match=r"different .loops, hops.: run `looped eval` on each with the same --loops"):
-        plot_runs([make_run("a"), make_run("b", loops=(1, 2))])
+        plot_runs([make_run("ab"), make_run("ab_seed1", loops=(1, 2))])
 
 
 def test_the_training_curves_show_loss_gates_and_stage_changes_over_minutes(make_run):

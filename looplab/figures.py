@@ -1,0 +1,56 @@
+"""Which figures a set of runs gets, and where: what `looped plot RUN...` draws.
+
+Each run's own go to RUN/figures/: grid.png and training.png (plots.py), and as far as it has the files, hops.png and
+loops.png (of `looped eval`), halting.png (of `looped halting`), learning.png (composition). Several runs are grouped
+by recipe, and the figures of groups (curves.py) go to one folder, with the group in their names.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .curves import Group, halting_figure, hops_figure, learning_figure, loops_figure
+from .plots import heat_map, save, training_curves
+from .runs import Run, open_run
+from .seeds import group_runs
+
+
+def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
+    """Draw every run, and groups of seeds where there are several runs; returns the PNG paths.
+
+    Args:
+        output: folder for the figures of several runs, `figures/<groups>` beside the first run unless given.
+
+    Raises:
+        ValueError: no such run, it has not been evaluated, or the runs were evaluated on different grids.
+    """
+    runs = [open_run(folder) for folder in folders]
+    paths = []
+    for run in runs:
+        figures = run.folder / "figures"
+        paths += [save(heat_map([run]), figures / "grid.png"), save(training_curves(run), figures / "training.png")]
+        paths += draw([(run.name, [run])], lambda kind, _, figures=figures: figures / f"{kind}.png")
+    if len(runs) > 1:
+        groups = list(group_runs(runs).items())
+        folder = Path(output or runs[0].folder.parent / "figures" / "_and_".join(name for name, _ in groups))
+        several = [(name, members) for name, members in groups if len(members) > 1]
+        paths += [save(heat_map(members), folder / f"grid_{name}.png") for name, members in several]
+        paths += draw(groups, lambda kind, name: folder / f"{kind}{'_' if name else ''}{name}.png")
+    return paths
+
+
+def draw(groups: Sequence[Group], path: Callable[[str, str], Path]) -> list[Path]:
+    """The figures for which all runs have the files; `path` of a kind of figure and the group's name, or ''."""
+    runs = [run for _, members in groups for run in members]
+    paths = []
+    if all_have(runs, "loops.jsonl"):
+        paths.append(save(hops_figure(groups), path("hops", "")))
+        paths += [save(loops_figure(group), path("loops", group[0])) for group in groups]
+    if all_have(runs, "halting.jsonl"):
+        paths += [save(halting_figure(group), path("halting", group[0])) for group in groups]
+    if all(run.recipe().get("data", {}).get("task") == "composition" for run in runs):
+        paths.append(save(learning_figure(groups), path("learning", "")))
+    return paths
+
+
+def all_have(runs: Sequence[Run], file: str) -> bool:
+    return all((run.folder / file).is_file() for run in runs)

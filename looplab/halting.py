@@ -1,0 +1,246 @@
+"""What halting saves on a run: `looped halting RUN` writes RUN/halting.jsonl.
+
+    sweep      every rule x thresholds x budget, simulated from one trace of the validation rows
+    chosen     per rule: fewest loops with every solvable hop count within a point of its best fixed loop count
+    measured   on the test rows, by running the chosen setting: rows that are done leave the batch
+    timed      against the fixed loop count, in turn, on one batch of mixed hop counts
+
+Baselines: `own`, for each hop count the fewest fixed loops within a point of its best (an oracle that knows the hops);
+`fixed`, the one loop count that is best on average. A hop count is solvable if some loop count gives >= 60 % on its
+validation rows; the others are measured, but choose nothing. A budget is the `num_loops` of the call, reached by rows
+that never halt.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .benchmark import interleaved
+from .evaluation import MAX_LOOPS, Group, groups_of, load_run_model, load_run_task, trace_groups
+from .results import ROUNDING, best_loops, fewest_near_best
+from .runs import open_run, to_json_lines, write_whole
+from .traces import Trace
+
+POINT = 0.01  # of accuracy that a rule may lose at any hop count
+SOLVABLE = 0.6
+KL = [10 ** (-k / 2) for k in range(13)]  # nats
+ENTROPY = (0.02, 0.05, 0.1, 0.2, 0.35, 3.0 / math.log(217))  # of ln V; the last is the bound of arXiv 2604.07822
+CHANGE = [10 ** (-k / 4) for k in range(13)]
+TIMED_ROWS = 64  # of each hop count
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A halting rule with its thresholds, as `forward` takes it, and the budget; rule None runs all loops."""
+
+    halting: dict | None
+    num_loops: int
+
+    @property
+    def rule(self) -> str:
+        return self.halting["rule"] if self.halting else "fixed"
+
+    def row(self) -> dict:
+        return {"num_loops": self.num_loops, **(self.halting or {"rule": "fixed"})}
+
+
+def sweep(vocab_size: int, budgets: Sequence[int]) -> list[Setting]:
+    """Every setting that is tried."""
+    entropies = [share * math.log(vocab_size) for share in ENTROPY]
+    rules = [{"rule": "kl", "kl_threshold": kl} for kl in KL]
+    rules += [{"rule": "kl_entropy", "kl_threshold": kl, "max_entropy": h} for kl, h in product(KL, entropies)]
+    rules += [{"rule": "latent", "threshold": change} for change in CHANGE]
+    return [Setting(rule, budget) for rule, budget in product(rules, budgets)]
+
+
+def loops_used(setting: Setting, traced: Trace) -> torch.Tensor:
+    """(N,) loops that each row of a trace would run under `setting`."""
+    rule = setting.halting or {"rule": "fixed"}
+    stops = {
+        "fixed": lambda: torch.zeros_like(traced.kl, dtype=torch.bool),
+        "kl": lambda: traced.kl < rule["kl_threshold"],
+        "kl_entropy": lambda: (traced.kl < rule["kl_threshold"]) & (traced.entropy < rule["max_entropy"]),
+        "latent": lambda: traced.change < rule["threshold"],
+    }[setting.rule]()[: setting.num_loops]
+    stops[0], stops[-1] = False, True  # no rule halts after the first loop, and none goes beyond the budget
+    if setting.num_loops == 1:
+        stops[0] = True
+    return stops.int().argmax(0) + 1
+
+
+def outcome(setting: Setting, group: Group, traced: Trace) -> tuple[float, float]:
+    """(accuracy, mean loops) of a group of rows under `setting`, simulated."""
+    used = loops_used(setting, traced)
+    said = traced.prediction.gather(0, used[None] - 1)[0]
+    return float((said == group.answers).double().mean()), float(used.double().mean())
+
+
+@torch.inference_mode()
+def run_setting(model: PreTrainedModel, setting: Setting, group: Group) -> tuple[float, float]:
+    """(accuracy, mean loops) of a group of rows under `setting`, by running it."""
+    right, used = [], []
+    for ids, answers in zip(group.input_ids.split(1024), group.answers.split(1024), strict=True):
+        output = call(model, {"input_ids": ids.to(model.device)}, setting)
+        right.append(output.logits[:, -1].argmax(-1).cpu() == answers)
+        used.append(output.loops_used[:, -1].cpu())
+    return float(torch.cat(right).double().mean()), float(torch.cat(used).double().mean())
+
+
+def call(model: PreTrainedModel, inputs: dict, setting: Setting):
+    return model(**inputs, num_loops=setting.num_loops, halting=setting.halting, logits_to_keep=1, use_cache=False)
+
+
+def mean_outcome(setting: Setting, groups: Sequence[Group], traces: Sequence[Trace]) -> tuple[float, float]:
+    """Means over the groups, every hop count alike."""
+    outcomes = [outcome(setting, group, traced) for group, traced in zip(groups, traces, strict=True)]
+    return tuple(sum(column) / len(outcomes) for column in zip(*outcomes, strict=True))
+
+
+def choose(settings: Sequence[Setting], groups: Sequence[Group], traces: Sequence[Trace], best: Sequence[float]):
+    """The setting with the fewest loops of those that lose at most a point against `best` in every group.
+
+    Where none does, the one whose largest loss is the smallest.
+    """
+
+    def rank(setting):
+        outcomes = [outcome(setting, group, traced) for group, traced in zip(groups, traces, strict=True)]
+        loss = max(0.0, *(b - accuracy for b, (accuracy, _) in zip(best, outcomes, strict=True)))
+        loops = sum(loops for _, loops in outcomes) / len(outcomes)
+        return (0.0 if loss <= POINT + ROUNDING else loss, loops)
+
+    return min(settings, key=rank)
+
+
+def frontier(settings: Sequence[Setting], groups: Sequence[Group], traces: Sequence[Trace]) -> list[Setting]:
+    """The settings to which none is better in accuracy at as few loops, by increasing loops."""
+    points = sorted(
+        ((*mean_outcome(setting, groups, traces), setting) for setting in settings), key=lambda p: (p[1], -p[0])
+    )
+    kept, best = [], -1.0
+    for accuracy, _, setting in points:
+        if accuracy > best:
+            kept.append(setting)
+            best = accuracy
+    return kept
+
+
+def time_row(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows,
+    setting: Setting,
+    fixed: Setting,
+    rounds: int,
+) -> dict:
+    """Wall time of `fixed` over that of `setting` on one padded batch, median and range of interleaved pairs."""
+    inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
+    answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]))
+
+    def once(which: Setting):
+        with torch.inference_mode():
+            return call(model, inputs, which)
+
+    halted, full = once(setting), once(fixed)
+    ratios = [slow / fast for fast, slow in interleaved(lambda: once(setting), lambda: once(fixed), rounds)]
+    return {
+        "measure": "time",
+        **setting.row(),
+        "against": fixed.num_loops,
+        "ratio": median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "pairs": rounds,
+        "rows": len(rows),
+        "loops": float(halted.loops_used[:, -1].double().mean()),
+        "accuracy": float((halted.logits[:, -1].argmax(-1).cpu() == answers).double().mean()),
+        "fixed_accuracy": float((full.logits[:, -1].argmax(-1).cpu() == answers).double().mean()),
+    }
+
+
+def halting_run(
+    folder: str | Path,
+    max_loops: int = MAX_LOOPS,
+    max_hops: int | None = None,
+    limit: int | None = None,
+    rounds: int = 7,
+) -> Path:
+    """Write RUN/halting.jsonl: rows of measure fixed, frontier, chosen and time.
+
+    fixed      accuracy on the solvable test rows at every fixed loop count
+    frontier   the same for the settings that are not dominated on the validation rows, with their mean loops
+    chosen     per rule and hop count, run for real: accuracy, loops; those of the baselines; those of the simulation
+    time       per rule, see `time_row`
+
+    Args:
+        folder: a finished run.
+        max_loops: the largest budget.
+        max_hops: deepest chains, the recipe's unless given (k-hop only).
+        limit: at most so many rows per (hops, split_kind).
+        rounds: timed pairs.
+
+    Raises:
+        ValueError: no such run, it has not finished, or it solves no hop count.
+    """
+    run = open_run(folder)
+    model, tokenizer = load_run_model(run)
+    task = load_run_task(run, max_hops)
+    groups = {split: groups_of(task[split], tokenizer, limit) for split in ("validation", "test")}
+    # A rule is chosen on validation rows: test lines that have none are left out.
+    known = {(group.split_kind, group.hops) for group in groups["validation"]}
+    groups["test"] = [group for group in groups["test"] if (group.split_kind, group.hops) in known]
+    traces = {split: trace_groups(model, groups[split], [max_loops] * len(groups[split])) for split in groups}
+    by_loops = {  # of the validation rows
+        (group.split_kind, group.hops): (traced.prediction == group.answers).double().mean(1).tolist()
+        for group, traced in zip(groups["validation"], traces["validation"], strict=True)
+    }
+    solvable = [index for index, line in enumerate(by_loops) if max(by_loops[line]) >= SOLVABLE]
+    if not solvable:
+        raise ValueError(f"{run.folder} reaches {100 * SOLVABLE:.0f} % on no hop count: there is nothing to save.")
+    lines = [list(by_loops)[index] for index in solvable]
+    best = [max(by_loops[line]) for line in lines]
+    own = {line: fewest_near_best(accuracies, POINT) for line, accuracies in by_loops.items()}
+    fixed = Setting(None, best_loops({line: by_loops[line] for line in lines}))
+    needed = max(own[line] for line in lines)
+
+    few = {split: [groups[split][index] for index in solvable] for split in groups}
+    few_traces = {split: [traces[split][index] for index in solvable] for split in groups}
+    budgets = sorted({fixed.num_loops, min(2 * fixed.num_loops, max_loops), max_loops} - {1})
+    settings = sweep(model.config.vocab_size, budgets)
+    rows = []
+    for loops in range(1, max_loops + 1):
+        accuracy, used = mean_outcome(Setting(None, loops), few["test"], few_traces["test"])
+        rows.append({"measure": "fixed", **Setting(None, loops).row(), "accuracy": accuracy, "loops": used})
+    timed = task["test"].select(timed_rows(task["test"], lines))
+    for rule in dict.fromkeys(setting.rule for setting in settings):
+        mine = [setting for setting in settings if setting.rule == rule]
+        for setting in frontier(mine, few["validation"], few_traces["validation"]):
+            accuracy, used = mean_outcome(setting, few["test"], few_traces["test"])
+            rows.append({"measure": "frontier", **setting.row(), "accuracy": accuracy, "loops": used})
+        setting = choose(mine, few["validation"], few_traces["validation"], best)
+        for index, (group, traced) in enumerate(zip(groups["test"], traces["test"], strict=True)):
+            line = group.split_kind, group.hops
+            accuracy, used = run_setting(model, setting, group)
+            simulated = outcome(setting, group, traced)
+            row = {"measure": "chosen", **setting.row(), "split_kind": line[0], "hops": line[1]}
+            row |= {"solvable": index in solvable, "n": len(group.answers), "accuracy": accuracy, "loops": used}
+            row |= {"simulated_accuracy": simulated[0], "simulated_loops": simulated[1]}
+            row |= {"own_loops": own[line], "own_accuracy": outcome(Setting(None, own[line]), group, traced)[0]}
+            row |= {"fixed_loops": fixed.num_loops, "fixed_accuracy": outcome(fixed, group, traced)[0]}
+            rows.append(row | {"needed_loops": needed})
+        rows.append(time_row(model, tokenizer, timed, setting, fixed, rounds))
+    return write_whole(run.folder / "halting.jsonl", to_json_lines(rows))
+
+
+def timed_rows(test, lines: Sequence[tuple[str, int]]) -> list[int]:
+    """The first TIMED_ROWS rows of each line."""
+    places = {line: [] for line in lines}
+    for index, line in enumerate(zip(test["split_kind"][:], test["hops"][:], strict=True)):
+        if line in places and len(places[line]) < TIMED_ROWS:
+            places[line].append(index)
+    return [index for line in lines for index in places[line]]

@@ -1,0 +1,192 @@
+"""What the files of a run say: how far it reaches in hops, what more loops do, what halting saves.
+
+    loops chosen   on the validation rows: one count for all hop counts, or one for each
+    measured       on the test rows, other chains of the same hop counts
+    reach          largest hop count such that it and all smaller ones have >= 60 / 90 / 95 % (arXiv 2604.07822)
+    ratio          reach at 60 % over the learnable depth, the deepest trained hop count that passed the gate
+    kept           accuracy after the last loop over accuracy at the chosen ones: 1 is no overthinking
+
+A line is a (split kind, hop count); every line counts alike in a mean. Plain Python, so that tables are quick.
+"""
+
+import math
+from collections.abc import Sequence
+
+from .runs import Run
+
+THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
+
+# A mean this close to the best one counts as the best, so that a stray row does not choose 50 loops over 12.
+TIE = 0.001
+ROUNDING = 1e-9  # one row of a hundred less is a loss of one point, not of 0.010000000000000009
+
+Line = tuple[str, int]
+
+
+def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share `accuracy` of `n` trials (Wilson 1927); inside [0, 1], and not empty at 0 or 1."""
+    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:
+    """Largest hop count such that it and all smaller ones reach `threshold` with `loops` loops (0: none does).
+
+    Of facts, id and ood: the finer split kinds of the composition task are probes beside the paper's measure.
+    """
+    worst = {}
+    for row in rows:
+        if row["loops"] == loops and row["split_kind"] in ("atomic", "id", "ood"):
+            worst[row["hops"]] = min(row["accuracy"], worst.get(row["hops"], 1.0))
+    solved = 0
+    for hops in sorted(worst):
+        if worst[hops] < threshold:
+            break
+        solved = hops
+    return solved
+
+
+def lines_of(rows: Sequence[dict], split: str, field: str = "accuracy") -> dict[Line, list[float]]:
+    """`field` after each loop, for each line of a split."""
+    lines = {}
+    for row in sorted((row for row in rows if row["split"] == split), key=lambda row: row["loops"]):
+        lines.setdefault((row["split_kind"], row["hops"]), []).append(row[field])
+    return lines
+
+
+def fewest_near_best(accuracies: Sequence[float], tie: float = TIE) -> int:
+    """The smallest loop count whose accuracy is within `tie` of the best; `accuracies` are those after each loop."""
+    best = max(accuracies)
+    return next(loops for loops, accuracy in enumerate(accuracies, start=1) if accuracy >= best - tie - ROUNDING)
+
+
+def best_loops(lines: dict[Line, list[float]]) -> int:
+    """The one loop count that is best on average over the lines."""
+    return fewest_near_best([sum(column) / len(column) for column in zip(*lines.values(), strict=True)])
+
+
+def depth_facts(run: Run) -> dict:
+    """The numbers of the module docstring, by name; ratios are None where they would divide by zero."""
+    rows = run.loops()
+    validation, test = lines_of(rows, "validation"), lines_of(rows, "test")
+    loops = best_loops(validation)
+    # A test line without validation rows takes the common count.
+    own = {line: fewest_near_best(validation[line]) if line in validation else loops for line in test}
+    at_own = [
+        {"split_kind": kind, "hops": hops, "loops": 0, "accuracy": test[kind, hops][count - 1]}
+        for (kind, hops), count in own.items()
+    ]
+    learnable = run.summary()["learnable_depth"]
+    single = {threshold: hops_solved([row for row in rows if row["split"] == "test"], loops, threshold)
+              for threshold in THRESHOLDS}  # fmt: skip
+    kinds = {}
+    for (kind, _), values in test.items():
+        kinds.setdefault(kind, []).append(values[loops - 1])
+    last = {line: values[-1] for line, values in test.items()}
+    peak = {line: test[line][own[line] - 1] for line in test}
+    chosen = sum(values[loops - 1] for values in test.values())
+    return {
+        "learnable_depth": learnable,
+        "loops": loops,
+        "max_loops": len(next(iter(test.values()))),
+        "reach": single,
+        "reach_own_loops": {threshold: hops_solved(at_own, 0, threshold) for threshold in THRESHOLDS},
+        "ratio": single[0.6] / learnable if learnable else None,
+        "accuracy": {kind: sum(values) / len(values) for kind, values in kinds.items()},
+        "kept": sum(last.values()) / chosen if chosen else None,
+        "kept_by_line": {line: last[line] / peak[line] if peak[line] else None for line in test},
+        "own_loops": own,
+        "first_correct": first_correct(rows),
+    }
+
+
+def first_correct(rows: Sequence[dict]) -> dict[Line, float | None]:
+    """Mean loop after which a test row is right for the first time, of the rows that ever are."""
+    means = {}
+    for line, shares in lines_of(rows, "test", "first_correct").items():
+        ever = sum(shares)
+        means[line] = sum(loop * share for loop, share in enumerate(shares, start=1)) / ever if ever else None
+    return means
+
+
+def depth_text(run: Run) -> str:
+    """The facts as text, a line per test line."""
+    facts, rows = depth_facts(run), run.loops()
+    test, margins = lines_of(rows, "test"), lines_of(rows, "test", "margin")
+    last, loops = facts["max_loops"], facts["loops"]
+    text = [
+        f"Every loop to {last}: {loops} loops are best on the validation rows; accuracy in % of the test rows.",
+        f"{'split':<11}{'hops':>5} |{f'at {loops}':>7}{'own best':>10}{f'at {last}':>7}{'kept':>6} | first correct |"
+        f" margin at {loops}, at {last}",
+    ]
+    for (kind, hops), values in test.items():
+        line = kind, hops
+        own = facts["own_loops"][line]
+        numbers = f"{100 * values[loops - 1]:7.1f}{f'{100 * values[own - 1]:.1f} @{own}':>10}{100 * values[-1]:7.1f}"
+        margin = f"{margins[line][loops - 1]:.1f}, {margins[line][-1]:.1f}"
+        text.append(
+            f"{kind:<11}{hops:>5} |{numbers}{number(facts['kept_by_line'][line]):>6} |"
+            f"{number(facts['first_correct'][line]):>14} | {margin}"
+        )
+    reach = ", ".join(
+        f"{facts['reach'][t]} ({facts['reach_own_loops'][t]} with own loops) at >= {100 * t:.0f} %" for t in THRESHOLDS
+    )
+    text.append(f"learnable depth {facts['learnable_depth']}; hops reached: {reach}; ratio {number(facts['ratio'])}")
+    return "\n".join(text)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def halting_facts(rows: Sequence[dict]) -> dict[str, dict]:
+    """Per rule, over the solvable hop counts of the test rows: what `halting_text` prints."""
+    facts = {}
+    for time in (row for row in rows if row["measure"] == "time"):
+        chosen = [
+            row for row in rows if row["measure"] == "chosen" and row["rule"] == time["rule"] and row["solvable"]
+        ]
+        mean = {
+            name: sum(row[name] for row in chosen) / len(chosen)
+            for name in ("accuracy", "loops", "own_accuracy", "own_loops", "fixed_accuracy", "fixed_loops")
+        }
+        facts[time["rule"]] = mean | {
+            "setting": {name: value for name, value in time.items() if name in SETTING_FIELDS},
+            "largest_loss": max(row["own_accuracy"] - row["accuracy"] for row in chosen),
+            "needed_loops": chosen[0]["needed_loops"],
+            "saved": 1 - mean["loops"] / mean["fixed_loops"],
+            "saved_of_needed": 1 - mean["loops"] / chosen[0]["needed_loops"],
+            "time": (time["ratio_min"], time["ratio"], time["ratio_max"]),
+            "apart": max(abs(row["loops"] - row["simulated_loops"]) for row in chosen),
+        }
+    return facts
+
+
+SETTING_FIELDS = ("kl_threshold", "max_entropy", "threshold", "num_loops")
+
+
+def halting_text(rows: Sequence[dict]) -> str:
+    """The chosen settings as text."""
+    facts = halting_facts(rows)
+    first = next(iter(facts.values()))
+    hops = sorted({row["hops"] for row in rows if row["measure"] == "chosen" and row["solvable"]})
+    text = [
+        f"Test rows of the solvable hops {', '.join(map(str, hops))}, every hop count alike; settings chosen on "
+        "validation rows.",
+        f"{'':<12}{'accuracy':>9}{'loops':>7}",
+        f"{'own count':<12}{100 * first['own_accuracy']:9.1f}{first['own_loops']:7.2f}   (an oracle that knows the "
+        f"hops; the largest is {first['needed_loops']})",
+        f"{'fixed count':<12}{100 * first['fixed_accuracy']:9.1f}{first['fixed_loops']:7.2f}",
+    ]
+    for rule, fact in facts.items():
+        setting = ", ".join(
+            f"{name} {value:.3g}" for name, value in fact["setting"].items() if isinstance(value, int | float)
+        )
+        low, middle, high = fact["time"]
+        text.append(
+            f"{rule:<12}{100 * fact['accuracy']:9.1f}{fact['loops']:7.2f}   {100 * fact['saved']:.0f} % fewer than "
+            f"the fixed count, {100 * fact['saved_of_needed']:.0f} % than the largest own one; loses at most "
+            f"{100 * fact['largest_loss']:.1f} points; {middle:.2f} ({low:.2f} - {high:.2f}) times as fast; {setting}"
+        )
+    return "\n".join(text)

@@ -1,0 +1,101 @@
+"""Several runs of one recipe that differ in their seeds: grouped, averaged, and told as a Markdown table.
+
+A group holds the runs whose recipes are equal but for name, seed and data.seed. An interval over n seeds is Student's
+t at 95 %, mean +- t(n - 1) * s / sqrt(n), which assumes that runs scatter normally; three runs say little, and t(2) =
+4.30 says so. Accuracies near 0 or 1 do not scatter normally: tables give [lowest, highest] instead.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from statistics import fmean, stdev
+
+from .results import THRESHOLDS, depth_facts, halting_facts
+from .runs import Run
+
+# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by group, in the order given; a group is called by its first run, without a `_seedN` at the end.
+
+    Raises:
+        ValueError: a run is given twice, or two groups have the same name.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(recipe_key(run), []).append(run)
+    named = {}
+    for members in groups.values():
+        folders = [run.folder.resolve() for run in members]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"{members[0].folder} is among the runs twice: name each run once.")
+        name = re.sub(r"_seed\d+$", "", min((run.name for run in members), key=len))
+        if name in named:
+            raise ValueError(
+                f"{named[name][0].folder} and {members[0].folder} have different recipes but the same name {name}: "
+                "rename one folder."
+            )
+        named[name] = members
+    return named
+
+
+def recipe_key(run: Run) -> str:
+    """The recipe without what tells seeds apart."""
+    recipe = run.recipe()
+    kept = {name: value for name, value in recipe.items() if name not in ("name", "seed")}
+    kept["data"] = {name: value for name, value in recipe.get("data", {}).items() if name != "seed"}
+    return json.dumps(kept, sort_keys=True)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of the 95 % t-interval; of one value, that value three times."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return mean, mean, mean
+    freedom = len(values) - 1
+    half = (T[freedom - 1] if freedom <= len(T) else t_quantile(freedom)) * stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def t_quantile(freedom: int, z: float = 1.959964) -> float:
+    """Quantile of Student's t, from the normal's `z`; three digits from 10 degrees of freedom on (Cornish-Fisher)."""
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def span(values: Iterable[float | None], digits: int = 0, scale: float = 1) -> str:
+    """`mean [lowest, highest]`; one number where they agree, and - without values."""
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean, low, high = (f"{value:.{digits}f}" for value in (fmean(known), min(known), max(known)))
+    return low if low == high else f"{mean} [{low}, {high}]"
+
+
+def markdown_table(runs: Sequence[Run]) -> str:
+    """A line per group: mean [lowest, highest] over its runs, measured on test rows at loops chosen on validation."""
+    rows = []
+    for name, members in group_runs(runs).items():
+        facts = [depth_facts(run) for run in members]
+        cells = {"runs": name, "seeds": str(len(members))}
+        cells["learnable depth"] = span((fact["learnable_depth"] for fact in facts), 1)
+        cells["loops"] = span((fact["loops"] for fact in facts), 1)
+        for threshold in THRESHOLDS:
+            reach = span((fact["reach"][threshold] for fact in facts), 1)
+            cells[f"hops >= {100 * threshold:.0f} %"] = reach
+        cells["ratio"] = span((fact["ratio"] for fact in facts), 2)
+        for kind in facts[0]["accuracy"]:
+            cells[f"{kind} %"] = span((fact["accuracy"].get(kind) for fact in facts), 1, 100)
+        last = " / ".join(dict.fromkeys(str(fact["max_loops"]) for fact in facts))
+        cells[f"kept at {last} loops"] = span((fact["kept"] for fact in facts), 2)
+        if all((run.folder / "halting.jsonl").is_file() for run in members):
+            halted = [halting_facts(run.halting()) for run in members]
+            for rule in halted[0]:
+                cells[f"{rule}: loops saved %"] = span((fact[rule]["saved"] for fact in halted), 0, 100)
+                cells[f"{rule}: speed"] = span((fact[rule]["time"][1] for fact in halted), 2)
+                cells[f"{rule}: most points lost"] = span((fact[rule]["largest_loss"] for fact in halted), 1, 100)
+        rows.append(cells)
+    columns = list(dict.fromkeys(column for cells in rows for column in cells))
+    lines = [columns, ["---"] * len(columns)] + [[cells.get(column, "-") for column in columns] for cells in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

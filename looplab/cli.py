@@ -1,4 +1,4 @@
-"""The command line: `looped eval | plot | lens | ask | bench`.
+"""The command line: `looped eval | halting | plot | table | lens | ask | bench`.
 
 Nothing heavy is imported before the arguments are parsed.
 """

@@ -27,19 +27,6 @@ FRAME = "#d55e00"  # vermilion of Okabe and Ito, apart from every colour of civi
 KIND_WORDS = {"atomic": "facts", "train": "training rows", "id": "held out", "ood": "out of distribution"}
 
 
-def plot_runs(folders: Sequence[str | Path]) -> list[Path]:
-    """Draw every run, and all of them as one where there are several; returns the PNG paths.
-
-    Raises:
-        ValueError: no such run, it has not been evaluated, or the runs were evaluated on different grids.
-    """
-    runs = [open_run(folder) for folder in folders]
-    paths = [save(heat_map([run]), run.folder / "figures" / "grid.png") for run in runs]
-    if len(runs) > 1:
-        paths.append(save(heat_map(runs), runs[0].folder / "figures" / f"grid_of_{len(runs)}_runs.png"))
-    return paths + [save(training_curves(run), run.folder / "figures" / "training.png") for run in runs]
-
-
 def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -1,1 +1,1 @@
-"""What you do with a trained looped model: `looped eval`, `looped plot`, `looped ask`, `looped bench`."""
+"""What you do with a trained looped model: the commands of `looped`, see cli.py."""

@@ -69,6 +69,19 @@ def forward_flops(
     return batch * (tokens * (layer_calls * (attention + mlp) + adapter) + (logits_kept or tokens) * head)
 
 
+def update_flops(config: LoopedConfig, batch: int, tokens: dict[int, float], loops: dict[int, float]) -> float:
+    """FLOPs of one update of `batch` rows that are read at one position: 3 x `forward_flops` (backward is two).
+
+    Without attention and head this is the usual 6 x layer weights x loops x tokens.
+
+    Args:
+        tokens: length of a batch's rows -> its share of the updates.
+        loops: number of loops -> its share of the updates.
+    """
+    cost = {(t, r): forward_flops(config, batch, t, r, logits_kept=1) for t in tokens for r in loops}
+    return 3 * sum(tokens[t] * loops[r] * cost[t, r] for t, r in cost)
+
+
 def build_pair(width: int, work: Workload, kv_sharing: str = "per_loop") -> tuple[LoopedForCausalLM, LlamaForCausalLM]:
     """A looped model and a Llama of the same width whose depth is the loops unrolled; random weights."""
     sizes = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from looplab.benchmark import QUICK, build_pair, compared, forward_flops, interleaved, kv_row
+from looplab.benchmark import QUICK, build_pair, compared, forward_flops, interleaved, kv_row, update_flops
 from toys import make_config, make_ids, make_model
 
 CONFIGS = {
@@ -35,6 +35,21 @@ def test_the_flop_estimate_counts_every_loop_as_torch_does(fields, num_loops):
         one = counted_flops(lambda: model(ids, num_loops=num_loops, logits_to_keep=1, use_cache=False))
     assert one == forward_flops(model.config, *ids.shape, num_loops, logits_kept=1)
     assert counted_flops(train) == 3 * forward_flops(model.config, *ids.shape, num_loops)
+
+
+def test_an_update_costs_six_flops_per_weight_used_and_token():
+    """Attention and head beside it: 12 x T^2 x D per layer call, and 6 x V x D for the one readout of a row."""
+    config = make_config(gated_mlp=False, hidden_size=32, intermediate_size=128, num_attention_heads=2, head_dim=16)
+    weights = config.num_core_layers * (4 * 32 * 32 + 2 * 32 * 128)
+    by_hand = {
+        (t, r): 6 * weights * r * t + 12 * t * t * 32 * config.num_core_layers * r + 6 * config.vocab_size * 32
+        for t in (3, 7)
+        for r in (1, 4)
+    }
+    for (t, r), flops in by_hand.items():
+        assert update_flops(config, 5, {t: 1.0}, {r: 1.0}) == 5 * flops
+    mixed = 0.75 * (0.5 * by_hand[3, 1] + 0.5 * by_hand[3, 4]) + 0.25 * (0.5 * by_hand[7, 1] + 0.5 * by_hand[7, 4])
+    assert update_flops(config, 5, {3: 0.75, 7: 0.25}, {1: 0.5, 4: 0.5}) == pytest.approx(5 * mixed)
 
 
 def test_more_loops_cost_the_core_and_nothing_else():

@@ -1,15 +1,44 @@
-"""Every recipe can be run: its fields, its model, its depths and its data exist."""
+"""Every recipe can be run: its fields, its model, its depths and its data exist, and the paper's have its sizes."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from data_builders import DepthSampler, task_builder
+from looplab.benchmark import update_flops
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from train import Recipe, read_recipe
+from modeling_looped.modeling_looped import LoopedLayer
+from train import Recipe, main, read_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
 FILES = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("paper/*.yaml")])
+PAPER = sorted(RECIPES.glob("paper/*.yaml"))
+SPECIAL_TOKENS = 3  # of `hop_tokenizer`
+
+# Kohli et al. 2026, arXiv 2604.07822: 2,000 entities + 200 relations + 7, 200 + 10 + 7; L8 has twice the layers.
+PARAMETERS = {"composition": 30_051_840, "khop": 28_519_680, "composition_l8": 58_403_328}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Precision is the process's in accelerate; every test starts anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def sampler(recipe: Recipe) -> DepthSampler:
+    return DepthSampler(**{name: value for name, value in vars(recipe.depth).items() if value is not None})
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RECIPES)))
@@ -17,17 +46,162 @@ def test_a_recipe_describes_a_run(file):
     recipe = read_recipe(file)
     assert isinstance(recipe, Recipe)
     assert recipe.name == file.stem
-    config = LoopedConfig(vocab_size=10, **recipe.model)
-    depth = DepthSampler(**{name: value for name, value in vars(recipe.depth).items() if value is not None})
-    # What `generate` runs by default lies in the trained range.
-    assert depth.depths[0] <= config.num_loops <= depth.depths[-1]
+    config = LoopedConfig(**({"vocab_size": 10} | recipe.model))
+    depth = sampler(recipe)
+    # What `generate` runs by default is in the trained range or beyond it, never below.
+    assert depth.depths[0] <= config.num_loops
     builder = task_builder(recipe.data.task, recipe.data.config, seed=recipe.data.seed, **recipe.data.overrides)
     if recipe.curriculum.stop_hops:
         assert recipe.curriculum.stop_hops <= builder.config.train_hops
+    if "vocab_size" in recipe.model:
+        assert config.vocab_size >= SPECIAL_TOKENS + builder.config.num_entities + builder.config.num_relations
 
 
-def test_the_papers_model_has_its_size():
-    """28,519,680 parameters for its 217 tokens (Kohli et al. 2026, arXiv 2604.07822, k-hop)."""
-    recipe = read_recipe(RECIPES / "paper" / "khop_dynamic.yaml")
-    model = LoopedForCausalLM(LoopedConfig(vocab_size=217, **recipe.model))
-    assert model.num_parameters() == 28_519_680
+@pytest.mark.parametrize("file", PAPER, ids=lambda file: file.stem)
+def test_the_papers_models_have_its_sizes(file):
+    recipe = read_recipe(file)
+    with torch.device("meta"):
+        model = LoopedForCausalLM(LoopedConfig(**recipe.model))
+    expected = PARAMETERS.get(recipe.name, PARAMETERS[recipe.data.task])
+    assert model.num_parameters() == expected
+    assert f"{expected:,} parameters" in " ".join(file.read_text().replace("\n#", "").split())
+
+
+# Few rows, so that evaluation is short; the paper's model, loops and precision.
+SMALL = {
+    "composition_r4": [
+        "--data.overrides={num_entities: 40, num_relations: 20, out_degree: 10, ood_share: 0.1, phi: 2.0}"
+    ],
+    "khop_dynamic": [
+        "--data.overrides={train_hops: 3, max_hops: 3, train_per_hop: 8, gate_per_hop: 2, test_per_hop: 2}",
+        "--curriculum.stop_hops=3",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_paper_recipe_takes_a_step(name, tmp_path):
+    flags = [f"--output_dir={tmp_path}", "--max_steps=1", "--batch_size=4", *SMALL[name]]
+    recipe = read_recipe(RECIPES / "paper" / f"{name}.yaml", flags)
+    summary = main(recipe)
+    assert summary["steps"] == 1
+    assert summary["parameters"] == PARAMETERS[recipe.data.task]
+    assert LoopedForCausalLM.from_pretrained(tmp_path / name / "model").num_parameters() == summary["parameters"]
+
+
+# docs/paper_scale.md
+
+ROWS_PER_HOP = {"composition": {1: 40_000, 2: 273_600}, "khop": {1: 2_000} | dict.fromkeys(range(2, 41), 15_000)}
+DENSE_BF16 = {"A100": 312, "H100 SXM": 989, "RTX 4090": 165, "RTX 5090": 209, "L4": 121}  # TFLOP/s
+UTILISATION = 0.4
+# RTX 5090, batch 128, 50 tokens: 19.6 updates/s of 4 layers x 5 loops.
+REFERENCE_LAYER_CALLS = 19.6 * 20
+
+
+def table(title: str) -> list[dict]:
+    """Rows of the table below a heading of docs/paper_scale.md."""
+    lines = (ROOT / "docs" / "paper_scale.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    header, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def test_the_cost_of_every_paper_recipe_is_in_the_docs():
+    rows = {row["recipe"].strip("`"): row for row in table("Cost")}
+    assert set(rows) == {file.stem for file in PAPER}
+    for name, row in rows.items():
+        recipe = read_recipe(RECIPES / "paper" / f"{name}.yaml")
+        config, depth = LoopedConfig(**recipe.model), sampler(recipe)
+        hops = {k: n for k, n in ROWS_PER_HOP[recipe.data.task].items() if k <= int(row["hops"])}
+        tokens = {k + 2: n / sum(hops.values()) for k, n in hops.items()}
+        loops = dict(zip(depth.depths.tolist(), depth.probabilities.tolist(), strict=True))
+        flops = update_flops(config, recipe.batch_size, tokens, loops)
+        updates = 1e6 * number(row["M updates"])
+        assert updates <= recipe.max_steps
+        assert number(row["parameters"]) == PARAMETERS.get(name, PARAMETERS[recipe.data.task])
+        assert number(row["TFLOP/update"]) == pytest.approx(flops / 1e12, rel=0.01)
+        assert number(row["total EFLOP"]) == pytest.approx(flops * updates / 1e18, rel=0.01)
+        for gpu, peak in DENSE_BF16.items():
+            hours = flops * updates / (UTILISATION * peak * 1e12) / 3600
+            assert number(row[gpu]) == pytest.approx(hours, rel=0.05)
+        slow = updates * config.num_core_layers * depth.expected / REFERENCE_LAYER_CALLS / 3600
+        assert number(row["5090, from the reference"]) == pytest.approx(slow, rel=0.05)
+
+
+# Accelerate
+
+
+def launch_environment(file: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment of its processes."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+    # A misspelt field of fsdp_config would be set and never read.
+    assert set(yaml.safe_load(file.read_text()).get("fsdp_config", {})) <= set(vars(arguments))
+    return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+
+
+def test_accelerate_reads_the_data_parallel_config():
+    assert "ACCELERATE_USE_FSDP" not in launch_environment(RECIPES / "accelerate" / "ddp.yaml")
+
+
+def test_accelerate_reads_the_sharding_config(monkeypatch):
+    for name, value in launch_environment(RECIPES / "accelerate" / "fsdp2.yaml").items():
+        if "FSDP" in name:
+            monkeypatch.setenv(name, value)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.transformer_cls_names_to_wrap == [LoopedLayer.__name__]
+    assert plugin.reshard_after_forward is False
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+
+
+# accelerate shards on accelerators only: with CPU processes the same config is data-parallel without a word. Named
+# MULTI_GPU, the processes stay on CPU and gloo, and are sharded. Saving is left out, see docs/paper_scale.md.
+SHARDED_ON_CPU = """
+import sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+import train
+
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+train.save_checkpoint = lambda *arguments: None
+
+def note_units(model, tokenizer, folder):
+    units = [type(unit).__name__ for unit in model.modules() if isinstance(unit, FSDPModule)]
+    (folder.parent / "units").write_text(" ".join(units))
+
+train.save_model = note_units
+train.main(train.read_recipe(sys.argv[1], sys.argv[2:]))
+"""
+
+
+def test_two_sharded_processes_train_as_one_does(tmp_path):
+    """FSDP2 over gloo, the core called once per loop, the head tied; Muon orthogonalizes in bf16, hence the bound."""
+    smoke = RECIPES / "smoke.yaml"
+    flags = [f"--output_dir={tmp_path}", "--max_steps=6", "--curriculum.check_every=3"]
+    script = tmp_path / "sharded_on_cpu.py"
+    script.write_text(SHARDED_ON_CPU)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
+    command += ["--main_process_port=29617", str(script), str(smoke), *flags, "--name=two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The whole, its one layer, and what is tied together: embeddings, final norm and head.
+    units = (tmp_path / "two" / "units").read_text().split()
+    assert units[0] == "FSDPLoopedForCausalLM"
+    assert units.count("FSDPLoopedLayer") == 1
+    assert "FSDPEmbedding" in units
+    main(read_recipe(smoke, [*flags, "--name=one"]))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [row.get("gate") for row in two] == [row.get("gate") for row in one]
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (one, two)]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)

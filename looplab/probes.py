@@ -25,7 +25,7 @@ def fit_probe(features: torch.Tensor, labels: torch.Tensor, num_classes: int, pe
     """
     weights = torch.zeros(features.shape[1] + 1, num_classes, requires_grad=True)
     inputs = with_bias(features)
-    search = torch.optim.LBFGS([weights], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-4, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         search.zero_grad()

@@ -137,6 +137,13 @@ def test_following_stops_where_a_fact_is_missing(facts, tokenizer):
         assert (path[-1] == -1) if known is None else (path.tolist() == known)
 
 
+def test_a_missing_fact_is_not_looked_up_again():
+    """Index -1 is the last token: its facts must not continue a chain that has ended."""
+    facts = torch.full((3, 3), -1)
+    facts[2, 1] = 2
+    assert follow(facts, torch.tensor([0, 2]), torch.tensor([[1, 1], [1, 1]])).tolist() == [[0, -1, -1], [2, 2, 2]]
+
+
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_a_corrupted_chain_differs_in_one_word_and_in_its_answer(chains, facts, tokenizer, position):
     clean, corrupted = corrupt(chains, facts, position)
@@ -335,7 +342,9 @@ def planted(rows, seed, classes=4):
 
 
 def test_a_probe_finds_a_planted_direction():
-    accuracy, majority = probe_accuracy(*planted(400, 0), *planted(200, 1))
+    (features, labels), (test_features, test_labels) = planted(400, 0), planted(200, 1)
+    offset = 5.0 * torch.arange(16)  # a mean that is not the probe's business
+    accuracy, majority = probe_accuracy(features + offset, labels, test_features + offset, test_labels)
     assert accuracy > 0.97
     assert majority < 0.35
 
@@ -385,7 +394,8 @@ def test_probes_of_a_path_have_their_controls(groups, tokenizer):
 def test_the_random_twin_is_another_model_of_the_same_kind(tokenizer):
     model = make_model(vocab_size=len(tokenizer), residual_init="zero")
     before = torch.random.get_rng_state()
-    twin, again = random_twin(model), random_twin(model)
+    twin, again, other = random_twin(model), random_twin(model), random_twin(model, seed=1)
+    assert not torch.equal(twin.lm_head.weight, other.lm_head.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert (twin.config.residual_init, model.config.residual_init) == ("normal", "zero")
     for name, parameter in twin.named_parameters():

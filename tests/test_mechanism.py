@@ -19,6 +19,7 @@ GRAPH = {"num_entities": 12, "num_relations": 4, "out_degree": 4, "ood_share": 0
 GRAPH |= {"test_per_kind": 0, "pair_holdout": 0.0}  # only the kinds train, id and ood
 
 STEPS = (20, 100)
+STEP = "step-000000100"
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,9 @@ def run(tmp_path_factory):
                 saved.save_pretrained(folder / name)
         data = {"task": "composition", "config": "cpu", "seed": 0, "overrides": GRAPH}
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "composition", "data": data}))
-        assert main(["lens", str(folder), "--limit", "4"]) == 0
+        assert main(["lens", str(folder), "--limit", "4", "--snapshot", STEP]) == 0
         assert main(["lens", str(folder), "--limit", "4", "--snapshot", "all"]) == 0
-        assert main(["lens", str(folder), "--limit", "4", "--snapshot", "step-000000100", "--no-probes"]) == 0
+        assert main(["lens", str(folder), "--limit", "4", "--hops", "1", "--no-probes"]) == 0
         yield folder
 
 
@@ -47,33 +48,34 @@ def rows_of(path):
 
 def test_the_files_are_those_of_the_three_commands(run):
     assert {path.name for path in run.iterdir() if path.is_file()} == {
-        "recipe.yaml", "lens.jsonl", "lens_stages.jsonl", "lens_step-000000100.jsonl",
+        "recipe.yaml", "lens.jsonl", "lens_stages.jsonl", f"lens_{STEP}.jsonl",
     }  # fmt: skip
-    names = {
-        "stages",
-        *(f"{name}{of}" for name in ("lens", "patch", "swap") for of in ("", "_step-000000100")),
-        "probe",
-    }
+    names = {"lens", "patch", "stages", *(f"{name}_{STEP}" for name in ("lens", "patch", "swap", "probe"))}
     assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.png" for name in names}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").iterdir())
 
 
 def test_every_split_kind_is_measured_in_every_way(run):
-    rows = rows_of(run / "lens.jsonl")
+    rows = rows_of(run / f"lens_{STEP}.jsonl")
     kinds = {"train", "id", "ood"}
     for measure in ("accuracy", "lens", "patch", "swap"):
         assert {row["split_kind"] for row in rows if row["measure"] == measure} == kinds
     assert {row["split_kind"] for row in rows if row["measure"] == "probe"} == kinds - {"train"}
     assert {row["changed"] for row in rows if row["measure"] == "patch"} == {"h", "r1", "r2"}
-    assert {(row["snapshot"], row["step"]) for row in rows} == {("model", None)}
-    assert {(row["snapshot"], row["step"]) for row in rows_of(run / "lens_step-000000100.jsonl")} == {
-        ("step-000000100", 100)
-    }
+    assert {(row["snapshot"], row["step"]) for row in rows} == {(STEP, 100)}
+
+
+def test_a_fact_has_no_bridge_to_swap_and_no_probe_where_none_is_asked_for(run):
+    rows = rows_of(run / "lens.jsonl")
+    who = {(row["snapshot"], row["step"], row["hops"], row["split_kind"]) for row in rows}
+    assert who == {("model", None, 1, "atomic")}
+    assert {row["measure"] for row in rows} == {"accuracy", "lens", "patch"}
+    assert {row["at"] for row in rows if row["measure"] == "patch"} == {"h", "r1", "<ans>"}
 
 
 def test_a_row_names_the_words_of_its_positions(run):
     words = {0: "h", 1: "r1", 2: "r2", 3: "<ans>"}
-    for row in rows_of(run / "lens.jsonl"):
+    for row in rows_of(run / f"lens_{STEP}.jsonl"):
         if "position" in row:
             assert row["at"] == words[row["position"]]
         if "positions" in row:
@@ -85,7 +87,7 @@ def test_the_stages_are_the_snapshots_in_order(run):
     assert list(dict.fromkeys(row["step"] for row in rows)) == list(STEPS)
     assert {row["split_kind"] for row in rows} == {"train", "id", "ood"}
     # A snapshot measured alone gives the same numbers.
-    alone = [row for row in rows_of(run / "lens_step-000000100.jsonl") if row["split_kind"] == "ood"]
+    alone = [row for row in rows_of(run / f"lens_{STEP}.jsonl") if row["split_kind"] == "ood"]
     for measure in ("accuracy", "lens", "swap"):
         within = [
             row for row in rows if row["step"] == 100 and row["split_kind"] == "ood" and row["measure"] == measure
@@ -98,7 +100,7 @@ def numbers(axes):
 
 
 def test_a_heat_map_shows_every_row_at_its_word_and_layer_call(run):
-    rows = rows_of(run / "lens.jsonl")
+    rows = rows_of(run / f"lens_{STEP}.jsonl")
     figure = lens_figures(rows)["lens"]
     panels, words = figure.axes[:6], ["h", "r1", "r2", "<ans>"]  # bridge and answer x three kinds, by lines
     assert [axes.get_title().split("\n")[0] for axes in panels[:3]] == [
@@ -115,7 +117,7 @@ def test_a_heat_map_shows_every_row_at_its_word_and_layer_call(run):
 
 
 def test_what_was_not_probed_stays_white(run):
-    figure = lens_figures(rows_of(run / "lens.jsonl"))["probe"]
+    figure = lens_figures(rows_of(run / f"lens_{STEP}.jsonl"))["probe"]
     bridge, answer = numbers(figure.axes[0]), numbers(figure.axes[2])
     assert {x for x, _ in bridge} == {0, 1, 2}  # r1, r2 and <ans>; nothing is known at h
     assert {x for x, _ in answer} == {1, 2}
@@ -192,4 +194,4 @@ def test_the_pages_example_runs(run, monkeypatch, capsys):
 
 def test_the_pages_figures_are_those_that_are_drawn(run):
     named = set(re.findall(r"`(\w+\.png)`", PAGE.read_text()))
-    assert named == {path.name for path in (run / "figures").iterdir() if "step-" not in path.name}
+    assert named == {path.name.replace(f"_{STEP}", "") for path in (run / "figures").iterdir()}

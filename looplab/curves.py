@@ -243,7 +243,9 @@ def learning_figure(groups: Sequence[Group]) -> Figure:
     if all((run.folder / "evaluation.json").is_file() for _, runs in groups for run in runs):
         chance_line(axes, [run for _, runs in groups for run in runs])
     axes.set_xscale("log")
+    axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set_ylim(-3, 103)
     tidy(axes, "accuracy (%)", "wall time (minutes, logarithmic)")
     if any(len(runs) > 1 for _, runs in groups):

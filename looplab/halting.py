@@ -68,9 +68,7 @@ def loops_used(setting: Setting, traced: Trace) -> torch.Tensor:
         "kl_entropy": lambda: (traced.kl < rule["kl_threshold"]) & (traced.entropy < rule["max_entropy"]),
         "latent": lambda: traced.change < rule["threshold"],
     }[setting.rule]()[: setting.num_loops]
-    stops[0], stops[-1] = False, True  # no rule halts after the first loop, and none goes beyond the budget
-    if setting.num_loops == 1:
-        stops[0] = True
+    stops[-1] = True  # after the budget; the signals of the first loop are infinite, so that none halts there
     return stops.int().argmax(0) + 1
 
 

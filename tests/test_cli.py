@@ -105,6 +105,19 @@ def test_plot_prints_the_paths_it_wrote(run, capsys):
     assert all(Path(path).stat().st_size > 10_000 for path in paths)
 
 
+def test_table_prints_a_markdown_line_per_recipe(run, capsys):
+    assert main(["table", str(run)]) == 0
+    header, rule, line = capsys.readouterr().out.splitlines()
+    assert header.startswith("| runs | seeds | learnable depth | loops | hops >= 60 % |")
+    assert set(rule) == set("|- ")
+    assert line.startswith("| smoke | 1 |")
+
+
+def test_halting_says_so_where_a_run_solves_nothing(run, capfd):
+    assert "reaches 60 % on no hop count" in failure(capfd, "halting", run, "--max-loops", "2", "--limit", "40")
+    assert not (run / "halting.jsonl").exists()
+
+
 def test_ask_shows_the_true_chain_and_an_answer_per_loop_count(trained, capsys):
     assert main(["ask", str(trained), "e3 r1 r0", "--loops", "1", "4"]) == 0
     question, chain, header, *answers = capsys.readouterr().out.splitlines()

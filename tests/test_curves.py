@@ -50,7 +50,7 @@ def make_run(tmp_path):
         gates = [
             {"step": step, "seconds": 60 * step * (1 + shift), "gate": {}}
             | {"gate_by_split_kind": {"2 id": 1 - shift, "2 ood": step / 100 - shift}}
-            for step in (20, 40, 80)
+            for step in ((20, 40, 80, 160) if shift else (20, 40, 80))
         ]
         texts = {
             "recipe.yaml": yaml.safe_dump({"name": name}),
@@ -92,7 +92,7 @@ def test_accuracy_by_hops_is_at_the_chosen_loops_with_thresholds_chance_and_trai
 
 
 def test_the_band_is_the_t_interval_cut_to_what_an_accuracy_can_be(make_run):
-    shifts = (0.0, 0.1, 0.2)
+    shifts = (0.0, 0.35, 0.7)
     (axes,) = hops_figure([("toy", [make_run(f"toy_seed{i}", shift) for i, shift in enumerate(shifts)])]).axes
     heights = {hops: [y for x, y in axes.collections[0].get_paths()[0].vertices if x == hops] for hops in (2, 4)}
     for hops in (2, 4):

@@ -133,7 +133,8 @@ def test_a_prediction_is_the_token_that_generate_produces():
 
 
 def test_deeper_test_chains_leave_the_others_as_they_were(tmp_path):
-    recipe = {"data": {"task": "khop", "config": "quickstart", "seed": 3, "overrides": {"test_per_hop": 5}}}
+    overrides = {"test_per_hop": 5, "max_hops": 12}
+    recipe = {"data": {"task": "khop", "config": "quickstart", "seed": 3, "overrides": overrides}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     shallow, deep = (load_run_task(open_run(tmp_path), max_hops)["test"] for max_hops in (None, 14))
     assert deep[: len(shallow)] == shallow[:]

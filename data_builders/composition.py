@@ -50,10 +50,10 @@ class Composition(datasets.ArrowBasedBuilder):
     never follow each other in training. No other kind has such a pair: each kind leaves out one thing. While
     `pair_holdout` is 0, train, "id" and "ood" are those of the paper's recipe.
 
-    One example, e35 --r3--> e46 --r19--> e12:
+    One example, e15 --r15--> e0 --r19--> e8:
 
-    >>> load_task("composition", "cpu")["test"][400]
-    {'text': 'e35 r3 r19', 'answer': 'e12', 'hops': 2, 'split_kind': 'ood', 'path': [35, 46, 12]}
+    >>> load_task("composition", "cpu")["test"][337]
+    {'text': 'e15 r15 r19', 'answer': 'e8', 'hops': 2, 'split_kind': 'ood', 'path': [15, 0, 8]}
 
     Arrow tables and not a row at a time: the 321,221 rows of `paper` take a second instead of half a minute.
     Raises ValueError for a config field that is unknown or out of range.

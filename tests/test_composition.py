@@ -9,6 +9,9 @@ import pytest
 
 from data_builders import Composition, load_task
 
+# The graph of the laws: 100 entities, a fifth of 1,500 facts OOD, and no relation pair held out.
+GRAPH = {"num_entities": 100, "num_relations": 20, "out_degree": 15, "ood_share": 0.2, "phi": 9.0, "id_holdout": 0.05,
+         "pair_holdout": 0.0}  # fmt: skip
 KINDS = ("atomic", "train", "id", "ood", "ood_first", "ood_second", "pair")
 
 
@@ -19,13 +22,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cpu(cache):
-    return load_task("composition", "cpu", cache_dir=cache)
+    return load_task("composition", "cpu", cache_dir=cache, **GRAPH)
 
 
 @pytest.fixture(scope="module")
 def paired(cache):
-    """The cpu preset with a tenth of the relation pairs held out."""
-    return load_task("composition", "cpu", cache_dir=cache, pair_holdout=0.1)
+    """The same graph with a tenth of the relation pairs held out."""
+    return load_task("composition", "cpu", cache_dir=cache, **(GRAPH | {"pair_holdout": 0.1}))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_exactly_the_named_fact_of_a_mixed_question_is_ood(cpu, facts):
 
 def test_mixed_questions_are_a_sample_of_all(cache, cpu, facts):
     """A cap above their number gives every composition of one OOD fact, by brute force; the preset's is part of it."""
-    builder = Composition(config_name="cpu", cache_dir=cache, test_per_kind=10_000)
+    builder = Composition(config_name="cpu", cache_dir=cache, test_per_kind=10_000, **GRAPH)
     relations, tails, ood = builder.graph
     for kind, wanted in (("ood_first", (True, False)), ("ood_second", (False, True))):
         possible = {
@@ -156,7 +159,7 @@ def test_what_the_paper_left_open_is_in_test_alone_and_after_its_rows(cache, cpu
     """The gate of training averages over validation: it must not move. Nor may an older run's rows."""
     assert set(cpu["train"]["split_kind"][:]) == {"atomic", "train"}
     assert set(cpu["validation"]["split_kind"][:]) == {"id", "ood"}
-    bare = load_task("composition", "cpu", cache_dir=cache, test_per_kind=0)
+    bare = load_task("composition", "cpu", cache_dir=cache, test_per_kind=0, **GRAPH)
     assert bare["train"].to_list() == cpu["train"].to_list()
     assert bare["validation"].to_list() == cpu["validation"].to_list()
     assert bare["test"].to_list() == cpu["test"].to_list()[: len(bare["test"])]
@@ -166,7 +169,7 @@ def test_what_the_paper_left_open_is_in_test_alone_and_after_its_rows(cache, cpu
 @pytest.mark.parametrize(("seed", "expected"), [(0, "89834efc4347b78f"), (1, "aea6a8312bbb16af")])
 def test_rows_are_those_of_the_first_version(cache, seed, expected):
     """SHA-256 of the texts of train, id and ood as version 1.0.0 made them."""
-    dataset = load_task("composition", "cpu", cache_dir=cache, seed=seed)
+    dataset = load_task("composition", "cpu", cache_dir=cache, seed=seed, **GRAPH)
     texts = [row["text"] for row in rows_of(dataset, "atomic", "train", "id", "ood")]
     assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == expected
 
@@ -177,10 +180,12 @@ def test_no_item_is_in_two_splits_or_twice_in_one(cpu, paired, paper):
         assert len(set(texts)) == len(texts)
 
 
-def test_cpu_preset_is_small_and_its_test_is_not(cpu):
-    assert Counter(cpu["train"]["split_kind"][:]) == {"atomic": 1_500, "train": 10_800}
+def test_cpu_preset_is_small_and_its_test_is_not(cache):
+    preset = load_task("composition", "cpu", cache_dir=cache)
+    assert Counter(preset["train"]["split_kind"][:]) == {"atomic": 1_000, "train": 11_480}
+    assert set(preset["test"]["split_kind"][:]) == {"id", "ood", "ood_first", "ood_second", "pair"}
     for split in ("validation", "test"):
-        assert min(Counter(cpu[split]["split_kind"][:]).values()) >= 300
+        assert min(Counter(preset[split]["split_kind"][:]).values()) >= 300
 
 
 def test_paper_preset_has_the_paper_counts(paper):
@@ -224,15 +229,15 @@ def test_paper_statistics_of_the_graph(seed):
 
 
 def test_another_seed_is_another_folder_and_other_data(cache, cpu, facts):
-    other = load_task("composition", "cpu", cache_dir=cache, seed=1)
+    other = load_task("composition", "cpu", cache_dir=cache, seed=1, **GRAPH)
     assert other.cache_files != cpu.cache_files
     assert {tuple(row["text"].split()): row["answer"] for row in rows_of(other, "atomic")} != facts
 
 
 def test_same_seed_same_rows(tmp_path, cpu):
-    again = load_task("composition", "cpu", cache_dir=tmp_path)
+    again = load_task("composition", "cpu", cache_dir=tmp_path, **GRAPH)
     assert all(again[split].to_list() == cpu[split].to_list() for split in cpu)
-    streamed = Composition(config_name="cpu", cache_dir=tmp_path).as_streaming_dataset(split="test")
+    streamed = Composition(config_name="cpu", cache_dir=tmp_path, **GRAPH).as_streaming_dataset(split="test")
     assert list(streamed) == cpu["test"].to_list()
 
 
@@ -270,5 +275,5 @@ def test_the_docstring_draws_a_real_example(cache):
 )
 def test_a_bad_field_raises_and_builds_nothing(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
-        load_task("composition", "cpu", cache_dir=tmp_path, **overrides)
+        load_task("composition", "cpu", cache_dir=tmp_path, **(GRAPH | overrides))
     assert not list(tmp_path.rglob("*.arrow"))

@@ -53,7 +53,7 @@ def test_dataset_tokenizer_has_a_token_for_every_word(tmp_path):
     khop = load_task("khop", "quickstart", cache_dir=tmp_path)
     assert dataset_tokenizer(khop).get_vocab() == hop_tokenizer(20, 4).get_vocab()
     composition = load_task("composition", "cpu", cache_dir=tmp_path)
-    assert dataset_tokenizer(composition).get_vocab() == hop_tokenizer(100, 20).get_vocab()
+    assert dataset_tokenizer(composition).get_vocab() == hop_tokenizer(50, 20).get_vocab()
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (20, 0), (-1, 4)])

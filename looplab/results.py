@@ -27,7 +27,8 @@ def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, fl
     """The 95 % interval of a share `accuracy` of `n` trials (Wilson 1927); inside [0, 1], and not empty at 0 or 1."""
     centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding may leave the share itself outside at 0 and 1, and then an error bar would have a negative length.
+    return max(0.0, min(accuracy, centre - half)), min(1.0, max(accuracy, centre + half))
 
 
 def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:

@@ -14,7 +14,7 @@ BIN    := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train.py recipes/quickstart.yaml
-	$(BIN)/looped eval $(RUN)
+	$(BIN)/looped eval $(RUN) --loops 1 2 4 6 8 10 12 14 16 20 24 --max-loops 24
 	$(BIN)/looped plot $(RUN)
 	$(BIN)/looped ask $(RUN)
 

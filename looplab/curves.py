@@ -53,14 +53,14 @@ def hops_figure(groups: Sequence[Group]) -> Figure:
     places = {line: line[1] if deep else index for index, line in enumerate(lines)}
     for index, (name, runs) in enumerate(groups):
         facts = [depth_facts(run) for run in runs]
+        at_chosen = {}  # line -> a row per run
+        for run, fact in zip(runs, facts, strict=True):
+            for row in run.loops():
+                if (row["split"], row["loops"]) == ("test", fact["loops"]):
+                    at_chosen.setdefault((row["split_kind"], row["hops"]), []).append(row)
         points = []
         for line in lines:
-            rows = [
-                row
-                for run, fact in zip(runs, facts, strict=True)
-                for row in run.loops()
-                if (row["split"], row["split_kind"], row["hops"], row["loops"]) == ("test", *line, fact["loops"])
-            ]
+            rows = at_chosen.get(line)
             if rows:
                 middle, low, high = t_interval([row["accuracy"] for row in rows])
                 if len(rows) == 1:

@@ -136,17 +136,25 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
 
 
 def load_run_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The saved model, through the code saved beside it, on the accelerator if there is one, and its tokenizer.
+    """The saved model of a finished run, see `load_model`.
 
     Raises:
         ValueError: there is no model yet, or its weights are damaged.
     """
-    folder = run.model_folder()
+    return load_model(run.model_folder(), AGAIN)
+
+
+def load_model(folder: Path, remedy: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model saved at `folder`, through the code beside it, on the accelerator if there is one; its tokenizer.
+
+    Raises:
+        ValueError: the weights are damaged; `remedy` says what to do.
+    """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged ({error}); {AGAIN}") from error
+        raise ValueError(f"the weights in {folder} are damaged ({error}); {remedy}") from error
     # The tokenizer needs no code of ours, but AutoTokenizer reads the model's config first.
     return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 

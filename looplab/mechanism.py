@@ -8,25 +8,23 @@ Every row names its `measure` (accuracy, lens, patch, swap, probe), the snapshot
 and `at`: the words of its positions. The other fields are those of the functions in lens.py and probes.py.
 """
 
-import json
 from pathlib import Path
 
 import datasets
-import torch
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import load_run_task
+from .evaluation import load_model, load_run_task
 from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
 from .lens_plots import lens_figures, stages_figure
 from .plots import save
 from .probes import probe_path
-from .runs import Run, open_run, write_whole
+from .runs import Run, open_run, to_json_lines, write_whole
 
 LIMIT = 300  # chains per split kind
 PROBE_ROWS = 3000  # training chains of a probe
 DEEPEST = 4  # hops looked at unless asked for more: the work grows with their square
+DAMAGED = "delete the folder."  # what to do with a snapshot that cannot be read
 STAGE_KINDS = ("train", "id", "ood")  # what the stages of training are told apart by
 
 
@@ -61,14 +59,14 @@ def lens_run(
     if snapshot == "all":
         rows = []
         for step, path in tqdm(snapshots_of(run).items(), desc="snapshots", unit="snapshot"):
-            model, tokenizer = load_snapshot(path)
+            model, tokenizer = load_model(path, DAMAGED)
             facts = {"run": run.name, "snapshot": path.name, "step": step}
             measured = stage_rows(model, tokenizer, task, hops, num_loops, limit)
             rows += [facts | row for row in measured]
         return [write_rows(run, "lens_stages", rows), save(stages_figure(rows), figures / "stages.png")]
 
     path = run.model_folder() if snapshot is None else named_snapshot(run, snapshot)
-    model, tokenizer = load_snapshot(path)
+    model, tokenizer = load_model(path, DAMAGED)
     facts = {"run": run.name, "snapshot": path.name, "step": step_of(path) if snapshot else None}
     rows = [facts | row for row in all_rows(model, tokenizer, task, hops, num_loops, limit, probes)]
     suffix = f"_{snapshot}" if snapshot else ""
@@ -77,7 +75,7 @@ def lens_run(
 
 
 def write_rows(run: Run, name: str, rows: list[dict]) -> Path:
-    return write_whole(run.folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return write_whole(run.folder / f"{name}.jsonl", to_json_lines(rows))
 
 
 def step_of(path: Path) -> int:
@@ -99,16 +97,6 @@ def named_snapshot(run: Run, name: str) -> Path:
     if name not in names:
         raise ValueError(f"{run.folder} has no snapshot {name!r}; there are {', '.join(names)}, and 'all'.")
     return names[name]
-
-
-def load_snapshot(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model saved at `folder`, through the code beside it, on the accelerator if there is one; its tokenizer."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged ({error}); delete the folder.") from error
-    return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 def chains_by_kind(task: datasets.DatasetDict, tokenizer, hops: int, limit: int) -> list[Chains]:

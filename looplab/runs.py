@@ -8,7 +8,9 @@ grid.jsonl      accuracy over loops x hops               `looped eval`
 loops.jsonl     held-out accuracy and margin, every loop `looped eval`
 halting.jsonl   accuracy against loops, time saved       `looped halting`
 evaluation.json chance level and row limit               `looped eval`
-figures/        PNG                                      `looped plot`
+snapshots/      the model at steps the recipe names      while training
+lens*.jsonl     what states say and cause                `looped lens`
+figures/        PNG                                      `looped plot`, `looped lens`
 """
 
 import difflib

@@ -12,6 +12,7 @@ from .batching import (
 )
 from .composition import Composition, CompositionConfig
 from .khop import Khop, KhopConfig
+from .multiple_choice import MultipleChoice, MultipleChoiceConfig
 from .tasks import export_parquet, load_task, task_builder
 from .tokenizers import dataset_tokenizer, hop_tokenizer
 
@@ -24,6 +25,8 @@ __all__ = [
     "KhopConfig",
     "LoopCollator",
     "LoopCollatorCallback",
+    "MultipleChoice",
+    "MultipleChoiceConfig",
     "dataset_tokenizer",
     "encode_groups",
     "encode_hops",

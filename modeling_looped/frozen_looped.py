@@ -1,0 +1,833 @@
+"""Training-free looping of a frozen Hugging Face causal LM: a window of its layers is evaluated several times.
+
+    with looped(model, window=(12, 15), num_loops=3):     # no weight changes; undone at the end
+        model.generate(ids)
+        model.generate(ids, num_loops=6)
+
+Let g = L_b o ... o L_a be the layers of the window, x0 the state before it and y0 = g(x0) the natural output. Applying
+g again and again leaves the states that the layers above were trained on. The loop refines the one unit step that g is
+into K smaller ones, x <- x + s (g(x) - x) with s = 1/K, and returns beta y0 + (1 - beta) x_K (arXiv 2605.23872).
+
+The natural pass is the model's own: it writes its usual entry to the KV cache, one per layer and token, whatever K is.
+The K - 1 extra passes write nothing. With `prefill="natural"` an extra pass sees the natural keys of earlier tokens
+and its own token's current one. That is what token-by-token decoding does, done for all tokens of a call at once, so
+that a prompt in one call, in chunks, or without a cache gives the same logits. With `prefill="iterated"` the tokens of
+one call see each other's current keys, as in the paper's prefill, and a prompt depends on how it was cut into calls.
+
+Legend: B rows, T tokens of a call, S cached tokens + T, D hidden size, w = b - a + 1, N layers, K loops.
+"""
+
+import difflib
+import inspect
+import math
+import os
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from huggingface_hub.dataclasses import as_validated_field, strict
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.generation import GenerationMixin
+from transformers.utils import GENERATION_CONFIG_NAME
+
+AUTO_MAP = {
+    "AutoConfig": "frozen_looped.FrozenLoopedConfig",
+    "AutoModelForCausalLM": "frozen_looped.FrozenLoopedForCausalLM",
+}
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+# Solvers of dx/dt = g(x) - x from x0, with y0 = g(x0) given: (g, x0, y0, num_loops, step) -> the endpoint.
+def euler(g: Callable, x0: torch.Tensor, y0: torch.Tensor, num_loops: int, step: float) -> torch.Tensor:
+    """num_loops evaluations, y0 included."""
+    x = torch.lerp(x0, y0, step)
+    for _ in range(num_loops - 1):
+        x = torch.lerp(x, g(x), step)
+    return x
+
+
+def naive(g: Callable, x0: torch.Tensor, y0: torch.Tensor, num_loops: int, step: float) -> torch.Tensor:
+    """g applied num_loops times; num_loops evaluations."""
+    x = y0
+    for _ in range(num_loops - 1):
+        x = g(x)
+    return x
+
+
+def midpoint(g: Callable, x0: torch.Tensor, y0: torch.Tensor, num_loops: int, step: float) -> torch.Tensor:
+    """Explicit midpoint rule; 2 num_loops evaluations."""
+    x = x0
+    for loop in range(num_loops):
+        middle = torch.lerp(x, g(x) if loop else y0, step / 2)
+        x = x + step * (g(middle) - middle)
+    return x
+
+
+def heun(g: Callable, x0: torch.Tensor, y0: torch.Tensor, num_loops: int, step: float) -> torch.Tensor:
+    """Explicit trapezoidal rule; 2 num_loops evaluations."""
+    x = x0
+    for loop in range(num_loops):
+        slope = (g(x) if loop else y0) - x
+        ahead = x + step * slope
+        x = x + step / 2 * (slope + g(ahead) - ahead)
+    return x
+
+
+def rk4(g: Callable, x0: torch.Tensor, y0: torch.Tensor, num_loops: int, step: float) -> torch.Tensor:
+    """Classical Runge-Kutta; 4 num_loops evaluations."""
+    x = x0
+    for loop in range(num_loops):
+        first = (g(x) if loop else y0) - x
+        ahead = x + step / 2 * first
+        second = g(ahead) - ahead
+        ahead = x + step / 2 * second
+        third = g(ahead) - ahead
+        ahead = x + step * third
+        fourth = g(ahead) - ahead
+        x = x + step / 6 * (first + 2 * second + 2 * third + fourth)
+    return x
+
+
+# method -> (solver, beta where the caller gives none)
+METHODS = {
+    "blend": (euler, 0.5),
+    "euler": (euler, 0.0),
+    "naive": (naive, 0.0),
+    "midpoint": (midpoint, 0.0),
+    "heun": (heun, 0.0),
+    "rk4": (rk4, 0.0),
+}
+
+
+@as_validated_field
+def at_least_one(value: int):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"must be an int >= 1, got {value!r}")
+
+
+@strict
+class FrozenLoopedConfig(PreTrainedConfig):
+    r"""
+    How a frozen model is looped; saved, it names the base model and holds no weights.
+
+    Args:
+        base_model (`str`): Hub name or folder of the model that is looped.
+        base_revision (`str`, *optional*): its commit, so that a published wrapper goes on meaning the same model.
+        window (`tuple[int, int]`, *optional*): first and last layer, both inclusive, counted from 0; `(a, a - 1)` is
+            the empty window. By default [`default_window`] of the model's depth.
+        num_loops (`int`): evaluations of the window where the call does not say, >= 1. One loop is the base model.
+        method (`str`): `"blend"` (the paper's K-stage method), `"euler"` (the same with beta 0), `"naive"` (re-apply),
+            `"midpoint"`, `"heun"`, `"rk4"` (num_loops substeps of 2, 2 and 4 evaluations).
+        beta (`float`, *optional*): weight of the natural output in what leaves the window; 0.5 for `"blend"`, else 0.
+            1 is the base model.
+        step (`float`, *optional*): length of a substep; `1 / num_loops` by default, which ends where the natural pass
+            does. `"naive"` has none.
+        mode (`"block"` | `"layer"`, *optional*): loop the window as a whole or each of its layers by itself; by
+            default `"layer"` for mixtures of experts, else `"block"`. Extra passes use the experts of the natural
+            pass.
+        cache (`"first"` | `"last"`): which keys a looped token leaves in the KV cache: those of its natural pass, or
+            those of one more pass over the state the loop ended in. `"last"` depends on how tokens are cut into calls.
+        decode (`"full"` | `"prompt"` | `int`): loop on every token, on the prompt, or on the prompt and so many tokens
+            after it.
+        prefill (`"natural"` | `"iterated"`): which keys of the other tokens of a call an extra pass sees.
+
+    Raises:
+        ValueError: a field has the wrong type or range.
+    """
+
+    model_type = "frozen_looped"
+    base_model: str = ""
+    base_revision: str | None = None
+    window: list[int] | tuple[int, ...] | None = None
+    num_loops: int = at_least_one(default=3)
+    method: Literal["blend", "euler", "naive", "midpoint", "heun", "rk4"] = "blend"
+    beta: int | float | None = None
+    step: int | float | None = None
+    mode: Literal["block", "layer"] | None = None
+    cache: Literal["first", "last"] = "first"
+    decode: int | str = "full"
+    prefill: Literal["natural", "iterated"] = "natural"
+
+    def __post_init__(self, **kwargs):
+        self.window = None if self.window is None else list(self.window)
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+
+    def validate_loop(self):
+        """Ranges; run by `@strict` after construction and before saving."""
+        if self.window is not None and (
+            len(self.window) != 2 or self.window[0] < 0 or self.window[1] < self.window[0] - 1
+        ):
+            raise ValueError(
+                f"window must be (first, last) with 0 <= first <= last + 1, both inclusive, got {tuple(self.window)}."
+            )
+        for name in ("beta", "step"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}.")
+        if self.step is not None and (self.step <= 0 or self.method == "naive"):
+            raise ValueError(
+                f"step must be > 0, and the naive method has none, got step={self.step} with method={self.method!r}."
+            )
+        first_n = isinstance(self.decode, int) and not isinstance(self.decode, bool) and self.decode >= 0
+        if not first_n and self.decode not in ("full", "prompt"):
+            raise ValueError(
+                f"decode must be 'full', 'prompt' or a number of tokens >= 0 after the prompt, got {self.decode!r}."
+            )
+
+    @classmethod
+    def settings(cls) -> list[str]:
+        """Names of the fields that are this class's own."""
+        return [name for name in cls.__annotations__ if name != "model_type"]
+
+    @property
+    def natural_weight(self) -> float:
+        """beta, or the method's own."""
+        return METHODS[self.method][1] if self.beta is None else self.beta
+
+    @property
+    def tokens_after_prompt(self) -> int | None:
+        """Tokens after the prompt that loop; None: all."""
+        return {"full": None, "prompt": 0}[self.decode] if isinstance(self.decode, str) else self.decode
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: the base model has no name under which it could be loaded.
+        """
+        if not self.base_model:
+            raise ValueError(
+                "base_model is empty: this model was not loaded by name, so a saved wrapper could not find its "
+                "weights. Save the model itself first and load it from there, or detach() and save the whole model."
+            )
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+
+def default_window(num_layers: int) -> tuple[int, int]:
+    """The depth rule: four layers around 0.48 of the depth, [c - 1, c + 2] with c = floor(0.48 N), both inclusive."""
+    centre = int(0.48 * num_layers)
+    return max(centre - 1, 0), min(centre + 2, num_layers - 1)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers, in order.
+
+    Raises:
+        ValueError: the model is not a decoder with one list of `num_hidden_layers` layers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"looped() takes a transformers PreTrainedModel, got {type(model).__name__}: give the model inside of "
+            "it (PEFT: merge_and_unload(); DDP: .module; compiled: loop first, then compile)."
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be looped.")
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [
+        module
+        for module in model.get_decoder().modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__} cannot be looped: expected one list of num_hidden_layers={count} decoder layers, "
+            f"found {len(lists)}. Models that share or repeat their layers have a loop of their own."
+        )
+    return list(lists[0])
+
+
+class Layer:
+    """One layer of a window, and what its last natural call was given and computed.
+
+    Raises:
+        ValueError: its extra passes could not be kept out of its memory.
+    """
+
+    def __init__(self, module: nn.Module, index: int, model: PreTrainedModel):
+        name = type(module).__name__
+        self.module, self.index = module, index
+        self.names = list(inspect.signature(module.forward).parameters)
+        cache_names = [argument for argument in CACHE_ARGUMENTS if argument in self.names]
+        layer_types = model.config.get_text_config(decoder=True).to_dict().get("layer_types")
+        kind = layer_types[index] if layer_types else "full_attention"
+        if not cache_names or kind not in ATTENTION_LAYERS:
+            raise ValueError(
+                f"layer {index} ({name}, {kind if layer_types else 'no KV cache argument'}) cannot be looped: its "
+                "memory is not a KV cache but a recurrent or convolution state, which every extra pass would advance. "
+                "Choose a window of attention layers."
+            )
+        if "alibi" in self.names or "crossattention" in dict(module.named_children()):
+            raise ValueError(
+                f"layer {index} ({name}) cannot be looped: it attends with an ALiBi bias or to an encoder, which "
+                "extra passes cannot follow."
+            )
+        self.cache_name = cache_names[0]
+        self.routers = [m for m in module.modules() if type(m).__name__.endswith("Router")]
+        if not self.routers and any(type(m).__name__.endswith("Experts") for m in module.modules()):
+            raise ValueError(
+                f"layer {index} ({name}) cannot be looped: it has experts but no module named *Router whose choice "
+                "could be kept for the extra passes."
+            )
+        self.arguments: dict = {}
+        self.natural: NaturalCache | None = None
+        self.routes: list = []
+
+    def open(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Note a natural call's arguments, put the recording cache in, and return the hidden states (B, T, D)."""
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        hidden_states = arguments.pop(self.names[0])
+        self.natural = NaturalCache(arguments.get(self.cache_name), self)
+        self.routes = []
+        self.arguments = arguments | {self.cache_name: self.natural}
+        return hidden_states
+
+    def close(self) -> None:
+        """Forget the call: it holds on to a whole prompt's keys."""
+        self.arguments, self.natural, self.routes = {}, None, []
+
+    def again(self, hidden_states: torch.Tensor, cache, mask) -> torch.Tensor:
+        """One more pass of this layer, (B, T, D) -> (B, T, D)."""
+        arguments = self.arguments | {self.cache_name: cache, "attention_mask": mask}
+        return first_of(self.module(hidden_states, **arguments))
+
+
+def first_of(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+class LayerCache:
+    """Stands in for the KV cache inside one layer; layers that need more of a cache than `update` are refused."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"layer {self.layer.index} ({type(self.layer.module).__name__}) reads past_key_values.{name}: only layers "
+            "that do nothing but update their KV cache can be looped."
+        )
+
+
+class NaturalCache(LayerCache):
+    """The cache of a natural pass: writes through, and remembers the keys and values the layer attended to."""
+
+    keys: torch.Tensor  # (B, H, S, d), as values
+    values: torch.Tensor
+    columns: torch.Tensor  # (T,) where this call's tokens are among them
+
+    def __init__(self, cache: Cache | None, layer: Layer):
+        super().__init__(layer)
+        self.cache, self.updated = cache, False
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """(B, H, T, d) of this call -> (B, H, S, d)."""
+        if self.updated or layer_idx != self.layer.index:
+            raise RuntimeError(
+                f"layer {self.layer.index} ({type(self.layer.module).__name__}) shares or repeats KV slots (slot "
+                f"{layer_idx}): it cannot be looped."
+            )
+        self.updated, num_tokens = True, key_states.shape[-2]
+        self.keys, self.values, end = key_states, value_states, num_tokens
+        if self.cache is not None:
+            self.keys, self.values = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+            end = self.keys.shape[-2]
+            written = self.cache.layers[layer_idx]
+            if isinstance(written, StaticLayer) and self.keys is written.keys:  # the whole buffer, filled or not
+                end = torch.as_tensor(written.get_seq_length(), device=key_states.device).clamp(max=end)
+        self.columns = torch.arange(num_tokens, device=key_states.device) + (end - num_tokens)
+        return self.keys, self.values
+
+    def replaced(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer saw, with this call's rows replaced, (B, H, S, d)."""
+        keys = self.keys.index_copy(-2, self.columns, key_states)
+        return keys, self.values.index_copy(-2, self.columns, value_states)
+
+    def rewrite(self, num_tokens: int, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
+        """Overwrite this call's first `num_tokens` rows in the cache; returns all rows, (B, H, S, d)."""
+        columns, written = self.columns[:num_tokens], self.cache.layers[self.layer.index]
+        keys, values = key_states[:, :, :num_tokens], value_states[:, :, :num_tokens]
+        if isinstance(written, StaticLayer):  # compiled code holds on to its tensors
+            written.keys.index_copy_(-2, columns, keys)
+            written.values.index_copy_(-2, columns, values)
+        else:
+            written.keys = written.keys.index_copy(-2, columns, keys)
+            written.values = written.values.index_copy(-2, columns, values)
+        return written.keys, written.values  # pyright: ignore[reportReturnType]
+
+
+class NaturalContext(LayerCache):
+    """`prefill="natural"`: earlier tokens by their natural keys, a token itself by its current one."""
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """-> (B, H, S, d) for one token, (B, H, S + T, d) for several: natural keys, then current ones."""
+        natural = self.layer.natural
+        if key_states.shape[-2] == 1:
+            return natural.replaced(key_states, value_states)
+        return torch.cat([natural.keys, key_states], -2), torch.cat([natural.values, value_states], -2)
+
+    @staticmethod
+    def mask(mask: torch.Tensor | None, columns: torch.Tensor, num_keys: int) -> torch.Tensor | None:
+        """The layer's mask, (B or 1, H or 1, T, S), as one over natural then current keys, (.., T, S + T)."""
+        num_tokens = len(columns)
+        if num_tokens == 1:
+            return mask
+        if mask is None:  # sdpa's own causal mask: keys are this call's, and behind them a static cache's empty rows
+            mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=columns.device).tril()[None, None]
+        own = torch.eye(num_tokens, dtype=torch.bool, device=columns.device).expand(*mask.shape[:-1], num_tokens)
+        lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        if mask.dtype != torch.bool:
+            own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(~own, lowest)
+        earlier = mask.clone()
+        earlier[..., torch.arange(num_tokens, device=columns.device), columns] = lowest
+        return torch.cat([earlier, own], dim=-1)
+
+
+class IteratedContext(LayerCache):
+    """`prefill="iterated"`: this call's tokens see each other's current keys, earlier calls' tokens by cached ones."""
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """-> (B, H, S, d)."""
+        return self.layer.natural.replaced(key_states, value_states)
+
+    @staticmethod
+    def mask(mask: torch.Tensor | None, columns: torch.Tensor, num_keys: int) -> torch.Tensor | None:
+        return mask
+
+
+class LastPass(LayerCache):
+    """The writing pass of `cache="last"`: rows of the looped tokens are overwritten."""
+
+    def __init__(self, layer: Layer, num_tokens: int):
+        super().__init__(layer)
+        self.num_tokens = num_tokens
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        return self.layer.natural.rewrite(self.num_tokens, key_states, value_states)
+
+
+CONTEXTS = {"natural": NaturalContext, "iterated": IteratedContext}
+
+
+class Window:
+    """Consecutive layers that are looped together: hooks on them turn their natural pass into a loop.
+
+    The model itself runs the natural pass, so that one loop is the base model bit for bit; the extra passes come when
+    the last layer has returned, and replace its output.
+    """
+
+    def __init__(self, layers: list[Layer], loop: "Loop"):
+        self.layers, self.loop = layers, loop
+        self.context = CONTEXTS[loop.config.prefill]
+        self.solver = METHODS[loop.config.method][0]
+        self.looping = False
+
+    def hook(self) -> list:
+        """Register on the layers, before any other hook; returns the handles."""
+        handles = []
+        for layer in self.layers:
+            before = partial(self.before, layer)
+            handles.append(layer.module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            for position, router in enumerate(layer.routers):
+                handles.append(router.register_forward_hook(partial(self.route, layer, position), prepend=True))
+        handles.append(self.layers[-1].module.register_forward_hook(self.after, prepend=True))
+        return handles
+
+    def before(self, layer: Layer, module: nn.Module, args: tuple, kwargs: dict):
+        """Natural call of a layer: note its arguments; at the first layer, also where the loop starts."""
+        if self.looping:
+            return None
+        hidden_states = layer.open(args, kwargs)
+        if layer is self.layers[0]:
+            self.start = hidden_states
+            self.end = self.loop.looped_tokens(layer, hidden_states.shape[1])
+            for each in self.layers:
+                self.loop.check_rewritable(each, layer.natural.cache)
+        return (hidden_states,), layer.arguments
+
+    def route(self, layer: Layer, position: int, module: nn.Module, args: tuple, output):
+        """Keep a router's choice of the natural pass, and give it to the extra ones."""
+        if self.looping:
+            return layer.routes[position]
+        layer.routes.append(output)
+        return None
+
+    def after(self, module: nn.Module, args: tuple, output):
+        """The natural output of the last layer in, the loop's out: (B, T, D)."""
+        if self.looping:
+            return None
+        natural = first_of(output)
+        self.looping = True
+        try:
+            looped_states = self.run(natural)
+        finally:
+            self.looping = False
+            for layer in self.layers:
+                layer.close()
+        if looped_states is None:
+            return None
+        return (looped_states, *output[1:]) if isinstance(output, tuple) else looped_states
+
+    def run(self, natural: torch.Tensor) -> torch.Tensor | None:
+        """(B, T, D) after the loop; None where nothing is looped."""
+        config, num_loops = self.loop.config, self.loop.num_loops
+        if num_loops == 1 or config.natural_weight == 1 or self.end == 0:
+            return None
+        for layer in self.layers:
+            if not layer.natural.updated:
+                raise RuntimeError(
+                    f"layer {layer.index} ({type(layer.module).__name__}) did not update its KV cache: it cannot be "
+                    "looped."
+                )
+        masks = {}
+        for layer in self.layers:
+            mask = layer.arguments.get("attention_mask")
+            if id(mask) not in masks:
+                columns, keys = layer.natural.columns, layer.natural.keys
+                masks[id(mask)] = self.context.mask(mask, columns, keys.shape[-2])
+
+        def evaluate(x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer.again(x, self.context(layer), masks[id(layer.arguments.get("attention_mask"))])
+            return x
+
+        start = self.start.to(natural.device)
+        step = 1 / num_loops if config.step is None else config.step
+        endpoint = self.solver(evaluate, start, natural, num_loops, step)
+        x = endpoint
+        if config.cache == "last" and self.layers[0].natural.cache is not None:
+            for layer in self.layers:
+                x = layer.again(x, LastPass(layer, self.end), layer.arguments.get("attention_mask"))
+        looped_states = torch.lerp(endpoint, natural, config.natural_weight)
+        if self.end < natural.shape[1]:
+            looped_states = torch.cat([looped_states[:, : self.end], natural[:, self.end :]], dim=1)
+        return looped_states
+
+
+class Loop:
+    """A loop over a window of one model's layers; `with` attaches it and detaches it, as do the methods.
+
+    Args:
+        model: the frozen model.
+        config: how it is looped.
+
+    Raises:
+        ValueError: the model cannot be looped, or the window is not in it; nothing was changed.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: FrozenLoopedConfig):
+        layers = decoder_layers(model)
+        first, last = config.window = list(config.window or default_window(len(layers)))
+        if last >= len(layers):
+            raise ValueError(f"window {(first, last)} ends beyond the last layer of the model, {len(layers) - 1}.")
+        chosen = [Layer(layers[index], index, model) for index in range(first, last + 1)]
+        if config.mode is None:
+            config.mode = "layer" if any(layer.routers for layer in chosen) else "block"
+        self.model, self.config, self.num_layers = model, config, len(layers)
+        self.num_loops, self.num_looped_tokens = config.num_loops, None
+        groups = [chosen] if config.mode == "block" else [[layer] for layer in chosen]
+        self.windows = [Window(group, self) for group in groups if group]
+        self.prompt_ends: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
+        self.handles: list = []
+        self.check_attention()
+
+    def check_attention(self) -> None:
+        """Refuse attention whose masks cannot say which keys an extra pass sees."""
+        attention = self.model.config._attn_implementation
+        if self.config.prefill == "natural" and attention not in ("eager", "sdpa"):
+            raise ValueError(
+                f"prefill='natural' needs a mask over two sources of keys, which attention {attention!r} does not "
+                "take: call model.set_attn_implementation('sdpa'), or choose prefill='iterated'."
+            )
+
+    def attach(self) -> PreTrainedModel:
+        """Loop the model from now on, in place; returns it.
+
+        Raises:
+            ValueError: it is looped already.
+        """
+        if isinstance(self.model, FrozenLooped):
+            raise ValueError(f"this {type(self.model).__name__} is looped already: detach(model) first.")
+        self.versions = weight_versions(self.model)
+        self.handles = [handle for window in self.windows for handle in window.hook()]
+        self.model.__class__ = frozen_looped_class(type(self.model))
+        self.model.loop = self  # pyright: ignore[reportArgumentType]
+        return self.model
+
+    def detach(self) -> PreTrainedModel:
+        """The model as it was; returns it.
+
+        Raises:
+            ValueError: this loop is not attached.
+        """
+        if not self.handles and not isinstance(self.model, FrozenLooped):
+            raise ValueError(f"this {type(self.model).__name__} is not looped.")
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.model.__class__ = type(self.model).base_class
+        del self.model.loop
+        return self.model
+
+    def __enter__(self) -> PreTrainedModel:
+        return self.attach()
+
+    def __exit__(self, *error) -> None:
+        self.detach()
+
+    def during(self, num_loops: int | None, num_looped_tokens: int | None) -> "CallSettings":
+        """The settings of one call of the model."""
+        return CallSettings(self, check_loops(num_loops, self.config.num_loops), num_looped_tokens)
+
+    def looped_tokens(self, layer: Layer, num_tokens: int) -> int:
+        """How many of a call's first tokens are looped."""
+        if layer.module.training and vars(layer.module).get("gradient_checkpointing"):
+            raise ValueError("gradient checkpointing would run the loop's hooks twice: disable it on a looped model.")
+        self.check_attention()
+        after_prompt, cache, end = self.config.tokens_after_prompt, layer.natural.cache, self.num_looped_tokens
+        if end is None and after_prompt is None:
+            return num_tokens
+        past = 0 if cache is None else int(cache.get_seq_length(layer.index))
+        if end is None:
+            if cache is None:
+                return num_tokens  # all of it is prompt
+            if num_tokens > 1 or past == 0:
+                self.prompt_ends[cache] = past + num_tokens
+            end = self.prompt_ends.get(cache, 0) + (after_prompt or 0)
+        return min(max(end - past, 0), num_tokens)
+
+    def check_rewritable(self, layer: Layer, cache: Cache | None) -> None:
+        """Refuse a cache whose rows cannot be overwritten, before anything is written to it."""
+        if self.config.cache == "first" or cache is None or layer.index >= len(cache.layers):
+            return
+        kind = type(cache.layers[layer.index])
+        if kind not in (DynamicLayer, StaticLayer):
+            raise ValueError(
+                f"cache='last' overwrites rows, which layer {layer.index}'s {kind.__name__} does not allow: use "
+                "cache='first', or a DynamicCache or StaticCache without sliding windows or quantisation."
+            )
+
+
+class CallSettings:
+    """Puts one call's settings into a loop, and the loop's own back."""
+
+    def __init__(self, loop: Loop, num_loops: int, num_looped_tokens: int | None):
+        self.loop, self.asked = loop, (num_loops, num_looped_tokens)
+
+    def __enter__(self) -> None:
+        self.before = self.loop.num_loops, self.loop.num_looped_tokens
+        self.loop.num_loops, self.loop.num_looped_tokens = self.asked
+
+    def __exit__(self, *error) -> None:
+        self.loop.num_loops, self.loop.num_looped_tokens = self.before
+
+
+def check_loops(num_loops: int | None, default: int) -> int:
+    """An int >= 1."""
+    if num_loops is None:
+        return default
+    if isinstance(num_loops, bool) or not isinstance(num_loops, int) or num_loops < 1:
+        raise ValueError(f"num_loops must be an int >= 1, got {num_loops!r}: rows of a looped frozen model share it.")
+    return num_loops
+
+
+def looped(
+    model: PreTrainedModel,
+    window: tuple[int, int] | None = None,
+    num_loops: int = 3,
+    method: str = "blend",
+    beta: float | None = None,
+    step: float | None = None,
+    mode: str | None = None,
+    cache: str = "first",
+    decode: str | int = "full",
+    prefill: str = "natural",
+) -> Loop:
+    """Loop a frozen model: `with looped(model): ...`, or `looped(model).attach()` and later `detach(model)`.
+
+    The model's `forward` and `generate` then take `num_loops` (int, also a field of the generation config), and
+    `forward` takes `num_looped_tokens`, the first tokens of a row, padding included, that loop. The other arguments
+    are those of [`FrozenLoopedConfig`].
+
+    Raises:
+        ValueError: a setting has the wrong type or range, or the model cannot be looped; the text says why.
+    """
+    settings = {
+        "base_model": model.name_or_path if isinstance(model, PreTrainedModel) else "",
+        "window": window,
+        "num_loops": num_loops,
+        "method": method,
+        "beta": beta,
+        "step": step,
+        "mode": mode,
+        "cache": cache,
+        "decode": decode,
+        "prefill": prefill,
+    }
+    try:
+        config = FrozenLoopedConfig(**settings)
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+    return Loop(model, config)
+
+
+def attach(model: PreTrainedModel, *args, **settings) -> PreTrainedModel:
+    """`looped(model, ...)`, attached; returns the model."""
+    return looped(model, *args, **settings).attach()
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it was before `attach`; returns it.
+
+    Raises:
+        ValueError: it is not looped.
+    """
+    if not isinstance(model, FrozenLooped):
+        raise ValueError(f"this {type(model).__name__} is not looped.")
+    return model.loop.detach()
+
+
+class FrozenLooped:
+    """What a looped model's class puts before its own: the loop settings of `forward`, `generate` and saving."""
+
+    base_class: type
+    loop: Loop
+
+    def forward(self, *args, num_loops: int | None = None, num_looped_tokens: int | None = None, **kwargs):
+        for name in set(kwargs) - set(inspect.signature(type(self).forward).parameters):
+            near = difflib.get_close_matches(name, ("num_loops", "num_looped_tokens"), n=1, cutoff=0.7)
+            if near:
+                raise TypeError(f"forward got an unexpected keyword argument {name!r}. Did you mean {near[0]!r}?")
+        with self.loop.during(num_loops, num_looped_tokens):
+            return self.base_class.forward(self, *args, **kwargs)
+
+    def generate(self, inputs=None, *args, **kwargs):
+        """`GenerationMixin.generate` with `num_loops`, also read from the generation config."""
+        after_prompt = self.loop.config.tokens_after_prompt
+        if after_prompt is not None:
+            given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
+            prompt = next((tensor for tensor in given if tensor is not None), None)
+            kwargs["num_looped_tokens"] = (1 if prompt is None else prompt.shape[1]) + after_prompt
+        return super().generate(inputs, *args, **kwargs)
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        """num_loops is a model argument: a generation config that knows it must not swallow the call's own."""
+        num_loops = kwargs.pop("num_loops", None)
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        stored = generation_config.to_dict().get("num_loops")
+        model_kwargs["num_loops"] = check_loops(num_loops, stored or self.loop.config.num_loops)
+        return generation_config, model_kwargs
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save how the model is looped and which model it is, without weights; `AutoModelForCausalLM` loads it again.
+
+        Args:
+            base_model: Hub name or folder to load the weights from; where the model was loaded from by default.
+            base_revision: its commit.
+
+        Raises:
+            ValueError: the base model has no name, or its weights were changed since the loop was attached.
+        """
+        if weight_versions(self) != self.loop.versions:
+            raise ValueError(
+                "the weights were changed since the loop was attached, and a wrapper holds none: detach(model), save "
+                "the model, load it from there and loop it again."
+            )
+        settings = self.loop.config.to_dict()
+        settings |= {"base_model": base_model or settings["base_model"], "base_revision": base_revision}
+        config = FrozenLoopedConfig(**{name: settings[name] for name in FrozenLoopedConfig.settings()})
+        config.architectures = [FrozenLoopedForCausalLM.__name__]
+        config.save_pretrained(save_directory, push_to_hub, **kwargs)
+        if self.can_generate():
+            # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
+            fields = self.generation_config.to_diff_dict()
+            fields.pop("_from_model_config", None)
+            GenerationConfig(**fields).save_pretrained(save_directory)
+
+
+def weight_versions(model) -> list[int]:
+    """One number per weight that grows when the weight is changed in place."""
+    return [weight._version for weight in model.parameters() if not weight.is_inference()]
+
+
+def frozen_looped_class(base: type) -> type:
+    """`base` with [`FrozenLooped`] before it, under the same name: transformers looks classes up by name."""
+
+    def forward(self, *args, **kwargs):
+        return FrozenLooped.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(base.forward)
+    own = inspect.signature(FrozenLooped.forward).parameters
+    *named, last = signature.parameters.values()
+    swallow = [last] if last.kind is inspect.Parameter.VAR_KEYWORD else []
+    named += [] if swallow else [last]
+    added = [own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in ("num_loops", "num_looped_tokens")]
+    forward.__signature__ = signature.replace(parameters=[*named, *added, *swallow])  # pyright: ignore
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (FrozenLooped, base), {**names, "forward": forward, "base_class": base})
+
+
+class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
+    """The saved form of a looped frozen model: `from_pretrained` loads the base model it names and attaches the loop.
+
+    What it returns is the base model's own class, looped.
+    """
+
+    config_class = FrozenLoopedConfig
+
+    def __init__(self, config: FrozenLoopedConfig):
+        raise TypeError("FrozenLoopedForCausalLM has no weights of its own: use from_pretrained, or looped(model).")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """Load the base model of a saved wrapper, and loop it.
+
+        Args:
+            pretrained_model_name_or_path: the wrapper's folder or Hub name.
+            config: its configuration, if loaded already; loop settings among the keywords go into it otherwise.
+            **kwargs: of the base model's `from_pretrained` (dtype, device_map, quantization_config, ...).
+        """
+        own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
+        shared = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+        if config is None:
+            config, kwargs = FrozenLoopedConfig.from_pretrained(  # typed as if there were no unused keywords
+                pretrained_model_name_or_path, return_unused_kwargs=True, **own, **kwargs
+            )  # pyright: ignore[reportGeneralTypeIssues]
+        for name in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # the wrapper's, not the base model's
+            kwargs.pop(name, None)
+        model = AutoModelForCausalLM.from_pretrained(
+            config.base_model, *args, revision=config.base_revision or "main", **kwargs
+        )
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared)
+        except OSError as error:
+            if GENERATION_CONFIG_NAME not in str(error):
+                raise
+        return Loop(model, config).attach()  # pyright: ignore[reportArgumentType]
+
+
+FrozenLoopedConfig.register_for_auto_class()
+FrozenLoopedForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "FrozenLoopedConfig",
+    "FrozenLoopedForCausalLM",
+    "Loop",
+    "attach",
+    "default_window",
+    "detach",
+    "looped",
+]

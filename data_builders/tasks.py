@@ -1,4 +1,4 @@
-"""The hop tasks by name: built into the `datasets` cache, or exported as a Hub data folder."""
+"""The tasks by name: built into the `datasets` cache, or exported as a Hub data folder."""
 
 import difflib
 import inspect
@@ -8,18 +8,17 @@ from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
-from datasets import ArrowBasedBuilder, BuilderConfig, DatasetDict
+from datasets import BuilderConfig, DatasetBuilder, DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .composition import Composition
 from .khop import Khop
+from .text import Text
 
-TASKS = {"khop": Khop, "composition": Composition}
+TASKS = {"khop": Khop, "composition": Composition, "text": Text}
 
 
-def task_builder(
-    name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides
-) -> ArrowBasedBuilder:
+def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetBuilder:
     """Builder of a task's preset, fields of its config replaced by `overrides`.
 
     Raises ValueError for an unknown task, preset or field, naming the nearest one, and for a value out of range.
@@ -82,7 +81,7 @@ def export_parquet(
     return folder
 
 
-def _card(readme: Path | None, name: str, builder: ArrowBasedBuilder) -> DatasetCard:
+def _card(readme: Path | None, name: str, builder: DatasetBuilder) -> DatasetCard:
     """The folder's card with one more config: the YAML that `load_dataset` reads, the fields that made the data."""
     if readme is None:
         tags = ["looped-transformers", "synthetic", "multi-hop"]

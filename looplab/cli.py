@@ -1,4 +1,4 @@
-"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | ask | bench`.
+"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | ask | bench | convert`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -122,6 +122,24 @@ def run_bench(arguments) -> None:
     )
 
 
+def run_convert(arguments) -> None:
+    from .conversion import convert
+
+    done = convert(
+        arguments.source,
+        arguments.target,
+        core=arguments.core,
+        num_loops=arguments.loops,
+        gguf_file=arguments.gguf_file,
+    )
+    first, last = done.core
+    print(
+        f"{done.folder}: of {done.num_layers} layers {first} to {last} loop, {done.num_loops} times by default\n"
+        f"at 1 loop it is the source: the largest logit difference is {done.identity.difference:.1e} "
+        f"(rounding explains {done.identity.tolerance:.1e})"
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -218,6 +236,24 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="tiny sizes, to see that it works; the numbers mean nothing"
     )
     command.set_defaults(call=run_bench)
+
+    command = commands.add_parser(
+        "convert", help="a pretrained Llama, Mistral, Qwen2 or Qwen3 as a looped model, to the folder TARGET"
+    )
+    command.add_argument("source", metavar="SOURCE", help="a folder or Hub name of a dense causal language model")
+    command.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")
+    command.add_argument(
+        "--core",
+        type=int,
+        nargs=2,
+        metavar=("A", "B"),
+        help="first and last layer that loop, counted from 0 (default: four around 0.48 of the depth)",
+    )
+    command.add_argument(
+        "--loops", type=positive, default=1, metavar="K", help="loops by default (default: %(default)s, the source)"
+    )
+    command.add_argument("--gguf-file", metavar="NAME", help="the gguf file to read in SOURCE")
+    command.set_defaults(call=run_convert)
     return main_parser
 
 

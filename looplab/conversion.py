@@ -1,0 +1,387 @@
+"""A pretrained dense transformer as a looped one: `looped convert SOURCE TARGET`.
+
+The layers below the core become the prelude, those above it the coda, and no weight changes: at one loop the looped
+model is the source. That is not assumed but measured on the files that were written, before they get their name.
+"""
+
+import copy
+import importlib.util
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.utils import cached_file, logging
+
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.frozen_looped import default_window
+
+logger = logging.get_logger(__name__)
+
+# Fields of LoopedConfig that the sources have under the same name and with the same meaning.
+SAME_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture says about its layers, in the words of LoopedConfig.
+
+    Args:
+        layer: of the source's configuration, the fields attention_bias, mlp_bias and qk_norm where they are not False.
+        zeros: ending of the tensors that the looped model has, the source has not, and that are zero.
+    """
+
+    layer: Callable[[PreTrainedConfig], dict]
+    zeros: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "llama": Family(lambda config: {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}),
+    "mistral": Family(lambda config: {}),
+    "qwen2": Family(lambda config: {"attention_bias": True}, zeros=("self_attn.o_proj.bias",)),
+    "qwen3": Family(lambda config: {"attention_bias": config.attention_bias, "qk_norm": True}),
+}
+# Why not: an architecture that is asked for often deserves its own reason.
+MIXTURE = "its MLPs are mixtures of experts, and a looped layer has one MLP"
+GEMMA = "its norms multiply by 1 + weight and its embeddings by sqrt(hidden_size), which a looped model does not"
+REASONS = {
+    "gpt2": "its query, key and value projections are one transposed matrix",
+    "gemma": GEMMA, "gemma2": GEMMA, "gemma3": GEMMA, "gemma3_text": GEMMA,
+    "mixtral": MIXTURE, "qwen2_moe": MIXTURE, "qwen3_moe": MIXTURE, "deepseek_v3": MIXTURE, "gpt_oss": MIXTURE,
+    "phi3": "its projections are fused",
+    "gpt_neox": "it rotates a part of each head, and its attention and MLP run side by side",
+    "looped": "it is a looped model already",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How far a looped model at one loop is from its source, over the real tokens of a few rows.
+
+    Args:
+        difference: the largest |logit difference|.
+        tolerance: the largest difference that rounding explains, see `compare`.
+    """
+
+    difference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.tolerance  # False for a NaN
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` wrote.
+
+    Args:
+        folder: of the looped model.
+        core: first and last core layer, both inclusive, of the source's `num_layers`.
+        num_loops: loops by default.
+        identity: the check at one loop.
+    """
+
+    folder: Path
+    core: tuple[int, int]
+    num_layers: int
+    num_loops: int
+    identity: Identity
+
+
+def refuse(field: str, value, reason: str, remedy: str) -> ValueError:
+    return ValueError(f"{field}={value!r} cannot be converted exactly: {reason}; {remedy}.")
+
+
+def check_core(core: Sequence[int] | None, num_layers: int) -> tuple[int, int]:
+    """First and last layer of the core, both inclusive; by default those of `default_window`.
+
+    Raises:
+        ValueError: not two layers of the source in order.
+    """
+    first, last = default_window(num_layers) if core is None else core
+    if not 0 <= first <= last < num_layers:
+        raise ValueError(
+            f"core={(first, last)} must be two layers A <= B of 0 .. {num_layers - 1}, both inclusive "
+            f"(the source has {num_layers} layers; default {default_window(num_layers)})."
+        )
+    return first, last
+
+
+def check_architecture(model_type: str | None) -> None:
+    if model_type not in FAMILIES:
+        reason = REASONS.get(str(model_type), "its layers are not known to be those of a looped model")
+        remedy = f"take a model of {', '.join(FAMILIES)}, or loop it unconverted with modeling_looped/frozen_looped.py"
+        raise refuse("model_type", model_type, reason, remedy)
+
+
+def check_fields(config: PreTrainedConfig) -> None:
+    """Refuse what a configuration of a known family may say and a looped model cannot."""
+    values = vars(config)
+    quantization = values.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, GgufConfig):  # load_source unpacks gguf tensors
+        remedy = "take the checkpoint that was not quantised, or a gguf file"
+        raise refuse("quantization_config", quantization, "its tensors are packed", remedy)
+    if config.is_heterogeneous:
+        reason, remedy = "its layers differ in size", "take a model whose layers are alike"
+        raise refuse("per_layer_config", config.to_dict()["per_layer_config"], reason, remedy)
+    reason = "a looped model attends to all earlier tokens"
+    layer_types = values.get("layer_types") or []
+    if set(layer_types) - {"full_attention"}:
+        remedy = "if no sequence is longer than the window, make all 'full_attention' in the source's config.json"
+        raise refuse("layer_types", layer_types, reason, remedy)
+    if config.model_type == "mistral" and config.sliding_window is not None:
+        remedy = "if no sequence is longer than the window, make it null in the source's config.json"
+        raise refuse("sliding_window", config.sliding_window, reason, remedy)
+    rope = config.rope_parameters
+    if rope.get("rope_type") not in ROPE_TYPES:
+        remedy = f"take a model with one of {', '.join(ROPE_TYPES)}"
+        raise refuse("rope_parameters", rope, "a looped model does not have these rotary embeddings", remedy)
+    if rope.get("partial_rotary_factor", 1) != 1:
+        reason, remedy = "a looped model rotates whole heads", "take a model that does so"
+        raise refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], reason, remedy)
+
+
+def looped_config(config: PreTrainedConfig, core: Sequence[int] | None = None, num_loops: int = 1) -> LoopedConfig:
+    """The configuration of the source as that of a looped model.
+
+    Args:
+        config: of a dense Llama, Mistral, Qwen2 or Qwen3.
+        core: first and last core layer, both inclusive; by default those of `default_window`.
+        num_loops: loops by default, >= 1.
+
+    Raises:
+        ValueError: a field that cannot be mapped exactly, or a core outside the source's layers.
+    """
+    check_architecture(config.model_type)
+    check_fields(config)
+    first, last = check_core(core, config.num_hidden_layers)
+    rope = {name: value for name, value in config.rope_parameters.items() if name != "partial_rotary_factor"}
+    return LoopedConfig(
+        **{name: getattr(config, name) for name in SAME_FIELDS},
+        **FAMILIES[config.model_type].layer(config),
+        head_dim=vars(config).get("head_dim"),  # Qwen2 declares none
+        norm_eps=config.rms_norm_eps,
+        attention_dropout=config.attention_dropout or 0.0,  # Llama's may be None
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_parameters=copy.deepcopy(rope),
+        num_prelude_layers=first,
+        num_core_layers=last - first + 1,
+        num_coda_layers=config.num_hidden_layers - 1 - last,
+        num_loops=num_loops,
+    )
+
+
+def looped_name(name: str, core: tuple[int, int]) -> str:
+    """Of a source's tensor, its name in the looped model: layer 14 is `core.1` if the core is (13, 16)."""
+    if not name.startswith("model.layers."):
+        return name
+    _, _, layer, *rest = name.split(".")
+    first, last = core
+    index = int(layer)
+    if index < first:
+        section = "prelude"
+    elif index <= last:
+        section, index = "core", index - first
+    else:
+        section, index = "coda", index - last - 1
+    return ".".join(["model", section, str(index), *rest])
+
+
+def to_looped(model: PreTrainedModel, core: Sequence[int] | None = None, num_loops: int = 1) -> LoopedForCausalLM:
+    """A looped copy of a loaded causal LM, equal to it at one loop; the model is left as it is.
+
+    Args:
+        model: a dense Llama, Mistral, Qwen2 or Qwen3 causal LM.
+        core: first and last core layer, both inclusive; by default those of `default_window`.
+        num_loops: loops by default, >= 1, in the configuration and the generation configuration.
+
+    Raises:
+        ValueError: a field or tensor that cannot be mapped exactly, or a core outside the model's layers.
+    """
+    config = looped_config(model.config, core, num_loops)
+    core = check_core(core, model.config.num_hidden_layers)
+    state = model.state_dict()
+    weights = {looped_name(name, core): tensor for name, tensor in state.items()}
+    dtypes = {tensor.dtype for tensor in weights.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"the tensors have several dtypes, {sorted(map(str, dtypes))}: convert them to one first.")
+    # What the weights do counts: a checkpoint whose two matrices differ is not tied, whatever its config.json says.
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    config.tie_word_embeddings = head is not None and head.weight is embeddings.weight
+
+    with no_init_weights():  # every tensor is about to be filled
+        looped = LoopedForCausalLM._from_config(config, dtype=dtypes.pop())
+    looped.tie_weights()
+    expected = looped.state_dict()
+    zeros = FAMILIES[model.config.model_type].zeros
+    weights |= {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(zeros)}
+    check_tensors(weights, expected)
+    looped.load_state_dict(weights)
+    looped.generation_config = generation_settings(model, num_loops)
+    return looped.to(model.device).train(model.training)
+
+
+def check_tensors(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Every tensor of the source has its place, every place its tensor.
+
+    Raises:
+        ValueError: with the names, in the looped model, that are left over, empty, or of another shape.
+    """
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    problems = {
+        "the looped model has no place for": sorted(weights.keys() - expected.keys()),
+        "the source does not have": sorted(expected.keys() - weights.keys()),
+        "of another shape are": shapes,
+    }
+    found = [f"{what} {', '.join(names[:4])} ({len(names)} in all)" for what, names in problems.items() if names]
+    if found:
+        raise ValueError(f"the tensors of the source do not fill a looped model: {'; '.join(found)}.")
+
+
+def generation_settings(model: PreTrainedModel, num_loops: int) -> GenerationConfig:
+    """The source's generation settings with the loop count; of settings that contradict each other only the ids."""
+    settings = copy.deepcopy(model.generation_config)
+    settings.num_loops = num_loops
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:  # transformers loads such a file and refuses to write it
+        logger.warning(f"of the source's generation settings only the special ids are kept: {error}")
+        ids = {name: getattr(settings, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        return GenerationConfig(num_loops=num_loops, **ids)
+    return settings
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, looped: LoopedForCausalLM, seed: int = 0) -> Identity:
+    """The source against the looped model at one loop, both in float32 on the same device.
+
+    Three rows of seeded random tokens: as they are, spread over all positions (where a wrong rotary embedding shows),
+    and left-padded. The tolerance is 1e-4 of the largest |logit|. On SmolLM2-135M a change of rounding alone (another
+    attention kernel, or float64) moved the logits by 3e-6 to 2e-5 of it; one norm's weight off by 0.1 % by 6e-4,
+    an epsilon of norms 10 times too small by 2e-2, a rotary base off by a little by 1. The norms are torch's RMSNorm,
+    which may round otherwise than the source's.
+    """
+    longest = model.config.max_position_embeddings
+    tokens = min(32, longest)
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(model.config.vocab_size, (3, tokens), generator=generator).to(model.device)
+    mask = torch.ones_like(input_ids)
+    mask[2, : tokens // 3] = 0
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    position_ids[1] *= longest // tokens
+    batch = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+    expected = model(**batch, use_cache=False).logits[mask.bool()]  # (real tokens, V)
+    actual = looped(**batch, use_cache=False, num_loops=1).logits[mask.bool()]
+    return Identity(float((actual - expected).abs().max()), 1e-4 * float(expected.abs().max()))
+
+
+def has_tokenizer(source: str) -> bool:
+    return any(
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False) is not None for name in TOKENIZER_FILES
+    )
+
+
+def read_config(source: str, gguf_file: str | None) -> PreTrainedConfig:
+    """The source's configuration, its architecture checked before its class is looked for."""
+    if gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"gguf_file={gguf_file!r} needs the gguf package: pip install gguf.")
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if is_path and not Path(source).is_dir():
+        raise ValueError(f"there is no folder {source}: name a folder of a saved model, or a model of the Hub.")
+    fields, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
+    check_architecture(fields.get("model_type"))
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+
+
+def load_source(source: str, config: PreTrainedConfig, gguf_file: str | None) -> PreTrainedModel:
+    """The source in its own dtype.
+
+    Raises:
+        ValueError: the checkpoint and its configuration do not fit, which transformers only warns about.
+    """
+    gguf = {} if gguf_file is None else {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype="auto", trust_remote_code=False, output_loading_info=True, **gguf
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            names = ", ".join(sorted(map(str, report[what]))[:4])
+            raise ValueError(
+                f"{source} is not a whole {type(model).__name__}: {len(report[what])} {what.replace('_', ' ')} "
+                f"({names}); was it saved by another class than a causal LM?"
+            )
+    return model
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    core: Sequence[int] | None = None,
+    num_loops: int = 1,
+    gguf_file: str | None = None,
+) -> Conversion:
+    """Write the looped model of a pretrained dense causal LM, with its tokenizer, to a folder that any transformers
+    loads with `trust_remote_code=True`.
+
+    Args:
+        source: folder or Hub name of a Llama, Mistral, Qwen2 or Qwen3 causal LM.
+        target: a folder that does not exist; it appears when all is written and checked.
+        core: first and last core layer, both inclusive; by default those of `default_window`.
+        num_loops: loops by default, >= 1.
+        gguf_file: name of a gguf file in `source`; its tensors are dequantised.
+
+    Raises:
+        ValueError: the target exists, a field or tensor cannot be mapped exactly, or the logits at one loop differ.
+        OSError: there is no such source.
+    """
+    source, target = str(source), Path(target)
+    partial = target.with_name(target.name + ".partial")
+    if target.exists():
+        raise ValueError(f"{target} exists: name a new folder, or delete it.")
+    if partial.exists():
+        raise ValueError(f"{partial} is there from a conversion that runs or was cut short: delete it if none runs.")
+    config = read_config(source, gguf_file)
+    core = check_core(core, config.num_hidden_layers)
+    looped_config(config, core, num_loops)  # refuses before gigabytes are read
+
+    model = load_source(source, config, gguf_file)
+    try:
+        to_looped(model, core, num_loops).save_pretrained(partial)
+        if gguf_file is not None or has_tokenizer(source):
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(
+                partial
+            )
+        written = LoopedForCausalLM.from_pretrained(partial, dtype=torch.float32)
+        identity = compare(model.float(), written)
+        if not identity.holds:
+            raise ValueError(
+                f"{source} is not its looped model at 1 loop: the largest logit difference is "
+                f"{identity.difference:.2e}, and rounding explains {identity.tolerance:.2e}. Nothing was written. If "
+                "these are numbers, the conversion is wrong for this model: please report it; nan is the source's own."
+            )
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Conversion(target, core, config.num_hidden_layers, num_loops, identity)

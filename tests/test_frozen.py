@@ -18,6 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from modeling_looped import frozen_looped
 from modeling_looped.frozen_looped import METHODS, attach, default_window, detach, looped
 from toys import FP32, make_model
 
@@ -327,6 +328,22 @@ def test_a_left_padded_row_equals_the_row_alone(family):
         alone = logits_of(model, ids)
         together = logits_of(model, padded, attention_mask=mask, position_ids=positions)
     torch.testing.assert_close(together[:, 4:], alone, **FP32)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "sdpa" in ATTENTIONS[family]])
+@pytest.mark.parametrize("static", [False, True])
+def test_attention_in_blocks_equals_attention_under_the_whole_mask(family, static, monkeypatch):
+    """Blocks leave out keys that no query of theirs sees; sizes that divide the call and sizes that do not."""
+    model, ids = make_frozen(family), make_tokens(tokens=9)
+    results = []
+    for block in (100, 1, 2, 4):
+        monkeypatch.setattr(frozen_looped, "QUERY_BLOCK", block)
+        cache = StaticCache(config=model.config, max_cache_len=14) if static else DynamicCache(config=model.config)
+        with looped(model, WINDOW, 3):
+            results.append(in_chunks(model, ids, [6, 3], cache))
+        assert model.config._attn_implementation == "sdpa"
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], **FP32)
 
 
 def test_a_second_turn_on_the_same_cache_equals_a_fresh_run():

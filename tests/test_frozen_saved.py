@@ -1,0 +1,126 @@
+"""The saved form of a looped frozen model: settings and the base model's name, no weights."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import make_frozen, make_tokens
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling_looped.frozen_looped import FrozenLoopedForCausalLM, attach, detach, looped
+
+STRANGER = """
+import sys, warnings
+warnings.simplefilter("error")
+sys.path = [p for p in sys.path if "site-packages" in p or "lib/python" in p]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+import torch
+from transformers import AutoModelForCausalLM
+try:
+    import modeling_looped
+    raise SystemExit("the repository is importable: the test shows nothing")
+except ModuleNotFoundError:
+    pass
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+deeper = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, num_loops=6, dtype=torch.bfloat16)
+assert deeper.loop.config.num_loops == 6 and deeper.dtype == torch.bfloat16
+ids = torch.tensor([[5, 6, 7, 8]])
+print([model.generate(ids, max_new_tokens=5, do_sample=False, **k).tolist() for k in ({}, {"num_loops": 1})])
+model.save_pretrained(sys.argv[1] + "/again")
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base model loaded by name."""
+    make_frozen("llama", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
+def test_a_saved_loop_holds_no_weights_and_loads_as_the_same_model(base, tmp_path):
+    ids, folder = make_tokens(), tmp_path / "saved"
+    settings = {"window": (2, 4), "num_loops": 4, "method": "heun", "beta": 0.25, "decode": 2, "prefill": "iterated"}
+    attach(base, **settings).save_pretrained(folder)
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"config.json", "generation_config.json", "frozen_looped.py"}
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["base_model"] == str(tmp_path / "base")
+    assert saved["window"] == [2, 4]
+    assert saved["architectures"] == ["FrozenLoopedForCausalLM"]
+    expected = base(ids).logits
+    for loaded in (AutoModelForCausalLM.from_pretrained(folder), FrozenLoopedForCausalLM.from_pretrained(folder)):
+        assert torch.equal(loaded(ids).logits, expected)
+        assert {name: getattr(loaded.loop.config, name) for name in settings} == settings | {"window": [2, 4]}
+        assert type(detach(loaded)).__name__ == "LlamaForCausalLM"
+    attach(loaded, **settings).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (folder / "config.json").read_text()
+
+
+def test_the_generation_configuration_is_kept_with_its_loop_count(base, tmp_path):
+    """A field of ours in a configuration derived from a model is lost on reload."""
+    attach(base, (2, 4), 2)
+    base.generation_config.num_loops = 5
+    base.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.generation_config.to_dict()["num_loops"] == 5
+    (tmp_path / "saved" / "generation_config.json").unlink()
+    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", num_loops=3)
+    assert "num_loops" not in bare.generation_config.to_dict()
+    assert bare.loop.config.num_loops == 3
+
+
+def test_the_base_model_may_be_renamed_and_pinned(base, tmp_path):
+    attach(base, (2, 4)).save_pretrained(tmp_path / "saved", base_model="someone/model", base_revision="abc123")
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert (config.base_model, config.base_revision) == ("someone/model", "abc123")
+
+
+def test_a_base_model_without_a_name_is_refused_and_nothing_is_written(tmp_path):
+    with looped(make_frozen("llama")) as model, pytest.raises(ValueError, match="base_model is empty"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_changed_weights_are_not_lost(base, tmp_path):
+    """A wrapper holds no weights: saving one after training would silently throw the training away."""
+    attach(base, (2, 4))
+    optimizer = torch.optim.SGD(base.parameters(), lr=0.1)
+    base(make_tokens(), labels=make_tokens()).loss.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="weights were changed"):
+        base.save_pretrained(tmp_path / "saved")
+    detach(base).save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+
+
+def test_the_saved_form_cannot_be_made_without_a_base_model():
+    with pytest.raises(TypeError, match="use from_pretrained"):
+        FrozenLoopedForCausalLM(None)
+
+
+@pytest.mark.slow
+def test_a_stranger_loads_a_saved_loop(base, tmp_path):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    attach(base, (2, 4), 3, "naive").save_pretrained(tmp_path / "saved")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+    run = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(tmp_path / "saved")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    here = [
+        base.generate(ids, max_new_tokens=5, do_sample=False, **settings).tolist()
+        for settings in ({}, {"num_loops": 1})
+    ]
+    assert json.loads(run.stdout.strip().splitlines()[-1]) == here
+    assert {path.name for path in (tmp_path / "saved" / "again").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "frozen_looped.py",
+    }

@@ -1,11 +1,15 @@
-"""Train a looped transformer on a hop task: `accelerate launch train.py recipes/NAME.yaml [--any.field value ...]`.
+"""Train a looped transformer on hops or text: `accelerate launch train.py recipes/NAME.yaml [--any.field value ...]`.
 
     while budget remains:
-        batch = batches[step]             one hop count and one loop count; a pure function of (seed, step)
-        loss  = model(batch, num_loops)   cross-entropy of the one readout token, averaged over ranks and micro-batches
+        batch = task.batches[step]        rows of one length and one loop count; a pure function of (seed, step)
+        loss  = model(batch, num_loops)   cross-entropy of the tokens asked for, averaged over ranks and micro-batches
         update                            AdamW, or Muon for the matrices of the layers and AdamW for the rest
-        every check_every steps:          the gate, accuracy on held-out chains; stage k passed -> train on 1..k+1 hops
+        every check_every steps:          task.check on held-out rows, and task.advance
         every checkpoint_every steps:     save the whole training state
+
+    task     asks for                          check                            advance
+    hops     the answer, at one readout token  accuracy by hops (the gate)      stage k passed -> train on 1..k+1 hops
+    text     the next token, at every token    nats per token, and perplexity   -
 
 A run lives in `<output_dir>/<name>/`: recipe.yaml (resolved), metrics.jsonl, checkpoints/, and at the end model/ and
 summary.json. The same command again resumes it, after `kill -9` too, with the losses the uninterrupted run would have
@@ -26,6 +30,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -40,26 +45,45 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups, load_task
+from data_builders import (
+    DepthSampler,
+    HopBatches,
+    TextBatches,
+    TextBlocks,
+    dataset_byte_bpe,
+    dataset_tokenizer,
+    encode_groups,
+    load_task,
+)
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 logger = get_logger(__name__)
 Number = int | float
 
+# Held-out tokens that go through the model at once: their logits are this times the vocabulary.
+CHECKED_TOKENS = 2048
+
 
 @strict
 @dataclass
 class Data:
-    task: Literal["khop", "composition"] = "khop"
-    config: str = "cpu"  # preset of the builder
+    task: Literal["khop", "composition", "text"] = "khop"
     seed: int = 0
     overrides: dict = field(default_factory=dict)  # fields of the builder's config
+    # Hops:
+    config: str = "cpu"  # preset of the builder
     weighting: Literal["rows", "uniform"] = "rows"  # hop count of a step: by the rows each has, or all alike
     readout: Literal["token", "last"] = "token"  # where the answer is read: an appended token, or the last relation
     pad_to: int | None = None  # pad every row to this length and read at its end, as the paper's code does
     at_least_hops: bool = False  # raise a batch's loops to its hop count where fewer were drawn
+    # Text, whose tokenizer comes from `init_from`, `tokenizer` or `vocab_size`:
+    files: list[str] | None = None  # .txt or .md files and globs; without them what `looped fetch corpus` made
+    sequence_length: int | None = None  # tokens of a row
+    tokenizer: str | None = None  # a folder with a tokenizer in it
+    vocab_size: int | None = None  # of a byte-level BPE that is learnt from the training text
+    validation_tokens: int | None = None  # measure on so many held-out tokens, not on all
 
 
 @strict
@@ -92,7 +116,10 @@ class Optim:
 @strict
 @dataclass
 class Curriculum:
-    """Stage k trains on 1..k hops jointly until k passes the gate. Ends default to the deepest hop in the data."""
+    """Stage k trains on 1..k hops jointly until k passes the gate. Ends default to the deepest hop in the data.
+
+    Text has no stages: of these fields it takes `check_every` only.
+    """
 
     start_hops: int | None = None
     stop_hops: int | None = None
@@ -103,6 +130,10 @@ class Curriculum:
     restart_optimizer: bool = False  # the paper starts optimizer and warm-up afresh at each stage
 
 
+# Fields of LoopedConfig that may differ from those the weights of `init_from` were trained with.
+KEEPS_WEIGHTS = frozenset({"num_loops", "attention_dropout", "residual_dropout", "embedding_dropout"})
+
+
 @strict
 @dataclass
 class Recipe:
@@ -110,6 +141,7 @@ class Recipe:
 
     name: str
     model: dict
+    init_from: str | None = None  # a saved model's folder: its weights, config and tokenizer; see KEEPS_WEIGHTS
     output_dir: str = "runs"
     overwrite: bool = False  # delete an existing run of this name
     seed: int = 0
@@ -149,6 +181,14 @@ class Recipe:
             raise ValueError(f"optim.betas must be two numbers, got {self.optim.betas}.")
         if not 0 <= self.optim.label_smoothing < 1:
             raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.optim.label_smoothing}.")
+        TASKS[self.data.task].check_fields(self)
+        if self.init_from is not None:
+            new = sorted(set(self.model) - KEEPS_WEIGHTS)
+            if new:
+                raise ValueError(
+                    f"model.{new[0]} comes with the weights of {self.init_from}: beside init_from, model takes only "
+                    f"{', '.join(sorted(KEEPS_WEIGHTS))}."
+                )
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -216,13 +256,13 @@ def read_recipe(path: str | Path, flags: list[str] = ()) -> Recipe:
 class State:
     """What a run knows beside weights, optimizers and random states."""
 
-    stage: int  # deepest hop count in training
+    stage: int = 0  # deepest hop count in training; text has none
     stage_start: int = 0  # step at which the stage began
     step: int = 0  # updates made
     tokens: int = 0  # input tokens of all ranks
     seconds: float = 0.0
     learnable_depth: int = 0  # deepest hop count that passed the gate
-    gate: dict[str, float] = field(default_factory=dict)  # hops -> accuracy at the last check
+    gate: dict[str, float] = field(default_factory=dict)  # last check: hops -> accuracy, or loops -> nats per token
     finished: bool = False
 
 
@@ -350,13 +390,6 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
 
 def save_model(model: LoopedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path):
     """Write `folder`, a model that loads anywhere, at once or not at all; one that is there is replaced."""
-    # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
-    model.generation_config = GenerationConfig(
-        num_loops=model.config.num_loops,
-        max_new_tokens=1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -391,6 +424,267 @@ def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops
     return {key: right[key] / total[key] for key in total}
 
 
+@torch.no_grad()
+def held_out_loss(
+    accelerator: Accelerator, model: LoopedForCausalLM, blocks: TextBlocks, num_blocks: int, num_loops: int
+) -> float:
+    """Mean cross-entropy, in nats per token, over the first `num_blocks` blocks; ranks share the work."""
+    total = torch.zeros((), device=accelerator.device)
+    model.eval()
+    share = torch.arange(num_blocks)[accelerator.process_index :: accelerator.num_processes]
+    num_rows = max(1, CHECKED_TOKENS // blocks.sequence_length)
+    for start in range(0, len(share), num_rows):
+        rows = blocks.rows(share[start : start + num_rows])
+        rows = {name: value.to(accelerator.device) for name, value in rows.items()}
+        logits = model(input_ids=rows["input_ids"], num_loops=num_loops, use_cache=False).logits  # (b, T, V)
+        total += F.cross_entropy(logits.flatten(0, 1).float(), rows["shift_labels"].flatten(), reduction="sum")
+    model.train()
+    return accelerator.reduce(total).item() / (num_blocks * blocks.sequence_length)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
+    """A model with fresh weights for the ids of `tokenizer`, or that of `init_from`; ValueError if they do not fit."""
+    if recipe.init_from is None:
+        token_ids = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        return LoopedForCausalLM(LoopedConfig(**(token_ids | recipe.model)))
+    config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
+    model, report = LoopedForCausalLM.from_pretrained(
+        recipe.init_from, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = sorted(
+        name for problem in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[problem]
+    )
+    if wrong:
+        raise ValueError(f"init_from: the weights in {recipe.init_from} do not fit its config.json ({wrong[0]}).")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"init_from: {recipe.init_from} has {len(tokenizer)} tokens, and a model for {config.vocab_size}."
+        )
+    return model
+
+
+def load_tokenizer(field_name: str, folder: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; ValueError, naming the recipe's field, if there is none."""
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        raise ValueError(f"{field_name}: there is no tokenizer in the folder {folder!r}.")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def refuse_fields(section_name: str, section, names: Iterable[str], task: str):
+    """ValueError if a field of the recipe's section has another value than its default: `task` does not use it."""
+    for item in fields(section):
+        if item.name in names and vars(section)[item.name] != item.default:
+            raise ValueError(f"{section_name}.{item.name} is not for the task {task}: leave it out.")
+
+
+class HopTask:
+    """Chains of relations: the answer is read at one token, and deeper chains come in as shallower ones are learnt."""
+
+    logits_to_keep = 1
+    generation = {"max_new_tokens": 1}  # noqa: RUF012
+
+    @staticmethod
+    def check_fields(recipe: Recipe):
+        """ValueError for fields that only text has."""
+        text_only = ("files", "sequence_length", "tokenizer", "vocab_size", "validation_tokens")
+        refuse_fields("data", recipe.data, text_only, recipe.data.task)
+
+    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator):
+        self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
+        data, curriculum = recipe.data, recipe.curriculum
+        # Training rows by hop count, and the gate's held-out rows, which are not the test's.
+        with accelerator.main_process_first():
+            dataset = load_task(data.task, data.config, **({"seed": data.seed} | data.overrides))
+        if recipe.init_from is None:
+            self.tokenizer = dataset_tokenizer(dataset, readout=data.readout)
+        else:
+            self.tokenizer = load_tokenizer("init_from", recipe.init_from)
+            if bool(self.tokenizer("")["input_ids"]) != (data.readout == "token"):
+                raise ValueError(
+                    f"data.readout is {data.readout}, but not so for the tokenizer in {recipe.init_from}."
+                )
+        self.train_rows = dataset["train"]
+        self.gate_rows = encode_groups(dataset["validation"], self.tokenizer)
+        self.gate_hops = sorted({k for k, _ in self.gate_rows})
+        self.train_hops = sorted(self.train_rows.unique("hops"))
+        self.start_hops = curriculum.start_hops or self.train_hops[-1]
+        self.stop_hops = curriculum.stop_hops or self.train_hops[-1]
+        ends = {self.start_hops, self.stop_hops}
+        if self.start_hops > self.stop_hops or not ends <= set(self.train_hops) & set(self.gate_hops):
+            raise ValueError(
+                f"curriculum.start_hops {self.start_hops} and stop_hops {self.stop_hops} must be in order and have "
+                f"both training rows (hops {self.train_hops}) and held-out rows (hops {self.gate_hops})."
+            )
+
+    def first_state(self) -> State:
+        return State(stage=self.start_hops)
+
+    def begin(self, state: State):
+        """Train on 1 .. `state.stage` hops."""
+        data = self.recipe.data
+        self.batches = HopBatches(
+            self.train_rows, self.tokenizer, self.recipe.batch_size, self.recipe.seed, self.depth,
+            hops=[k for k in self.train_hops if k <= state.stage], rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes, weighting=data.weighting, at_least_hops=data.at_least_hops,
+            pad_to=data.pad_to,
+        )  # fmt: skip
+
+    def describe(self, batch: dict, state: State) -> dict:
+        """What a training row of metrics.jsonl says beside loss and loops."""
+        return {"stage": state.stage, "hops": batch["hops"]}
+
+    def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
+        """Measure the gate, note it in `state`, and return the row of metrics.jsonl."""
+        hops = [k for k in self.gate_hops if k <= state.stage]
+        accuracy = held_out_accuracy(self.accelerator, model, self.gate_rows, hops, num_loops)
+        state.gate = {key: value for key, value in accuracy.items() if key.isdigit()}
+        row = {"stage": state.stage, "gate": state.gate}
+        row["gate_by_split_kind"] = {key: value for key, value in accuracy.items() if not key.isdigit()}
+        if self.recipe.eval_loops:
+            row["gate_at_loops"] = {
+                str(r): held_out_accuracy(self.accelerator, model, self.gate_rows, hops, r)
+                for r in self.recipe.eval_loops
+            }
+        return row
+
+    def advance(self, state: State) -> bool:
+        """Whether the check let a new stage begin; after the last one, the run may end."""
+        curriculum = self.recipe.curriculum
+        rested = state.step - state.stage_start >= curriculum.min_steps
+        if not rested or state.gate[str(state.stage)] <= curriculum.threshold:
+            return False
+        state.learnable_depth = state.stage
+        if state.stage == self.stop_hops:
+            state.finished |= curriculum.after_last == "stop"
+        elif not state.finished:
+            state.stage, state.stage_start = next(k for k in self.train_hops if k > state.stage), state.step
+            self.begin(state)
+            return True
+        return False
+
+    def progress(self, state: State) -> dict:
+        """What the progress bar shows beside the loss."""
+        return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}
+
+    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
+        """What was reached, the gate over all hops, and what was trained on."""
+        gate = held_out_accuracy(self.accelerator, model, self.gate_rows, self.gate_hops, num_loops)
+        return {
+            "stage": state.stage,
+            "learnable_depth": state.learnable_depth,
+            "gate": {key: value for key, value in gate.items() if key.isdigit()},
+            "gate_by_split_kind": {key: value for key, value in gate.items() if not key.isdigit()},
+            "trained_hops": [k for k in self.train_hops if k <= state.stage],
+        }
+
+    def headline(self, summary: dict) -> str:
+        return f"learnable depth {summary['learnable_depth']}, gate {summary['gate']}"
+
+
+class TextTask:
+    """Plain text: every token predicts the next, in blocks of one length, and there are no stages."""
+
+    logits_to_keep = 0  # all
+    generation = {}  # noqa: RUF012
+
+    @staticmethod
+    def check_fields(recipe: Recipe):
+        """ValueError for fields that only hops have, and for lengths and tokenizers that cannot be."""
+        data = recipe.data
+        refuse_fields("data", data, ("config", "weighting", "readout", "pad_to", "at_least_hops"), "text")
+        stages = [item.name for item in fields(Curriculum) if item.name != "check_every"]
+        refuse_fields("curriculum", recipe.curriculum, stages, "text")
+        if data.sequence_length is None:
+            raise ValueError("data.sequence_length must be set for the task text: the tokens of a row.")
+        for name in ("sequence_length", "vocab_size", "validation_tokens"):
+            value = vars(data)[name]
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be >= 1, got {value}.")
+        sources = {"init_from": recipe.init_from, "data.tokenizer": data.tokenizer, "data.vocab_size": data.vocab_size}
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"the tokenizer of a text comes from one of {', '.join(sources)}, got {' and '.join(given) or 'none'}."
+            )
+
+    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator):
+        self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
+        data = recipe.data
+        named = {} if data.files is None else {"files": data.files}
+        config = "files" if named or "dataset" in data.overrides else "corpus"
+        with accelerator.main_process_first():
+            dataset = load_task("text", config, **({"seed": data.seed} | named | data.overrides))
+            if recipe.init_from is not None:
+                self.tokenizer = load_tokenizer("init_from", recipe.init_from)
+            elif data.tokenizer is not None:
+                self.tokenizer = load_tokenizer("data.tokenizer", data.tokenizer)
+            else:
+                self.tokenizer = dataset_byte_bpe(dataset["train"], data.vocab_size)
+            self.batches = TextBatches(
+                dataset["train"], self.tokenizer, data.sequence_length, recipe.batch_size, recipe.seed, depth,
+                rank=accelerator.process_index, world=accelerator.num_processes,
+            )  # fmt: skip
+            self.held_out = TextBlocks(dataset["validation"], self.tokenizer, data.sequence_length)
+        self.num_held_out = len(self.held_out)
+        if data.validation_tokens is not None:
+            self.num_held_out = min(self.num_held_out, max(1, data.validation_tokens // data.sequence_length))
+
+    def first_state(self) -> State:
+        return State()
+
+    def begin(self, state: State):
+        """Nothing: the batches are the same from the first step to the last."""
+
+    def describe(self, batch: dict, state: State) -> dict:
+        """What a training row of metrics.jsonl says beside loss and loops."""
+        return {}
+
+    def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
+        """Measure the held-out loss, note it in `state`, and return the row of metrics.jsonl."""
+        state.gate = {
+            str(r): held_out_loss(self.accelerator, model, self.held_out, self.num_held_out, r)
+            for r in dict.fromkeys([num_loops, *self.recipe.eval_loops])
+        }
+        return self.measured(state, num_loops)
+
+    def measured(self, state: State, num_loops: int) -> dict:
+        """Nats per token and perplexity at `num_loops` and, if asked for, at each of `eval_loops`."""
+        # Not math.exp: it raises where the loss of a model that went astray is too large.
+        values = {r: {"loss": loss, "perplexity": torch.tensor(loss).exp().item()} for r, loss in state.gate.items()}
+        row = {"held_out": values[str(num_loops)]}
+        if self.recipe.eval_loops:
+            row["held_out_at_loops"] = {str(r): values[str(r)] for r in self.recipe.eval_loops}
+        return row
+
+    def advance(self, state: State) -> bool:
+        """Whether the check let a new stage begin: there is one stage."""
+        return False
+
+    def progress(self, state: State) -> dict:
+        """What the progress bar shows beside the loss."""
+        return {"held_out": next(iter(state.gate.values()), None)}
+
+    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
+        """The last check, which came after the last step, and how much text there was."""
+        return self.measured(state, num_loops) | {
+            "train_tokens": self.batches.blocks.num_tokens,
+            "held_out_tokens": self.num_held_out * self.held_out.sequence_length,
+        }
+
+    def headline(self, summary: dict) -> str:
+        loss, perplexity = summary["held_out"].values()
+        return (
+            f"held-out text {loss:.3f} nats per token, perplexity {perplexity:.1f}, at {summary['gate_loops']} loops"
+        )
+
+
+TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask}
+
+
 def provenance(accelerator: Accelerator) -> dict:
     """Where a run was made: commit of this file's repository (None outside of one), machine, versions."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -415,7 +709,7 @@ def main(recipe: Recipe) -> dict:
     Raises ValueError for a recipe that cannot run, FloatingPointError when the loss is no longer finite.
     """
     run = Path(recipe.output_dir) / recipe.name
-    data, optim, curriculum = recipe.data, recipe.optim, recipe.curriculum
+    optim, curriculum = recipe.optim, recipe.curriculum
     # Truncated back-propagation may leave the prelude without a gradient, which DDP must be told.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=recipe.num_grad_loops is not None)
     accelerator = Accelerator(
@@ -424,7 +718,7 @@ def main(recipe: Recipe) -> dict:
         project_dir=run,
         kwargs_handlers=[ddp],
     )
-    rank, world = accelerator.process_index, accelerator.num_processes
+    world = accelerator.num_processes
     if recipe.batch_size % (world * recipe.accumulation_steps):
         raise ValueError(
             f"batch_size {recipe.batch_size} does not divide into {world} processes x {recipe.accumulation_steps} "
@@ -434,40 +728,21 @@ def main(recipe: Recipe) -> dict:
         open_run(run, recipe)
     accelerator.wait_for_everyone()
 
-    # Data: training rows by hop count, and the gate's held-out rows, which are not the test's.
-    with accelerator.main_process_first():
-        dataset = load_task(data.task, data.config, **({"seed": data.seed} | data.overrides))
-    tokenizer = dataset_tokenizer(dataset, readout=data.readout)
-    gate_rows = encode_groups(dataset["validation"], tokenizer)
-    gate_hops = sorted({k for k, _ in gate_rows})
-    train_hops = sorted(dataset["train"].unique("hops"))
-    start_hops = curriculum.start_hops or train_hops[-1]
-    stop_hops = curriculum.stop_hops or train_hops[-1]
-    if not start_hops <= stop_hops or not {start_hops, stop_hops} <= set(train_hops) & set(gate_hops):
-        raise ValueError(
-            f"curriculum.start_hops {start_hops} and stop_hops {stop_hops} must be in order and have both training "
-            f"rows (hops {train_hops}) and held-out rows (hops {gate_hops})."
-        )
+    # Data: what the task trains and measures on.
     depth = DepthSampler(seed=recipe.seed, **{k: v for k, v in asdict(recipe.depth).items() if v is not None})
-
-    def batches_up_to(stage: int) -> HopBatches:
-        hops = [k for k in train_hops if k <= stage]
-        return HopBatches(
-            dataset["train"], tokenizer, recipe.batch_size, recipe.seed, depth,
-            hops=hops, rank=rank, world=world, weighting=data.weighting, at_least_hops=data.at_least_hops,
-            pad_to=data.pad_to,
-        )  # fmt: skip
+    task = TASKS[recipe.data.task](recipe, depth, accelerator)
 
     # Model: the same weights on every rank; after that each rank has its own dropout.
     set_seed(recipe.seed)
-    token_ids = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    config = LoopedConfig(**(token_ids | recipe.model))
-    looped = LoopedForCausalLM(config)
-    gate_loops = recipe.gate_loops or config.num_loops
+    looped = build_model(recipe, task.tokenizer)
+    # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
+    looped.generation_config = GenerationConfig(
+        num_loops=looped.config.num_loops,
+        pad_token_id=task.tokenizer.pad_token_id,
+        eos_token_id=task.tokenizer.eos_token_id,
+        **task.generation,
+    )
+    gate_loops = recipe.gate_loops or looped.config.num_loops
     set_seed(recipe.seed, device_specific=True)
     if recipe.gradient_checkpointing:
         looped.activation_checkpointing_enable()
@@ -477,12 +752,12 @@ def main(recipe: Recipe) -> dict:
     model, *optimizers = accelerator.prepare(looped, *build_optimizers(looped, optim))
 
     # State: from the newest intact checkpoint, or the beginning.
-    state = load_checkpoint(accelerator, run / "checkpoints") or State(stage=start_hops)
-    batches = batches_up_to(state.stage)
+    state = load_checkpoint(accelerator, run / "checkpoints") or task.first_state()
+    task.begin(state)
     accelerator.init_trackers("tracker", config={k: str(v) for k, v in flatten(asdict(recipe)).items()})
     metrics = run / "metrics.jsonl"
     if accelerator.is_main_process:
-        forget_rows_after(metrics, state.step)
+        forget_rows_after(metrics, state.step or -1)
     progress_bar = tqdm(
         total=recipe.max_steps,
         initial=state.step,
@@ -490,7 +765,6 @@ def main(recipe: Recipe) -> dict:
         unit="step",
         mininterval=1.0,
     )
-    began = time.perf_counter() - state.seconds
 
     def write_row(row: dict):
         if accelerator.is_main_process:
@@ -498,7 +772,11 @@ def main(recipe: Recipe) -> dict:
                 file.write(json.dumps(row) + "\n")
         accelerator.log(flatten({k: v for k, v in row.items() if k != "step"}), step=row["step"])
 
+    # What another run reached is where this one begins.
+    if recipe.init_from is not None and state.step == 0:
+        write_row({"step": 0, "seconds": 0.0} | task.check(looped, state, gate_loops))
     model.train()
+    began = time.perf_counter() - state.seconds
     while not state.finished:
         # One update. The schedule follows the steps, or the clock where only that limits the run.
         progress = state.step / recipe.max_steps if recipe.max_steps else state.seconds / recipe.max_seconds
@@ -506,7 +784,7 @@ def main(recipe: Recipe) -> dict:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-        batch = batches[state.step]
+        batch = task.batches[state.step]
         tensors = {name: value.to(accelerator.device) for name, value in batch.items() if torch.is_tensor(value)}
         chunks = [value.chunk(recipe.accumulation_steps) for value in tensors.values()]
         parts = [dict(zip(tensors, part, strict=True)) for part in zip(*chunks, strict=True)]
@@ -514,13 +792,13 @@ def main(recipe: Recipe) -> dict:
         for index, rows in enumerate(parts):
             # Ranks exchange gradients once per update.
             with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
-                labels = rows.pop("shift_labels")
+                labels = rows.pop("shift_labels")  # (b, K)
                 logits = model(
-                    **rows, logits_to_keep=1, num_loops=batch["num_loops"],
+                    **rows, logits_to_keep=task.logits_to_keep, num_loops=batch["num_loops"],
                     num_grad_loops=recipe.num_grad_loops, use_cache=False,
-                ).logits  # fmt: skip
-                part = F.cross_entropy(logits[:, -1].float(), labels[:, -1], label_smoothing=optim.label_smoothing)
-                part = part / len(parts)
+                ).logits  # (b, K, V)  # fmt: skip
+                logits, labels = logits.flatten(0, 1).float(), labels.flatten()
+                part = F.cross_entropy(logits, labels, label_smoothing=optim.label_smoothing) / len(parts)
                 accelerator.backward(part)
             loss += part.detach()
         # The clock is the main process's, so that all ranks stop at the same step.
@@ -544,44 +822,25 @@ def main(recipe: Recipe) -> dict:
 
         if state.step % recipe.log_every == 0 or state.finished:
             write_row(
-                {"step": state.step, "stage": state.stage, "loss": loss, "lr": optim.lr * factor}
-                | {"num_loops": batch["num_loops"], "hops": batch["hops"], "seconds": seconds, "tokens": state.tokens}
+                {"step": state.step, "loss": loss, "lr": optim.lr * factor, "num_loops": batch["num_loops"]}
+                | task.describe(batch, state)
+                | {"seconds": seconds, "tokens": state.tokens}
             )
-            progress_bar.set_postfix(
-                loss=f"{loss:.3f}", stage=state.stage, gate=state.gate.get(str(state.stage)), refresh=False
-            )
+            progress_bar.set_postfix(loss=f"{loss:.3f}", **task.progress(state), refresh=False)
 
         if state.step % curriculum.check_every == 0 or state.finished:
-            hops = [k for k in gate_hops if k <= state.stage]
-            accuracy = held_out_accuracy(accelerator, looped, gate_rows, hops, gate_loops)
-            state.gate = {key: value for key, value in accuracy.items() if key.isdigit()}
-            row = {"step": state.step, "stage": state.stage, "gate": state.gate, "seconds": seconds}
-            row["gate_by_split_kind"] = {key: value for key, value in accuracy.items() if not key.isdigit()}
-            if recipe.eval_loops:
-                row["gate_at_loops"] = {
-                    str(r): held_out_accuracy(accelerator, looped, gate_rows, hops, r) for r in recipe.eval_loops
-                }
-            write_row(row)
-            rested = state.step - state.stage_start >= curriculum.min_steps
-            if rested and state.gate[str(state.stage)] > curriculum.threshold:
-                state.learnable_depth = state.stage
-                if state.stage == stop_hops:
-                    state.finished |= curriculum.after_last == "stop"
-                elif not state.finished:
-                    state.stage, state.stage_start = next(k for k in train_hops if k > state.stage), state.step
-                    batches = batches_up_to(state.stage)
-                    if curriculum.restart_optimizer:
-                        for optimizer in optimizers:
-                            optimizer.state.clear()
+            write_row({"step": state.step, "seconds": seconds} | task.check(looped, state, gate_loops))
+            if task.advance(state) and curriculum.restart_optimizer:
+                for optimizer in optimizers:
+                    optimizer.state.clear()
 
         if state.step in recipe.snapshots and accelerator.is_main_process:
-            save_model(looped, tokenizer, run / "snapshots" / f"step-{state.step:09d}")
+            save_model(looped, task.tokenizer, run / "snapshots" / f"step-{state.step:09d}")
         if state.step % recipe.checkpoint_every == 0 or state.finished:
             save_checkpoint(accelerator, run / "checkpoints", state)
 
     # The result: a model folder that loads anywhere, and what it took to make it.
     progress_bar.close()
-    gate = held_out_accuracy(accelerator, looped, gate_rows, gate_hops, gate_loops)
     summary = {
         "name": recipe.name,
         "recipe": "recipe.yaml",
@@ -590,19 +849,15 @@ def main(recipe: Recipe) -> dict:
         "seconds": state.seconds,
         "tokens": state.tokens,
         "parameters": looped.num_parameters(),
-        "stage": state.stage,
-        "learnable_depth": state.learnable_depth,
-        "gate": {key: value for key, value in gate.items() if key.isdigit()},
-        "gate_by_split_kind": {key: value for key, value in gate.items() if not key.isdigit()},
+        **task.summary(looped, state, gate_loops),
         "gate_loops": gate_loops,
-        "trained_hops": [k for k in train_hops if k <= state.stage],
         "trained_loops": {"minimum": int(depth.depths[0]), "maximum": int(depth.depths[-1]), "mean": depth.expected},
         **provenance(accelerator),
     }
     if accelerator.is_main_process:
-        save_model(looped, tokenizer, run / "model")
+        save_model(looped, task.tokenizer, run / "model")
         write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-    accelerator.print(f"{run}: {state.step} steps, learnable depth {state.learnable_depth}, gate {summary['gate']}")
+    accelerator.print(f"{run}: {state.step} steps, {task.headline(summary)}")
     accelerator.end_training()
     return summary
 

@@ -96,6 +96,8 @@ def run_harness(arguments) -> None:
 
     # It warns of what is on purpose here: a model already loaded, data of our own.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not Path(arguments.model).is_dir():
+        raise ValueError(f"there is no folder {arguments.model}; `looped fetch smollm2` makes one.")
     model, tokenizer = load_model(Path(arguments.model), "save or fetch it again.")
     rows = score(model, tokenizer, arguments.task, arguments.split, arguments.limit, arguments.batch_size)
     print(f"{arguments.task} {arguments.split}: {accuracies(rows)}")

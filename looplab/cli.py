@@ -136,7 +136,8 @@ def run_convert(arguments) -> None:
     )
     first, last = done.core
     print(
-        f"{done.folder}: of {done.num_layers} layers {first} to {last} loop, {done.num_loops} times by default\n"
+        f"{done.folder}: of {done.num_layers} layers {first} to {last} are the core, "
+        f"num_loops={done.num_loops} by default\n"
         f"at 1 loop it is the source: the largest logit difference is {done.identity.difference:.1e} "
         f"(rounding explains {done.identity.tolerance:.1e})"
     )

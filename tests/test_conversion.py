@@ -335,7 +335,7 @@ def test_a_source_of_weights_and_config_alone_is_enough(source):
     """No tokenizer, then none in the folder; no generation settings, then the ids of the configuration."""
     for file in [*source.glob("tokenizer*"), source / "generation_config.json"]:
         file.unlink()
-    convert(source, source.parent / "looped", num_loops=3)
+    assert convert(source, source.parent / "looped", num_loops=3).core == default_window(6)
     assert not list((source.parent / "looped").glob("tokenizer*"))
     settings = LoopedForCausalLM.from_pretrained(source.parent / "looped").generation_config
     assert (settings.num_loops, settings.eos_token_id, settings.pad_token_id) == (3, 2, 0)
@@ -356,6 +356,9 @@ def test_a_target_that_exists_is_refused(source):
 def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path):
     GPT2Config().save_pretrained(tmp_path / "source")  # no weights beside it
     with pytest.raises(ValueError, match="model_type='gpt2' cannot"):
+        convert(tmp_path / "source", tmp_path / "looped")
+    (tmp_path / "source" / "config.json").write_text('{"model_type": "ouro"}')  # unknown to transformers as well
+    with pytest.raises(ValueError, match="model_type='ouro' cannot"):
         convert(tmp_path / "source", tmp_path / "looped")
     MistralConfig(**SIZES).save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match="sliding_window=4096 cannot"):
@@ -389,7 +392,7 @@ def test_a_checkpoint_that_its_configuration_does_not_describe_is_refused(source
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 9e3}}]
+    "wrong", [{"norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 9990}}]
 )
 def test_a_wrong_mapping_leaves_nothing(source, monkeypatch, wrong):
     """The check sees an epsilon and a rotary base that are slightly off."""
@@ -430,6 +433,19 @@ def test_the_check_sees_every_tensor(case):
         tensor.copy_(before)
 
 
+def test_the_check_sees_a_rotary_embedding_that_is_wrong_at_far_positions_only():
+    rope = {"rope_type": "default", "rope_theta": 1e9}
+    source = make_source(rope_parameters=rope, max_position_embeddings=2**17)
+    looped = to_looped(source)
+    config = copy.deepcopy(looped.config)
+    config.rope_parameters = {**rope, "rope_type": "linear", "factor": 1.05}
+    wrong = LoopedForCausalLM(config).eval()
+    wrong.load_state_dict(looped.state_dict())
+    for angles in (source.model.rotary_emb.inv_freq, wrong.model.positions.inv_freq):
+        angles[:2] = 0.0  # the fast ones show any mistake at once
+    assert not compare(source, wrong).holds
+
+
 def test_gguf_without_its_package_names_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"gguf_file='a\.gguf' needs the gguf package"):
@@ -443,7 +459,7 @@ def test_the_command_converts_and_says_what_it_measured(source, capsys):
     target = source.parent / "deep" / "looped"
     assert main(["convert", str(source), str(target), "--core", "1", "2", "--loops", "3"]) == 0
     what, measured = capsys.readouterr().out.splitlines()
-    assert what == f"{target}: of 6 layers 1 to 2 loop, 3 times by default"
+    assert what == f"{target}: of 6 layers 1 to 2 are the core, num_loops=3 by default"
     assert measured.startswith("at 1 loop it is the source: the largest logit difference is ")
     assert LoopedForCausalLM.from_pretrained(target).config.num_loops == 3
 

@@ -1,4 +1,4 @@
-"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | ask | bench | convert`.
+"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | bench | convert`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -103,6 +103,13 @@ def run_harness(arguments) -> None:
     print(f"{arguments.task} {arguments.split}: {accuracies(rows)}")
     if arguments.output is not None:
         print(f"written to {write_whole(Path(arguments.output), to_json_lines(rows))}")
+
+
+def run_frozen(arguments) -> None:
+    from .frozen import study
+
+    path = study(arguments.recipe, arguments.stages)
+    print(f"{path.read_text(encoding='utf-8')}\nwritten to {path}")
 
 
 def run_ask(arguments) -> None:
@@ -215,6 +222,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: %(default)s choices")
     command.add_argument("--output", metavar="FILE", help="JSON lines, one per item, to compare models by")
     command.set_defaults(call=run_harness)
+
+    command = commands.add_parser("frozen", help="study the training-free looping of a pretrained model")
+    command.add_argument("recipe", metavar="RECIPE", help="such as recipes/frozen_smollm2.yaml")
+    command.add_argument(
+        "--stages",
+        nargs="+",
+        choices=("profile", "sweep", "confirm", "cost"),
+        default=["profile", "sweep", "confirm", "cost"],
+        help="default: all, without those on file",
+    )
+    command.set_defaults(call=run_frozen)
 
     command = commands.add_parser("ask", help="one answer at several loop counts")
     command.add_argument("run", metavar="RUN")

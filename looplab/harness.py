@@ -137,10 +137,8 @@ def compare(
     right = np.array([[row[metric] for row in rows] for rows in (first, second)], dtype=float)  # (2, N)
     said = np.array([[answer_logprob(row) for row in rows] for rows in (first, second)])
     gains = np.stack([100 * (right[1] - right[0]), said[1] - said[0]])  # (2, N): points and nats
-    rng = np.random.default_rng(seed)
     items = gains.shape[1]
-    means = np.stack([gains[:, rng.integers(items, size=items)].mean(1) for _ in range(RESAMPLES)])
-    points_interval, nats_interval = (tuple(map(float, bounds)) for bounds in np.quantile(means, [0.025, 0.975], 0).T)
+    points_interval, nats_interval = bootstrap_intervals(gains, seed)
     gained, lost = int((gains[0] > 0).sum()), int((gains[0] < 0).sum())
     return Comparison(
         items=items,
@@ -153,9 +151,20 @@ def compare(
         mcnemar_p=mcnemar_p(gained, lost),
         nats=float(gains[1].mean()),
         nats_interval=nats_interval,
-        # Two equal models have no differences to rank.
-        wilcoxon_p=float(wilcoxon(gains[1]).pvalue) if gains[1].any() else 1.0,
+        wilcoxon_p=wilcoxon_p(gains[1]),
     )
+
+
+def bootstrap_intervals(gains: np.ndarray, seed: int = 0) -> list[tuple[float, float]]:
+    """(M, N) values of N items -> for each of the M rows the interval that holds 95 % of the bootstrap means."""
+    rng, items = np.random.default_rng(seed), gains.shape[1]
+    means = np.stack([gains[:, rng.integers(items, size=items)].mean(1) for _ in range(RESAMPLES)])
+    return [(float(low), float(high)) for low, high in np.quantile(means, [0.025, 0.975], 0).T]
+
+
+def wilcoxon_p(gains: np.ndarray) -> float:
+    """Two-sided p of the signed-rank test, (N,) -> p; two equal models have no differences to rank."""
+    return float(wilcoxon(gains).pvalue) if gains.any() else 1.0
 
 
 def answer_logprob(row: dict) -> float:

@@ -1,0 +1,393 @@
+"""What looping a frozen model is worth: `looped frozen RECIPE`, one command for the whole study.
+
+    profile   per layer and window, on validation text: how much a layer writes, how far a loop moves the output
+    sweep     every setting of the grid on validation rows
+    confirm   the setting the sweep liked best, and the controls, once on test rows, paired with the base model
+    cost      wall time over the base model against 1 + (K - 1) w / N
+
+Every measurement is written to runs/NAME/*.jsonl as soon as it is made, and not made again. The setting is chosen by
+the log-probability of the right choice on the recipe's tasks, never by the loss on text, which need not agree with it
+(arXiv 2605.23872, authors' repository).
+"""
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import TextBlocks, load_task
+from modeling_looped import default_window, looped
+from modeling_looped.frozen_looped import decoder_layers
+
+from .runs import to_json_lines, write_whole
+
+STAGES = ("profile", "sweep", "confirm", "cost")
+SPLITS = {"sweep": "validation", "confirm": "test"}
+TEXT = "text"  # beside the tasks' names
+
+
+@strict
+@dataclass(frozen=True)
+class Setting:
+    """A way to loop; horizon is the time the substeps add up to, 1 the natural pass's."""
+
+    window: list[int] | tuple[int, int] | None = None
+    num_loops: int = 3
+    horizon: int | float = 1
+    beta: int | float | None = None
+    method: str = "blend"
+
+    def attached(self, model: PreTrainedModel) -> AbstractContextManager:
+        """Loops `model` for as long as it is entered."""
+        step = None if self.horizon == 1 else self.horizon / self.num_loops
+        return looped(model, self.window, self.num_loops, self.method, self.beta, step)
+
+    def __str__(self) -> str:
+        if self.num_loops == 1:
+            return "base model"
+        parts = [f"layers {self.window[0]}-{self.window[1]}" if self.window else "default window"]
+        parts += [self.method, f"K {self.num_loops}"] + ([f"T {self.horizon:g}"] if self.method != "naive" else [])
+        return ", ".join(parts + ([] if self.beta is None else [f"beta {self.beta:g}"]))
+
+
+BASE = Setting(num_loops=1)
+
+
+@strict
+@dataclass
+class FrozenRecipe:
+    """Every number of a study. `sweep` and `confirm` say how many rows of each task, and of `text` blocks, are used."""
+
+    name: str
+    model: str  # folder or Hub name; smollm2 is what `looped fetch smollm2` made
+    sweep: dict[str, int]
+    confirm: dict[str, int]
+    grid: list[dict]  # fields of Setting, each a list of values or one that is none: all combinations
+    controls: list[dict] = field(default_factory=list)  # measured in `confirm` whatever the sweep says
+    cost: dict = field(default_factory=lambda: {"loops": [2, 3, 6], "prompt": 256, "new_tokens": 32, "rounds": 7})
+    sequence_length: int = 256
+    batch_size: int = 16
+    output_dir: str = "runs"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    def settings(self) -> list[Setting]:
+        """The grid, without repetition."""
+        found = {}
+        for block in self.grid:
+            lists = [value if isinstance(value, list) else [value] for value in block.values()]
+            for values in itertools.product(*lists):
+                setting = make_setting(dict(zip(block, values, strict=True)))
+                found[str(setting)] = setting
+        return list(found.values())
+
+
+def make_setting(values: dict) -> Setting:
+    try:
+        return Setting(**values)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(
+            f"{values} is not a setting ({error}): its fields are {list(Setting.__annotations__)}."
+        ) from error
+
+
+def read_recipe(path: str | Path) -> FrozenRecipe:
+    """Raises ValueError for a field that is unknown, missing or of the wrong type."""
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        recipe = FrozenRecipe(**values)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"{path} is not a recipe of `looped frozen`: {error}") from error
+    for setting in [*recipe.settings(), *map(make_setting, recipe.controls)]:
+        assert setting
+    return recipe
+
+
+def load(recipe: FrozenRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The recipe's model in float32, in evaluation mode, and its tokenizer."""
+    from .pretrained import PARTS, fetched
+
+    folder = fetched(recipe.model) if recipe.model in PARTS else recipe.model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+class TextRows:
+    """Blocks of a split of the fetched corpus, evenly spread over it, and the base model's opinion of each."""
+
+    def __init__(self, model, tokenizer, split: str, count: int, sequence_length: int):
+        blocks = TextBlocks(load_task("text", "corpus")[split], tokenizer, sequence_length)
+        if count > len(blocks):
+            raise ValueError(
+                f"{split} text has {len(blocks)} blocks of {sequence_length} tokens, {count} were asked for."
+            )
+        self.rows = blocks.rows(torch.linspace(0, len(blocks) - 1, count).long())  # each once: it is strictly rising
+        self.model = model
+        self.base = [log_probabilities(model, ids) for ids in self.rows["input_ids"]]  # (T, V) each
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def score(self, block: int) -> dict:
+        """Of the model as it is now: nats per token (`nll`), share of tokens whose likeliest next token is the base
+        model's (`agreement`), and KL of the base model's distribution to this one (`kl`, nats per token)."""
+        here, base = log_probabilities(self.model, self.rows["input_ids"][block]), self.base[block]
+        return {
+            "nll": F.nll_loss(here, self.rows["shift_labels"][block]).item(),
+            "agreement": (here.argmax(-1) == base.argmax(-1)).float().mean().item(),
+            "kl": F.kl_div(here, base, log_target=True, reduction="batchmean").item(),
+        }
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """(T,) -> (T, V)."""
+    return model(ids[None], use_cache=False).logits[0].log_softmax(-1)
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def measure(recipe: FrozenRecipe, stage: str, settings: Sequence[Setting], model, tokenizer) -> list[dict]:
+    """Rows {"name", "setting", "task", "rows"} of every setting on every task of a stage; what is on file stays."""
+    from .harness import score
+
+    path, counts = recipe.folder / f"{stage}.jsonl", dict(vars(recipe)[stage])
+    measured = read_rows(path)
+    done = {(row["name"], row["task"]) for row in measured}
+    wanted = [(setting, task) for task in counts for setting in settings if (str(setting), task) not in done]
+    text = None
+    for setting, task in tqdm(wanted, desc=stage, unit="setting"):
+        if task == TEXT and text is None:
+            text = TextRows(model, tokenizer, SPLITS[stage], counts[TEXT], recipe.sequence_length)
+        with setting.attached(model):
+            if task == TEXT:
+                rows = [text.score(block) for block in range(len(text))]
+            else:
+                rows = score(model, tokenizer, task, SPLITS[stage], counts[task], recipe.batch_size)
+        measured.append({"name": str(setting), "setting": asdict(setting), "task": task, "rows": rows})
+        write_whole(path, to_json_lines(measured))
+    return measured
+
+
+def gains(rows: Sequence[dict], task: str) -> dict[str, tuple[dict, float]]:
+    """name -> (setting, mean gain over the base model in nats: of the right choice, or per token of text)."""
+    from .harness import answer_logprob
+
+    def values(row: dict) -> list[float]:
+        return [-each["nll"] if task == TEXT else answer_logprob(each) for each in row["rows"]]
+
+    of_task = {row["name"]: row for row in rows if row["task"] == task}
+    base = values(of_task[str(BASE)])
+    return {
+        name: (row["setting"], float(np.mean(np.subtract(values(row), base))))
+        for name, row in of_task.items()
+        if name != str(BASE)
+    }
+
+
+def best(recipe: FrozenRecipe, rows: Sequence[dict]) -> Setting:
+    """The setting of the sweep with the largest gain, averaged over the tasks."""
+    per_task = [gains(rows, task) for task in recipe.sweep if task != TEXT]
+    mean = {name: statistics.fmean(task[name][1] for task in per_task) for name in per_task[0]}
+    return make_setting(per_task[0][max(mean, key=lambda name: mean[name])][0])
+
+
+def run_sweep(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
+    return measure(recipe, "sweep", [BASE, *recipe.settings()], model, tokenizer)
+
+
+def run_confirm(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
+    chosen = best(recipe, read_rows(recipe.folder / "sweep.jsonl"))
+    settings = {str(setting): setting for setting in [BASE, chosen, *map(make_setting, recipe.controls)]}
+    return measure(recipe, "confirm", list(settings.values()), model, tokenizer)
+
+
+@contextmanager
+def last_calls(layers: Sequence[torch.nn.Module]) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """layer -> what it was given and what came out in its last call, for as long as this is entered. A looped layer's
+    last call is the one that leaves the window, with the loop's result as its output."""
+    calls = {}
+
+    def keep(index, module, args, output):
+        calls[index] = args[0], output[0] if isinstance(output, tuple) else output
+
+    handles = [layer.register_forward_hook(partial(keep, index)) for index, layer in enumerate(layers)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def distance(moved: torch.Tensor, unit: torch.Tensor) -> float:
+    """Mean over tokens of |moved| / |unit|, (T, D) each."""
+    return (moved.norm(dim=-1) / unit.norm(dim=-1)).mean().item()
+
+
+def run_profile(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
+    """A row per layer: {"layer", "update"}, |L(x) - x| / |x| averaged over tokens; and a row per window of four looped
+    in the default way: {"window", "shift"}, how far the loop moves the window's output in units of what the window
+    writes, and the text scores, `nll_change` in nats per token."""
+    path = recipe.folder / "profile.jsonl"
+    if path.exists():
+        return read_rows(path)
+    text = TextRows(model, tokenizer, "validation", recipe.sweep[TEXT], recipe.sequence_length)
+    layers, blocks = decoder_layers(model), range(len(text))
+    natural, scores = [], []
+    with last_calls(layers) as calls:
+        for block in blocks:
+            scores.append(text.score(block))
+            natural.append(dict(calls))
+    updates = [[distance(after - before, before) for before, after in calls.values()] for calls in natural]
+    rows = [
+        {"layer": layer, "update": statistics.fmean(each)} for layer, each in enumerate(zip(*updates, strict=True))
+    ]
+    base_nll = statistics.fmean(score["nll"] for score in scores)
+    first, last = default_window(len(layers))
+    for start in tqdm(range(1, len(layers) - (last - first)), desc="profile", unit="window"):
+        end, shifts, scores = start + last - first, [], []
+        with looped(model, (start, end)), last_calls(layers) as calls:
+            for block in blocks:
+                scores.append(text.score(block))
+                entered, left = natural[block][start][0], natural[block][end][1]
+                shifts.append(distance(calls[end][1] - left, left - entered))
+        row = {"window": [start, end], "shift": statistics.fmean(shifts)}
+        row |= {name: statistics.fmean(score[name] for score in scores) for name in ("agreement", "kl")}
+        rows.append(row | {"nll_change": statistics.fmean(score["nll"] for score in scores) - base_nll})
+    write_whole(path, to_json_lines(rows))
+    return rows
+
+
+@torch.no_grad()
+def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
+    """Rows {"part": prefill | decode, "loops", "ratio", "lowest", "highest", "formula"}: wall time over the base
+    model's, medians of interleaved pairs, with the default window."""
+    path, asked = recipe.folder / "cost.jsonl", recipe.cost
+    if path.exists():
+        return read_rows(path)
+    ids = torch.randint(10, 1000, (1, asked["prompt"]), generator=torch.Generator().manual_seed(0))
+
+    def prefill(num_loops: int) -> None:
+        model(ids, logits_to_keep=1, num_loops=num_loops)
+
+    def decode(num_loops: int) -> None:
+        model.generate(
+            ids[:, :16], max_new_tokens=asked["new_tokens"], min_new_tokens=asked["new_tokens"], do_sample=False,
+            num_loops=num_loops, pad_token_id=0,
+        )  # fmt: skip
+
+    rows = []
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    with looped(model):
+        first, last = model.loop.config.window
+        for part, call in (("prefill", prefill), ("decode", decode)):
+            seconds: dict[int, list[float]] = {loops: [] for loops in (1, *asked["loops"])}
+            for _ in tqdm(range(asked["rounds"] + 1), desc=f"cost of {part}", unit="round"):
+                for loops, times in seconds.items():
+                    began = time.perf_counter()
+                    call(loops)
+                    times.append(time.perf_counter() - began)
+            for loops in asked["loops"]:
+                pairs = zip(seconds[loops][1:], seconds[1][1:], strict=True)  # the first round warms up
+                ratios = sorted(looped_time / base_time for looped_time, base_time in pairs)
+                rows.append(
+                    {
+                        "part": part, "loops": loops, "ratio": statistics.median(ratios), "lowest": ratios[0],
+                        "highest": ratios[-1], "formula": 1 + (loops - 1) * (last - first + 1) / num_layers,
+                        "base_seconds": statistics.median(seconds[1][1:]),
+                    }
+                )  # fmt: skip
+    write_whole(path, to_json_lines(rows))
+    return rows
+
+
+def text_comparison(base: Sequence[dict], other: Sequence[dict], seed: int = 0) -> str:
+    """Blocks of `other` against the same blocks of the base model, in words: change of the loss with its bootstrap 95 %
+    interval and Wilcoxon's p, mean agreement and KL."""
+    from .harness import bootstrap_intervals, wilcoxon_p
+
+    changes = np.subtract([row["nll"] for row in other], [row["nll"] for row in base])
+    [(low, high)] = bootstrap_intervals(changes[None], seed)
+    agreement, kl = (statistics.fmean(row[name] for row in other) for name in ("agreement", "kl"))
+    return (
+        f"{statistics.fmean(row['nll'] for row in base):.4f} {changes.mean():+.4f} nats per token [{low:+.4f}, {high:+.4f}] "
+        f"(Wilcoxon p {wilcoxon_p(changes):.3g}, {len(changes)} blocks); agreement {100 * agreement:.1f} %, KL {kl:.4f}"
+    )
+
+
+def report(recipe: FrozenRecipe) -> str:
+    """Markdown of what is on file: the sweep's best and worst, every comparison of `confirm`, and the cost."""
+    from .harness import compare
+
+    lines = [f"# {recipe.name}"]
+    sweep = read_rows(recipe.folder / "sweep.jsonl")
+    for task in [task for task in recipe.sweep if any(row["task"] == task for row in sweep)]:
+        ranked = sorted(gains(sweep, task).items(), key=lambda item: -item[1][1])
+        unit = "nats per token" if task == TEXT else "nats on the right choice"
+        lines += [f"\n## sweep, {task} (validation), gain over the base model in {unit}\n"]
+        lines += [f"- {name}: {gain:+.4f}" for name, (_, gain) in ranked]
+    confirm = read_rows(recipe.folder / "confirm.jsonl")
+    base = {row["task"]: row["rows"] for row in confirm if row["name"] == str(BASE)}
+    for task in base:
+        lines += [f"\n## confirm, {task} (test), paired with the base model\n"]
+        for row in confirm:
+            if row["task"] == task and row["name"] != str(BASE):
+                said = text_comparison(base[task], row["rows"]) if task == TEXT else compare(base[task], row["rows"])
+                lines.append(f"- {row['name']}: {said}")
+    cost = read_rows(recipe.folder / "cost.jsonl")
+    if cost:
+        lines += ["\n## cost, wall time over the base model\n", "| | loops | measured | range | 1 + (K - 1) w / N |"]
+        lines += ["|---|---|---|---|---|"]
+    for row in cost:
+        between = f"{row['lowest']:.2f} to {row['highest']:.2f}"
+        lines.append(f"| {row['part']} | {row['loops']} | {row['ratio']:.2f} | {between} | {row['formula']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def study(path: str | Path, stages: Sequence[str] = STAGES) -> Path:
+    """Run the stages of a recipe that are not on file yet, draw what there is, and return the report's path.
+
+    Raises:
+        ValueError: the recipe does not fit, its folder holds the study of another one, or something was not fetched.
+    """
+    from .frozen_plots import profile_figure, sweep_figure
+    from .plots import save
+
+    recipe = read_recipe(path)
+    kept = recipe.folder / "recipe.yaml"
+    fixed = {name: value for name, value in asdict(recipe).items() if name not in ("grid", "controls", "output_dir")}
+    if kept.exists() and yaml.safe_load(kept.read_text(encoding="utf-8")) != fixed:
+        raise ValueError(f"{recipe.folder} holds a study of another recipe: give this one another name, or delete it.")
+    write_whole(kept, yaml.safe_dump(fixed, sort_keys=False))
+    if "confirm" in stages and "sweep" not in stages and not (recipe.folder / "sweep.jsonl").exists():
+        raise ValueError(
+            f"confirm takes the setting that the sweep chose, and {recipe.folder} has no sweep: run it first."
+        )
+    model, tokenizer = load(recipe)
+    runs = {"profile": run_profile, "sweep": run_sweep, "confirm": run_confirm, "cost": run_cost}
+    for stage in [stage for stage in STAGES if stage in stages]:
+        runs[stage](recipe, model, tokenizer)
+    profile, sweep = (read_rows(recipe.folder / f"{stage}.jsonl") for stage in ("profile", "sweep"))
+    if profile:
+        save(profile_figure(profile), recipe.folder / "figures" / "profile.png")
+    for task in {row["task"] for row in sweep if row["name"] != str(BASE)}:
+        save(sweep_figure(gains(sweep, task), task), recipe.folder / "figures" / f"sweep_{task}.png")
+    return write_whole(recipe.folder / "report.md", report(recipe))

@@ -224,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_harness)
 
     command = commands.add_parser("frozen", help="study the training-free looping of a pretrained model")
-    command.add_argument("recipe", metavar="RECIPE", help="such as recipes/frozen_smollm2.yaml")
+    command.add_argument("recipe", metavar="RECIPE", help="such as recipes/frozen/smollm2.yaml")
     command.add_argument(
         "--stages",
         nargs="+",

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks, load_task
-from modeling_looped import default_window, looped
+from modeling_looped import FrozenLoopedConfig, default_window, looped
 from modeling_looped.frozen_looped import decoder_layers
 
 from .runs import to_json_lines, write_whole
@@ -41,7 +41,7 @@ TEXT = "text"  # beside the tasks' names
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Setting:
     """A way to loop; horizon is the time the substeps add up to, 1 the natural pass's."""
 
@@ -51,10 +51,15 @@ class Setting:
     beta: int | float | None = None
     method: str = "blend"
 
+    def arguments(self) -> dict:
+        """Of `looped`."""
+        step = None if self.horizon == 1 else self.horizon / self.num_loops
+        fields = {name: value for name, value in asdict(self).items() if name != "horizon"}
+        return fields | {"step": step}
+
     def attached(self, model: PreTrainedModel) -> AbstractContextManager:
         """Loops `model` for as long as it is entered."""
-        step = None if self.horizon == 1 else self.horizon / self.num_loops
-        return looped(model, self.window, self.num_loops, self.method, self.beta, step)
+        return looped(model, **self.arguments())
 
     def __str__(self) -> str:
         if self.num_loops == 1:
@@ -70,7 +75,7 @@ BASE = Setting(num_loops=1)
 @strict
 @dataclass
 class FrozenRecipe:
-    """Every number of a study. `sweep` and `confirm` say how many rows of each task, and of `text` blocks, are used."""
+    """Every number of a study. `sweep` and `confirm` say how many rows of a task, and blocks of `text`, are used."""
 
     name: str
     model: str  # folder or Hub name; smollm2 is what `looped fetch smollm2` made
@@ -79,6 +84,8 @@ class FrozenRecipe:
     grid: list[dict]  # fields of Setting, each a list of values or one that is none: all combinations
     controls: list[dict] = field(default_factory=list)  # measured in `confirm` whatever the sweep says
     cost: dict = field(default_factory=lambda: {"loops": [2, 3, 6], "prompt": 256, "new_tokens": 32, "rounds": 7})
+    text: dict = field(default_factory=dict)  # fields of the text builder; by default `looped fetch corpus`'s text
+    benchmarks: str | None = None  # folder; by default what `looped fetch benchmarks` wrote
     sequence_length: int = 256
     batch_size: int = 16
     output_dir: str = "runs"
@@ -86,6 +93,10 @@ class FrozenRecipe:
     @property
     def folder(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    def counts(self, stage: str) -> dict[str, int]:
+        """Rows of each task that a stage measures."""
+        return {"sweep": self.sweep, "confirm": self.confirm}[stage]
 
     def settings(self) -> list[Setting]:
         """The grid, without repetition."""
@@ -100,7 +111,9 @@ class FrozenRecipe:
 
 def make_setting(values: dict) -> Setting:
     try:
-        return Setting(**values)
+        setting = Setting(**values)
+        FrozenLoopedConfig(**setting.arguments())
+        return setting
     except (StrictDataclassError, TypeError) as error:
         raise ValueError(
             f"{values} is not a setting ({error}): its fields are {list(Setting.__annotations__)}."
@@ -114,8 +127,9 @@ def read_recipe(path: str | Path) -> FrozenRecipe:
         recipe = FrozenRecipe(**values)
     except (StrictDataclassError, TypeError) as error:
         raise ValueError(f"{path} is not a recipe of `looped frozen`: {error}") from error
-    for setting in [*recipe.settings(), *map(make_setting, recipe.controls)]:
-        assert setting
+    if not set(recipe.sweep) - {TEXT}:
+        raise ValueError(f"{path}: sweep has no task but text, by which no setting may be chosen: add one.")
+    recipe.settings(), [make_setting(values) for values in recipe.controls]  # raise before any work
     return recipe
 
 
@@ -131,12 +145,12 @@ def load(recipe: FrozenRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 class TextRows:
     """Blocks of a split of the fetched corpus, evenly spread over it, and the base model's opinion of each."""
 
-    def __init__(self, model, tokenizer, split: str, count: int, sequence_length: int):
-        blocks = TextBlocks(load_task("text", "corpus")[split], tokenizer, sequence_length)
+    def __init__(self, recipe: FrozenRecipe, stage: str, model, tokenizer):
+        split, count, length = SPLITS[stage], recipe.counts(stage)[TEXT], recipe.sequence_length
+        rows = load_task("text", "files" if recipe.text else "corpus", **recipe.text)[split]
+        blocks = TextBlocks(rows, tokenizer, length)
         if count > len(blocks):
-            raise ValueError(
-                f"{split} text has {len(blocks)} blocks of {sequence_length} tokens, {count} were asked for."
-            )
+            raise ValueError(f"{split} text has {len(blocks)} blocks of {length} tokens, {count} were asked for.")
         self.rows = blocks.rows(torch.linspace(0, len(blocks) - 1, count).long())  # each once: it is strictly rising
         self.model = model
         self.base = [log_probabilities(model, ids) for ids in self.rows["input_ids"]]  # (T, V) each
@@ -169,19 +183,20 @@ def measure(recipe: FrozenRecipe, stage: str, settings: Sequence[Setting], model
     """Rows {"name", "setting", "task", "rows"} of every setting on every task of a stage; what is on file stays."""
     from .harness import score
 
-    path, counts = recipe.folder / f"{stage}.jsonl", dict(vars(recipe)[stage])
+    path, counts = recipe.folder / f"{stage}.jsonl", recipe.counts(stage)
     measured = read_rows(path)
     done = {(row["name"], row["task"]) for row in measured}
     wanted = [(setting, task) for task in counts for setting in settings if (str(setting), task) not in done]
     text = None
     for setting, task in tqdm(wanted, desc=stage, unit="setting"):
         if task == TEXT and text is None:
-            text = TextRows(model, tokenizer, SPLITS[stage], counts[TEXT], recipe.sequence_length)
+            text = TextRows(recipe, stage, model, tokenizer)
         with setting.attached(model):
             if task == TEXT:
                 rows = [text.score(block) for block in range(len(text))]
             else:
-                rows = score(model, tokenizer, task, SPLITS[stage], counts[task], recipe.batch_size)
+                split, data = SPLITS[stage], recipe.benchmarks
+                rows = score(model, tokenizer, task, split, counts[task], recipe.batch_size, data)
         measured.append({"name": str(setting), "setting": asdict(setting), "task": task, "rows": rows})
         write_whole(path, to_json_lines(measured))
     return measured
@@ -249,7 +264,7 @@ def run_profile(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
     path = recipe.folder / "profile.jsonl"
     if path.exists():
         return read_rows(path)
-    text = TextRows(model, tokenizer, "validation", recipe.sweep[TEXT], recipe.sequence_length)
+    text = TextRows(recipe, "sweep", model, tokenizer)
     layers, blocks = decoder_layers(model), range(len(text))
     natural, scores = [], []
     with last_calls(layers) as calls:
@@ -283,7 +298,8 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
     path, asked = recipe.folder / "cost.jsonl", recipe.cost
     if path.exists():
         return read_rows(path)
-    ids = torch.randint(10, 1000, (1, asked["prompt"]), generator=torch.Generator().manual_seed(0))
+    config = model.config.get_text_config(decoder=True)
+    ids = torch.randint(config.vocab_size, (1, asked["prompt"]), generator=torch.Generator().manual_seed(0))
 
     def prefill(num_loops: int) -> None:
         model(ids, logits_to_keep=1, num_loops=num_loops)
@@ -295,9 +311,9 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
         )  # fmt: skip
 
     rows = []
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     with looped(model):
         first, last = model.loop.config.window
+        share = (last - first + 1) / config.num_hidden_layers
         for part, call in (("prefill", prefill), ("decode", decode)):
             seconds: dict[int, list[float]] = {loops: [] for loops in (1, *asked["loops"])}
             for _ in tqdm(range(asked["rounds"] + 1), desc=f"cost of {part}", unit="round"):
@@ -311,7 +327,7 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
                 rows.append(
                     {
                         "part": part, "loops": loops, "ratio": statistics.median(ratios), "lowest": ratios[0],
-                        "highest": ratios[-1], "formula": 1 + (loops - 1) * (last - first + 1) / num_layers,
+                        "highest": ratios[-1], "formula": 1 + (loops - 1) * share,
                         "base_seconds": statistics.median(seconds[1][1:]),
                     }
                 )  # fmt: skip
@@ -320,16 +336,17 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
 
 
 def text_comparison(base: Sequence[dict], other: Sequence[dict], seed: int = 0) -> str:
-    """Blocks of `other` against the same blocks of the base model, in words: change of the loss with its bootstrap 95 %
-    interval and Wilcoxon's p, mean agreement and KL."""
+    """Blocks of `other` against the same blocks of the base model, in words: change of the loss with its bootstrap
+    95 % interval and Wilcoxon's p, mean agreement and KL."""
     from .harness import bootstrap_intervals, wilcoxon_p
 
     changes = np.subtract([row["nll"] for row in other], [row["nll"] for row in base])
     [(low, high)] = bootstrap_intervals(changes[None], seed)
     agreement, kl = (statistics.fmean(row[name] for row in other) for name in ("agreement", "kl"))
     return (
-        f"{statistics.fmean(row['nll'] for row in base):.4f} {changes.mean():+.4f} nats per token [{low:+.4f}, {high:+.4f}] "
-        f"(Wilcoxon p {wilcoxon_p(changes):.3g}, {len(changes)} blocks); agreement {100 * agreement:.1f} %, KL {kl:.4f}"
+        f"{statistics.fmean(row['nll'] for row in base):.4f} {changes.mean():+.4f} nats per token "
+        f"[{low:+.4f}, {high:+.4f}] (Wilcoxon p {wilcoxon_p(changes):.3g}, {len(changes)} blocks); agreement "
+        f"{100 * agreement:.1f} %, KL {kl:.4f}"
     )
 
 

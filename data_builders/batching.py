@@ -9,6 +9,7 @@ Text has no hops; its rows are blocks of T tokens, cut from all documents one af
 Legend: N rows, b rows of a rank's batch, T tokens.
 """
 
+import json
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -324,14 +325,19 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
-    # Not the hash of the tokenizer object, which changes with its use.
-    made_of = (split._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    features = Features({"input_ids": List(Value("int32"))})
+    if not len(split):  # `map` would return it as it is
+        return Dataset.from_dict({"input_ids": []}, features=features)
+    # Not the hash of the object: it changes with use, as do the padding and truncation of the last call.
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
+    made_of = (split._fingerprint, json.dumps(parts), tokenizer.eos_token_id)
     return split.map(
         encode,
         batched=True,
         batch_size=100,
         remove_columns=split.column_names,
-        features=Features({"input_ids": List(Value("int32"))}),
+        features=features,
         new_fingerprint=Hasher.hash(made_of),
         desc="Tokenize",
     )

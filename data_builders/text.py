@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,8 +107,9 @@ class Text(datasets.GeneratorBasedBuilder):
     "data_files": "texts.jsonl", "split": "train"}`). `source` is the file, or the number of the dataset's row. One
     example:
 
-    >>> load_task("text", "corpus")["test"][0]
-    EXAMPLE
+    >>> load_task("text", "corpus")["test"][22]
+    {'text': 'BLACKGUARD, n. A man whose qualities, prepared for display like a box of berries in a market -- ...',
+     'source': 'dict-devil/dictd-devil-dict-dz.txt'}
 
     The pieces of a long file are documents of their own and may go to different splits: held-out text is unseen text
     of a known author. The cache follows the contents of the files: what changed is read again. A split of few
@@ -149,12 +151,12 @@ class Text(datasets.GeneratorBasedBuilder):
 
 
 def read_text(path: Path) -> str:
-    """Text of a UTF-8 file, gzip or not; ValueError if it is neither."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    """Text of a UTF-8 file, gzip or not, with "\\n" at the ends of lines; ValueError if it is neither."""
+    raw = path.read_bytes()
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            return file.read()
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as text ({error}): convert it to UTF-8, or leave it out.") from error
 
 

@@ -47,3 +47,30 @@ def count_layer_calls(model) -> list:
                 lambda module, args, output, section=section: calls.append((section, len(args[0])))
             )
     return calls
+
+
+def write_pages(folder, pages: int = 40, seed: int = 0) -> list[str]:
+    """Text files of eight paragraphs each, no two alike, below `folder`; returns the glob that names them."""
+    draw = torch.Generator().manual_seed(seed)
+    words = [
+        "the",
+        "a",
+        "loop",
+        "reads",
+        "writes",
+        "state",
+        "token",
+        "layer",
+        "again",
+        "of",
+        "and",
+        "then",
+        "more",
+        "deep",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for page in range(pages):
+        chosen = torch.randint(len(words), (8, 12), generator=draw).tolist()
+        lines = [" ".join(words[i] for i in row) + f", on page {page}." for row in chosen]
+        (folder / f"page{page:03}.txt").write_text("\n\n".join(lines) + "\n")
+    return [str(folder / "*.txt")]

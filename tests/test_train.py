@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -20,7 +21,9 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer, GenerationConfig
 
 import train
+from data_builders import train_byte_bpe
 from modeling_looped import LoopedForCausalLM
+from toys import write_pages
 from train import RecipeLoader, build_recipe, lr_factor, main, read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -443,3 +446,216 @@ def test_composition_is_measured_by_split_kind(recipe, tmp_path):
     assert summary["trained_hops"] == [1, 2]
     [(_, by_kind), *_] = rows(tmp_path / "run", "gate_by_split_kind")
     assert set(by_kind) == set(summary["gate_by_split_kind"]) == {"2 id", "2 ood"}
+
+
+# Text
+
+
+TEXT_RECIPE = ROOT / "recipes" / "smoke_text.yaml"
+AT_LOOPS = "held_out_at_loops"
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """text("name", "--field=value", ...): the smoke recipe of text, on toy pages and with a cache of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = [f"--output_dir={tmp_path}", f"--data.files={write_pages(tmp_path / 'pages')}", "--data.vocab_size=280"]
+    return lambda name, *more: read_recipe(TEXT_RECIPE, [*flags, f"--name={name}", *more])
+
+
+def test_a_resumed_text_run_equals_an_uninterrupted_one(text, tmp_path):
+    whole = main(text("whole", DROPOUT))
+    main(text("parts", DROPOUT))
+    for later in ("model", "checkpoints/step-000000020"):
+        (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
+    parts = main(text("parts", DROPOUT))
+    for key in ("loss", "held_out", AT_LOOPS):
+        assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key)
+    assert [step for step, _ in rows(tmp_path / "whole", "held_out")] == [10, 20]
+    assert main(text("whole", DROPOUT)) == whole
+    assert parts["held_out"] == whole["held_out"]
+    assert not {"gate", "learnable_depth", "stage", "trained_hops"} & set(whole)
+
+
+def test_accumulated_blocks_are_one_batch(text, tmp_path):
+    flags = ["--optim.kind=adamw"]
+    main(text("whole", *flags))
+    main(text("parts", *flags, "--accumulation_steps=4"))
+    main(text("again", *flags, "--gradient_checkpointing=true"))
+    whole = [loss for _, loss in rows(tmp_path / "whole")]
+    assert [loss for _, loss in rows(tmp_path / "parts")] == pytest.approx(whole, abs=1e-5)
+    assert [loss for _, loss in rows(tmp_path / "again")] == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_read_one_text(text, tmp_path):
+    """DDP over gloo; the main process tokenises, and both measure the held-out loss of one."""
+    flags = ["--optim.kind=adamw", "--accumulation_steps=2", "--data.validation_tokens=224"]
+    main(text("one", *flags))
+    command = ["--nproc_per_node=2", "--master_port=29613", "train.py", str(TEXT_RECIPE), f"--output_dir={tmp_path}"]
+    flags += [f"--data.files=[{tmp_path}/pages/*.txt]", "--data.vocab_size=280", "--name=two"]
+    cache = str(tmp_path / "other_cache")
+    finish(launch("-m", "torch.distributed.run", *command, *flags, ACCELERATE_USE_CPU="true", HF_DATASETS_CACHE=cache))
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["hardware"]["processes"] == 2
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["held_out_tokens"] == 7 * 32
+    for path in ([], ["1"], ["4"]):
+        key = AT_LOOPS if path else "held_out"
+        one, two = (
+            [(step, (value[path[0]] if path else value)["loss"]) for step, value in rows(tmp_path / name, key)]
+            for name in ("one", "two")
+        )
+        assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], abs=1e-5)
+    losses = [[loss for _, loss in rows(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_measuring_text_more_often_changes_nothing(text, tmp_path):
+    main(text("often", DROPOUT, "--curriculum.check_every=2"))
+    main(text("never", DROPOUT, "--curriculum.check_every=1000", "--eval_loops=[]"))
+    assert rows(tmp_path / "often") == rows(tmp_path / "never")
+
+
+def test_the_model_folder_alone_has_the_loss_the_run_measured(text, tmp_path):
+    """A naive twin: the held-out documents in a row, one block after the other, the model's own loss."""
+    summary = main(text("run"))
+    folder = tmp_path / "run" / "model"
+    model, tokenizer = LoopedForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert GenerationConfig.from_pretrained(folder).num_loops == 2
+    data = text("run").data
+    held_out = train.load_task("text", "files", files=data.files, **data.overrides)["validation"]
+    stream = [i for text in held_out["text"] for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    for num_loops, expected in ({None: summary["held_out"]} | summary[AT_LOOPS]).items():
+        losses = []
+        for start in range(0, 256, 32):
+            ids = torch.tensor([stream[start : start + 33]])
+            loops = None if num_loops is None else int(num_loops)
+            losses.append(model(ids, labels=ids, num_loops=loops).loss.item())
+        loss = sum(losses) / len(losses)
+        assert expected["loss"] == pytest.approx(loss, abs=1e-5)
+        assert expected["perplexity"] == pytest.approx(2.718281828**loss, rel=1e-4)
+    assert summary["held_out_tokens"] == 256
+    assert set(summary[AT_LOOPS]) == {"1", "2", "4"}
+
+
+def test_text_is_learnt(text):
+    """From the entropy of the vocabulary to near that of the toy's thirteen words."""
+    summary = main(text("run", "--max_steps=150", "--curriculum.check_every=1000", "--optim.lr=1e-2"))
+    assert summary["held_out"]["loss"] < 3.0 < 5.6
+
+
+def test_bf16_text_is_near_fp32(text, tmp_path):
+    main(text("fp32"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(text("bf16", "--precision=bf16"))
+    first, second = rows(tmp_path / "fp32"), rows(tmp_path / "bf16")
+    assert second != first
+    assert second[0][1] == pytest.approx(first[0][1], abs=2e-2)
+
+
+# Starting from a saved model
+
+FRESH = "--model={}"  # what comes with the weights
+
+
+def test_a_run_begins_where_another_ended(text, tmp_path):
+    """Weights, configuration and tokenizer come along; the first row measures what was taken over."""
+    first = main(text("first"))
+    flags = [f"--init_from={tmp_path / 'first' / 'model'}", FRESH, "--data.vocab_size=null"]
+    main(text("second", *flags))
+    begun = [(key, rows(tmp_path / "second", key)[0]) for key in ("held_out", AT_LOOPS)]
+    assert begun == [(key, (0, first[key])) for key in ("held_out", AT_LOOPS)]
+    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name / "model") for name in ("first", "second")]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    configs = [json.loads((tmp_path / name / "model" / "config.json").read_text()) for name in ("first", "second")]
+    assert configs[0] == configs[1]
+    # A run that is begun again before its first checkpoint has that row once.
+    whole = rows(tmp_path / "second", "held_out")
+    for checkpoint in (tmp_path / "second" / "checkpoints").iterdir():
+        (checkpoint / "state.json").unlink()
+    main(text("second", *flags))
+    assert rows(tmp_path / "second", "held_out") == whole
+
+
+def test_fields_that_keep_the_weights_may_change(text, tmp_path):
+    first = main(text("first"))
+    flags = [f"--init_from={tmp_path / 'first' / 'model'}", "--data.vocab_size=null"]
+    second = main(text("second", *flags, "--model={num_loops: 4, residual_dropout: 0.1}"))
+    assert rows(tmp_path / "second", "held_out")[0][1] == first[AT_LOOPS]["4"]
+    assert second["gate_loops"] == 4
+    model = LoopedForCausalLM.from_pretrained(tmp_path / "second" / "model")
+    assert (model.config.num_loops, model.config.residual_dropout) == (4, 0.1)
+    with pytest.raises(ValueError, match=r"model\.hidden_size comes with the weights .*takes only .*num_loops"):
+        text("third", *flags, "--model={num_loops: 4, hidden_size: 32}")
+
+
+def test_half_precision_weights_are_trained_in_full(text, tmp_path):
+    main(text("first", "--max_steps=1"))
+    folder = tmp_path / "first" / "model"
+    LoopedForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    main(text("second", f"--init_from={folder}", FRESH, "--data.vocab_size=null"))
+    assert LoopedForCausalLM.from_pretrained(tmp_path / "second" / "model").dtype == torch.float32
+
+
+def test_hops_too_may_begin_from_a_saved_model(recipe, tmp_path):
+    first = main(recipe("first"))
+    flags = [f"--init_from={tmp_path / 'first' / 'model'}", FRESH]
+    main(recipe("second", *flags))
+    step, gate = rows(tmp_path / "second", "gate")[0]
+    assert (step, gate) == (0, {k: first["gate"][k] for k in gate})
+    with pytest.raises(ValueError, match=r"data\.readout is last, but not so for the tokenizer"):
+        main(recipe("third", *flags, "--data.readout=last"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: (folder / "tokenizer_config.json").unlink(),
+            r"init_from: there is no tokenizer in the folder",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                (folder / "config.json").read_text().replace('"num_coda_layers": 0', '"num_coda_layers": 1')
+            ),
+            r"init_from: the weights in .* do not fit its config\.json \(model\.coda\.0",
+        ),
+        (
+            lambda folder: train_byte_bpe(["a b c"] * 9 + ["other words entirely"] * 9, 300).save_pretrained(folder),
+            r"has 2\d\d tokens, and a model for 262",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_whole_model_raises(text, tmp_path, damage, message):
+    main(text("first", "--max_steps=1", "--data.vocab_size=262"))
+    damage(tmp_path / "first" / "model")
+    with pytest.raises(ValueError, match=message):
+        main(text("second", f"--init_from={tmp_path / 'first' / 'model'}", FRESH, "--data.vocab_size=null"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--curriculum.start_hops=2", r"curriculum\.start_hops is not for the task text: leave it out"),
+        ("--curriculum.threshold=0.5", r"curriculum\.threshold is not for the task text"),
+        ("--data.pad_to=50", r"data\.pad_to is not for the task text"),
+        ("--data.config=paper", r"data\.config is not for the task text"),
+        ("--data.sequence_length=null", r"data\.sequence_length must be set for the task text"),
+        ("--data.validation_tokens=0", r"data\.validation_tokens must be >= 1, got 0"),
+        ("--data.vocab_size=null", r"one of init_from, data\.tokenizer, data\.vocab_size, got none"),
+        ("--data.tokenizer=folder", r"got data\.tokenizer and data\.vocab_size"),
+        ("--init_from=folder", r"got init_from and data\.vocab_size"),
+        ("--data.task=khop", r"data\.files is not for the task khop"),
+    ],
+)
+def test_a_field_of_another_task_raises(flag, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(TEXT_RECIPE, [flag])
+
+
+def test_a_tokenizer_may_come_from_a_folder(text, tmp_path):
+    main(text("first", "--max_steps=1"))
+    folder = tmp_path / "first" / "model"
+    main(text("second", "--max_steps=1", "--data.vocab_size=null", f"--data.tokenizer={folder}"))
+    assert rows(tmp_path / "second") == rows(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"data\.tokenizer: there is no tokenizer in the folder 'nowhere'"):
+        main(text("third", "--data.vocab_size=null", "--data.tokenizer=nowhere"))

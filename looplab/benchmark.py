@@ -64,9 +64,25 @@ def forward_flops(
     attention = 2 * hidden * (2 * heads + 2 * keys) + 4 * tokens * heads
     mlp = 2 * hidden * config.intermediate_size * (3 if config.gated_mlp else 2)
     layer_calls = config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * num_loops
-    adapter = 4 * hidden * hidden * num_loops if config.loop_connection == "inject_concat" else 0
+    connection = num_loops * connection_flops(config)
     head = 2 * hidden * config.vocab_size
-    return batch * (tokens * (layer_calls * (attention + mlp) + adapter) + (logits_kept or tokens) * head)
+    return batch * (tokens * (layer_calls * (attention + mlp) + connection) + (logits_kept or tokens) * head)
+
+
+def connection_flops(config: LoopedConfig) -> int:
+    """Matrix-product FLOPs of the loop connection, per token and loop."""
+    hidden, streams = config.hidden_size, config.num_streams
+    if config.loop_connection == "inject_concat":
+        return 4 * hidden * hidden
+    if config.loop_connection != "hyper":
+        return 0
+    gates, mixing = {
+        "diagonal": (3 * streams, 0),
+        "identity": (2 * streams, 0),
+        "sinkhorn": (2 * streams + streams**2, streams**2),
+        "static": (0, streams**2),
+    }[config.hyper_mixing]
+    return 2 * streams * hidden * gates + 2 * mixing * hidden
 
 
 def update_flops(config: LoopedConfig, batch: int, tokens: dict[int, float], loops: dict[int, float]) -> float:

@@ -111,8 +111,21 @@ class LoopedConfig(PreTrainedConfig):
         position_embedding (`"rope"` | `"learned"` | `"none"`).
         residual_init (`"zero"` | `"normal"`): zero makes every layer start as the identity (Fixup; arXiv 2604.07822).
         embedding_init_std (`float`, *optional*): defaults to `initializer_range`.
-        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"`): how a loop reads the state, see
-            `connections_looped.py`.
+        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"` | `"hyper"`): how a loop reads and writes the
+            state, see `connections_looped.py`.
+        loop_embedding (`"none"` | `"learned"` | `"sinusoidal"`): what is added to the core's output to say which loop
+            it was; learned vectors exist for `max_num_loops` loops, waves for any.
+        max_num_loops (`int`, *optional*): the most loops a call may ask for. None is no limit; where loops have
+            parameters of their own (`hyper_gates="per_loop"`, `loop_embedding="learned"`) it says how many of them
+            there are, `num_loops` by default.
+        num_streams (`int`): residual streams between loops, of `loop_connection="hyper"` as are the next three.
+        hyper_mixing (`"diagonal"` | `"identity"` | `"sinkhorn"` | `"static"`): how a loop keeps the streams: each
+            scaled by a gate (Hyperloop, 2604.21254), whole, mixed by a doubly stochastic matrix (mHC, 2512.24880), or,
+            with nothing gated at all, mixed by learned scalars (2604.21106).
+        hyper_gates (`"per_loop"` | `"shared"`): each loop has gates of its own, or all the same: then any number of
+            loops can be run.
+        hyper_init (`"norm_preserving"` | `"euler"` | `"plain"` | `"zero"`): what fresh gates let through, see
+            `HYPER_INITS`; `"euler"` puts a pretrained core into a damped loop.
         state_init (`"embeddings"` | `"zeros"` | `"normal"`): what the first loop starts from.
         state_init_std (`float`): standard deviation of `state_init="normal"`.
         kv_sharing (`"per_loop"` | `"last"` | `"first"`): which loops of a token its KV rows keep, see
@@ -159,7 +172,13 @@ class LoopedConfig(PreTrainedConfig):
     initializer_range: int | float = 0.02
     embedding_init_std: int | float | None = None
 
-    loop_connection: Literal["plain", "inject_add", "inject_concat"] = "plain"
+    loop_connection: Literal["plain", "inject_add", "inject_concat", "hyper"] = "plain"
+    loop_embedding: Literal["none", "learned", "sinusoidal"] = "none"
+    max_num_loops: int | None = None
+    num_streams: int = positive_int(default=4)
+    hyper_mixing: Literal["diagonal", "identity", "sinkhorn", "static"] = "diagonal"
+    hyper_gates: Literal["per_loop", "shared"] = "per_loop"
+    hyper_init: Literal["norm_preserving", "euler", "plain", "zero"] = "norm_preserving"
     state_init: Literal["embeddings", "zeros", "normal"] = "embeddings"
     state_init_std: int | float = 1.0
     kv_sharing: Literal["per_loop", "last", "first"] = "per_loop"
@@ -180,6 +199,8 @@ class LoopedConfig(PreTrainedConfig):
                     f"({self.hidden_size}): change one of them, or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.max_num_loops is None and self.loops_have_parameters:
+            self.max_num_loops = self.num_loops
         # Plans name modules, and must name none that a section of zero layers does not have.
         self.base_model_tp_plan = self._tensor_parallel_plan()
         self.base_model_fsdp_plan = self._sharding_plan()
@@ -207,6 +228,31 @@ class LoopedConfig(PreTrainedConfig):
             )
         if not self.head_dim or (self.position_embedding == "rope" and self.head_dim % 2):
             raise ValueError(f"head_dim ({self.head_dim}) must be even and positive for rotary position embeddings.")
+
+    def validate_loops(self):
+        """A loop without parameters of its own cannot be run where the others have some."""
+        if self.max_num_loops is not None and not 1 <= self.num_loops <= self.max_num_loops:
+            raise ValueError(too_many_loops(self.num_loops, self.max_num_loops))
+        if self.loops_have_parameters and self.max_num_loops is None:
+            raise ValueError("max_num_loops must say how many loops have gates or embeddings of their own, got None.")
+
+    def validate_hyper(self):
+        """Initial values that the connection does not have."""
+        if self.hyper_init == "euler" and self.hyper_mixing != "diagonal":
+            raise ValueError(
+                f"hyper_init='euler' keeps a share of each stream, which hyper_mixing={self.hyper_mixing!r} cannot: "
+                "use hyper_mixing='diagonal'."
+            )
+        if self.hyper_mixing == "static" and self.hyper_init != "norm_preserving":
+            raise ValueError(
+                f"hyper_init={self.hyper_init!r} is of gates, and hyper_mixing='static' has none: leave it out."
+            )
+
+    @property
+    def loops_have_parameters(self) -> bool:
+        """Whether loops have gates or embeddings of their own, so that no more of them can be run."""
+        per_loop = self.loop_connection == "hyper" and self.hyper_gates == "per_loop"
+        return per_loop or self.loop_embedding == "learned"
 
     @property
     def num_hidden_layers(self) -> int:
@@ -243,7 +289,7 @@ class LoopedConfig(PreTrainedConfig):
     @property
     def final_norm_closes_loops(self) -> bool:
         """The norm between loops is also the final one: nothing comes after the last loop (Ouro)."""
-        return self.norm_between_loops and self.num_coda_layers == 0
+        return self.norm_between_loops and self.num_coda_layers == 0 and self.loop_connection != "hyper"
 
     def _sections(self) -> list[str]:
         layers = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
@@ -275,6 +321,14 @@ class LoopedConfig(PreTrainedConfig):
         return KVSlots(
             self.num_prelude_layers, self.num_coda_layers, self.num_core_layers, per_loop=self.kv_sharing == "per_loop"
         )
+
+
+def too_many_loops(num_loops: int, max_num_loops: int) -> str:
+    return (
+        f"num_loops={num_loops} must be in 1 .. max_num_loops={max_num_loops}: loops beyond have no gates or "
+        "embedding of their own. Ask for fewer loops, or train with hyper_gates='shared' and "
+        "loop_embedding='sinusoidal', which run at any count."
+    )
 
 
 __all__ = ["KVSlots", "LoopedConfig"]

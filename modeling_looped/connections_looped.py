@@ -1,16 +1,22 @@
 """Loop connections: how the state enters and leaves one pass over the core.
 
-    state = connection.open(start, e)            # (B, T, D) once; `start` is the initial state, e the prelude's output
+    state = connection.open(start, e)            # once; `start` (B, T, D) is the initial state, e the prelude's output
     x     = connection.read(state, e, loop)      # (B, T, D) what the core runs on
-    state = connection.write(state, out, loop)   # out = core(x)
+    state = connection.write(state, out, loop)   # out = core(x), (B, T, D)
     h     = connection.close(state)              # (B, T, D) what the coda and the readout see
 
-Every tensor of a state has the batch as its first dimension, so that rows can leave it. Legend: B rows, T tokens,
-D hidden size.
+A state is one tensor, (B, T, D) or, with S streams, (B, T, S, D): its rows come first, so that they can leave it.
+Legend: B rows, T tokens, D hidden size, S streams.
 """
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 
 class PlainConnection(nn.Module):
@@ -61,11 +67,284 @@ class InjectConcatConnection(PlainConnection):
         return self.adapter(torch.cat([state, embeds], dim=-1))
 
 
+class Gates(nn.Module):
+    """Logits of token-wise gates, a W RMSNorm(flatten(streams)) + b, float32 whatever the precision around them.
+
+    The gates of one loop that are asked for together: `biases` holds the initial b of each kind, and each kind has its
+    own scalar a. W is (gates, S * D) and drawn: streams that start as copies and had equal gates would stay copies.
+    """
+
+    weight_std = 0.02
+
+    def __init__(self, config, biases: Sequence[Sequence[float]]):
+        super().__init__()
+        self.sizes = [len(kind) for kind in biases]
+        self.initial_bias = [value for kind in biases for value in kind]
+        self.initial_scale = HYPER_INITS[config.hyper_init].scale
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(len(self.initial_bias), config.num_streams * config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(len(self.initial_bias)))
+        self.scale = nn.Parameter(torch.empty(len(biases)))
+
+    def initialize(self) -> None:
+        """Values of a fresh model; those that were loaded stay."""
+        init.normal_(self.weight, mean=0.0, std=self.weight_std)
+        init.copy_(self.bias, torch.tensor(self.initial_bias))
+        init.constant_(self.scale, self.initial_scale)
+
+    def forward(self, streams: torch.Tensor) -> Sequence[torch.Tensor]:
+        """(B, T, S, D) -> the (B, T, gates) logits of each kind."""
+        with torch.autocast(streams.device.type, enabled=False):
+            flat = streams.flatten(-2).float()
+            # The norm is one factor per token: it is applied to the few logits instead of to all channels.
+            mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1]
+            scale = torch.cat([a.expand(size) for a, size in zip(self.scale.float(), self.sizes, strict=True)])
+            logits = F.linear(flat, self.weight.float()) * torch.rsqrt(mean_square + self.eps)
+            return (logits * scale + self.bias.float()).split(self.sizes, dim=-1)
+
+
+def logit(share: float, nearest: float = 1e-4) -> float:
+    """ln(p / (1 - p)) of a share, kept off 0 and 1, which one stream or one loop asks for: there it is infinite."""
+    share = min(max(share, nearest), 1 - nearest)
+    return math.log(share / (1 - share))
+
+
+@dataclass(frozen=True)
+class HyperInit:
+    """What fresh gates let through. F(u) is close to u at the start, so a loop scales the streams by about
+    keep + write * S * read.
+
+    Args:
+        read: (S, loops) -> share of each stream that the core reads, in (0, 1).
+        write: (S, loops) -> share of the core's output that each stream gets, in (0, 2).
+        keep: (S, loops) -> share of a stream that stays, in (0, 1).
+        scale: initial a, the share of the streams in the logits.
+    """
+
+    read: Callable[[int, int], float]
+    write: Callable[[int, int], float]
+    keep: Callable[[int, int], float]
+    scale: float = 0.01
+
+
+HYPER_INITS = {
+    # y <- y / 2 + F(y) / 2: the streams keep their size.
+    "norm_preserving": HyperInit(lambda n, loops: 1 / n, lambda n, loops: 0.5, lambda n, loops: 0.5),
+    # y <- (1 - 1/L) y + F(y) / L, exactly: a pretrained core in the damped Euler loop of frozen_looped.py.
+    "euler": HyperInit(lambda n, loops: 1 / n, lambda n, loops: 1 / loops, lambda n, loops: 1 - 1 / loops, scale=0.0),
+    # Near y <- F(y), the plain loop; still nearer, the gate would have no gradient left.
+    "plain": HyperInit(lambda n, loops: 1 / n, lambda n, loops: 1.0, lambda n, loops: 1 / (1 + math.e**2)),
+    # Every b is 0.
+    "zero": HyperInit(lambda n, loops: 0.5, lambda n, loops: 1.0, lambda n, loops: 0.5),
+}
+
+
+class DiagonalMixing:
+    """Each stream is scaled by a gate of its own, H_res of Hyperloop."""
+
+    def biases(self, num_streams: int, keep: float) -> list[list[float]]:
+        """Initial b of the gates it needs."""
+        return [[logit(keep)] * num_streams]
+
+    def __call__(self, streams: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """(B, T, S, D), (B, T, gates) -> (B, T, S, D)."""
+        return logits.sigmoid().to(streams.dtype).unsqueeze(-1) * streams
+
+
+class IdentityMixing:
+    """Streams are kept whole; it needs no gates."""
+
+    def biases(self, num_streams: int, keep: float) -> list[list[float]]:
+        return []
+
+    def __call__(self, streams: torch.Tensor) -> torch.Tensor:
+        return streams
+
+
+class SinkhornMixing:
+    """Streams are mixed by a doubly stochastic matrix: exp(logits), its rows and columns scaled to sum to 1 in turn
+    (mHC, arXiv 2512.24880). It starts near the identity."""
+
+    iterations = 20
+    diagonal = 4.0
+
+    def biases(self, num_streams: int, keep: float) -> list[list[float]]:
+        return [[self.diagonal * (row == column) for row in range(num_streams) for column in range(num_streams)]]
+
+    def __call__(self, streams: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        logs = logits.unflatten(-1, (streams.shape[-2], streams.shape[-2]))
+        for _ in range(self.iterations):
+            logs = logs.log_softmax(-1).log_softmax(-2)
+        return logs.exp().to(streams.dtype) @ streams
+
+
+MIXINGS = {"diagonal": DiagonalMixing, "identity": IdentityMixing, "sinkhorn": SinkhornMixing}
+# Which of the parameters that are held belong to a loop: its own, or those of all.
+GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
+
+
+class HyperLoop(nn.Module):
+    """One loop's gates on S streams y (Hyperloop, arXiv 2604.21254, section 3).
+
+        z  = RMSNorm(flatten(y))                             (B, T, S * D)
+        x  = sigmoid(a W z + b) y                            a weight per stream, what the core runs on
+        y' = mix(y) + 2 sigmoid(a W z + b) (core(x) + e)     mix: `hyper_mixing`; e: the loop's embedding
+
+    Each of the three has its own a, W and b.
+    """
+
+    def __init__(self, config, loop: int):
+        super().__init__()
+        start, streams = HYPER_INITS[config.hyper_init], config.num_streams
+        loops = config.num_loops if config.max_num_loops is None else config.max_num_loops
+        writing = [logit(start.write(streams, loops) / 2)] * streams
+        self.mixing = MIXINGS[config.hyper_mixing]()
+        self.read_gates = Gates(config, [[logit(start.read(streams, loops))] * streams])
+        self.write_gates = Gates(config, [writing, *self.mixing.biases(streams, start.keep(streams, loops))])
+
+    def read(self, state: torch.Tensor) -> torch.Tensor:
+        (logits,) = self.read_gates(state)
+        return (logits.sigmoid().to(state.dtype).unsqueeze(-1) * state).sum(-2)
+
+    def write(self, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        logits, *mixing_logits = self.write_gates(state)
+        shares = (2 * logits.sigmoid()).to(state.dtype)
+        mixed = self.mixing(state, *mixing_logits)
+        return torch.addcmul(mixed, shares.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
+
+
+class StaticLoop(nn.Module):
+    """One loop's learned scalars: S to read the streams by, S * S to mix them by, S to write by (arXiv 2604.21106).
+
+    They are one vector: as a matrix, the mixing would be decayed towards zero.
+    """
+
+    def __init__(self, config, loop: int):
+        super().__init__()
+        streams = config.num_streams
+        self.sizes = [streams, streams * streams, streams]
+        reading = [float(stream == loop % streams) for stream in range(streams)]
+        mixing = [float(row == column) for row in range(streams) for column in range(streams)]
+        self.initial_weights = reading + mixing + [1.0] * streams
+        self.weights = nn.Parameter(torch.empty(len(self.initial_weights)))
+
+    def initialize(self) -> None:
+        """Values of a fresh model; those that were loaded stay."""
+        init.copy_(self.weights, torch.tensor(self.initial_weights))
+
+    def read(self, state: torch.Tensor) -> torch.Tensor:
+        reading, _, _ = self.weights.to(state.dtype).split(self.sizes)
+        return (reading.unsqueeze(-1) * state).sum(-2)
+
+    def write(self, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        _, mixing, writing = self.weights.to(state.dtype).split(self.sizes)
+        mixed = mixing.view(len(writing), -1) @ state
+        return torch.addcmul(mixed, writing.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
+
+
+# Which of the parameters that are held belong to a loop: its own, or those of all.
+GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
+
+
+class HyperConnection(PlainConnection):
+    """S streams between loops: copies at the start, their mean at the end (Hyperloop, arXiv 2604.21254)."""
+
+    loop_class: type = HyperLoop
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_streams = config.num_streams
+        self.index = GATES_OF_LOOP[config.hyper_gates]
+        held = config.max_num_loops if config.hyper_gates == "per_loop" else 1
+        self.loops = nn.ModuleList([self.loop_class(config, loop) for loop in range(held)])
+
+    def of(self, loop: int) -> HyperLoop | StaticLoop:
+        """The parameters of a loop."""
+        return self.loops[self.index(loop)]  # pyright: ignore[reportReturnType]
+
+    def open(self, start: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        return start.unsqueeze(-2).expand(-1, -1, self.num_streams, -1)
+
+    def read(self, state: torch.Tensor, embeds: torch.Tensor, loop: int) -> torch.Tensor:
+        return self.of(loop).read(state)
+
+    def write(self, state: torch.Tensor, output: torch.Tensor, loop: int) -> torch.Tensor:
+        return self.of(loop).write(state, output)
+
+    def close(self, state: torch.Tensor) -> torch.Tensor:
+        return state.mean(-2)
+
+
+class StaticHyperConnection(HyperConnection):
+    """Without gates; the streams are summed at the end (arXiv 2604.21106, which also normalises the core's output in
+    each loop: `norm_between_loops`)."""
+
+    loop_class = StaticLoop
+
+    def close(self, state: torch.Tensor) -> torch.Tensor:
+        return state.sum(-2)
+
+
+def make_hyper_connection(config) -> HyperConnection:
+    return StaticHyperConnection(config) if config.hyper_mixing == "static" else HyperConnection(config)
+
+
 CONNECTIONS = {
     "plain": PlainConnection,
     "inject_add": InjectAddConnection,
     "inject_concat": InjectConcatConnection,
+    "hyper": make_hyper_connection,
 }
+
+
+class NoLoopEmbedding:
+    """The core's output as it is."""
+
+    def __init__(self, config):
+        pass
+
+    def __call__(self, output: torch.Tensor, loop: int) -> torch.Tensor:
+        return output
+
+
+class LearnedLoopEmbedding(nn.Module):
+    """A vector for each of `max_num_loops` loops, added to the core's output (2604.21254, e_l); zero at the start."""
+
+    def __init__(self, config):
+        super().__init__()
+        # Vectors, not a matrix: they are not to be decayed.
+        vectors = [nn.Parameter(torch.zeros(config.hidden_size)) for _ in range(config.max_num_loops)]
+        self.vectors = nn.ParameterList(vectors)
+
+    def initialize(self) -> None:
+        for vector in self.vectors:
+            init.zeros_(vector)
+
+    def forward(self, output: torch.Tensor, loop: int) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return output + self.vectors[loop].to(output.dtype)
+
+
+class SinusoidalLoopEmbedding(nn.Module):
+    """Waves of the loop's number, each channel with a learned height that starts at zero: any loop has one."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.height = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def initialize(self) -> None:
+        init.zeros_(self.height)
+
+    def forward(self, output: torch.Tensor, loop: int) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        channels = torch.arange(len(self.height), device=output.device)
+        angles = loop * 10_000.0 ** (-(channels // 2 * 2) / len(self.height))
+        waves = torch.where(channels % 2 == 0, angles.sin(), angles.cos())
+        return output + (self.height * waves).to(output.dtype)
+
+
+LOOP_EMBEDDINGS = {"none": NoLoopEmbedding, "learned": LearnedLoopEmbedding, "sinusoidal": SinusoidalLoopEmbedding}
+INITIALIZED = (Gates, StaticLoop, LearnedLoopEmbedding, SinusoidalLoopEmbedding)
 
 
 class EmbeddingsStart:

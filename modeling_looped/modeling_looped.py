@@ -4,7 +4,7 @@
     state = connection.open(start(e), e)                   # (B, T, D)
     for loop in range(num_loops):                          # same weights every time
         x     = connection.read(state, e, loop)
-        state = connection.write(state, core(x), loop)
+        state = connection.write(state, core(x), loop)     # with the loop's embedding, where loops have one
         rows that are done leave the batch                 # no work is done for them
     h      = coda(connection.close(state))                 # (B, T, D)  once
     logits = head(norm(h))                                 # (B, T, V)
@@ -42,8 +42,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_looped import SHARINGS, ActiveCache
-from .configuration_looped import LoopedConfig
-from .connections_looped import CONNECTIONS, STARTS
+from .configuration_looped import LoopedConfig, too_many_loops
+from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
 
 # What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
@@ -368,6 +368,8 @@ class LoopedPreTrainedModel(PreTrainedModel):
         if isinstance(module, SublayerEnd) and self.config.residual_init == "zero":
             for parameter in module.parameters():
                 init.zeros_(parameter)
+        if isinstance(module, INITIALIZED):
+            module.initialize()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, except that loop settings put into the derived generation config survive a reload."""
@@ -388,6 +390,7 @@ class LoopedModel(LoopedPreTrainedModel):
         self.core = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_core_layers)])
         self.coda = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_coda_layers)])
         self.connection = CONNECTIONS[config.loop_connection](config)
+        self.loop_embedding = LOOP_EMBEDDINGS[config.loop_embedding](config)
         self.start = STARTS[config.state_init](config)
         self.sharing = SHARINGS[config.kv_sharing](config)
         # Ouro's final norm closes every loop: what it returns is both the readout and the next loop's input.
@@ -415,7 +418,9 @@ class LoopedModel(LoopedPreTrainedModel):
     ) -> LoopedModelOutput:
         refuse_unknown(kwargs)
         batch_size, num_tokens = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values)
-        num_loops = check_loops(self.config.num_loops if num_loops is None else num_loops, batch_size)
+        num_loops = check_loops(
+            self.config.num_loops if num_loops is None else num_loops, batch_size, self.config.max_num_loops
+        )
         first_grad_loop = check_grad_loops(num_grad_loops, num_loops)
         decision = halting if isinstance(halting, Decision) else Decision(halting_rule(halting))
 
@@ -448,7 +453,8 @@ class LoopedModel(LoopedPreTrainedModel):
             with torch.no_grad() if loop < first_grad_loop else nullcontext():
                 x = self.connection.read(state, embeds, loop)
                 x = self._run(self.core, "core", x, context, loop, key_inputs, **kwargs)
-                state = self.connection.write(state, self.core_norm(x), loop)
+                x = self.loop_embedding(self.core_norm(x), loop)
+                state = self.connection.write(state, x, loop)
             rows = active.leave(loop, state, self.connection.close)
             if rows is not None:
                 state, embeds = state[rows], embeds[rows]
@@ -653,8 +659,17 @@ def is_row_mask(attention_mask) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
-def check_loops(num_loops, batch_size: int) -> int | torch.Tensor:
-    """An int >= 1, or a (B,) LongTensor of such."""
+def check_loops(num_loops, batch_size: int, max_num_loops: int | None) -> int | torch.Tensor:
+    """An int in 1 .. max_num_loops, or a (B,) LongTensor of such."""
+    num_loops = check_loops_of_rows(num_loops, batch_size)
+    if max_num_loops is not None:
+        most = num_loops if isinstance(num_loops, int) else int(num_loops.max())
+        if most > max_num_loops:
+            raise ValueError(too_many_loops(most, max_num_loops))
+    return num_loops
+
+
+def check_loops_of_rows(num_loops, batch_size: int) -> int | torch.Tensor:
     if isinstance(num_loops, torch.Tensor):
         if num_loops.dtype != torch.long or num_loops.shape != (batch_size,):
             raise ValueError(

@@ -13,6 +13,10 @@ CONFIGS = {
     "two matrices per MLP": {"gated_mlp": False},
     "wide heads": {"head_dim": 12, "position_embedding": "none"},
     "adapter": {"loop_connection": "inject_concat"},
+    "hyper": {"loop_connection": "hyper", "max_num_loops": 4},
+    "hyper, identity": {"loop_connection": "hyper", "hyper_mixing": "identity", "hyper_gates": "shared"},
+    "hyper, sinkhorn": {"loop_connection": "hyper", "hyper_mixing": "sinkhorn", "max_num_loops": 4},
+    "hyper, static": {"loop_connection": "hyper", "hyper_mixing": "static", "num_streams": 2, "max_num_loops": 4},
 }
 
 

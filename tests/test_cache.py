@@ -106,10 +106,15 @@ def test_cached_equals_the_naive_twin(kv_sharing, attn, num_loops, kind, sizes):
 @exact_sharing
 @every_attention
 @every_depth
-@pytest.mark.parametrize("connection", ["plain", "inject_add", "inject_concat"])
+@pytest.mark.parametrize("connection", ["plain", "inject_add", "inject_concat", "hyper"])
 def test_cached_equals_uncached(kv_sharing, attn, num_loops, connection):
     model = make_model(
-        attn=attn, kv_sharing=kv_sharing, loop_connection=connection, num_prelude_layers=1, num_coda_layers=1
+        attn=attn,
+        kv_sharing=kv_sharing,
+        loop_connection=connection,
+        max_num_loops=5,
+        num_prelude_layers=1,
+        num_coda_layers=1,
     )
     ids = make_ids()
     logits = stepwise(model, ids, DynamicCache(config=model.config), (3, 1, 2, 1), num_loops=num_loops)

@@ -114,6 +114,18 @@ def test_an_assignment_is_checked_too():
         config.num_loops = 0
 
 
+def assert_other_model(fields, changed):
+    """A field that changes neither parameters nor logits would be a dead option."""
+
+    def fingerprint(fields):
+        model = make_model(**fields)
+        sizes = sum(parameter.numel() for parameter in model.parameters())
+        return sizes, model(make_ids()).logits.abs().sum()
+
+    before, after = fingerprint(fields), fingerprint({**fields, **changed})
+    assert before[0] != after[0] or not torch.isclose(before[1], after[1], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -145,20 +157,33 @@ def test_an_assignment_is_checked_too():
         ("embedding_init_std", 1.0),
         ("loop_connection", "inject_add"),
         ("loop_connection", "inject_concat"),
+        ("loop_connection", "hyper"),
+        ("loop_embedding", "learned"),
+        ("loop_embedding", "sinusoidal"),
         ("state_init", "zeros"),
         ("state_init", "normal"),
     ],
 )
 def test_every_field_changes_the_model(field, value):
-    """A field that changes neither parameters nor logits would be a dead option."""
+    assert_other_model({}, {field: value})
 
-    def fingerprint(**fields):
-        model = make_model(**fields)
-        sizes = sum(parameter.numel() for parameter in model.parameters())
-        return sizes, model(make_ids()).logits.abs().sum()
 
-    base, changed = fingerprint(), fingerprint(**{field: value})
-    assert base[0] != changed[0] or not torch.isclose(base[1], changed[1], rtol=1e-4)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_streams", 2),
+        ("hyper_mixing", "identity"),
+        ("hyper_mixing", "sinkhorn"),
+        ("hyper_mixing", "static"),
+        ("hyper_gates", "shared"),
+        ("hyper_init", "euler"),
+        ("hyper_init", "plain"),
+        ("hyper_init", "zero"),
+        ("max_num_loops", 5),
+    ],
+)
+def test_every_field_of_hyper_connections_changes_the_model(field, value):
+    assert_other_model({"loop_connection": "hyper"}, {field: value})
 
 
 @pytest.mark.parametrize("field", ["attention_dropout", "residual_dropout", "embedding_dropout"])

@@ -24,6 +24,9 @@ SHAPES = {
     "nope": {"position_embedding": "none", "qk_norm": True},
     "add": {"loop_connection": "inject_add"},
     "huginn": {"loop_connection": "inject_concat", "state_init": "normal", "num_prelude_layers": 1},
+    "hyperloop": {"loop_connection": "hyper", "loop_embedding": "learned", "max_num_loops": 8, "num_coda_layers": 1},
+    "mhc": {"loop_connection": "hyper", "hyper_mixing": "sinkhorn", "hyper_gates": "shared"},
+    "static": {"loop_connection": "hyper", "hyper_mixing": "static", "max_num_loops": 8, "norm_between_loops": True},
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -315,7 +318,7 @@ def test_overfits_one_batch():
 @every_shape
 def test_every_parameter_is_trained(shape):
     model = make_model(**SHAPES[shape]).train()
-    model(make_ids(), labels=make_ids()).loss.backward()
+    model(make_ids(), labels=make_ids(), num_loops=model.config.max_num_loops).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().any()] == []
 
 

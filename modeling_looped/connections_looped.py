@@ -92,7 +92,7 @@ class Gates(nn.Module):
         init.copy_(self.bias, torch.tensor(self.initial_bias))
         init.constant_(self.scale, self.initial_scale)
 
-    def forward(self, streams: torch.Tensor) -> Sequence[torch.Tensor]:
+    def logits(self, streams: torch.Tensor) -> Sequence[torch.Tensor]:
         """(B, T, S, D) -> the (B, T, gates) logits of each kind."""
         with torch.autocast(streams.device.type, enabled=False):
             flat = streams.flatten(-2).float()
@@ -183,6 +183,85 @@ MIXINGS = {"diagonal": DiagonalMixing, "identity": IdentityMixing, "sinkhorn": S
 GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
 
 
+class HyperRead(Gates):
+    """x = sigmoid(a W RMSNorm(flatten(y)) + b) y: a weight per stream (Hyperloop, arXiv 2604.21254, H_pre)."""
+
+    def __init__(self, config, loop: int):
+        share = HYPER_INITS[config.hyper_init].read(config.num_streams, loops_of_start(config))
+        super().__init__(config, [[logit(share)] * config.num_streams])
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """(B, T, S, D) -> (B, T, D)."""
+        (logits,) = self.logits(state)
+        return (logits.sigmoid().to(state.dtype).unsqueeze(-1) * state).sum(-2)
+
+
+class HyperWrite(Gates):
+    """y' = mix(y) + 2 sigmoid(a W RMSNorm(flatten(y)) + b) output (Hyperloop, H_post; mix: H_res)."""
+
+    def __init__(self, config, loop: int):
+        start, streams, loops = HYPER_INITS[config.hyper_init], config.num_streams, loops_of_start(config)
+        mixing = MIXINGS[config.hyper_mixing]()
+        writing = [logit(start.write(streams, loops) / 2)] * streams
+        super().__init__(config, [writing, *mixing.biases(streams, start.keep(streams, loops))])
+        self.mixing = mixing
+
+    def forward(self, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """(B, T, S, D), (B, T, D) -> (B, T, S, D)."""
+        logits, *mixing_logits = self.logits(state)
+        shares = (2 * logits.sigmoid()).to(state.dtype)
+        mixed = self.mixing(state, *mixing_logits)
+        return torch.addcmul(mixed, shares.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
+
+
+def loops_of_start(config) -> int:
+    """L of the "euler" start."""
+    return config.num_loops if config.max_num_loops is None else config.max_num_loops
+
+
+class Scalars(nn.Module):
+    """Learned scalars that start at given values, as one vector: a matrix would be decayed towards zero."""
+
+    def __init__(self, values: Sequence[float]):
+        super().__init__()
+        self.initial_weights = list(values)
+        self.weights = nn.Parameter(torch.empty(len(values)))
+
+    def initialize(self) -> None:
+        """Values of a fresh model; those that were loaded stay."""
+        init.copy_(self.weights, torch.tensor(self.initial_weights))
+
+
+class StaticRead(Scalars):
+    """x = alpha y, one scalar per stream; loop i starts with stream i mod S alone (arXiv 2604.21106)."""
+
+    def __init__(self, config, loop: int):
+        super().__init__([float(stream == loop % config.num_streams) for stream in range(config.num_streams)])
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """(B, T, S, D) -> (B, T, D)."""
+        return (self.weights.to(state.dtype).unsqueeze(-1) * state).sum(-2)
+
+
+class StaticWrite(Scalars):
+    """y' = M y + beta output, with M (S, S) starting at the identity and beta (S,) at ones (arXiv 2604.21106)."""
+
+    def __init__(self, config, loop: int):
+        streams = range(config.num_streams)
+        super().__init__([float(row == column) for row in streams for column in streams] + [1.0 for _ in streams])
+
+    def forward(self, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """(B, T, S, D), (B, T, D) -> (B, T, S, D)."""
+        streams = state.shape[-2]
+        mixing, writing = self.weights.to(state.dtype).split([streams * streams, streams])
+        mixed = mixing.view(streams, streams) @ state
+        return torch.addcmul(mixed, writing.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
+
+
+# Which of the parameters that are held belong to a loop: its own, or those of all.
+GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
+
+
 class HyperLoop(nn.Module):
     """One loop's gates on S streams y (Hyperloop, arXiv 2604.21254, section 3).
 
@@ -247,29 +326,33 @@ GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
 
 
 class HyperConnection(PlainConnection):
-    """S streams between loops: copies at the start, their mean at the end (Hyperloop, arXiv 2604.21254)."""
+    """S streams between loops, that start as copies and end as their mean (Hyperloop, arXiv 2604.21254).
 
-    loop_class: type = HyperLoop
+        x  = H_pre y                                          HyperRead, what the core runs on
+        y' = H_res y + H_post (core(x) + e)                   HyperWrite; e: the loop's embedding
+
+    Each loop has its own parameters (`hyper_gates="per_loop"`), or all loops the same.
+    """
+
+    read_class: type = HyperRead
+    write_class: type = HyperWrite
 
     def __init__(self, config):
         super().__init__(config)
         self.num_streams = config.num_streams
         self.index = GATES_OF_LOOP[config.hyper_gates]
         held = config.max_num_loops if config.hyper_gates == "per_loop" else 1
-        self.loops = nn.ModuleList([self.loop_class(config, loop) for loop in range(held)])
-
-    def of(self, loop: int) -> HyperLoop | StaticLoop:
-        """The parameters of a loop."""
-        return self.loops[self.index(loop)]  # pyright: ignore[reportReturnType]
+        self.reads = nn.ModuleList([self.read_class(config, loop) for loop in range(held)])
+        self.writes = nn.ModuleList([self.write_class(config, loop) for loop in range(held)])
 
     def open(self, start: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         return start.unsqueeze(-2).expand(-1, -1, self.num_streams, -1)
 
     def read(self, state: torch.Tensor, embeds: torch.Tensor, loop: int) -> torch.Tensor:
-        return self.of(loop).read(state)
+        return self.reads[self.index(loop)](state)
 
     def write(self, state: torch.Tensor, output: torch.Tensor, loop: int) -> torch.Tensor:
-        return self.of(loop).write(state, output)
+        return self.writes[self.index(loop)](state, output)
 
     def close(self, state: torch.Tensor) -> torch.Tensor:
         return state.mean(-2)
@@ -279,7 +362,8 @@ class StaticHyperConnection(HyperConnection):
     """Without gates; the streams are summed at the end (arXiv 2604.21106, which also normalises the core's output in
     each loop: `norm_between_loops`)."""
 
-    loop_class = StaticLoop
+    read_class = StaticRead
+    write_class = StaticWrite
 
     def close(self, state: torch.Tensor) -> torch.Tensor:
         return state.sum(-2)
@@ -344,7 +428,7 @@ class SinusoidalLoopEmbedding(nn.Module):
 
 
 LOOP_EMBEDDINGS = {"none": NoLoopEmbedding, "learned": LearnedLoopEmbedding, "sinusoidal": SinusoidalLoopEmbedding}
-INITIALIZED = (Gates, StaticLoop, LearnedLoopEmbedding, SinusoidalLoopEmbedding)
+INITIALIZED = (Gates, Scalars, LearnedLoopEmbedding, SinusoidalLoopEmbedding)
 
 
 class EmbeddingsStart:

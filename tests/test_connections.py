@@ -12,11 +12,9 @@ from looplab.conversion import looped_config, to_looped
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.connections_looped import (
     CONNECTIONS,
-    HYPER_INITS,
     LOOP_EMBEDDINGS,
     Gates,
     SinkhornMixing,
-    StaticLoop,
 )
 from modeling_looped.frozen_looped import looped
 from toys import FP32, make_config, make_ids, make_model
@@ -29,14 +27,12 @@ every_mixing = pytest.mark.parametrize("mixing", ["diagonal", "identity", "sinkh
 
 def set_gates(model, read: float, write: float, keep: float) -> None:
     """Gates that do not look at the streams: their logits, for every stream and loop alike."""
+    connection = model.model.connection
     with torch.no_grad():
-        for gates, values in (("read_gates", [read]), ("write_gates", [write, keep])):
-            for loop in model.model.connection.loops:
-                each = getattr(loop, gates)
+        for gates, values in ((connection.reads, [read]), (connection.writes, [write, keep])):
+            for each in gates:
                 each.weight.zero_()
-                each.bias.copy_(
-                    torch.cat([torch.full((size,), v) for v, size in zip(values, each.sizes, strict=True)])
-                )
+                each.bias.copy_(torch.tensor(values).repeat_interleave(model.config.num_streams))
 
 
 def plain_twin(model) -> LoopedForCausalLM:
@@ -96,9 +92,8 @@ def test_the_euler_start_is_the_training_free_loop(num_loops):
 def naive_hyper(connection, state, output, loop, embedding):
     """The paper's equations for one token at a time, with explicit matrices: (S, D) -> (x, y')."""
     n = len(state)
-    gates = connection.loops[loop]
+    read, write = connection.reads[loop], connection.writes[loop]
     z = state.flatten() / torch.sqrt(state.flatten().square().mean() + 1e-6)
-    read, write = gates.read_gates, gates.write_gates
     h_pre = torch.sigmoid(read.scale[0] * (read.weight @ z) + read.bias)
     logits = write.weight @ z
     h_post = 2 * torch.sigmoid(write.scale[0] * logits[:n] + write.bias[:n])
@@ -133,9 +128,8 @@ def test_a_static_loop_is_its_equations():
     connection = make_model(**SECTIONS, num_streams=3, hyper_mixing="static").model.connection
     state, output = torch.randn(2, 5, 3, 32), torch.randn(2, 5, 32)
     for loop in range(3):
-        weights = connection.loops[loop].weights
-        weights.normal_()
-        reading, mixing, writing = weights[:3], weights[3:12].view(3, 3), weights[12:]
+        reading, writes = connection.reads[loop].weights.normal_(), connection.writes[loop].weights.normal_()
+        mixing, writing = writes[:9].view(3, 3), writes[9:]
         torch.testing.assert_close(connection.read(state, None, loop), torch.einsum("s,btsd->btd", reading, state))
         expected = torch.einsum("sr,btrd->btsd", mixing, state) + torch.einsum("s,btd->btsd", writing, output)
         torch.testing.assert_close(connection.write(state, output, loop), expected, **FP32)
@@ -197,8 +191,9 @@ def test_one_stream_has_finite_gates(init):
 def test_fresh_values_survive_the_global_initialisation_and_a_reload(tmp_path):
     """Peer trap: a special initialisation that the framework's own wrote over."""
     model = make_model(**SECTIONS, loop_embedding="learned", num_streams=4)
-    for loop in model.model.connection.loops:
-        for gates, biases in ((loop.read_gates, [0.25]), (loop.write_gates, [0.25, 0.5])):
+    connection = model.model.connection
+    for read, write in zip(connection.reads, connection.writes, strict=True):
+        for gates, biases in ((read, [0.25]), (write, [0.25, 0.5])):
             assert torch.equal(gates.scale, torch.full((len(biases),), 0.01))
             shares = gates.bias.sigmoid().view(len(biases), 4)
             torch.testing.assert_close(shares, torch.tensor(biases)[:, None].expand(-1, 4))
@@ -239,16 +234,16 @@ def test_streams_come_apart_unless_their_gates_are_equal_for_ever(frozen, differ
 def test_gates_are_float32_shares_under_bf16():
     """In bf16 a share of 1 - 2^-9 is 1; sums of 32 products would be off by a percent."""
     model = make_model(**SECTIONS)
-    gates = model.model.connection.loops[0].write_gates
+    gates = model.model.connection.writes[0]
     streams = 3 * torch.randn(2, 5, 4, 32)
-    expected = gates(streams)
+    expected = gates.logits(streams)
     with torch.autocast("cpu", torch.bfloat16):
-        found = gates(streams)
+        found = gates.logits(streams)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
     half = make_model(**SECTIONS).to(torch.bfloat16)
-    assert half.model.connection.loops[0].read_gates(streams.bfloat16())[0].dtype == torch.float32
+    assert half.model.connection.reads[0].logits(streams.bfloat16())[0].dtype == torch.float32
     assert half.model.connection.write(streams.bfloat16(), streams[:, :, 0], 0).dtype == torch.bfloat16
 
 
@@ -371,9 +366,7 @@ def test_fields_that_do_not_fit_are_named(fields, match):
         make_config(**SECTIONS, **fields)
 
 
-def test_every_start_has_a_name_and_every_static_loop_its_own():
-    assert set(HYPER_INITS) == {"norm_preserving", "euler", "plain", "zero"}
+def test_static_loops_start_by_reading_one_stream_in_turn():
     connection = make_model(**SECTIONS, hyper_mixing="static", num_streams=2).model.connection
-    assert all(isinstance(loop, StaticLoop) for loop in connection.loops)
-    reading = [loop.weights[:2].tolist() for loop in connection.loops]
-    assert reading == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    assert [read.weights.tolist() for read in connection.reads] == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    assert [write.weights.tolist() for write in connection.writes] == [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]] * 3

@@ -109,6 +109,7 @@ class Optim:
     weight_decay: Number = 0.0  # of matrices and embeddings; norms and biases have none
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    final_share: Number = 0.0  # of the learning rate, where a schedule that falls ends
     label_smoothing: Number = 0.0  # of the cross-entropy, over the vocabulary
     clip: Number | None = None  # largest norm of the gradient
 
@@ -179,8 +180,9 @@ class Recipe:
                 raise ValueError(f"{name} must be >= 1, got {value}.")
         if len(self.optim.betas) != 2:
             raise ValueError(f"optim.betas must be two numbers, got {self.optim.betas}.")
-        if not 0 <= self.optim.label_smoothing < 1:
-            raise ValueError(f"optim.label_smoothing must be in [0, 1), got {self.optim.label_smoothing}.")
+        for name in ("label_smoothing", "final_share"):
+            if not 0 <= vars(self.optim)[name] < 1:
+                raise ValueError(f"optim.{name} must be in [0, 1), got {vars(self.optim)[name]}.")
         TASKS[self.data.task].check_fields(self)
         if self.init_from is not None:
             new = sorted(set(self.model) - KEEPS_WEIGHTS)
@@ -377,7 +379,7 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
     """Multiplier of the learning rates, `stage_step` updates into the stage and with `progress` in [0, 1] of the run.
 
     A linear warm-up, times: 1 (constant), 1 - progress (linear), half a cosine, or 1 and a linear end over the last
-    fifth (wsd).
+    fifth (wsd), of which `final_share` stays.
     """
     shape = {
         "constant": 1.0,
@@ -385,7 +387,9 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
         "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
         "wsd": min(1.0, 5.0 * (1.0 - progress)),
     }[optim.schedule]
-    return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
+    return (optim.final_share + (1.0 - optim.final_share) * shape) * min(
+        1.0, (stage_step + 1) / max(1, optim.warmup_steps)
+    )
 
 
 def save_model(model: LoopedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path):
@@ -465,6 +469,16 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedFor
             f"init_from: {recipe.init_from} has {len(tokenizer)} tokens, and a model for {config.vocab_size}."
         )
     return model
+
+
+def check_max_loops(config: LoopedConfig, asked: dict[str, int], eval_loops: list[int]):
+    """ValueError for a field of the recipe that asks for loops the model has no parameters for."""
+    for name, loops in (asked | {"eval_loops": max(eval_loops, default=1)}).items():
+        if config.max_num_loops is not None and loops > config.max_num_loops:
+            raise ValueError(
+                f"{name} asks for {loops} loops, and model.max_num_loops is {config.max_num_loops}: raise it, or ask "
+                "for fewer."
+            )
 
 
 def load_tokenizer(field_name: str, folder: str) -> PreTrainedTokenizerBase:
@@ -710,7 +724,7 @@ def main(recipe: Recipe) -> dict:
     """
     run = Path(recipe.output_dir) / recipe.name
     optim, curriculum = recipe.optim, recipe.curriculum
-    # Truncated back-propagation may leave the prelude without a gradient, which DDP must be told.
+    # What may be left without a gradient, which DDP must be told: the prelude, by truncated back-propagation.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=recipe.num_grad_loops is not None)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
@@ -743,12 +757,17 @@ def main(recipe: Recipe) -> dict:
         **task.generation,
     )
     gate_loops = recipe.gate_loops or looped.config.num_loops
+    check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": gate_loops}, recipe.eval_loops)
+    # And the parameters of loops that a batch does not run.
+    ddp.find_unused_parameters |= looped.config.loops_have_parameters
     set_seed(recipe.seed, device_specific=True)
     if recipe.gradient_checkpointing:
         looped.activation_checkpointing_enable()
     if recipe.compile:
-        for layer in (*looped.model.prelude, *looped.model.core, *looped.model.coda):
-            layer.compile()
+        # What a loop runs, piece by piece: the loop itself stays in Python, so that its length may vary.
+        pieces = [module for module in looped.model.connection.modules() if not list(module.children())]
+        for module in (*looped.model.prelude, *looped.model.core, *looped.model.coda, *pieces):
+            module.compile()
     model, *optimizers = accelerator.prepare(looped, *build_optimizers(looped, optim))
 
     # State: from the newest intact checkpoint, or the beginning.

@@ -69,6 +69,7 @@ def finish(process: subprocess.Popen):
 # Resume
 
 
+HYPER = ("--model.loop_connection=hyper", "--model.num_streams=2")
 DROPOUT = "--model.residual_dropout=0.2"
 
 
@@ -336,8 +337,16 @@ def test_label_smoothing_is_that_of_the_first_loss(recipe, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers_give_the_same_losses(recipe, tmp_path):
-    main(recipe("eager", "--optim.kind=adamw", "--max_steps=2", "--data.overrides.max_hops=3"))
-    main(recipe("compiled", "--optim.kind=adamw", "--max_steps=2", "--data.overrides.max_hops=3", "--compile=true"))
+    """Layers and, here, the gates that read and write the streams between loops."""
+    flags = [
+        "--optim.kind=adamw",
+        "--max_steps=2",
+        "--data.overrides.max_hops=3",
+        *HYPER,
+        "--model.hyper_gates=shared",
+    ]
+    main(recipe("eager", *flags))
+    main(recipe("compiled", *flags, "--compile=true"))
     assert [loss for _, loss in rows(tmp_path / "compiled")] == pytest.approx(
         [loss for _, loss in rows(tmp_path / "eager")], abs=1e-4
     )
@@ -358,6 +367,8 @@ def test_schedules():
         assert lr_factor(optim, 100, 1.0) == pytest.approx(float(schedule == "constant"), abs=1e-12)
     assert lr_factor(optim, 100, 0.8) == pytest.approx(1.0)
     assert lr_factor(optim, 100, 0.9) == pytest.approx(0.5)
+    cosine = train.Optim(schedule="cosine", final_share=0.1)
+    assert [lr_factor(cosine, 100, progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1])
 
 
 # Errors come before any work
@@ -432,6 +443,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):
         json.loads((checkpoint / "state.json").read_text())
 
 
+def test_loops_without_parameters_are_refused_before_training(recipe, tmp_path):
+    for flag, name in (("--gate_loops=5", "gate_loops"), ("--eval_loops=[2, 6]", "eval_loops"), (None, "depth")):
+        flags = [*HYPER, "--model.num_loops=2", "--depth={kind: fixed, mean: 2}", *([flag] if flag else [])]
+        flags += [] if flag else ["--depth={kind: fixed, mean: 3}"]
+        with pytest.raises(ValueError, match=f"{name} asks for .* loops, and model.max_num_loops is 2"):
+            main(recipe("run", *flags))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_help_names_every_field(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
@@ -489,8 +509,15 @@ def test_accumulated_blocks_are_one_batch(text, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_read_one_text(text, tmp_path):
-    """DDP over gloo; the main process tokenises, and both measure the held-out loss of one."""
-    flags = ["--optim.kind=adamw", "--accumulation_steps=2", "--data.validation_tokens=224"]
+    """DDP over gloo; the main process tokenises, and both measure the held-out loss of one. Of the loops, each with
+    gates of its own, a batch runs some: DDP would wait for ever for the gradients of the others."""
+    flags = [
+        *HYPER,
+        "--model.max_num_loops=4",
+        "--optim.kind=adamw",
+        "--accumulation_steps=2",
+        "--data.validation_tokens=224",
+    ]
     main(text("one", *flags))
     command = ["--nproc_per_node=2", "--master_port=29613", "train.py", str(TEXT_RECIPE), f"--output_dir={tmp_path}"]
     flags += [f"--data.files=[{tmp_path}/pages/*.txt]", "--data.vocab_size=280", "--name=two"]

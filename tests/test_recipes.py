@@ -18,12 +18,13 @@ from data_builders import DepthSampler, task_builder
 from looplab.benchmark import update_flops
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.modeling_looped import LoopedLayer
-from train import Recipe, main, read_recipe
+from train import Recipe, build_optimizers, main, read_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-FILES = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("paper/*.yaml")])
+HYPERLOOP = sorted(RECIPES.glob("hyperloop/paper/*.yaml"))
 PAPER = sorted(RECIPES.glob("paper/*.yaml"))
+FILES = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("hyperloop/*.yaml"), *PAPER, *HYPERLOOP])
 SPECIAL_TOKENS = 3  # of `hop_tokenizer`
 
 # Kohli et al. 2026, arXiv 2604.07822: 2,000 entities + 200 relations + 7, 200 + 10 + 7; L8 has twice the layers.
@@ -67,6 +68,46 @@ def test_the_papers_models_have_its_sizes(file):
     expected = PARAMETERS.get(recipe.name, PARAMETERS[recipe.data.task])
     assert model.num_parameters() == expected
     assert f"{expected:,} parameters" in " ".join(file.read_text().replace("\n#", "").split())
+
+
+# Zeitoun et al. 2026, arXiv 2604.21254, in millions, with the vocabulary counted once as they do.
+PUBLISHED = {
+    "transformer_16l": 238.3,
+    "looped_16l": 135.5,
+    "hyperloop_16l": 135.7,
+    "transformer_18l": 990.5,
+    "looped_18l": 579.4,
+    "hyperloop_18l": 579.7,
+    "transformer_38l": 2018.1,
+    "looped_38l": 990.5,
+    "hyperloop_38l": 990.8,
+}
+
+
+@pytest.mark.parametrize("file", HYPERLOOP, ids=lambda file: file.stem)
+def test_the_models_of_the_hyperloop_paper_have_its_sizes(file):
+    recipe = read_recipe(file)
+    with torch.device("meta"):
+        model = LoopedForCausalLM(LoopedConfig(**recipe.model))
+    all_of_it, once = model.num_parameters(), model.num_parameters() - model.lm_head.weight.numel()
+    assert once / 1e6 == pytest.approx(PUBLISHED[file.stem], abs=0.05)
+    assert f"{all_of_it:,} parameters, {once:,} with the vocabulary" in " ".join(file.read_text().split("\n# "))
+    assert set(PUBLISHED) == {file.stem for file in HYPERLOOP}
+
+
+def test_a_model_of_the_hyperloop_paper_takes_a_step():
+    """The smallest of the three sizes, in the recipe's precision; its text and tokenizer cannot be had offline."""
+    recipe = read_recipe(RECIPES / "hyperloop" / "paper" / "hyperloop_16l.yaml")
+    model = LoopedForCausalLM(LoopedConfig(**recipe.model)).train()
+    before = model.model.connection.reads[2].bias.clone()
+    ids = torch.randint(32_000, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    for optimizer in build_optimizers(model, recipe.optim):
+        optimizer.step()
+    assert loss.item() == pytest.approx(10.4, abs=0.5)  # ln 32,000
+    assert not torch.equal(model.model.connection.reads[2].bias, before)
 
 
 # Few rows, so that evaluation is short; the paper's model, loops and precision.

@@ -98,6 +98,7 @@ def test_the_models_of_the_hyperloop_paper_have_its_sizes(file):
 def test_a_model_of_the_hyperloop_paper_takes_a_step():
     """The smallest of the three sizes, in the recipe's precision; its text and tokenizer cannot be had offline."""
     recipe = read_recipe(RECIPES / "hyperloop" / "paper" / "hyperloop_16l.yaml")
+    torch.manual_seed(0)
     model = LoopedForCausalLM(LoopedConfig(**recipe.model)).train()
     before = model.model.connection.reads[2].bias.clone()
     ids = torch.randint(32_000, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -106,7 +107,8 @@ def test_a_model_of_the_hyperloop_paper_takes_a_step():
     loss.backward()
     for optimizer in build_optimizers(model, recipe.optim):
         optimizer.step()
-    assert loss.item() == pytest.approx(10.4, abs=0.5)  # ln 32,000
+    # ln 32,000, and half the variance of fresh logits: 1,024 products of weights of 0.02.
+    assert loss.item() == pytest.approx(10.37 + 0.2, abs=0.5)
     assert not torch.equal(model.model.connection.reads[2].bias, before)
 
 

@@ -3,6 +3,7 @@
     training   forward + backward + AdamW step, tokens/s; eager and with each layer compiled
     decode     `generate`, greedy, batch 1, new tokens/s; eager with a dynamic cache, compiled with a static one
     kv_bytes   bytes of the cache tensors per token, for each kv_sharing
+    hyper      training step of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
     halting    layer calls and wall time of the KL + entropy rule against fixed loops, on a trained run
 
 Both models run the same matrix products on the same tokens; the looped one has num_core_layers layers of weights,
@@ -100,7 +101,15 @@ def update_flops(config: LoopedConfig, batch: int, tokens: dict[int, float], loo
 
 def build_pair(width: int, work: Workload, kv_sharing: str = "per_loop") -> tuple[LoopedForCausalLM, LlamaForCausalLM]:
     """A looped model and a Llama of the same width whose depth is the loops unrolled; random weights."""
-    sizes = {
+    sizes = model_sizes(width, work)
+    looped = LoopedConfig(**sizes, num_core_layers=work.layers, num_loops=work.loops, kv_sharing=kv_sharing)
+    llama = LlamaConfig(**sizes, num_hidden_layers=work.layers * work.loops)
+    return LoopedForCausalLM(looped), LlamaForCausalLM(llama)
+
+
+def model_sizes(width: int, work: Workload) -> dict:
+    """Configuration fields that all sides of a comparison share."""
+    return {
         "vocab_size": work.vocab,
         "hidden_size": width,
         "intermediate_size": 3 * width,
@@ -112,9 +121,6 @@ def build_pair(width: int, work: Workload, kv_sharing: str = "per_loop") -> tupl
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    looped = LoopedConfig(**sizes, num_core_layers=work.layers, num_loops=work.loops, kv_sharing=kv_sharing)
-    llama = LlamaConfig(**sizes, num_hidden_layers=work.layers * work.loops)
-    return LoopedForCausalLM(looped), LlamaForCausalLM(llama)
 
 
 def training_step(model: PreTrainedModel, input_ids: torch.Tensor) -> Callable[[], None]:
@@ -142,9 +148,15 @@ def decoding(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, **ca
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each layer on its own, in place; the loop over them stays in Python."""
+    """Compile each layer, and what a loop reads and writes, on its own, in place; the loop stays in Python."""
     torch.compiler.reset()  # a second width would otherwise be compiled for sizes that may change
-    for layer in model.model.core if isinstance(model, LoopedForCausalLM) else model.model.layers:
+    inner = model.model
+    if isinstance(model, LoopedForCausalLM):
+        pieces = [module for module in inner.connection.modules() if not list(module.children())]
+        layers = [*inner.prelude, *inner.core, *inner.coda, *pieces]
+    else:
+        layers = inner.layers
+    for layer in layers:
         layer.compile()
 
 
@@ -161,12 +173,14 @@ def interleaved(first: Callable, second: Callable, rounds: int, warmup: int = 2)
     return [(seconds(first), seconds(second)) for _ in range(rounds)]
 
 
-def compared(pairs: Sequence[tuple[float, float]], amount: float) -> dict:
+def compared(
+    pairs: Sequence[tuple[float, float]], amount: float, sides: tuple[str, str] = ("looped", "llama")
+) -> dict:
     """`amount` per second of both sides, and first over second: the median of the pairs, with its range."""
     ratios = [theirs / ours for ours, theirs in pairs]
     return {
-        "looped": amount / median(ours for ours, _ in pairs),
-        "llama": amount / median(theirs for _, theirs in pairs),
+        sides[0]: amount / median(ours for ours, _ in pairs),
+        sides[1]: amount / median(theirs for _, theirs in pairs),
         "ratio": median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
@@ -191,6 +205,22 @@ def training_row(width: int, work: Workload, rounds: int, compiled: bool, peak: 
     flops = 3 * forward_flops(looped.config, work.batch, work.tokens, work.loops)
     gflops = flops / median(ours for ours, _ in pairs) / 1e9
     return row | {"batch": work.batch, "tokens": work.tokens, "gflops": gflops, "of_peak": gflops / peak}
+
+
+def hyper_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
+    """Hyperloop (arXiv 2604.21254) of begin 1, middle `layers` x 3 and end 1 against the plain loop of the same."""
+    sections = {"num_prelude_layers": 1, "num_core_layers": work.layers, "num_coda_layers": 1, "num_loops": 3}
+    sizes = model_sizes(width, work) | sections
+    plain = LoopedForCausalLM(LoopedConfig(**sizes))
+    hyper = LoopedForCausalLM(LoopedConfig(**sizes, loop_connection="hyper", loop_embedding="learned"))
+    if compiled:
+        compile_layers(hyper)
+        compile_layers(plain)
+    input_ids = torch.randint(1, work.vocab, (work.batch, work.tokens), generator=torch.Generator().manual_seed(0))
+    pairs = interleaved(training_step(hyper, input_ids), training_step(plain, input_ids), rounds)
+    row = {"measure": "hyper", "unit": "tokens/s", "mode": "compiled" if compiled else "eager", "width": width}
+    row |= compared(pairs, input_ids.numel(), ("hyper", "plain"))
+    return row | {"batch": work.batch, "tokens": work.tokens}
 
 
 def decode_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
@@ -319,6 +349,7 @@ def bench(
     plan = [lambda w=w, c=c: [training_row(w, work, rounds, c, peak)] for w in widths for c in modes]
     plan += [lambda w=w, c=c: [decode_row(w, work, rounds, c)] for w in widths for c in modes]
     plan += [lambda w=w, s=s: [kv_row(w, work, s)] for w in widths for s in ("per_loop", "last")]
+    plan += [lambda w=w, c=c: [hyper_row(w, work, rounds, c)] for w in widths for c in modes]
     plan += [] if run is None else [lambda: halting_rows(run, work, rounds)]
     facts = machine() | {"matmul_peak_gflops": peak, "layers": work.layers, "loops": work.loops}
     rows = []
@@ -340,7 +371,7 @@ def bench_table(rows: Sequence[dict]) -> str:
         f"{'':<10} {'mode':<23}{'width':>6}{'looped':>10}{'Llama':>10}  ratio",
     ]
     for row in rows:
-        if row["measure"] == "halting":
+        if row["measure"] in ("halting", "hyper"):
             continue
         line = f"{row['measure']:<10} {row['mode']:<23}{row['width']:>6}{row['looped']:>10.0f}{row['llama']:>10.0f}"
         line += f"  {row['ratio']:.2f}"
@@ -351,6 +382,16 @@ def bench_table(rows: Sequence[dict]) -> str:
         if "gflops" in row:
             line += f"; {row['gflops']:.1f} GFLOP/s, {100 * row['of_peak']:.0f} % of peak"
         text.append(line)
+    streams = [row for row in rows if row["measure"] == "hyper"]
+    if streams:
+        text.append(
+            "\nfour gated streams between loops (hyper) against the plain loop, training, 1 -> 2 x 3 -> 1 layers"
+        )
+    for row in streams:
+        text.append(
+            f"{row['measure']:<10} {row['mode']:<23}{row['width']:>6}{row['hyper']:>10.0f}{row['plain']:>10.0f}"
+            f"  {row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f}) {row['unit']}"
+        )
     halting = [row for row in rows if row["measure"] == "halting"]
     if halting:
         text.append(f"\nhalting on {halting[0]['run']}, {halting[0]['rows']} rows of mixed hops")

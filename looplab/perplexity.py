@@ -80,7 +80,8 @@ def block_losses(
             for chosen in numbers.split(num_rows):
                 rows = {name: value.to(model.device) for name, value in blocks.rows(chosen).items()}
                 logits = model(input_ids=rows["input_ids"], num_loops=num_loops, use_cache=False).logits  # (b, T, V)
-                each = F.cross_entropy(logits.mT.float(), rows["shift_labels"], reduction="none")  # (b, T)
+                logits, labels = logits.flatten(0, 1).float(), rows["shift_labels"].flatten()
+                each = F.cross_entropy(logits, labels, reduction="none").view(len(chosen), -1)  # (b, T)
                 parts.append(each.double().mean(1).cpu())
                 bar.update(num_loops * len(chosen))
             losses[num_loops] = torch.cat(parts)
@@ -90,12 +91,16 @@ def block_losses(
 def text_rows(losses: dict[int, torch.Tensor], tokens: int, text: str) -> list[dict]:
     """The lines of text.jsonl, see the module docstring."""
     intervals = bootstrap_intervals(torch.stack(list(losses.values())).numpy())
-    return [
-        {"loops": num_loops, "loss": each.mean().item(), "perplexity": perplexity(each.mean().item())}
-        | {"interval": [perplexity(bound) for bound in interval], "tokens": tokens, "text": text}
-        | {"block_losses": each.tolist()}
-        for (num_loops, each), interval in zip(losses.items(), intervals, strict=True)
-    ]
+    rows = []
+    for (num_loops, each), (low, high) in zip(losses.items(), intervals, strict=True):
+        loss = each.mean().item()
+        # Rounding may leave the mean itself outside where all blocks are alike: an error bar of negative length.
+        bounds = [perplexity(min(low, loss)), perplexity(max(high, loss))]
+        rows.append(
+            {"loops": num_loops, "loss": loss, "perplexity": perplexity(loss), "interval": bounds}
+            | {"tokens": tokens, "text": text, "block_losses": each.tolist()}
+        )
+    return rows
 
 
 def perplexity(loss: float) -> float:

@@ -153,6 +153,15 @@ def test_spread_blocks_are_each_there_once():
     assert spread_blocks(3, None).tolist() == [0, 1, 2]
 
 
+def test_the_interval_of_blocks_that_are_alike_is_their_loss():
+    """Sums in another order round to another mean, which would lie outside."""
+    for count, loss in ((1, 3.1), (3, 0.1), (7, 3.3), (104, 3.4618)):
+        [row] = perplexity.text_rows({2: torch.full((count,), loss, dtype=torch.float64)}, 32 * count, "digest")
+        low, high = row["interval"]
+        assert low <= row["perplexity"] <= high
+        assert (low, high) == pytest.approx((exp(loss), exp(loss)))
+
+
 def test_how_many_rows_go_through_the_model_at_once_does_not_matter(runs, monkeypatch):
     whole = [row["block_losses"] for row in runs[0].text()]
     monkeypatch.setattr(perplexity, "TOKENS", 1)

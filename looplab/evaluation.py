@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from data_builders import load_task
 
+from .readers import HopReader, reader_of
 from .results import THRESHOLDS, hops_solved, wilson_interval
 from .runs import AGAIN, Run, open_run, to_json_lines, write_whole
 from .traces import Trace, joined, trace
 
-HOP_TASKS = ("khop", "composition")
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_LOOPS = 50  # how far overthinking is followed
 TRAIN_ROWS = 1000  # rows of each (hops, split_kind) group of the train split: a check of memory, not a result
@@ -128,7 +128,7 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
         ValueError: the task has no hops, max_hops is given and it is not k-hop, or it is below the trained hops.
     """
     data = run.recipe()["data"]
-    if data["task"] not in HOP_TASKS:
+    if not isinstance(reader_of([run]), HopReader):
         raise ValueError(f"{run.folder} is a run on {data['task']}, which has no hops: `looped eval` measures it.")
     overrides = {"seed": data["seed"]} | data["overrides"]
     if max_hops is not None:

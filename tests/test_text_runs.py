@@ -155,7 +155,7 @@ def test_spread_blocks_are_each_there_once():
 
 def test_the_interval_of_blocks_that_are_alike_is_their_loss():
     """Sums in another order round to another mean, which would lie outside."""
-    for count, loss in ((1, 3.1), (3, 0.1), (7, 3.3), (104, 3.4618)):
+    for count, loss in ((1, 3.1), (55, 2.7), (102, 3.1)):
         [row] = perplexity.text_rows({2: torch.full((count,), loss, dtype=torch.float64)}, 32 * count, "digest")
         low, high = row["interval"]
         assert low <= row["perplexity"] <= high

@@ -56,6 +56,7 @@ from data_builders import (
     dataset_tokenizer,
     encode_groups,
     load_task,
+    load_text,
 )
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
@@ -628,10 +629,8 @@ class TextTask:
     def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator):
         self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
         data = recipe.data
-        named = {} if data.files is None else {"files": data.files}
-        config = "files" if named or "dataset" in data.overrides else "corpus"
         with accelerator.main_process_first():
-            dataset = load_task("text", config, **({"seed": data.seed} | named | data.overrides))
+            dataset = load_text(data.files, **({"seed": data.seed} | data.overrides))
             if recipe.init_from is not None:
                 self.tokenizer = load_tokenizer("init_from", recipe.init_from)
             elif data.tokenizer is not None:

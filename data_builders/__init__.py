@@ -16,7 +16,7 @@ from .batching import (
 from .composition import Composition, CompositionConfig
 from .khop import Khop, KhopConfig
 from .multiple_choice import MultipleChoice, MultipleChoiceConfig
-from .tasks import export_parquet, load_task, task_builder
+from .tasks import export_parquet, load_task, load_text, task_builder
 from .text import Text, TextConfig
 from .tokenizers import dataset_byte_bpe, dataset_tokenizer, hop_tokenizer, train_byte_bpe
 
@@ -44,6 +44,7 @@ __all__ = [
     "export_parquet",
     "hop_tokenizer",
     "load_task",
+    "load_text",
     "stack_rows",
     "task_builder",
     "train_byte_bpe",

@@ -49,6 +49,16 @@ def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = Non
     return builder.as_dataset()
 
 
+def load_text(files: list[str] | None, /, *, cache_dir: str | Path | None = None, **overrides) -> DatasetDict:
+    """Splits of the task text: of `files`, of a `dataset` among the overrides, or of the fetched corpus.
+
+    Raises ValueError as `task_builder`.
+    """
+    named = {} if files is None else {"files": files}
+    config = "files" if named or "dataset" in overrides else "corpus"
+    return load_task("text", config, cache_dir=cache_dir, **(named | overrides))
+
+
 def export_parquet(
     name: str, config_name: str, folder: str | Path, *, cache_dir: str | Path | None = None, **overrides
 ) -> Path:

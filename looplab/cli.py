@@ -19,19 +19,19 @@ def positive(text: str) -> int:
 
 
 def run_eval(arguments) -> None:
-    from .evaluation import evaluate_run, print_grid
-    from .results import depth_text
+    from .readers import reader_of
     from .runs import open_run
 
-    path = evaluate_run(
-        arguments.run,
+    run = open_run(arguments.run)
+    reader = reader_of([run])
+    path = reader.evaluate(
+        run,
         loops=arguments.loops,
         limit=arguments.limit,
         max_loops=arguments.max_loops,
         max_hops=arguments.max_hops,
     )
-    print_grid(open_run(arguments.run))
-    print(f"\n{depth_text(open_run(arguments.run))}")
+    reader.show(run)
     print(f"\nwritten to {path}")
 
 
@@ -47,17 +47,20 @@ def run_halting(arguments) -> None:
 
 
 def run_plot(arguments) -> None:
-    from .figures import plot_runs
+    from .readers import reader_of
+    from .runs import open_run
 
-    for path in plot_runs(arguments.runs, arguments.output):
+    runs = [open_run(folder) for folder in arguments.runs]
+    for path in reader_of(runs).plot(runs, arguments.output):
         print(path)
 
 
 def run_table(arguments) -> None:
+    from .readers import reader_of
     from .runs import open_run
-    from .seeds import markdown_table
 
-    print(markdown_table([open_run(folder) for folder in arguments.runs]))
+    runs = [open_run(folder) for folder in arguments.runs]
+    print(reader_of(runs).table(runs, arguments.against))
 
 
 def run_lens(arguments) -> None:
@@ -154,18 +157,22 @@ def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("eval", help="accuracy over loops x hops, to RUN/grid.jsonl and RUN/loops.jsonl")
+    command = commands.add_parser(
+        "eval", help="accuracy over loops x hops, to RUN/grid.jsonl and RUN/loops.jsonl; perplexity, to RUN/text.jsonl"
+    )
     command.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
     command.add_argument(
-        "--loops", type=positive, nargs="+", metavar="R", help="loop counts (default: 1 2 3 4 6 8 12 16)"
-    )
-    command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
-    command.add_argument(
-        "--max-loops",
+        "--loops",
         type=positive,
-        default=50,
+        nargs="+",
         metavar="R",
-        help="follow held-out rows so far (default: %(default)s)",
+        help="loop counts (default: 1 2 3 4 6 8 12 16; of text the model's own and the recipe's eval_loops)",
+    )
+    command.add_argument(
+        "--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind, or blocks of text"
+    )
+    command.add_argument(
+        "--max-loops", type=positive, metavar="R", help="follow held-out rows so far (default: 50; not for text)"
     )
     command.add_argument("--max-hops", type=positive, metavar="K", help="test chains of up to K hops (khop only)")
     command.set_defaults(call=run_eval)
@@ -179,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
     command.set_defaults(call=run_halting)
 
-    command = commands.add_parser("plot", help="heat map and training curves, to RUN/figures/*.png")
+    command = commands.add_parser("plot", help="heat map or perplexity, and training curves, to RUN/figures/*.png")
     command.add_argument(
         "runs", metavar="RUN", nargs="+", help="run folders; those of one recipe are also drawn as one"
     )
@@ -192,6 +199,9 @@ def parser() -> argparse.ArgumentParser:
         "table", help="Markdown table of runs, those of one recipe as mean [lowest, highest]"
     )
     command.add_argument("runs", metavar="RUN", nargs="+")
+    command.add_argument(
+        "--against", metavar="GROUP", help="compare the other groups to this one, seed by seed (text only)"
+    )
     command.set_defaults(call=run_table)
 
     command = commands.add_parser("lens", help="where a chain's entities are readable and causal, to RUN/lens.jsonl")

@@ -25,12 +25,12 @@ MOST_LINES = 6
 Group = tuple[str, Sequence[Run]]
 
 
-def band_words(groups: Sequence[Group]) -> str:
-    """What the bands of a figure are."""
+def band_words(groups: Sequence[Group], alone: str = "95 % Wilson interval of one run's rows") -> str:
+    """What the bands of a figure are; `alone` says what that of a group of one run is."""
     seeds = sorted({len(runs) for _, runs in groups})
     several = [str(count) for count in seeds if count > 1]
     words = [f"95 % t-interval over {' or '.join(several)} seeds"] if several else []
-    return "band: " + "; ".join(words + (["95 % Wilson interval of one run's rows"] if 1 in seeds else []))
+    return "band: " + "; ".join(words + ([alone] if 1 in seeds else []))
 
 
 def tidy(axes, ylabel: str, xlabel: str) -> None:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from data_builders import load_task
 
+from .readers import HopReader, reader_of
 from .results import THRESHOLDS, hops_solved, wilson_interval
 from .runs import AGAIN, Run, open_run, to_json_lines, write_whole
 from .traces import Trace, joined, trace
@@ -124,9 +125,11 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
         max_hops: test up to this hop count instead of the recipe's; the rows of the other hop counts stay the same.
 
     Raises:
-        ValueError: the task is not k-hop, or max_hops is below the trained hops.
+        ValueError: the task has no hops, max_hops is given and it is not k-hop, or it is below the trained hops.
     """
     data = run.recipe()["data"]
+    if not isinstance(reader_of([run]), HopReader):
+        raise ValueError(f"{run.folder} is a run on {data['task']}, which has no hops: `looped eval` measures it.")
     overrides = {"seed": data["seed"]} | data["overrides"]
     if max_hops is not None:
         if data["task"] != "khop":

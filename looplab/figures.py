@@ -2,7 +2,8 @@
 
 Each run's own go to RUN/figures/: grid.png and training.png (plots.py), and as far as it has the files, hops.png and
 loops.png (of `looped eval`), halting.png (of `looped halting`), learning.png (composition). Several runs are grouped
-by recipe, and the figures of groups (curves.py) go to one folder, with the group in their names.
+by recipe, and the figures of groups (curves.py) go to one folder, with the group in their names. Runs on text have
+their own (text_plots.py): training.png, and once evaluated perplexity.png; of groups held_out.png and perplexity.png.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from .curves import Group, halting_figure, hops_figure, learning_figure, loops_f
 from .plots import heat_map, save, training_curves
 from .runs import Run, open_run
 from .seeds import group_runs
+from .text_plots import held_out_figure, perplexity_figure, training_figure
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
@@ -31,11 +33,40 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -
         paths += draw([(run.name, [run])], lambda kind, _, figures=figures: figures / f"{kind}.png")
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
-        folder = Path(output or runs[0].folder.parent / "figures" / "_and_".join(name for name, _ in groups))
+        folder = groups_folder(runs, groups, output)
         several = [(name, members) for name, members in groups if len(members) > 1]
         paths += [save(heat_map(members), folder / f"grid_{name}.png") for name, members in several]
         paths += draw(groups, lambda kind, name: folder / f"{kind}{'_' if name else ''}{name}.png")
     return paths
+
+
+def plot_text_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
+    """As `plot_runs`, for runs on text; those that were not evaluated, or at one loop count, get no perplexity.png.
+
+    Raises:
+        ValueError: a run has no held-out losses yet, or the runs of a group none after the same tokens.
+    """
+    paths = []
+    for run in runs:
+        paths.append(save(training_figure(run), run.folder / "figures" / "training.png"))
+        paths += draw_perplexity([(run.name, [run])], run.folder / "figures")
+    if len(runs) > 1:
+        groups = list(group_runs(runs).items())
+        folder = groups_folder(runs, groups, output)
+        paths += [save(held_out_figure(groups), folder / "held_out.png"), *draw_perplexity(groups, folder)]
+    return paths
+
+
+def draw_perplexity(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """perplexity.png in `folder`, if all runs were evaluated and at more than one loop count."""
+    evaluated = all_have([run for _, members in groups for run in members], "text.jsonl")
+    figure = perplexity_figure(groups) if evaluated else None
+    return [] if figure is None else [save(figure, folder / "perplexity.png")]
+
+
+def groups_folder(runs: Sequence[Run], groups: Sequence[Group], output: str | Path | None) -> Path:
+    """`output`, or figures/<groups> beside the first run."""
+    return Path(output or runs[0].folder.parent / "figures" / "_and_".join(name for name, _ in groups))
 
 
 def draw(groups: Sequence[Group], path: Callable[[str, str], Path]) -> list[Path]:

@@ -338,7 +338,8 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
 def text_comparison(base: Sequence[dict], other: Sequence[dict], seed: int = 0) -> str:
     """Blocks of `other` against the same blocks of the base model, in words: change of the loss with its bootstrap
     95 % interval and Wilcoxon's p, mean agreement and KL."""
-    from .harness import bootstrap_intervals, wilcoxon_p
+    from .bootstrap import bootstrap_intervals
+    from .harness import wilcoxon_p
 
     changes = np.subtract([row["nll"] for row in other], [row["nll"] for row in base])
     [(low, high)] = bootstrap_intervals(changes[None], seed)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import MultipleChoice
 
+from .bootstrap import bootstrap_intervals
 from .pretrained import fetched
 
 try:
@@ -29,7 +30,6 @@ except ImportError as error:
     raise ValueError("the harness needs lm-eval: pip install 'looped-transformers[eval]'.") from error
 
 TASKS = Path(__file__).parent / "tasks"
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,6 @@ def compare(
         nats_interval=nats_interval,
         wilcoxon_p=wilcoxon_p(gains[1]),
     )
-
-
-def bootstrap_intervals(gains: np.ndarray, seed: int = 0) -> list[tuple[float, float]]:
-    """(M, N) values of N items -> for each of the M rows the interval that holds 95 % of the bootstrap means."""
-    rng, items = np.random.default_rng(seed), gains.shape[1]
-    means = np.stack([gains[:, rng.integers(items, size=items)].mean(1) for _ in range(RESAMPLES)])
-    return [(float(low), float(high)) for low, high in np.quantile(means, [0.025, 0.975], 0).T]
 
 
 def wilcoxon_p(gains: np.ndarray) -> float:

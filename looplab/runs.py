@@ -6,8 +6,9 @@ model/          weights, config, tokenizer, model code   at the end
 summary.json    what was reached                         at the end
 grid.jsonl      accuracy over loops x hops               `looped eval`
 loops.jsonl     held-out accuracy and margin, every loop `looped eval`
+text.jsonl      test perplexity by loops (task text)     `looped eval`
 halting.jsonl   accuracy against loops, time saved       `looped halting`
-evaluation.json chance level and row limit               `looped eval`
+evaluation.json limit; chance level, or size of a model  `looped eval`
 snapshots/      the model at steps the recipe names      while training
 lens*.jsonl     what states say and cause                `looped lens`
 figures/        PNG                                      `looped plot`, `looped lens`
@@ -38,6 +39,13 @@ class Run:
     def recipe(self) -> dict:
         return self._parse("recipe.yaml", yaml.safe_load, "was it written by train.py?")
 
+    def task(self) -> str:
+        """Name of the task in the recipe."""
+        try:
+            return self.recipe()["data"]["task"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder}/recipe.yaml has no data.task: was it written by train.py?") from error
+
     def summary(self) -> dict:
         return self._parse("summary.json", json.loads, UNFINISHED)
 
@@ -49,6 +57,9 @@ class Run:
 
     def loops(self) -> list[dict]:
         return self._parse("loops.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+
+    def text(self) -> list[dict]:
+        return self._parse("text.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
 
     def halting(self) -> list[dict]:
         return self._parse("halting.jsonl", json_lines, f"run `looped halting {self.folder}` first.")

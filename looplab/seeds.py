@@ -69,7 +69,7 @@ def span(values: Iterable[float | None], digits: int = 0, scale: float = 1) -> s
     known = [scale * value for value in values if value is not None]
     if not known:
         return "-"
-    mean, low, high = (f"{value:.{digits}f}" for value in (fmean(known), min(known), max(known)))
+    mean, low, high = (f"{value:,.{digits}f}" for value in (fmean(known), min(known), max(known)))
     return low if low == high else f"{mean} [{low}, {high}]"
 
 
@@ -96,6 +96,11 @@ def markdown_table(runs: Sequence[Run]) -> str:
                 cells[f"{rule}: speed"] = span((fact[rule]["time"][1] for fact in halted), 2)
                 cells[f"{rule}: most points lost"] = span((fact[rule]["largest_loss"] for fact in halted), 1, 100)
         rows.append(cells)
+    return to_markdown(rows)
+
+
+def to_markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table of cells by column; - where a row lacks a column that another has."""
     columns = list(dict.fromkeys(column for cells in rows for column in cells))
     lines = [columns, ["---"] * len(columns)] + [[cells.get(column, "-") for column in columns] for cells in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_builders import MultipleChoice
-from looplab import harness
+from looplab import bootstrap, harness
 from looplab.cli import main
 from looplab.harness import answer_logprob, compare, mcnemar_p, score, task_names
 from toys import FP32, SIZES, make_model
@@ -271,7 +271,7 @@ def test_mcnemar_is_the_coin():
 
 def test_an_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
     """95 % of the intervals hold the true difference, give or take four standard errors of 120 draws."""
-    monkeypatch.setattr(harness, "RESAMPLES", 200)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 200)
     rng = np.random.default_rng(0)
     held = []
     for _ in range(120):

@@ -1,0 +1,155 @@
+"""Perplexity of a trained run on text, at several loop counts: what `looped eval` does for the task text.
+
+    blocks       of the test split, which shares no document with train and validation, under the run's own tokenizer
+    block loss   mean cross-entropy of a block's tokens, in nats
+    loss         mean of the block losses: nats per token; perplexity = exp(loss)
+    interval     95 % of the bootstrap over blocks, of the perplexity
+
+    text.jsonl   a line per loop count: loops, loss, perplexity, interval, tokens, text (digest of the blocks), and
+                 block_losses in the order of the blocks: runs with the same digest may be compared block by block
+    evaluation.json  limit, num_loops (the model's own) and parameters, see `count_parameters`
+
+What is evaluated is what ships: the model is loaded from `RUN/model` with that folder's own code.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import TextBlocks, load_text
+
+from .bootstrap import bootstrap_intervals
+from .evaluation import load_run_model
+from .runs import Run, open_run, to_json_lines, write_whole
+
+TOKENS = 2048  # that go through the model at once: their logits are this times the vocabulary
+
+
+def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> TextBlocks:
+    """Blocks of the test split of the run's text, of the length it was trained on.
+
+    Raises:
+        ValueError: the text is not the one the run was trained on (files changed, or another working folder), or its
+            test split is too small for a block.
+    """
+    data = run.recipe()["data"]
+    splits = load_text(data["files"], **({"seed": data["seed"]} | data["overrides"]))
+    trained_on = run.summary()["train_tokens"]
+    found = TextBlocks(splits["train"], tokenizer, data["sequence_length"]).num_tokens
+    if found != trained_on:
+        raise ValueError(
+            f"the text of {run.folder} has {found} training tokens now and had {trained_on} when it was trained, so "
+            "its test split may be known to the model: restore the files its recipe names, or train again."
+        )
+    return TextBlocks(splits["test"], tokenizer, data["sequence_length"])
+
+
+def spread_blocks(total: int, limit: int | None) -> torch.Tensor:
+    """Numbers (N,) of at most `limit` of `total` blocks, evenly spread with the first and the last among them."""
+    if limit is None or limit >= total:
+        return torch.arange(total)
+    return torch.linspace(0, total - 1, limit, dtype=torch.float64).long()  # strictly rising
+
+
+def text_digest(blocks: TextBlocks, numbers: torch.Tensor) -> str:
+    """Short SHA-256 of the tokens of the blocks, and of how long a block is."""
+    rows = blocks.rows(numbers)
+    parts = [f"{blocks.sequence_length}\n".encode(), *(rows[name].numpy().tobytes() for name in sorted(rows))]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+@torch.inference_mode()
+def block_losses(
+    model: PreTrainedModel, blocks: TextBlocks, numbers: torch.Tensor, loops: Sequence[int]
+) -> dict[int, torch.Tensor]:
+    """Loop count -> mean cross-entropy (N,) of each block in `numbers` (N,), in nats per token, float64.
+
+    The largest loop count comes first, so that one the model cannot run is refused before any work.
+    """
+    num_rows = max(1, TOKENS // blocks.sequence_length)
+    losses = {}
+    with tqdm(total=sum(loops) * len(numbers), desc="evaluating", unit="loop", unit_scale=True, mininterval=1) as bar:
+        for num_loops in sorted(loops, reverse=True):
+            parts = []
+            for chosen in numbers.split(num_rows):
+                rows = {name: value.to(model.device) for name, value in blocks.rows(chosen).items()}
+                logits = model(input_ids=rows["input_ids"], num_loops=num_loops, use_cache=False).logits  # (b, T, V)
+                logits, labels = logits.flatten(0, 1).float(), rows["shift_labels"].flatten()
+                each = F.cross_entropy(logits, labels, reduction="none").view(len(chosen), -1)  # (b, T)
+                parts.append(each.double().mean(1).cpu())
+                bar.update(num_loops * len(chosen))
+            losses[num_loops] = torch.cat(parts)
+    return {num_loops: losses[num_loops] for num_loops in sorted(losses)}
+
+
+def text_rows(losses: dict[int, torch.Tensor], tokens: int, text: str) -> list[dict]:
+    """The lines of text.jsonl, see the module docstring."""
+    intervals = bootstrap_intervals(torch.stack(list(losses.values())).numpy())
+    rows = []
+    for (num_loops, each), (low, high) in zip(losses.items(), intervals, strict=True):
+        loss = each.mean().item()
+        # Rounding may leave the mean itself outside where all blocks are alike: an error bar of negative length.
+        bounds = [perplexity(min(low, loss)), perplexity(max(high, loss))]
+        rows.append(
+            {"loops": num_loops, "loss": loss, "perplexity": perplexity(loss), "interval": bounds}
+            | {"tokens": tokens, "text": text, "block_losses": each.tolist()}
+        )
+    return rows
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); not math.exp, which raises where the loss of a model that went astray is too large."""
+    return torch.tensor(loss, dtype=torch.float64).exp().item()
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of a looped model in three accountings.
+
+    all               every one; a tied matrix counts once
+    one_vocabulary    without the output embedding where it is a matrix of its own: as if embeddings were tied
+    layers            those of prelude, core, coda and the loop connection: no embeddings and no norm between them
+    """
+    everything = model.num_parameters()
+    embedding, unembedding = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    base = model.base_model
+    return {
+        "all": everything,
+        "one_vocabulary": everything - (0 if unembedding is embedding else unembedding.numel()),
+        "layers": count(
+            p for part in (base.prelude, base.core, base.coda, base.connection) for p in part.parameters()
+        ),
+    }
+
+
+def count(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:
+    """Write RUN/text.jsonl and RUN/evaluation.json, see the module docstring; returns the first.
+
+    Args:
+        folder: a finished run on text.
+        loops: loop counts; the model's own and the recipe's `eval_loops` unless given.
+        limit: at most so many blocks, the same ones every time; all unless given.
+
+    Raises:
+        ValueError: no such run, it has not finished, its text has changed, or the model cannot run so many loops.
+    """
+    run = open_run(folder)
+    run.summary()  # says so if the training has not finished
+    model, tokenizer = load_run_model(run)
+    blocks = run_blocks(run, tokenizer)
+    numbers = spread_blocks(len(blocks), limit)
+    own = model.config.num_loops
+    losses = block_losses(model, blocks, numbers, sorted(set(loops or [own, *run.recipe()["eval_loops"]])))
+    rows = text_rows(losses, len(numbers) * blocks.sequence_length, text_digest(blocks, numbers))
+    facts = {"limit": limit, "num_loops": own, "parameters": count_parameters(model)}
+    write_whole(run.folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
+    return write_whole(run.folder / "text.jsonl", to_json_lines(rows))

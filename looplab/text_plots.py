@@ -1,0 +1,144 @@
+"""Figures of runs on text: loss over the tokens of the training, perplexity over loops.
+
+    training     batch losses, and the held-out loss at each loop count that was checked      one run
+    held_out     held-out loss against training tokens                                        all groups in one
+    perplexity   test perplexity against loops                                                all groups in one
+
+A band is the 95 % t-interval over the runs of a group; where a group is one run, that of the bootstrap over its test
+blocks, or none for held-out losses.
+"""
+
+from collections.abc import Sequence
+
+from .curves import MARKS, PALETTE, Group, band_words, tidy
+from .plots import COLOURS, FRAME, Figure, colormaps
+from .runs import Run
+from .seeds import t_interval
+
+from matplotlib.ticker import EngFormatter, NullLocator  # isort: skip (plots.py says what to install)
+
+TOKENS_LABEL = "training tokens"
+
+
+def check_rows(run: Run) -> list[dict]:
+    """Rows of metrics.jsonl with a held-out loss, `tokens` added: batches are alike, so these follow from the step.
+
+    Raises:
+        ValueError: there are none, or no training rows, yet.
+    """
+    rows = run.metrics()
+    trained = [row for row in rows if "loss" in row]
+    checks = [row for row in rows if "held_out" in row]
+    if not trained or not checks:
+        raise ValueError(f"{run.folder}/metrics.jsonl has no training and held-out rows yet; wait for the first ones.")
+    per_step = trained[0]["tokens"] / trained[0]["step"]
+    return [row | {"tokens": row["step"] * per_step} for row in checks]
+
+
+def label_tokens(axes) -> None:
+    """Tokens as 1 k, 1 M, 1 G."""
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+
+
+def training_figure(run: Run) -> Figure:
+    """Batch losses and held-out losses over training tokens: vermilion at the run's own loop count, shades at the
+    recipe's eval_loops."""
+    checks = check_rows(run)
+    steps = [row for row in run.metrics() if "loss" in row]
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    # Not smoothed: an average that lags behind a falling loss would look worse than the held-out one.
+    batches = [row["tokens"] for row in steps], [row["loss"] for row in steps]
+    axes.plot(*batches, ".", color="0.75", markersize=3, label="logged batches")
+    x = [row["tokens"] for row in checks]
+    held_out = [row["held_out"]["loss"] for row in checks]
+    axes.plot(x, held_out, "o-", color=FRAME, markersize=5, linewidth=3, label="held out, own loops")
+    counts = sorted({int(count) for row in checks for count in row.get("held_out_at_loops", {})})
+    for index, count in enumerate(counts):
+        # The lightest part of the map does not show on white.
+        shade = colormaps[COLOURS](0.8 * index / max(len(counts) - 1, 1))
+        seen = [row for row in checks if str(count) in row.get("held_out_at_loops", {})]
+        points = [row["tokens"] for row in seen], [row["held_out_at_loops"][str(count)]["loss"] for row in seen]
+        axes.plot(*points, "o-", color=shade, markersize=3, linewidth=1.4, label=f"held out, {loops_word(count)}")
+    label_tokens(axes)
+    tidy(axes, "loss (nats per token)", TOKENS_LABEL)
+    axes.set_title(f"{run.name}: {steps[-1]['step']:,} updates", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    return figure
+
+
+def loops_word(count: int) -> str:
+    return f"{count} loop" if count == 1 else f"{count} loops"
+
+
+def held_out_figure(groups: Sequence[Group]) -> Figure:
+    """Held-out loss at the runs' own loop counts, over the tokens at which all runs of a group were checked."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, runs) in enumerate(groups):
+        by_tokens = [{row["tokens"]: row["held_out"]["loss"] for row in check_rows(run)} for run in runs]
+        shared = sorted(set.intersection(*map(set, by_tokens)))
+        if not shared:
+            raise ValueError(f"the runs of {name} have no check after the same tokens: wait, or plot them one by one.")
+        points = [t_interval([losses[tokens] for losses in by_tokens]) for tokens in shared]
+        draw_band(axes, shared, points, index, name, shaded=len(runs) > 1)
+    label_tokens(axes)
+    tidy(axes, "held-out loss (nats per token)", TOKENS_LABEL)
+    several = [group for group in groups if len(group[1]) > 1]
+    if several:
+        axes.set_title(band_words(several), fontsize=9, color="0.3", loc="left")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_band(axes, x: Sequence[float], points: Sequence[tuple], index: int, label: str, *, shaded: bool) -> None:
+    """A line through (middle, low, high) `points`, and its band; of one point, that and its error bar."""
+    middle, low, high = zip(*points, strict=True)
+    colour, mark = PALETTE[index % len(PALETTE)], MARKS[index % len(MARKS)]
+    if len(points) == 1:
+        errors = [[middle[0] - low[0]], [high[0] - middle[0]]]
+        axes.errorbar(x, middle, errors, fmt=mark, markersize=4.5, capsize=3, color=colour, label=label)
+        return
+    axes.plot(x, middle, marker=mark, markersize=4.5, linewidth=1.8, color=colour, label=label)
+    if shaded:
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def loop_points(runs: Sequence[Run]) -> dict[int, tuple[float, float, float]]:
+    """Loop count -> (mean, low, high) of the test perplexity, where all of a group's runs were measured."""
+    by_loops = [{row["loops"]: row for row in run.text()} for run in runs]
+    points = {}
+    for count in sorted(set.intersection(*map(set, by_loops))):
+        rows = [rows[count] for rows in by_loops]
+        alone = rows[0]["perplexity"], *rows[0]["interval"]
+        points[count] = alone if len(rows) == 1 else t_interval([row["perplexity"] for row in rows])
+    return points
+
+
+def perplexity_figure(groups: Sequence[Group]) -> Figure | None:
+    """Test perplexity over loops, those of the training shaded; None where fewer than two loop counts were measured.
+
+    Groups with a single loop count, such as plain stacks, are points with error bars.
+    """
+    measured = [(name, loop_points(runs)) for name, runs in groups]
+    counts = sorted({count for _, points in measured for count in points})
+    if len(counts) < 2:
+        return None
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(measured):
+        if points:
+            draw_band(axes, list(points), list(points.values()), index, name, shaded=True)
+    spans = {run.trained_loops() for _, runs in groups for run in runs}
+    if len(spans) == 1:
+        [(first, last)] = spans
+        axes.axvspan(first - 0.5, last + 0.5, color=FRAME, alpha=0.08, linewidth=0, label="loops in training")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, counts)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
+    tidy(axes, "test perplexity", "loops at inference (logarithmic)")
+    bands = band_words(groups, "95 % bootstrap interval over one run's test blocks")
+    axes.set_title(bands, fontsize=9, color="0.3", loc="left")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure

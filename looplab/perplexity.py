@@ -14,7 +14,7 @@ What is evaluated is what ships: the model is loaded from `RUN/model` with that 
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -113,22 +113,17 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
     all               every one; a tied matrix counts once
     one_vocabulary    without the output embedding where it is a matrix of its own: as if embeddings were tied
-    layers            those of prelude, core, coda and the loop connection: no embeddings and no norm between them
+    layers            without both, and without a table of positions: layers, norms and what is between loops
     """
-    everything = model.num_parameters()
     embedding, unembedding = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    base = model.base_model
+    everything = model.num_parameters()
+    one_vocabulary = everything - (0 if unembedding is embedding else unembedding.numel())
+    positions = sum(parameter.numel() for parameter in model.base_model.positions.parameters())
     return {
         "all": everything,
-        "one_vocabulary": everything - (0 if unembedding is embedding else unembedding.numel()),
-        "layers": count(
-            p for part in (base.prelude, base.core, base.coda, base.connection) for p in part.parameters()
-        ),
+        "one_vocabulary": one_vocabulary,
+        "layers": one_vocabulary - embedding.numel() - positions,
     }
-
-
-def count(parameters: Iterable[torch.nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:

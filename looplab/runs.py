@@ -67,6 +67,9 @@ class Run:
     def evaluation(self) -> dict:
         return self._parse("evaluation.json", json.loads, f"run `looped eval {self.folder}` first.")
 
+    def quantization(self) -> dict:
+        return self._parse("quantization.json", json.loads, f"run `looped quantize {self.folder}` first.")
+
     def model_folder(self) -> Path:
         if not (self.folder / "model" / "config.json").is_file():
             raise ValueError(f"{self.folder} has no model/config.json: {UNFINISHED}")

@@ -8,7 +8,6 @@ of differences also the bootstrap over blocks, which knows the chance of the tes
 """
 
 import difflib
-import json
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -98,39 +97,17 @@ def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
     }
 
 
-def quantization(run: Run) -> dict | None:
-    """{"method": str, "bits": int, "before": perplexity, "after": perplexity} of RUN/quantization.json, if it exists.
-
-    Raises:
-        ValueError: the file is damaged, lacks one of these, or holds something of another type.
-    """
-    path = run.folder / "quantization.json"
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        facts = {"method": found["method"], "bits": found["bits"]}
-        facts |= {when: found[when]["perplexity"] for when in ("before", "after")}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): quantize the run again."
-        ) from error
-    kinds = {"method": str, "bits": int, "before": int | float, "after": int | float}
-    for name, kind in kinds.items():
-        if not isinstance(facts[name], kind) or isinstance(facts[name], bool):
-            raise ValueError(f"{path}: {name} cannot be {facts[name]!r}: quantize the run again.")
-    return facts
-
-
 def quantized_cells(runs: Sequence[Run]) -> dict[str, str]:
     """Perplexity before and after quantization, where all runs of the group have it, in the same way."""
-    found = [quantization(run) for run in runs]
-    if None in found:
+    if not all((run.folder / "quantization.json").is_file() for run in runs):
         return {}
+    found = [run.quantization() for run in runs]
     ways = sorted({f"{facts['method']} INT{facts['bits']}" for facts in found})
     if len(ways) > 1:
         raise ValueError(f"the runs of {runs[0].folder}'s group were quantized as {' and '.join(ways)}: choose one.")
-    return {f"{ways[0]}: {when}": span((facts[when] for facts in found), 2) for when in ("before", "after")}
+    return {
+        f"{ways[0]}: {when}": span((facts["perplexity"][when] for facts in found), 2) for when in ("before", "after")
+    }
 
 
 def seeds_of(run: Run) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.output_capturing import _active_collector
 
 AUTO_MAP = {
     "AutoConfig": "frozen_looped.FrozenLoopedConfig",
@@ -510,11 +511,15 @@ class Window:
         if self.looping:
             return None
         natural = first_of(output)
-        self.looping = True
+        self.looping, collector = True, _active_collector.get()
+        _active_collector.set(
+            None
+        )  # hidden states, attentions and router logits are the natural pass's, one per layer
         try:
             looped_states = self.run(natural)
         finally:
             self.looping = False
+            _active_collector.set(collector)
             for layer in self.layers:
                 layer.close()
         if looped_states is None:

@@ -273,6 +273,36 @@ def test_cache_last_costs_one_more_evaluation_where_there_is_a_cache():
         assert len(calls) == 6 + 3 * 3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["block", "layer"])
+def test_recorded_states_and_attentions_are_one_per_layer(family, mode):
+    """transformers records them by hooks on the layers, which the extra passes call as well: without care a loop left
+    12 attentions in the output of 6 layers, half of them over two sources of keys."""
+    model, ids = make_frozen(family, "eager"), make_tokens()
+    kinds = {"output_hidden_states": True, "output_attentions": True}
+    kinds |= {"output_router_logits": True} if family in ("qwen3_moe", "mixtral") else {}
+    with torch.no_grad():
+        base = model(ids, **kinds)
+        with looped(model, WINDOW, 3, mode=mode):
+            ours = model(ids, **kinds)
+    for kind in kinds:
+        name = kind.removeprefix("output_")
+        assert [each.shape for each in ours[name]] == [each.shape for each in base[name]]
+    for below in range(WINDOW[0] + 1):
+        assert torch.equal(ours.hidden_states[below], base.hidden_states[below])
+    assert not torch.allclose(ours.hidden_states[WINDOW[1] + 1], base.hidden_states[WINDOW[1] + 1], atol=1e-3)
+
+
+def test_the_recorded_state_above_the_window_is_what_left_the_loop():
+    model, ids = make_frozen("llama"), make_tokens()
+    with torch.no_grad(), looped(model, WINDOW, 3):
+        ours = model(ids, output_hidden_states=True)
+        state = ours.hidden_states[WINDOW[1] + 1]
+        rope = model.model.rotary_emb(state, torch.arange(9)[None])
+        top = model.model.layers[5](state, position_embeddings=rope, attention_mask=None)
+        torch.testing.assert_close(model.lm_head(model.model.norm(top)), ours.logits, **F64)
+
+
 # Caches
 
 

@@ -619,8 +619,8 @@ class Loop:
         Raises:
             ValueError: this loop is not attached.
         """
-        if not self.handles and not isinstance(self.model, FrozenLooped):
-            raise ValueError(f"this {type(self.model).__name__} is not looped.")
+        if vars(self.model).get("loop") is not self:
+            raise ValueError(f"this {type(self.model).__name__} is not looped by this loop.")
         for handle in self.handles:
             handle.remove()
         self.handles = []

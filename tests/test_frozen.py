@@ -627,3 +627,19 @@ def test_attaching_twice_and_detaching_twice_raise():
     detach(model)
     with pytest.raises(ValueError, match="is not looped"):
         detach(model)
+
+
+def test_a_loop_detaches_only_itself():
+    """A loop that was never attached took the class from a model that another one loops, and left its hooks behind: a
+    model that says it is not looped and is."""
+    model, ids = make_frozen("llama"), make_tokens()
+    base, stranger = logits_of(model, ids), looped(model, (1, 2))
+    with looped(model, WINDOW):
+        with pytest.raises(ValueError, match="not looped by this loop"):
+            stranger.detach()
+        with pytest.raises(ValueError, match="looped already"):
+            stranger.attach()
+        assert torch.equal(logits_of(model, ids, num_loops=1), base)
+    with stranger, pytest.raises(ValueError, match="looped already"):
+        stranger.attach()
+    assert torch.equal(logits_of(model, ids), base)

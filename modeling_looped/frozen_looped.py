@@ -610,6 +610,7 @@ class Loop:
         self.versions = weight_versions(self.model)
         self.handles = [handle for window in self.windows for handle in window.hook()]
         self.model.__class__ = frozen_looped_class(type(self.model))
+        self.own_forward = vars(self.model).pop("forward", None)  # accelerate's, which would swallow num_loops
         self.model.loop = self  # pyright: ignore[reportArgumentType]
         return self.model
 
@@ -625,6 +626,8 @@ class Loop:
             handle.remove()
         self.handles = []
         self.model.__class__ = type(self.model).base_class
+        if self.own_forward is not None:
+            self.model.forward = self.own_forward
         del self.model.loop
         return self.model
 
@@ -757,8 +760,9 @@ class FrozenLooped:
             near = difflib.get_close_matches(name, ("num_loops", "num_looped_tokens"), n=1, cutoff=0.7)
             if near:
                 raise TypeError(f"forward got an unexpected keyword argument {name!r}. Did you mean {near[0]!r}?")
+        forward = self.loop.own_forward or partial(self.base_class.forward, self)
         with self.loop.during(num_loops, num_looped_tokens):
-            return self.base_class.forward(self, *args, **kwargs)
+            return forward(*args, **kwargs)
 
     def generate(self, inputs=None, *args, **kwargs):
         """`GenerationMixin.generate` with `num_loops`, also read from the generation config."""
@@ -820,7 +824,8 @@ def frozen_looped_class(base: type) -> type:
     """`base` with [`FrozenLooped`] before it, under the same name: transformers looks classes up by name."""
 
     def forward(self, *args, **kwargs):
-        return FrozenLooped.forward(self, *args, **kwargs)
+        attached = isinstance(self, FrozenLooped)  # what wraps this function, as accelerate does, outlives the loop
+        return (FrozenLooped if attached else base).forward(self, *args, **kwargs)
 
     signature = inspect.signature(base.forward)
     own = inspect.signature(FrozenLooped.forward).parameters

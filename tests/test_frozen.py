@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload
 from families import EXPERT_FAMILIES, FAMILIES, make_frozen, make_tokens
 from transformers import (
     BloomConfig,
@@ -643,3 +644,29 @@ def test_a_loop_detaches_only_itself():
     with stranger, pytest.raises(ValueError, match="looped already"):
         stranger.attach()
     assert torch.equal(logits_of(model, ids), base)
+
+
+def test_a_model_whose_weights_are_offloaded_hears_its_loop_count():
+    """accelerate puts a forward of its own on the object, before the class's: the base model's behind it swallowed
+    num_loops, and generate refused it."""
+    model, ids = make_frozen("llama"), make_tokens()
+    base = logits_of(model, ids)
+    with looped(model, WINDOW, 5, "naive"):
+        five = logits_of(model, ids)
+    cpu_offload(model, execution_device="cpu")
+    with looped(model, WINDOW, 3, "naive"):
+        torch.testing.assert_close(logits_of(model, ids, num_loops=1), base, **F64)
+        torch.testing.assert_close(logits_of(model, ids, num_loops=5), five, **F64)
+        model.generate(ids, num_loops=2, max_new_tokens=2, do_sample=False)
+    assert "forward" in vars(model)
+    torch.testing.assert_close(logits_of(model, ids), base, **F64)
+
+
+def test_what_wrapped_a_looped_forward_outlives_the_loop():
+    """accelerate's prepare keeps the forward that it found, and the model without the loop has no `loop` to ask."""
+    model, ids = make_frozen("llama", dtype=torch.float32), make_tokens()
+    attach(model, WINDOW, 3, "naive")
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    assert not torch.equal(logits_of(prepared, ids), logits_of(prepared, ids, num_loops=1))
+    one = logits_of(prepared, ids, num_loops=1)
+    assert torch.equal(logits_of(detach(prepared), ids), one)

@@ -773,6 +773,15 @@ class FrozenLooped:
             kwargs["num_looped_tokens"] = (1 if prompt is None else prompt.shape[1]) + after_prompt
         return super().generate(inputs, *args, **kwargs)
 
+    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+        """A model that drafts has a depth of its own, or none."""
+        if assistant_model is not None:
+            own = ("num_loops", "num_looped_tokens")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
     def _prepare_generation_config(self, generation_config, **kwargs):
         """num_loops is a model argument: a generation config that knows it must not swallow the call's own."""
         num_loops = kwargs.pop("num_loops", None)

@@ -410,6 +410,21 @@ def test_a_plain_dynamic_cache_and_assisted_decoding_work():
         )
 
 
+@pytest.mark.parametrize("decode", ["full", "prompt"])
+@pytest.mark.parametrize("drafts", ["plain", "looped"])
+def test_another_model_may_draft(decode, drafts):
+    """transformers hands the model's arguments on to the one that drafts: a plain one refused num_loops."""
+    model, ids = make_frozen("llama"), make_tokens(rows=1)
+    torch.manual_seed(3)
+    drafter = type(model)(model.config).double().eval()
+    call = {"max_new_tokens": 6, "do_sample": False, "num_loops": 4}
+    if drafts == "looped":
+        attach(drafter, (1, 2))
+    with looped(model, WINDOW, 3, decode=decode):
+        expected = model.generate(ids, **call)
+        assert torch.equal(model.generate(ids, assistant_model=drafter, **call), expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_the_future_does_not_reach_the_past(family):
     """Causality by gradient, through every extra pass."""

@@ -262,20 +262,30 @@ class Layer:
         cache_names = [argument for argument in CACHE_ARGUMENTS if argument in self.names]
         layer_types = model.config.get_text_config(decoder=True).to_dict().get("layer_types")
         kind = layer_types[index] if layer_types else "full_attention"
+        if cache_names and any(isinstance(m, nn.Conv1d) for m in module.modules()):
+            kind = "a convolution over tokens"
         if not cache_names or kind not in ATTENTION_LAYERS:
             raise ValueError(
-                f"layer {index} ({name}, {kind if layer_types else 'no KV cache argument'}) cannot be looped: its "
+                f"layer {index} ({name}, {kind if cache_names else 'no KV cache argument'}) cannot be looped: its "
                 "memory is not a KV cache but a recurrent or convolution state, which every extra pass would advance. "
                 "Choose a window of attention layers."
             )
-        if "alibi" in self.names or "crossattention" in dict(module.named_children()):
+        if {"alibi", "position_bias"} & set(self.names) or "crossattention" in dict(module.named_children()):
             raise ValueError(
                 f"layer {index} ({name}) cannot be looped: it attends with an ALiBi bias or to an encoder, which "
                 "extra passes cannot follow."
             )
+        if any(buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] for buffer in module.buffers()):
+            raise ValueError(
+                f"layer {index} ({name}) cannot be looped: its attention has a causal mask of its own, which knows "
+                "one source of keys and not the two of an extra pass."
+            )
         self.cache_name = cache_names[0]
         self.routers = [m for m in module.modules() if type(m).__name__.endswith("Router")]
-        if not self.routers and any(type(m).__name__.endswith("Experts") for m in module.modules()):
+        experts = [
+            n for n, m in module.named_modules() if n.endswith("experts") or type(m).__name__.endswith("Experts")
+        ]
+        if experts and not self.routers:
             raise ValueError(
                 f"layer {index} ({name}) cannot be looped: it has experts but no module named *Router whose choice "
                 "could be kept for the extra passes."

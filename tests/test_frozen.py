@@ -12,8 +12,14 @@ from transformers import (
     BloomForCausalLM,
     DynamicCache,
     GenerationConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -612,6 +618,39 @@ def test_a_model_that_cannot_be_looped_is_told_why():
     for model, match in refusals:
         with pytest.raises(ValueError, match=match):
             looped(model, (0, 1))
+
+
+def test_attention_with_a_causal_mask_of_its_own_is_refused():
+    """GPT-Neo cuts its mask out of a square by the number of keys: over two sources a token saw later ones, and the
+    logits of a prompt were not those of its tokens."""
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 32}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]]))
+    with pytest.raises(ValueError, match="a causal mask of its own"):
+        looped(model, (0, 1))
+
+
+def test_other_memories_and_biases_are_refused_when_the_loop_is_made():
+    """Jamba's Mamba layers take the KV cache by the same name, and MPT's ALiBi is called otherwise than Bloom's: both
+    were only found out in the first call."""
+    jamba = JambaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
+        use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"layer 0 .*a convolution over tokens.* recurrent or convolution state"):
+        looped(JambaForCausalLM(jamba), (0, 1))
+    assert looped(JambaForCausalLM(jamba), (1, 1)).windows
+    mpt = MptForCausalLM(MptConfig(vocab_size=20, d_model=16, n_heads=2, n_layers=2, max_seq_len=32))
+    with pytest.raises(ValueError, match="ALiBi"):
+        looped(mpt, (0, 1))
+
+
+def test_experts_whose_choice_cannot_be_kept_are_refused():
+    """Remote code routes by classes of its own name over a plain list: it looped as a dense block, routed freely."""
+    model = make_frozen("llama")
+    model.model.layers[3].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+    with pytest.raises(ValueError, match=r"no module named \*Router"):
+        looped(model, WINDOW)
 
 
 def test_natural_prefill_needs_attention_with_masks():

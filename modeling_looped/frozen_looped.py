@@ -649,6 +649,10 @@ class Loop:
 
     def during(self, num_loops: int | None, num_looped_tokens: int | None) -> "CallSettings":
         """The settings of one call of the model."""
+        if num_looped_tokens is not None and (
+            isinstance(num_looped_tokens, bool) or not isinstance(num_looped_tokens, int) or num_looped_tokens < 0
+        ):
+            raise ValueError(f"num_looped_tokens must be an int >= 0, got {num_looped_tokens!r}.")
         return CallSettings(self, check_loops(num_loops, self.config.num_loops), num_looped_tokens)
 
     def looped_tokens(self, layer: Layer, num_tokens: int) -> int:
@@ -777,7 +781,7 @@ class FrozenLooped:
     def generate(self, inputs=None, *args, **kwargs):
         """`GenerationMixin.generate` with `num_loops`, also read from the generation config."""
         after_prompt = self.loop.config.tokens_after_prompt
-        if after_prompt is not None:
+        if after_prompt is not None and kwargs.get("num_looped_tokens") is None:
             given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
             prompt = next((tensor for tensor in given if tensor is not None), None)
             kwargs["num_looped_tokens"] = (1 if prompt is None else prompt.shape[1]) + after_prompt
@@ -796,8 +800,8 @@ class FrozenLooped:
         """num_loops is a model argument: a generation config that knows it must not swallow the call's own."""
         num_loops = kwargs.pop("num_loops", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        stored = generation_config.to_dict().get("num_loops")
-        model_kwargs["num_loops"] = check_loops(num_loops, stored or self.loop.config.num_loops)
+        stored = check_loops(generation_config.to_dict().get("num_loops"), self.loop.config.num_loops)
+        model_kwargs["num_loops"] = check_loops(num_loops, stored)
         return generation_config, model_kwargs
 
     def save_pretrained(

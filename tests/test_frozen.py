@@ -491,6 +491,23 @@ def test_decode_modes_hold_in_a_hand_written_loop():
                 fed = logits.argmax(-1, keepdim=True)
 
 
+@pytest.mark.parametrize("decode", ["full", "prompt", 3])
+def test_a_call_says_itself_how_many_tokens_loop(decode):
+    """generate put decode's own number in the place of the caller's."""
+    model, ids = make_frozen("llama"), make_tokens()
+    call = {"max_new_tokens": 5, "do_sample": False}
+    with looped(model, WINDOW, 3, "naive", decode=decode):
+        assert torch.equal(model.generate(ids, num_looped_tokens=0, **call), model.generate(ids, num_loops=1, **call))
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, True, "3"])
+def test_a_number_of_looped_tokens_that_is_none_raises(value):
+    """-1 was taken for 0."""
+    model = make_frozen("llama")
+    with looped(model, WINDOW), pytest.raises(ValueError, match="num_looped_tokens must be an int >= 0"):
+        model(make_tokens(), num_looped_tokens=value)
+
+
 # Loop counts
 
 
@@ -523,6 +540,9 @@ def test_a_loop_count_that_is_none_raises_before_any_work(value):
             model(ids, num_loops=value)
         with pytest.raises(ValueError, match="num_loops must be an int >= 1"):
             model.generate(ids, num_loops=value)
+        if not isinstance(value, torch.Tensor):
+            with pytest.raises(ValueError, match="num_loops must be an int >= 1"):  # 0 was taken for the default
+                model.generate(ids, generation_config=GenerationConfig(num_loops=value))
         assert not calls
 
 

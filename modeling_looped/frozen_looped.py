@@ -22,7 +22,7 @@ import inspect
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
@@ -405,11 +405,12 @@ class NaturalContext(LayerCache):
 
     @staticmethod
     @contextmanager
-    def attention(config: PreTrainedConfig, num_tokens: int):
-        """Attention of the extra passes."""
+    def attention(config: PreTrainedConfig, num_tokens: int, masks: Iterable[torch.Tensor | None]):
+        """Attention of the extra passes: in blocks, unless a mask shows a token later ones (of an image, a prefix)."""
         before = config._attn_implementation
-        if before == "sdpa" and num_tokens > 1:
-            config._attn_implementation = TWO_SOURCES
+        if before == "sdpa" and num_tokens > QUERY_BLOCK:
+            later = [mask[..., -2 * num_tokens : -num_tokens].triu(1).any() for mask in masks if mask is not None]
+            config._attn_implementation = "sdpa" if any(later) else TWO_SOURCES
         try:
             yield
         finally:
@@ -455,7 +456,7 @@ class IteratedContext(LayerCache):
         return mask
 
     @staticmethod
-    def attention(config: PreTrainedConfig, num_tokens: int):
+    def attention(config: PreTrainedConfig, num_tokens: int, masks: Iterable[torch.Tensor | None]):
         return nullcontext()
 
 
@@ -561,7 +562,8 @@ class Window:
 
         start = self.start.to(natural.device)
         step = 1 / num_loops if config.step is None else config.step
-        with self.context.attention(self.loop.model.config.get_text_config(decoder=True), natural.shape[1]):
+        text_config = self.loop.model.config.get_text_config(decoder=True)
+        with self.context.attention(text_config, natural.shape[1], masks.values()):
             endpoint = self.solver(evaluate, start, natural, num_loops, step)
         x = endpoint
         if config.cache == "last" and self.layers[0].natural.cache is not None:

@@ -383,6 +383,20 @@ def test_attention_in_blocks_equals_attention_under_the_whole_mask(family, stati
         torch.testing.assert_close(result, results[0], **FP32)
 
 
+def test_blocks_do_not_cut_what_a_mask_shows(monkeypatch):
+    """A prefix or an image whose tokens see each other: blocks left out the keys behind them, so that more tokens than
+    one block has gave other logits."""
+    model, ids = make_frozen("llama"), make_tokens()
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    mask[..., :6, :6] = True
+    results = []
+    for block in (100, 2):
+        monkeypatch.setattr(frozen_looped, "QUERY_BLOCK", block)
+        with looped(model, WINDOW, 3):
+            results.append(logits_of(model, ids, attention_mask=mask, use_cache=False))
+    torch.testing.assert_close(results[1], results[0], **F64)
+
+
 def test_a_second_turn_on_the_same_cache_equals_a_fresh_run():
     model, ids, more = make_frozen("qwen3"), make_tokens(), make_tokens(tokens=4, seed=2)
     with looped(model, WINDOW, 3):

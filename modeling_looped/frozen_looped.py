@@ -821,8 +821,14 @@ class FrozenLooped:
             base_revision: its commit.
 
         Raises:
-            ValueError: the base model has no name, or its weights were changed since the loop was attached.
+            ValueError: the base model has no name, is no causal LM, or its weights were changed since the loop was
+                attached.
         """
+        if not self.can_generate():
+            raise ValueError(
+                f"a saved loop is loaded as a causal LM, which {type(self).__name__} is not: detach(model), save "
+                "it, and loop it again where it is loaded."
+            )
         if weight_versions(self) != self.loop.versions:
             raise ValueError(
                 "the weights were changed since the loop was attached, and a wrapper holds none: detach(model), save "
@@ -833,11 +839,10 @@ class FrozenLooped:
         config = FrozenLoopedConfig(**{name: settings[name] for name in FrozenLoopedConfig.settings()})
         config.architectures = [FrozenLoopedForCausalLM.__name__]
         config.save_pretrained(save_directory, push_to_hub, **kwargs)
-        if self.can_generate():
-            # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
-            fields = self.generation_config.to_diff_dict()
-            fields.pop("_from_model_config", None)
-            GenerationConfig(**fields).save_pretrained(save_directory)
+        # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
+        fields = self.generation_config.to_diff_dict()
+        fields.pop("_from_model_config", None)
+        GenerationConfig(**fields).save_pretrained(save_directory)
 
 
 def weight_versions(model) -> list[int]:
@@ -886,20 +891,23 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
         own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         shared = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         if config is None:
-            config, kwargs = FrozenLoopedConfig.from_pretrained(  # typed as if there were no unused keywords
-                pretrained_model_name_or_path, return_unused_kwargs=True, **own, **kwargs
-            )  # pyright: ignore[reportGeneralTypeIssues]
+            settings = {name: kwargs.pop(name) for name in FrozenLoopedConfig.settings() if name in kwargs}
+            config = FrozenLoopedConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared, **settings)
         for name in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # the wrapper's, not the base model's
             kwargs.pop(name, None)
-        model = AutoModelForCausalLM.from_pretrained(
+        if config._attn_implementation is not None:  # every configuration takes it out of the keywords
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        loaded = AutoModelForCausalLM.from_pretrained(
             config.base_model, *args, revision=config.base_revision or "main", **kwargs
         )
+        model, *loading_info = loaded if isinstance(loaded, tuple) else (loaded,)
         try:
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared)
         except OSError as error:
             if GENERATION_CONFIG_NAME not in str(error):
                 raise
-        return Loop(model, config).attach()  # pyright: ignore[reportArgumentType]
+        Loop(model, config).attach()  # pyright: ignore[reportArgumentType]
+        return (model, *loading_info) if loading_info else model
 
 
 FrozenLoopedConfig.register_for_auto_class()

@@ -22,7 +22,7 @@ import inspect
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
@@ -36,6 +36,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.output_capturing import _active_collector
 
 AUTO_MAP = {
     "AutoConfig": "frozen_looped.FrozenLoopedConfig",
@@ -261,20 +262,30 @@ class Layer:
         cache_names = [argument for argument in CACHE_ARGUMENTS if argument in self.names]
         layer_types = model.config.get_text_config(decoder=True).to_dict().get("layer_types")
         kind = layer_types[index] if layer_types else "full_attention"
+        if cache_names and any(isinstance(m, nn.Conv1d) for m in module.modules()):
+            kind = "a convolution over tokens"
         if not cache_names or kind not in ATTENTION_LAYERS:
             raise ValueError(
-                f"layer {index} ({name}, {kind if layer_types else 'no KV cache argument'}) cannot be looped: its "
+                f"layer {index} ({name}, {kind if cache_names else 'no KV cache argument'}) cannot be looped: its "
                 "memory is not a KV cache but a recurrent or convolution state, which every extra pass would advance. "
                 "Choose a window of attention layers."
             )
-        if "alibi" in self.names or "crossattention" in dict(module.named_children()):
+        if {"alibi", "position_bias"} & set(self.names) or "crossattention" in dict(module.named_children()):
             raise ValueError(
                 f"layer {index} ({name}) cannot be looped: it attends with an ALiBi bias or to an encoder, which "
                 "extra passes cannot follow."
             )
+        if any(buffer.ndim == 4 and buffer.shape[-1] == buffer.shape[-2] for buffer in module.buffers()):
+            raise ValueError(
+                f"layer {index} ({name}) cannot be looped: its attention has a causal mask of its own, which knows "
+                "one source of keys and not the two of an extra pass."
+            )
         self.cache_name = cache_names[0]
         self.routers = [m for m in module.modules() if type(m).__name__.endswith("Router")]
-        if not self.routers and any(type(m).__name__.endswith("Experts") for m in module.modules()):
+        experts = [
+            n for n, m in module.named_modules() if n.endswith("experts") or type(m).__name__.endswith("Experts")
+        ]
+        if experts and not self.routers:
             raise ValueError(
                 f"layer {index} ({name}) cannot be looped: it has experts but no module named *Router whose choice "
                 "could be kept for the extra passes."
@@ -394,11 +405,12 @@ class NaturalContext(LayerCache):
 
     @staticmethod
     @contextmanager
-    def attention(config: PreTrainedConfig, num_tokens: int):
-        """Attention of the extra passes."""
+    def attention(config: PreTrainedConfig, num_tokens: int, masks: Iterable[torch.Tensor | None]):
+        """Attention of the extra passes: in blocks, unless a mask shows a token later ones (of an image, a prefix)."""
         before = config._attn_implementation
-        if before == "sdpa" and num_tokens > 1:
-            config._attn_implementation = TWO_SOURCES
+        if before == "sdpa" and num_tokens > QUERY_BLOCK:
+            later = [mask[..., -2 * num_tokens : -num_tokens].triu(1).any() for mask in masks if mask is not None]
+            config._attn_implementation = "sdpa" if any(later) else TWO_SOURCES
         try:
             yield
         finally:
@@ -444,7 +456,7 @@ class IteratedContext(LayerCache):
         return mask
 
     @staticmethod
-    def attention(config: PreTrainedConfig, num_tokens: int):
+    def attention(config: PreTrainedConfig, num_tokens: int, masks: Iterable[torch.Tensor | None]):
         return nullcontext()
 
 
@@ -510,11 +522,15 @@ class Window:
         if self.looping:
             return None
         natural = first_of(output)
-        self.looping = True
+        self.looping, collector = True, _active_collector.get()
+        _active_collector.set(
+            None
+        )  # hidden states, attentions and router logits are the natural pass's, one per layer
         try:
             looped_states = self.run(natural)
         finally:
             self.looping = False
+            _active_collector.set(collector)
             for layer in self.layers:
                 layer.close()
         if looped_states is None:
@@ -546,7 +562,8 @@ class Window:
 
         start = self.start.to(natural.device)
         step = 1 / num_loops if config.step is None else config.step
-        with self.context.attention(self.loop.model.config.get_text_config(decoder=True), natural.shape[1]):
+        text_config = self.loop.model.config.get_text_config(decoder=True)
+        with self.context.attention(text_config, natural.shape[1], masks.values()):
             endpoint = self.solver(evaluate, start, natural, num_loops, step)
         x = endpoint
         if config.cache == "last" and self.layers[0].natural.cache is not None:
@@ -605,6 +622,7 @@ class Loop:
         self.versions = weight_versions(self.model)
         self.handles = [handle for window in self.windows for handle in window.hook()]
         self.model.__class__ = frozen_looped_class(type(self.model))
+        self.own_forward = vars(self.model).pop("forward", None)  # accelerate's, which would swallow num_loops
         self.model.loop = self  # pyright: ignore[reportArgumentType]
         return self.model
 
@@ -614,12 +632,14 @@ class Loop:
         Raises:
             ValueError: this loop is not attached.
         """
-        if not self.handles and not isinstance(self.model, FrozenLooped):
-            raise ValueError(f"this {type(self.model).__name__} is not looped.")
+        if vars(self.model).get("loop") is not self:
+            raise ValueError(f"this {type(self.model).__name__} is not looped by this loop.")
         for handle in self.handles:
             handle.remove()
         self.handles = []
         self.model.__class__ = type(self.model).base_class
+        if self.own_forward is not None:
+            self.model.forward = self.own_forward
         del self.model.loop
         return self.model
 
@@ -631,6 +651,10 @@ class Loop:
 
     def during(self, num_loops: int | None, num_looped_tokens: int | None) -> "CallSettings":
         """The settings of one call of the model."""
+        if num_looped_tokens is not None and (
+            isinstance(num_looped_tokens, bool) or not isinstance(num_looped_tokens, int) or num_looped_tokens < 0
+        ):
+            raise ValueError(f"num_looped_tokens must be an int >= 0, got {num_looped_tokens!r}.")
         return CallSettings(self, check_loops(num_loops, self.config.num_loops), num_looped_tokens)
 
     def looped_tokens(self, layer: Layer, num_tokens: int) -> int:
@@ -752,24 +776,34 @@ class FrozenLooped:
             near = difflib.get_close_matches(name, ("num_loops", "num_looped_tokens"), n=1, cutoff=0.7)
             if near:
                 raise TypeError(f"forward got an unexpected keyword argument {name!r}. Did you mean {near[0]!r}?")
+        forward = self.loop.own_forward or partial(self.base_class.forward, self)
         with self.loop.during(num_loops, num_looped_tokens):
-            return self.base_class.forward(self, *args, **kwargs)
+            return forward(*args, **kwargs)
 
     def generate(self, inputs=None, *args, **kwargs):
         """`GenerationMixin.generate` with `num_loops`, also read from the generation config."""
         after_prompt = self.loop.config.tokens_after_prompt
-        if after_prompt is not None:
+        if after_prompt is not None and kwargs.get("num_looped_tokens") is None:
             given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
             prompt = next((tensor for tensor in given if tensor is not None), None)
             kwargs["num_looped_tokens"] = (1 if prompt is None else prompt.shape[1]) + after_prompt
         return super().generate(inputs, *args, **kwargs)
 
+    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+        """A model that drafts has a depth of its own, or none."""
+        if assistant_model is not None:
+            own = ("num_loops", "num_looped_tokens")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
     def _prepare_generation_config(self, generation_config, **kwargs):
         """num_loops is a model argument: a generation config that knows it must not swallow the call's own."""
         num_loops = kwargs.pop("num_loops", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        stored = generation_config.to_dict().get("num_loops")
-        model_kwargs["num_loops"] = check_loops(num_loops, stored or self.loop.config.num_loops)
+        stored = check_loops(generation_config.to_dict().get("num_loops"), self.loop.config.num_loops)
+        model_kwargs["num_loops"] = check_loops(num_loops, stored)
         return generation_config, model_kwargs
 
     def save_pretrained(
@@ -787,8 +821,14 @@ class FrozenLooped:
             base_revision: its commit.
 
         Raises:
-            ValueError: the base model has no name, or its weights were changed since the loop was attached.
+            ValueError: the base model has no name, is no causal LM, or its weights were changed since the loop was
+                attached.
         """
+        if not self.can_generate():
+            raise ValueError(
+                f"a saved loop is loaded as a causal LM, which {type(self).__name__} is not: detach(model), save "
+                "it, and loop it again where it is loaded."
+            )
         if weight_versions(self) != self.loop.versions:
             raise ValueError(
                 "the weights were changed since the loop was attached, and a wrapper holds none: detach(model), save "
@@ -799,11 +839,10 @@ class FrozenLooped:
         config = FrozenLoopedConfig(**{name: settings[name] for name in FrozenLoopedConfig.settings()})
         config.architectures = [FrozenLoopedForCausalLM.__name__]
         config.save_pretrained(save_directory, push_to_hub, **kwargs)
-        if self.can_generate():
-            # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
-            fields = self.generation_config.to_diff_dict()
-            fields.pop("_from_model_config", None)
-            GenerationConfig(**fields).save_pretrained(save_directory)
+        # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
+        fields = self.generation_config.to_diff_dict()
+        fields.pop("_from_model_config", None)
+        GenerationConfig(**fields).save_pretrained(save_directory)
 
 
 def weight_versions(model) -> list[int]:
@@ -815,7 +854,8 @@ def frozen_looped_class(base: type) -> type:
     """`base` with [`FrozenLooped`] before it, under the same name: transformers looks classes up by name."""
 
     def forward(self, *args, **kwargs):
-        return FrozenLooped.forward(self, *args, **kwargs)
+        attached = isinstance(self, FrozenLooped)  # what wraps this function, as accelerate does, outlives the loop
+        return (FrozenLooped if attached else base).forward(self, *args, **kwargs)
 
     signature = inspect.signature(base.forward)
     own = inspect.signature(FrozenLooped.forward).parameters
@@ -851,20 +891,23 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
         own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         shared = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         if config is None:
-            config, kwargs = FrozenLoopedConfig.from_pretrained(  # typed as if there were no unused keywords
-                pretrained_model_name_or_path, return_unused_kwargs=True, **own, **kwargs
-            )  # pyright: ignore[reportGeneralTypeIssues]
+            settings = {name: kwargs.pop(name) for name in FrozenLoopedConfig.settings() if name in kwargs}
+            config = FrozenLoopedConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared, **settings)
         for name in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # the wrapper's, not the base model's
             kwargs.pop(name, None)
-        model = AutoModelForCausalLM.from_pretrained(
+        if config._attn_implementation is not None:  # every configuration takes it out of the keywords
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        loaded = AutoModelForCausalLM.from_pretrained(
             config.base_model, *args, revision=config.base_revision or "main", **kwargs
         )
+        model, *loading_info = loaded if isinstance(loaded, tuple) else (loaded,)
         try:
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared)
         except OSError as error:
             if GENERATION_CONFIG_NAME not in str(error):
                 raise
-        return Loop(model, config).attach()  # pyright: ignore[reportArgumentType]
+        Loop(model, config).attach()  # pyright: ignore[reportArgumentType]
+        return (model, *loading_info) if loading_info else model
 
 
 FrozenLoopedConfig.register_for_auto_class()

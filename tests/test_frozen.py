@@ -5,14 +5,21 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload
 from families import EXPERT_FAMILIES, FAMILIES, make_frozen, make_tokens
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
     DynamicCache,
     GenerationConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -273,6 +280,36 @@ def test_cache_last_costs_one_more_evaluation_where_there_is_a_cache():
         assert len(calls) == 6 + 3 * 3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["block", "layer"])
+def test_recorded_states_and_attentions_are_one_per_layer(family, mode):
+    """transformers records them by hooks on the layers, which the extra passes call as well: without care a loop left
+    12 attentions in the output of 6 layers, half of them over two sources of keys."""
+    model, ids = make_frozen(family, "eager"), make_tokens()
+    kinds = {"output_hidden_states": True, "output_attentions": True}
+    kinds |= {"output_router_logits": True} if family in ("qwen3_moe", "mixtral") else {}
+    with torch.no_grad():
+        base = model(ids, **kinds)
+        with looped(model, WINDOW, 3, mode=mode):
+            ours = model(ids, **kinds)
+    for kind in kinds:
+        name = kind.removeprefix("output_")
+        assert [each.shape for each in ours[name]] == [each.shape for each in base[name]]
+    for below in range(WINDOW[0] + 1):
+        assert torch.equal(ours.hidden_states[below], base.hidden_states[below])
+    assert not torch.allclose(ours.hidden_states[WINDOW[1] + 1], base.hidden_states[WINDOW[1] + 1], atol=1e-3)
+
+
+def test_the_recorded_state_above_the_window_is_what_left_the_loop():
+    model, ids = make_frozen("llama"), make_tokens()
+    with torch.no_grad(), looped(model, WINDOW, 3):
+        ours = model(ids, output_hidden_states=True)
+        state = ours.hidden_states[WINDOW[1] + 1]
+        rope = model.model.rotary_emb(state, torch.arange(9)[None])
+        top = model.model.layers[5](state, position_embeddings=rope, attention_mask=None)
+        torch.testing.assert_close(model.lm_head(model.model.norm(top)), ours.logits, **F64)
+
+
 # Caches
 
 
@@ -346,6 +383,20 @@ def test_attention_in_blocks_equals_attention_under_the_whole_mask(family, stati
         torch.testing.assert_close(result, results[0], **FP32)
 
 
+def test_blocks_do_not_cut_what_a_mask_shows(monkeypatch):
+    """A prefix or an image whose tokens see each other: blocks left out the keys behind them, so that more tokens than
+    one block has gave other logits."""
+    model, ids = make_frozen("llama"), make_tokens()
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    mask[..., :6, :6] = True
+    results = []
+    for block in (100, 2):
+        monkeypatch.setattr(frozen_looped, "QUERY_BLOCK", block)
+        with looped(model, WINDOW, 3):
+            results.append(logits_of(model, ids, attention_mask=mask, use_cache=False))
+    torch.testing.assert_close(results[1], results[0], **F64)
+
+
 def test_a_second_turn_on_the_same_cache_equals_a_fresh_run():
     model, ids, more = make_frozen("qwen3"), make_tokens(), make_tokens(tokens=4, seed=2)
     with looped(model, WINDOW, 3):
@@ -377,6 +428,21 @@ def test_a_plain_dynamic_cache_and_assisted_decoding_work():
         assert torch.equal(
             model.generate(ids, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2), expected
         )
+
+
+@pytest.mark.parametrize("decode", ["full", "prompt"])
+@pytest.mark.parametrize("drafts", ["plain", "looped"])
+def test_another_model_may_draft(decode, drafts):
+    """transformers hands the model's arguments on to the one that drafts: a plain one refused num_loops."""
+    model, ids = make_frozen("llama"), make_tokens(rows=1)
+    torch.manual_seed(3)
+    drafter = type(model)(model.config).double().eval()
+    call = {"max_new_tokens": 6, "do_sample": False, "num_loops": 4}
+    if drafts == "looped":
+        attach(drafter, (1, 2))
+    with looped(model, WINDOW, 3, decode=decode):
+        expected = model.generate(ids, **call)
+        assert torch.equal(model.generate(ids, assistant_model=drafter, **call), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
@@ -439,6 +505,23 @@ def test_decode_modes_hold_in_a_hand_written_loop():
                 fed = logits.argmax(-1, keepdim=True)
 
 
+@pytest.mark.parametrize("decode", ["full", "prompt", 3])
+def test_a_call_says_itself_how_many_tokens_loop(decode):
+    """generate put decode's own number in the place of the caller's."""
+    model, ids = make_frozen("llama"), make_tokens()
+    call = {"max_new_tokens": 5, "do_sample": False}
+    with looped(model, WINDOW, 3, "naive", decode=decode):
+        assert torch.equal(model.generate(ids, num_looped_tokens=0, **call), model.generate(ids, num_loops=1, **call))
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, True, "3"])
+def test_a_number_of_looped_tokens_that_is_none_raises(value):
+    """-1 was taken for 0."""
+    model = make_frozen("llama")
+    with looped(model, WINDOW), pytest.raises(ValueError, match="num_looped_tokens must be an int >= 0"):
+        model(make_tokens(), num_looped_tokens=value)
+
+
 # Loop counts
 
 
@@ -471,6 +554,9 @@ def test_a_loop_count_that_is_none_raises_before_any_work(value):
             model(ids, num_loops=value)
         with pytest.raises(ValueError, match="num_loops must be an int >= 1"):
             model.generate(ids, num_loops=value)
+        if not isinstance(value, torch.Tensor):
+            with pytest.raises(ValueError, match="num_loops must be an int >= 1"):  # 0 was taken for the default
+                model.generate(ids, generation_config=GenerationConfig(num_loops=value))
         assert not calls
 
 
@@ -568,6 +654,39 @@ def test_a_model_that_cannot_be_looped_is_told_why():
             looped(model, (0, 1))
 
 
+def test_attention_with_a_causal_mask_of_its_own_is_refused():
+    """GPT-Neo cuts its mask out of a square by the number of keys: over two sources a token saw later ones, and the
+    logits of a prompt were not those of its tokens."""
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 32}
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]]))
+    with pytest.raises(ValueError, match="a causal mask of its own"):
+        looped(model, (0, 1))
+
+
+def test_other_memories_and_biases_are_refused_when_the_loop_is_made():
+    """Jamba's Mamba layers take the KV cache by the same name, and MPT's ALiBi is called otherwise than Bloom's: both
+    were only found out in the first call."""
+    jamba = JambaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2,
+        use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"layer 0 .*a convolution over tokens.* recurrent or convolution state"):
+        looped(JambaForCausalLM(jamba), (0, 1))
+    assert looped(JambaForCausalLM(jamba), (1, 1)).windows
+    mpt = MptForCausalLM(MptConfig(vocab_size=20, d_model=16, n_heads=2, n_layers=2, max_seq_len=32))
+    with pytest.raises(ValueError, match="ALiBi"):
+        looped(mpt, (0, 1))
+
+
+def test_experts_whose_choice_cannot_be_kept_are_refused():
+    """Remote code routes by classes of its own name over a plain list: it looped as a dense block, routed freely."""
+    model = make_frozen("llama")
+    model.model.layers[3].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(32, 32)])
+    with pytest.raises(ValueError, match=r"no module named \*Router"):
+        looped(model, WINDOW)
+
+
 def test_natural_prefill_needs_attention_with_masks():
     model = make_frozen("llama")
     model.config._attn_implementation = "flex_attention"
@@ -597,3 +716,45 @@ def test_attaching_twice_and_detaching_twice_raise():
     detach(model)
     with pytest.raises(ValueError, match="is not looped"):
         detach(model)
+
+
+def test_a_loop_detaches_only_itself():
+    """A loop that was never attached took the class from a model that another one loops, and left its hooks behind: a
+    model that says it is not looped and is."""
+    model, ids = make_frozen("llama"), make_tokens()
+    base, stranger = logits_of(model, ids), looped(model, (1, 2))
+    with looped(model, WINDOW):
+        with pytest.raises(ValueError, match="not looped by this loop"):
+            stranger.detach()
+        with pytest.raises(ValueError, match="looped already"):
+            stranger.attach()
+        assert torch.equal(logits_of(model, ids, num_loops=1), base)
+    with stranger, pytest.raises(ValueError, match="looped already"):
+        stranger.attach()
+    assert torch.equal(logits_of(model, ids), base)
+
+
+def test_a_model_whose_weights_are_offloaded_hears_its_loop_count():
+    """accelerate puts a forward of its own on the object, before the class's: the base model's behind it swallowed
+    num_loops, and generate refused it."""
+    model, ids = make_frozen("llama"), make_tokens()
+    base = logits_of(model, ids)
+    with looped(model, WINDOW, 5, "naive"):
+        five = logits_of(model, ids)
+    cpu_offload(model, execution_device="cpu")
+    with looped(model, WINDOW, 3, "naive"):
+        torch.testing.assert_close(logits_of(model, ids, num_loops=1), base, **F64)
+        torch.testing.assert_close(logits_of(model, ids, num_loops=5), five, **F64)
+        model.generate(ids, num_loops=2, max_new_tokens=2, do_sample=False)
+    assert "forward" in vars(model)
+    torch.testing.assert_close(logits_of(model, ids), base, **F64)
+
+
+def test_what_wrapped_a_looped_forward_outlives_the_loop():
+    """accelerate's prepare keeps the forward that it found, and the model without the loop has no `loop` to ask."""
+    model, ids = make_frozen("llama", dtype=torch.float32), make_tokens()
+    attach(model, WINDOW, 3, "naive")
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    assert not torch.equal(logits_of(prepared, ids), logits_of(prepared, ids, num_loops=1))
+    one = logits_of(prepared, ids, num_loops=1)
+    assert torch.equal(logits_of(detach(prepared), ids), one)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from families import make_frozen, make_tokens
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modeling_looped.frozen_looped import FrozenLoopedForCausalLM, attach, detach, looped
 
@@ -93,6 +93,29 @@ def test_changed_weights_are_not_lost(base, tmp_path):
         base.save_pretrained(tmp_path / "saved")
     detach(base).save_pretrained(tmp_path / "whole")
     assert (tmp_path / "whole" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", [AutoModelForCausalLM, FrozenLoopedForCausalLM])
+def test_the_base_model_gets_its_own_keywords(base, tmp_path, kind):
+    """The wrapper's configuration kept attn_implementation (and, loaded directly, dtype) to itself."""
+    attach(base, (2, 4)).save_pretrained(tmp_path / "saved")
+    loaded, info = kind.from_pretrained(
+        tmp_path / "saved", attn_implementation="eager", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.loop.config.window == [2, 4]
+    assert not info["missing_keys"]
+    assert kind.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_is_no_causal_lm_is_not_saved_as_one(base, tmp_path):
+    """A classifier came back as a language model with a random head."""
+    AutoModelForSequenceClassification.from_config(base.config).save_pretrained(tmp_path / "classifier")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier")
+    with looped(model, (2, 4)), pytest.raises(ValueError, match="is not: detach"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_the_saved_form_cannot_be_made_without_a_base_model():

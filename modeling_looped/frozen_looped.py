@@ -135,7 +135,8 @@ class FrozenLoopedConfig(PreTrainedConfig):
             does. `"naive"` has none.
         mode (`"block"` | `"layer"`, *optional*): loop the window as a whole or each of its layers by itself; by
             default `"layer"` for mixtures of experts, else `"block"`. Extra passes use the experts of the natural
-            pass.
+            pass. The paper's form for them also rescales the state along the way, which its authors found to do
+            nothing (+2.79 points with it, +2.81 without): it is left out.
         cache (`"first"` | `"last"`): which keys a looped token leaves in the KV cache: those of its natural pass, or
             those of one more pass over the state the loop ended in. `"last"` depends on how tokens are cut into calls.
         decode (`"full"` | `"prompt"` | `int`): loop on every token, on the prompt, or on the prompt and so many tokens

@@ -1,9 +1,12 @@
-"""The README's code runs, and what it names exists: peers' READMEs call functions and files that are not there."""
+"""Code in the README and in docs/ runs, and what it names exists: peers' READMEs call functions that are not there."""
 
 import re
 from pathlib import Path
 
-from data_builders.tokenizers import hop_tokenizer
+import torch
+from families import make_frozen
+
+from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from toys import make_model
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +25,31 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) >= 5
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.S)
+
+
+def test_the_example_of_a_frozen_model_runs(tmp_path, monkeypatch):
+    tokenizer = train_byte_bpe(["The capital of France is Paris. The capital of Spain is Madrid."], 270)
+    model = make_frozen("llama", dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "smollm2")
+    monkeypatch.chdir(tmp_path)
+    [block] = blocks_of("frozen.md")
+    names = {}
+    exec(compile(block.replace("window=(12, 15)", "window=(2, 4)"), "docs/frozen.md", "exec"), names)
+    assert names["again"].loop.config.window == [2, 4]
+    assert [path.name for path in (tmp_path / "smollm2-looped").glob("*.safetensors")] == []
+
+
+def test_the_example_of_hyperloop_runs():
+    [block] = blocks_of("hyperloop.md")
+    names = {}
+    exec(compile(block, "docs/hyperloop.md", "exec"), names)
+    assert len(names["model"].model.connection.reads) == 3
 
 
 def test_named_files_exist():

@@ -10,6 +10,8 @@ halting.jsonl   accuracy against loops, time saved       `looped halting`
 evaluation.json chance level and row limit               `looped eval`
 snapshots/      the model at steps the recipe names      while training
 lens*.jsonl     what states say and cause                `looped lens`
+quantization.json  perplexity with weights of few bits   `looped quantize`
+model_int4/     that model, weights dequantised          `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`
 """
 
@@ -55,6 +57,9 @@ class Run:
 
     def evaluation(self) -> dict:
         return self._parse("evaluation.json", json.loads, f"run `looped eval {self.folder}` first.")
+
+    def quantization(self) -> dict:
+        return self._parse("quantization.json", json.loads, f"run `looped quantize {self.folder}` first.")
 
     def model_folder(self) -> Path:
         if not (self.folder / "model" / "config.json").is_file():

@@ -222,6 +222,7 @@ def test_only_the_weights_of_the_named_linears_change(fields, method):
     assert changed == {name for name in before if name.endswith("_proj.weight")}
 
 
+@torch.no_grad()
 def test_four_bits_more_make_the_logits_more_than_eight_times_as_near():
     exact = toy()(make_ids(), num_loops=LOOPS).logits
     errors = []

@@ -10,8 +10,8 @@
                 W later -= (w - q) / U_cc U_c,later        U^T U = (H + damping)^-1: later columns repair the error
 
 Source: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1); that a shared layer's H sums over all loops is
-Hyperloop's protocol. The order is GPTQ's sequential one, a layer at a time: its inputs are those it will meet. Only
-for a core layer that is half true, because from the second loop on they also come through core layers that are not
+the protocol of Hyperloop (2604.21254). The order is GPTQ's sequential one, a layer at a time: its inputs are those it
+will meet. For a core layer that is half true: from the second loop on they also come through core layers that are not
 quantised yet. `nearest` is the naive twin: the same groups, no repair.
 
 Quantised are the nn.Linear inside the layers, and nothing else: embeddings, head, norms, biases and the loop
@@ -191,8 +191,8 @@ def check_inputs(inputs: dict[str, Inputs], num_tokens: int, num_loops: int) -> 
         if seen.samples != expected:
             raise ValueError(
                 f"{name} has {seen.samples} calibration samples and must have {expected} ({num_tokens} tokens, "
-                f"{num_loops} loops of the core): the layer runs it otherwise than once per pass; it cannot be "
-                "calibrated, so nothing was written."
+                f"{num_loops} loops of the core): a linear that its layer does not run once per pass cannot be "
+                "calibrated; take it out of the layer."
             )
         if not seen.hessian.isfinite().all():
             raise ValueError(

@@ -1,4 +1,5 @@
-"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | bench | convert`.
+"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | bench | convert |
+quantize`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -153,6 +154,21 @@ def run_convert(arguments) -> None:
     )
 
 
+def run_quantize(arguments) -> None:
+    from .quantization import quantization_text, quantize_run
+    from .runs import open_run
+
+    path = quantize_run(
+        arguments.run,
+        bits=arguments.bits,
+        group=arguments.group,
+        method=arguments.method,
+        calibration_rows=arguments.calibration_rows,
+        num_loops=arguments.loops,
+    )
+    print(f"{quantization_text(open_run(arguments.run).quantization())}\n\nwritten to {path}")
+
+
 def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -285,6 +301,25 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--gguf-file", metavar="NAME", help="the gguf file to read in SOURCE")
     command.set_defaults(call=run_convert)
+
+    command = commands.add_parser(
+        "quantize", help="weights of few bits for a text run, to RUN/model_int4/ and RUN/quantization.json"
+    )
+    command.add_argument("run", metavar="RUN")
+    command.add_argument(
+        "--bits", type=positive, default=4, metavar="N", help="2 to 16 per weight (default: %(default)s)"
+    )
+    command.add_argument(
+        "--group", type=positive, default=128, metavar="N", help="weights that share a scale (default: %(default)s)"
+    )
+    command.add_argument(
+        "--method", choices=("gptq", "nearest"), default="gptq", help="default: %(default)s, calibrated over all loops"
+    )
+    command.add_argument(
+        "--calibration-rows", type=positive, default=128, metavar="N", help="of training text (default: %(default)s)"
+    )
+    command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
+    command.set_defaults(call=run_quantize)
     return main_parser
 
 

@@ -1,0 +1,403 @@
+"""Weights of few bits for a looped model, calibrated over all of its loops: `looped quantize RUN`.
+
+    for layer in prelude, core, coda:                      in the order of the forward, earlier ones already quantised
+        X = inputs of its linears on calibration rows      a core linear runs num_loops times per token: all are in X
+        H = 2 X^T X                                        (I, I)
+        for group of columns of W (O, I):
+            scale, zero = grid of the group's weights      asymmetric min-max, a row of W each
+            for column in group:
+                q       = round to the grid
+                W later -= (w - q) / U_cc U_c,later        U^T U = (H + damping)^-1: later columns repair the error
+
+Source: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1); that a shared layer's H sums over all loops is
+the protocol of Hyperloop (2604.21254). The order is GPTQ's sequential one, a layer at a time: its inputs are those it
+will meet. For a core layer that is half true: from the second loop on they also come through core layers that are not
+quantised yet. `nearest` is the naive twin: the same groups, no repair.
+
+Quantised are the nn.Linear inside the layers, and nothing else: embeddings, head, norms, biases and the loop
+connection stay. Weights are stored dequantised, so that the folder loads as any other; bytes are those of packing.
+Legend: N rows, T tokens, I inputs and O outputs of a linear.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import TextBlocks, load_task
+
+from .evaluation import load_run_model
+from .runs import Run, open_run, write_whole
+
+DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3, step 3)
+TOKENS_AT_ONCE = 2048  # that go through the model in one call
+Method = Literal["gptq", "nearest"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values that the weights of one group may take in each row: scale * (code - zero), code in 0 .. 2^bits - 1.
+
+    `scale` (O, 1) is a float16 number and `zero` (O, 1) a code, both in float32: a packed file would hold the same.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    largest_code: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bits: int) -> "Grid":
+        """The smallest grid over the weights (O, group) and 0, its scale rounded up to float16: nothing is clipped."""
+        low = weight.amin(1, keepdim=True).clamp_max(0)
+        high = weight.amax(1, keepdim=True).clamp_min(0)
+        largest_code = 2**bits - 1
+        scale = (high - low) / largest_code
+        # Half a unit in the last place more, of a normal or a subnormal number, makes rounding to nearest go up.
+        scale = (scale * (1 + 2**-11) + 2**-25).half().float().clamp_min(2**-24)
+        return cls(scale, (-low / scale).round().clamp(0, largest_code), largest_code)
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """The nearest values of the grid: (O, n) -> (O, n)."""
+        code = ((weight / self.scale).round() + self.zero).clamp(0, self.largest_code)
+        return self.scale * (code - self.zero)
+
+
+@torch.no_grad()
+def nearest(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Every weight rounded to its group's grid: (O, I) -> (O, I) float32. The last group may be smaller."""
+    parts = weight.float().split(group, dim=1)
+    return torch.cat([Grid.of(part, bits).round(part) for part in parts], dim=1)
+
+
+@torch.no_grad()
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """As `nearest`, except that later columns make up for the rounding of earlier ones, and a group's grid is that of
+    its weights when it is reached (GPTQ, arXiv 2210.17323, algorithm 1, with a group as its block).
+
+    Args:
+        weight: (O, I). hessian: (I, I), any multiple of X^T X; where it is diagonal the result equals `nearest`.
+
+    Returns:
+        (O, I) float32.
+    """
+    weight, quantized = weight.float().clone(), torch.empty_like(weight, dtype=torch.float32)
+    factor = inverse_factor(hessian)
+    columns = weight.shape[1]
+    for start in range(0, columns, group):
+        stop = min(start + group, columns)
+        grid = Grid.of(weight[:, start:stop], bits)
+        errors = weight.new_empty(len(weight), stop - start)
+        for column in range(start, stop):
+            rounded = grid.round(weight[:, column, None])  # (O, 1)
+            error = (weight[:, column, None] - rounded) / factor[column, column]
+            weight[:, column + 1 : stop] -= error * factor[column, column + 1 : stop]
+            quantized[:, column], errors[:, column - start] = rounded[:, 0], error[:, 0]
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return quantized
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Upper triangular U with U^T U = (H + damping)^-1: (I, I) -> (I, I) float32.
+
+    An input that was always 0 has a 1 on the diagonal instead: its weights are rounded to nearest. (The published code
+    sets them to 0, but an input without a calibration sample may come later.)
+    """
+    hessian = hessian.float().clone()
+    diagonal = hessian.diagonal()
+    damping, dead = DAMPING * diagonal.mean(), diagonal == 0
+    diagonal += damping
+    diagonal[dead] = 1
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+@torch.no_grad()
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    """|X (W - Q)^T| / |X W^T| in Frobenius norms, over the samples that made the Hessian; 0 where nothing differs."""
+
+    def square(matrix: torch.Tensor) -> float:
+        return float(((matrix @ hessian) * matrix).sum().clamp_min(0))
+
+    error = square(weight.float() - quantized.float())
+    return (error / square(weight.float())) ** 0.5 if error else 0.0
+
+
+@dataclass
+class Inputs:
+    """What a linear was called with: `hessian` 2 X^T X (I, I) in float32, over `samples` rows of X."""
+
+    hessian: torch.Tensor
+    samples: int = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Count inputs (..., I)."""
+        rows = inputs.flatten(0, -2).float()
+        self.hessian += 2 * rows.T @ rows
+        self.samples += len(rows)
+
+
+def quantized_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers by name, such as core.0, in the order of the forward."""
+    inner = model.model
+    sections = {"prelude": inner.prelude, "core": inner.core, "coda": inner.coda}
+    return {f"{name}.{index}": layer for name, layers in sections.items() for index, layer in enumerate(layers)}
+
+
+def linears_of(name: str, layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linears inside a layer by name, such as core.0.mlp.up_proj."""
+    return {f"{name}.{inner}": module for inner, module in layer.named_modules() if isinstance(module, nn.Linear)}
+
+
+@torch.no_grad()
+def collect_inputs(
+    model: PreTrainedModel, linears: dict[str, nn.Linear], batches: Sequence[torch.Tensor], num_loops: int
+) -> dict[str, Inputs]:
+    """The inputs of `linears` in every call of one pass over the calibration rows.
+
+    Args:
+        linears: by names that begin with their section. batches: ids (b, T) each, without padding.
+
+    Raises:
+        ValueError: a linear did not see every token once per loop (once outside the core), or saw inf or NaN.
+    """
+    inputs, hooks = {}, []
+    try:
+        for name, linear in linears.items():
+            size = linear.in_features
+            inputs[name] = Inputs(torch.zeros(size, size, device=linear.weight.device))
+            # The linear may be called again with the same tokens: each call counts, so H sums over the loops.
+            hooks.append(linear.register_forward_pre_hook(lambda _, given, seen=inputs[name]: seen.add(given[0])))
+        for ids in batches:
+            model.model(input_ids=ids.to(model.device), num_loops=num_loops, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    check_inputs(inputs, sum(ids.numel() for ids in batches), num_loops)
+    return inputs
+
+
+def check_inputs(inputs: dict[str, Inputs], num_tokens: int, num_loops: int) -> None:
+    """Nothing is quantised by a Hessian that misses a loop; raises as `collect_inputs` says."""
+    for name, seen in inputs.items():
+        expected = num_tokens * num_loops if name.startswith("core.") else num_tokens
+        if seen.samples != expected:
+            raise ValueError(
+                f"{name} has {seen.samples} calibration samples and must have {expected} ({num_tokens} tokens, "
+                f"{num_loops} loops of the core): a linear that its layer does not run once per pass cannot be "
+                "calibrated; take it out of the layer."
+            )
+        if not seen.hessian.isfinite().all():
+            raise ValueError(
+                f"the inputs of {name} at loops={num_loops} are not finite or too large: calibrate at fewer loops."
+            )
+
+
+def check_settings(bits: int, group: int, method: str) -> None:
+    """Raises ValueError for what cannot be quantised to."""
+    if type(bits) is not int or not 2 <= bits <= 16:
+        raise ValueError(f"bits must be an integer from 2 to 16, got {bits!r}: 4 is usual.")
+    if type(group) is not int or group < 1:
+        raise ValueError(f"group must be an integer >= 1, got {group!r}: 128 weights to a scale is usual.")
+    if method not in ("gptq", "nearest"):
+        raise ValueError(f"method must be gptq or nearest, got {method!r}: gptq is the better one.")
+
+
+@torch.no_grad()
+def quantize_model(
+    model: PreTrainedModel,
+    batches: Sequence[torch.Tensor],
+    num_loops: int,
+    *,
+    bits: int = 4,
+    group: int = 128,
+    method: Method = "gptq",
+) -> dict[str, dict]:
+    """Quantise the linears of prelude, core and coda in place, a layer at a time; the weights keep their dtype.
+
+    Args:
+        model: a looped causal LM in evaluation mode.
+        batches: calibration ids, (b, T) each, without padding.
+        num_loops: loops of the core that it is calibrated over.
+        group: neighbouring inputs that share a scale; the last group of a row is smaller where it does not divide.
+
+    Returns:
+        Of each linear: samples, relative_error (`output_error` when it was quantised, a fraction) and what that would
+        have been with `nearest`, nearest_relative_error.
+
+    Raises:
+        ValueError: bits, group or method out of range, or as `collect_inputs`; earlier layers are then quantised.
+    """
+    check_settings(bits, group, method)
+    rows = {}
+    for layer_name, layer in tqdm(quantized_layers(model).items(), desc="quantizing", unit="layer"):
+        linears = linears_of(layer_name, layer)
+        for name, inputs in collect_inputs(model, linears, batches, num_loops).items():
+            weight, hessian = linears[name].weight, inputs.hessian
+            rounded = nearest(weight, bits, group).to(weight.dtype)
+            chosen = gptq(weight, hessian, bits, group).to(weight.dtype) if method == "gptq" else rounded
+            rows[name] = {
+                "samples": inputs.samples,
+                "relative_error": output_error(weight, chosen, hessian),
+                "nearest_relative_error": output_error(weight, rounded, hessian),
+            }
+            weight.copy_(chosen)
+    return rows
+
+
+def packed_bytes(linear: nn.Linear, bits: int, group: int) -> int:
+    """Bytes of a packed weight: `bits` per weight, and per group a float16 scale and a zero point of `bits`."""
+    groups = linear.out_features * -(-linear.in_features // group)
+    return -(-(linear.weight.numel() * bits + groups * (16 + bits)) // 8)
+
+
+def count_bytes(model: PreTrainedModel, bits: int, group: int) -> dict[str, int]:
+    """Bytes of the quantised linears' weights and of all parameters, as they are (before) and packed (after)."""
+    linears = [
+        linear for name, layer in quantized_layers(model).items() for linear in linears_of(name, layer).values()
+    ]
+    before = sum(linear.weight.nbytes for linear in linears)
+    after = sum(packed_bytes(linear, bits, group) for linear in linears)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    return {
+        "linears_before": before,
+        "linears_after": after,
+        "model_before": whole,
+        "model_after": whole - before + after,
+    }
+
+
+def batches_of(blocks: TextBlocks, numbers: torch.Tensor) -> Iterable[dict[str, torch.Tensor]]:
+    """The blocks `numbers` (N,), about TOKENS_AT_ONCE tokens at a time."""
+    for part in numbers.split(max(1, TOKENS_AT_ONCE // blocks.sequence_length)):
+        yield blocks.rows(part)
+
+
+@torch.no_grad()
+def block_losses(model: PreTrainedModel, blocks: TextBlocks, num_loops: int) -> torch.Tensor:
+    """Mean cross-entropy of every block, (N,) float64 nats per token."""
+    losses = []
+    for rows in batches_of(blocks, torch.arange(len(blocks))):
+        ids, labels = rows["input_ids"].to(model.device), rows["shift_labels"].to(model.device)
+        logits = model(input_ids=ids, num_loops=num_loops, use_cache=False).logits  # (b, T, V)
+        losses.append(F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none").mean(1).cpu())
+    return torch.cat(losses).double()
+
+
+def load_run_text(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBlocks]:
+    """Blocks of the splits train and test of a text run, as its recipe cuts them.
+
+    Raises:
+        ValueError: a split has no block, or the text is gone.
+    """
+    data = run.recipe()["data"]
+    named = {} if data["files"] is None else {"files": data["files"]}
+    config = "files" if named or "dataset" in data["overrides"] else "corpus"
+    task = load_task("text", config, **({"seed": data["seed"]} | named | data["overrides"]))
+    return {split: TextBlocks(task[split], tokenizer, data["sequence_length"]) for split in ("train", "test")}
+
+
+def calibration_blocks(blocks: TextBlocks, count: int, seed: int) -> torch.Tensor:
+    """`count` different block numbers (count,) drawn by `seed`.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if not 1 <= count <= len(blocks):
+        raise ValueError(
+            f"calibration_rows must be from 1 to {len(blocks)}, the blocks of the training text, got {count}: "
+            "give fewer, or more text."
+        )
+    return torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def quantize_run(
+    folder: str | Path,
+    *,
+    bits: int = 4,
+    group: int = 128,
+    method: Method = "gptq",
+    calibration_rows: int = 128,
+    num_loops: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Quantise the model of a text run: write RUN/model_int<bits>/ and RUN/quantization.json, and return the latter.
+
+    Perplexity is measured on the run's test split, calibration rows come from its training split. Of several
+    quantisations quantization.json describes the last one and names its folder.
+
+    Args:
+        folder: a finished run of the task text.
+        bits, group, method: see `quantize_model`.
+        calibration_rows: blocks of the recipe's sequence_length.
+        num_loops: of calibration and perplexity; those of the model's configuration unless given.
+        seed: of the choice of calibration rows.
+
+    Raises:
+        ValueError: no such run, not finished, not of the task text, or settings out of range.
+    """
+    check_settings(bits, group, method)
+    run = open_run(folder)
+    task = run.recipe()["data"]["task"]
+    if task != "text":
+        raise ValueError(
+            f"data.task of {run.folder} is {task}, and quantisation is measured on text: give a run of the task text."
+        )
+    model, tokenizer = load_run_model(run)
+    num_loops = model.config.num_loops if num_loops is None else num_loops
+    text = load_run_text(run, tokenizer)
+    chosen = calibration_blocks(text["train"], calibration_rows, seed)
+    batches = [rows["input_ids"] for rows in batches_of(text["train"], chosen)]
+
+    losses = {"before": block_losses(model, text["test"], num_loops)}
+    settings = {"bits": bits, "group": group, "method": method}
+    linears = quantize_model(model, batches, num_loops, **settings)
+    losses["after"] = block_losses(model, text["test"], num_loops)
+    target = run.folder / f"model_int{bits}"
+    save_folder(model, tokenizer, target)
+    report = {
+        "model": target.name,
+        **settings,
+        "damping": DAMPING,
+        "loops": num_loops,
+        "seed": seed,
+        "calibration_rows": calibration_rows,
+        "calibration_tokens": calibration_rows * text["train"].sequence_length,
+        "test_tokens": len(text["test"]) * text["test"].sequence_length,
+        "perplexity": {when: values.mean().exp().item() for when, values in losses.items()},
+        "bytes": count_bytes(model, bits, group),
+        "linears": linears,
+        "block_losses": {when: values.tolist() for when, values in losses.items()},
+    }
+    return write_whole(run.folder / "quantization.json", json.dumps(report, indent=1) + "\n")
+
+
+def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write `folder` under another name, then rename; one that is there is replaced."""
+    partial = folder.with_name(folder.name + ".partial")
+    rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def quantization_text(report: dict) -> str:
+    """What RUN/quantization.json says, in four lines."""
+    perplexity, size, linears = report["perplexity"], report["bytes"], report["linears"]
+    worst = max(linears, key=lambda name: linears[name]["relative_error"])
+    lines = [
+        f"{report['method']}, {report['bits']} bits, groups of {report['group']}, over {report['loops']} loops and "
+        f"{report['calibration_tokens']:,} training tokens",
+        f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} on {report['test_tokens']:,} test tokens",
+        f"weights of the layers {size['linears_before']:,} -> {size['linears_after']:,} bytes, packed",
+        f"largest relative error of an output: {linears[worst]['relative_error']:.3f}, {worst}",
+    ]
+    return "\n".join(lines)

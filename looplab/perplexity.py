@@ -31,8 +31,8 @@ from .runs import Run, open_run, to_json_lines, write_whole
 TOKENS = 2048  # that go through the model at once: their logits are this times the vocabulary
 
 
-def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> TextBlocks:
-    """Blocks of the test split of the run's text, of the length it was trained on.
+def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBlocks]:
+    """Blocks of the splits train and test of the run's text, of the length it was trained on.
 
     Raises:
         ValueError: the text is not the one the run was trained on (files changed, or another working folder), or its
@@ -41,13 +41,14 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> TextBlocks:
     data = run.recipe()["data"]
     splits = load_text(data["files"], **({"seed": data["seed"]} | data["overrides"]))
     trained_on = run.summary()["train_tokens"]
-    found = TextBlocks(splits["train"], tokenizer, data["sequence_length"]).num_tokens
+    blocks = {split: TextBlocks(splits[split], tokenizer, data["sequence_length"]) for split in ("train", "test")}
+    found = blocks["train"].num_tokens
     if found != trained_on:
         raise ValueError(
             f"the text of {run.folder} has {found} training tokens now and had {trained_on} when it was trained, so "
             "its test split may be known to the model: restore the files its recipe names, or train again."
         )
-    return TextBlocks(splits["test"], tokenizer, data["sequence_length"])
+    return blocks
 
 
 def spread_blocks(total: int, limit: int | None) -> torch.Tensor:
@@ -140,7 +141,7 @@ def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit:
     run = open_run(folder)
     run.summary()  # says so if the training has not finished
     model, tokenizer = load_run_model(run)
-    blocks = run_blocks(run, tokenizer)
+    blocks = run_blocks(run, tokenizer)["test"]
     numbers = spread_blocks(len(blocks), limit)
     own = model.config.num_loops
     losses = block_losses(model, blocks, numbers, sorted(set(loops or [own, *run.recipe()["eval_loops"]])))

@@ -20,22 +20,22 @@ Legend: N rows, T tokens, I inputs and O outputs of a linear.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_builders import TextBlocks, load_task
+from data_builders import TextBlocks
 
 from .evaluation import load_run_model
-from .runs import Run, open_run, write_whole
+from .perplexity import block_losses, run_blocks
+from .runs import open_run, write_whole
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3, step 3)
 TOKENS_AT_ONCE = 2048  # that go through the model in one call
@@ -274,36 +274,6 @@ def count_bytes(model: PreTrainedModel, bits: int, group: int) -> dict[str, int]
     }
 
 
-def batches_of(blocks: TextBlocks, numbers: torch.Tensor) -> Iterable[dict[str, torch.Tensor]]:
-    """The blocks `numbers` (N,), about TOKENS_AT_ONCE tokens at a time."""
-    for part in numbers.split(max(1, TOKENS_AT_ONCE // blocks.sequence_length)):
-        yield blocks.rows(part)
-
-
-@torch.no_grad()
-def block_losses(model: PreTrainedModel, blocks: TextBlocks, num_loops: int) -> torch.Tensor:
-    """Mean cross-entropy of every block, (N,) float64 nats per token."""
-    losses = []
-    for rows in batches_of(blocks, torch.arange(len(blocks))):
-        ids, labels = rows["input_ids"].to(model.device), rows["shift_labels"].to(model.device)
-        logits = model(input_ids=ids, num_loops=num_loops, use_cache=False).logits  # (b, T, V)
-        losses.append(F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none").mean(1).cpu())
-    return torch.cat(losses).double()
-
-
-def load_run_text(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBlocks]:
-    """Blocks of the splits train and test of a text run, as its recipe cuts them.
-
-    Raises:
-        ValueError: a split has no block, or the text is gone.
-    """
-    data = run.recipe()["data"]
-    named = {} if data["files"] is None else {"files": data["files"]}
-    config = "files" if named or "dataset" in data["overrides"] else "corpus"
-    task = load_task("text", config, **({"seed": data["seed"]} | named | data["overrides"]))
-    return {split: TextBlocks(task[split], tokenizer, data["sequence_length"]) for split in ("train", "test")}
-
-
 def calibration_blocks(blocks: TextBlocks, count: int, seed: int) -> torch.Tensor:
     """`count` different block numbers (count,) drawn by `seed`.
 
@@ -352,14 +322,16 @@ def quantize_run(
         )
     model, tokenizer = load_run_model(run)
     num_loops = model.config.num_loops if num_loops is None else num_loops
-    text = load_run_text(run, tokenizer)
+    text = run_blocks(run, tokenizer)
     chosen = calibration_blocks(text["train"], calibration_rows, seed)
-    batches = [rows["input_ids"] for rows in batches_of(text["train"], chosen)]
+    rows_at_once = max(1, TOKENS_AT_ONCE // text["train"].sequence_length)
+    batches = [text["train"].rows(numbers)["input_ids"] for numbers in chosen.split(rows_at_once)]
 
-    losses = {"before": block_losses(model, text["test"], num_loops)}
+    every_block = torch.arange(len(text["test"]))
+    losses = {"before": block_losses(model, text["test"], every_block, [num_loops])[num_loops]}
     settings = {"bits": bits, "group": group, "method": method}
     linears = quantize_model(model, batches, num_loops, **settings)
-    losses["after"] = block_losses(model, text["test"], num_loops)
+    losses["after"] = block_losses(model, text["test"], every_block, [num_loops])[num_loops]
     target = run.folder / f"model_int{bits}"
     save_folder(model, tokenizer, target)
     report = {

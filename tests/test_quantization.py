@@ -41,6 +41,7 @@ KINDS = [
     {"loop_connection": "inject_concat", "attention_bias": True, "mlp_bias": True},
     {"loop_connection": "inject_add", "state_init": "normal", "gated_mlp": False, "kv_sharing": "first"},
     {"norm_placement": "sandwich", "norm_between_loops": True, "kv_sharing": "last"},
+    {"loop_connection": "hyper", "loop_embedding": "learned", "max_num_loops": LOOPS},
 ]
 
 

@@ -126,7 +126,10 @@ def test_the_test_split_is_neither_that_of_the_checks_nor_the_training(runs):
     assert texts["test"]
     assert not texts["test"] & (texts["validation"] | texts["train"])
     tokenizer = AutoTokenizer.from_pretrained(runs[0].folder / "model")
-    assert perplexity.run_blocks(runs[0], tokenizer).num_tokens == TextBlocks(splits["test"], tokenizer, 32).num_tokens
+    assert (
+        perplexity.run_blocks(runs[0], tokenizer)["test"].num_tokens
+        == TextBlocks(splits["test"], tokenizer, 32).num_tokens
+    )
 
 
 def test_a_limit_takes_the_same_blocks_every_time_evenly_spread(runs):

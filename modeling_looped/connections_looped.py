@@ -67,42 +67,6 @@ class InjectConcatConnection(PlainConnection):
         return self.adapter(torch.cat([state, embeds], dim=-1))
 
 
-class Gates(nn.Module):
-    """Logits of token-wise gates, a W RMSNorm(flatten(streams)) + b, float32 whatever the precision around them.
-
-    The gates of one loop that are asked for together: `biases` holds the initial b of each kind, and each kind has its
-    own scalar a. W is (gates, S * D) and drawn: streams that start as copies and had equal gates would stay copies.
-    """
-
-    weight_std = 0.02
-
-    def __init__(self, config, biases: Sequence[Sequence[float]]):
-        super().__init__()
-        self.sizes = [len(kind) for kind in biases]
-        self.initial_bias = [value for kind in biases for value in kind]
-        self.initial_scale = HYPER_INITS[config.hyper_init].scale
-        self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(len(self.initial_bias), config.num_streams * config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(len(self.initial_bias)))
-        self.scale = nn.Parameter(torch.empty(len(biases)))
-
-    def initialize(self) -> None:
-        """Values of a fresh model; those that were loaded stay."""
-        init.normal_(self.weight, mean=0.0, std=self.weight_std)
-        init.copy_(self.bias, torch.tensor(self.initial_bias))
-        init.constant_(self.scale, self.initial_scale)
-
-    def logits(self, streams: torch.Tensor) -> Sequence[torch.Tensor]:
-        """(B, T, S, D) -> the (B, T, gates) logits of each kind."""
-        with torch.autocast(streams.device.type, enabled=False):
-            flat = streams.flatten(-2).float()
-            # The norm is one factor per token: it is applied to the few logits instead of to all channels.
-            mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1]
-            scale = torch.cat([a.expand(size) for a, size in zip(self.scale.float(), self.sizes, strict=True)])
-            logits = F.linear(flat, self.weight.float()) * torch.rsqrt(mean_square + self.eps)
-            return (logits * scale + self.bias.float()).split(self.sizes, dim=-1)
-
-
 def logit(share: float, nearest: float = 1e-4) -> float:
     """ln(p / (1 - p)) of a share, kept off 0 and 1, which one stream or one loop asks for: there it is infinite."""
     share = min(max(share, nearest), 1 - nearest)
@@ -137,6 +101,42 @@ HYPER_INITS = {
     # Every b is 0.
     "zero": HyperInit(lambda n, loops: 0.5, lambda n, loops: 1.0, lambda n, loops: 0.5),
 }
+
+
+class Gates(nn.Module):
+    """Logits of token-wise gates, a W RMSNorm(flatten(streams)) + b, float32 whatever the precision around them.
+
+    The gates of one loop that are asked for together: `biases` holds the initial b of each kind, and each kind has its
+    own scalar a. W is (gates, S * D) and drawn: streams that start as copies and had equal gates would stay copies.
+    """
+
+    weight_std = 0.02
+
+    def __init__(self, config, biases: Sequence[Sequence[float]]):
+        super().__init__()
+        self.sizes = [len(kind) for kind in biases]
+        self.initial_bias = [value for kind in biases for value in kind]
+        self.initial_scale = HYPER_INITS[config.hyper_init].scale
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(len(self.initial_bias), config.num_streams * config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(len(self.initial_bias)))
+        self.scale = nn.Parameter(torch.empty(len(biases)))
+
+    def initialize(self) -> None:
+        """Values of a fresh model; those that were loaded stay."""
+        init.normal_(self.weight, mean=0.0, std=self.weight_std)
+        init.copy_(self.bias, torch.tensor(self.initial_bias))
+        init.constant_(self.scale, self.initial_scale)
+
+    def logits(self, streams: torch.Tensor) -> Sequence[torch.Tensor]:
+        """(B, T, S, D) -> the (B, T, gates) logits of each kind."""
+        with torch.autocast(streams.device.type, enabled=False):
+            flat = streams.flatten(-2).float()
+            # The norm is one factor per token: it is applied to the few logits instead of to all channels.
+            mean_square = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square() / flat.shape[-1]
+            scale = torch.cat([a.expand(size) for a, size in zip(self.scale.float(), self.sizes, strict=True)])
+            logits = F.linear(flat, self.weight.float()) * torch.rsqrt(mean_square + self.eps)
+            return (logits * scale + self.bias.float()).split(self.sizes, dim=-1)
 
 
 class DiagonalMixing:
@@ -179,8 +179,6 @@ class SinkhornMixing:
 
 
 MIXINGS = {"diagonal": DiagonalMixing, "identity": IdentityMixing, "sinkhorn": SinkhornMixing}
-# Which of the parameters that are held belong to a loop: its own, or those of all.
-GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
 
 
 class HyperRead(Gates):
@@ -255,69 +253,6 @@ class StaticWrite(Scalars):
         streams = state.shape[-2]
         mixing, writing = self.weights.to(state.dtype).split([streams * streams, streams])
         mixed = mixing.view(streams, streams) @ state
-        return torch.addcmul(mixed, writing.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
-
-
-# Which of the parameters that are held belong to a loop: its own, or those of all.
-GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
-
-
-class HyperLoop(nn.Module):
-    """One loop's gates on S streams y (Hyperloop, arXiv 2604.21254, section 3).
-
-        z  = RMSNorm(flatten(y))                             (B, T, S * D)
-        x  = sigmoid(a W z + b) y                            a weight per stream, what the core runs on
-        y' = mix(y) + 2 sigmoid(a W z + b) (core(x) + e)     mix: `hyper_mixing`; e: the loop's embedding
-
-    Each of the three has its own a, W and b.
-    """
-
-    def __init__(self, config, loop: int):
-        super().__init__()
-        start, streams = HYPER_INITS[config.hyper_init], config.num_streams
-        loops = config.num_loops if config.max_num_loops is None else config.max_num_loops
-        writing = [logit(start.write(streams, loops) / 2)] * streams
-        self.mixing = MIXINGS[config.hyper_mixing]()
-        self.read_gates = Gates(config, [[logit(start.read(streams, loops))] * streams])
-        self.write_gates = Gates(config, [writing, *self.mixing.biases(streams, start.keep(streams, loops))])
-
-    def read(self, state: torch.Tensor) -> torch.Tensor:
-        (logits,) = self.read_gates(state)
-        return (logits.sigmoid().to(state.dtype).unsqueeze(-1) * state).sum(-2)
-
-    def write(self, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        logits, *mixing_logits = self.write_gates(state)
-        shares = (2 * logits.sigmoid()).to(state.dtype)
-        mixed = self.mixing(state, *mixing_logits)
-        return torch.addcmul(mixed, shares.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
-
-
-class StaticLoop(nn.Module):
-    """One loop's learned scalars: S to read the streams by, S * S to mix them by, S to write by (arXiv 2604.21106).
-
-    They are one vector: as a matrix, the mixing would be decayed towards zero.
-    """
-
-    def __init__(self, config, loop: int):
-        super().__init__()
-        streams = config.num_streams
-        self.sizes = [streams, streams * streams, streams]
-        reading = [float(stream == loop % streams) for stream in range(streams)]
-        mixing = [float(row == column) for row in range(streams) for column in range(streams)]
-        self.initial_weights = reading + mixing + [1.0] * streams
-        self.weights = nn.Parameter(torch.empty(len(self.initial_weights)))
-
-    def initialize(self) -> None:
-        """Values of a fresh model; those that were loaded stay."""
-        init.copy_(self.weights, torch.tensor(self.initial_weights))
-
-    def read(self, state: torch.Tensor) -> torch.Tensor:
-        reading, _, _ = self.weights.to(state.dtype).split(self.sizes)
-        return (reading.unsqueeze(-1) * state).sum(-2)
-
-    def write(self, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        _, mixing, writing = self.weights.to(state.dtype).split(self.sizes)
-        mixed = mixing.view(len(writing), -1) @ state
         return torch.addcmul(mixed, writing.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
 
 

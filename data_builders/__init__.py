@@ -15,10 +15,18 @@ from .batching import (
 )
 from .composition import Composition, CompositionConfig
 from .khop import Khop, KhopConfig
+from .molecules import Molecules, MoleculesConfig, augment, canonical_smiles, random_smiles
 from .multiple_choice import MultipleChoice, MultipleChoiceConfig
 from .tasks import export_parquet, load_task, load_text, task_builder
 from .text import Text, TextConfig
-from .tokenizers import dataset_byte_bpe, dataset_tokenizer, hop_tokenizer, train_byte_bpe
+from .tokenizers import (
+    dataset_byte_bpe,
+    dataset_smiles_tokenizer,
+    dataset_tokenizer,
+    hop_tokenizer,
+    smiles_tokenizer,
+    train_byte_bpe,
+)
 
 __all__ = [
     "Composition",
@@ -29,13 +37,18 @@ __all__ = [
     "KhopConfig",
     "LoopCollator",
     "LoopCollatorCallback",
+    "Molecules",
+    "MoleculesConfig",
     "MultipleChoice",
     "MultipleChoiceConfig",
     "Text",
     "TextBatches",
     "TextBlocks",
     "TextConfig",
+    "augment",
+    "canonical_smiles",
     "dataset_byte_bpe",
+    "dataset_smiles_tokenizer",
     "dataset_tokenizer",
     "encode_groups",
     "encode_hops",
@@ -45,6 +58,8 @@ __all__ = [
     "hop_tokenizer",
     "load_task",
     "load_text",
+    "random_smiles",
+    "smiles_tokenizer",
     "stack_rows",
     "task_builder",
     "train_byte_bpe",

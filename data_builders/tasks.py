@@ -13,9 +13,18 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from .composition import Composition
 from .khop import Khop
+from .molecules import Molecules
 from .text import Text
 
-TASKS = {"khop": Khop, "composition": Composition, "text": Text}
+TASKS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Molecules}
+
+# What the card of an exported task is found by on the Hub.
+TAGS = {
+    "khop": ["synthetic", "multi-hop"],
+    "composition": ["synthetic", "multi-hop"],
+    "text": [],
+    "molecules": ["chemistry", "smiles"],
+}
 
 
 def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetBuilder:
@@ -42,7 +51,9 @@ def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = 
 def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetDict:
     """Splits train, validation (the gate) and test of a task, built into the `datasets` cache on first use.
 
-    `load_task("khop", "cpu", seed=1, train_hops=4)`. Raises ValueError as `task_builder`.
+    `load_task("khop", "cpu", seed=1, train_hops=4)`. Molecules may have test_scaffolds, too.
+
+    Raises ValueError as `task_builder`.
     """
     builder = task_builder(name, config_name, cache_dir=cache_dir, **overrides)
     builder.download_and_prepare()
@@ -79,6 +90,8 @@ def export_parquet(
         raise ValueError(f"{folder} holds something else than the task {name}: choose an empty or a new folder.")
     builder.download_and_prepare()
     dataset = builder.as_dataset()
+    files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in dataset]
+    card.data["configs"] = [*(card.data.get("configs") or []), {"config_name": config_name, "data_files": files}]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
         data = Path(temporary, config_name)
@@ -92,19 +105,17 @@ def export_parquet(
 
 
 def _card(readme: Path | None, name: str, builder: DatasetBuilder) -> DatasetCard:
-    """The folder's card with one more config: the YAML that `load_dataset` reads, the fields that made the data."""
+    """The folder's card with one more config in its text: the fields that made the data."""
     if readme is None:
-        tags = ["looped-transformers", "synthetic", "multi-hop"]
+        tags = ["looped-transformers", *TAGS[name]]
         data = DatasetCardData(pretty_name=name, task_categories=["text-generation"], tags=tags)
-        text = f"# {name}\n\n{inspect.getdoc(builder).split(' One example')[0]}\n"
+        text = f"# {name}\n\n{inspect.getdoc(builder).partition('One example')[0].rstrip()}\n"
         card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     else:
         card = DatasetCard.load(readme)
-    config_name = builder.config.name
-    files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in ("train", "validation", "test")]
-    card.data["configs"] = [*(card.data.get("configs") or []), {"config_name": config_name, "data_files": files}]
     sizes = "".join(f"| {field} | {value} |\n" for field, value in _own_fields(builder.config).items())
-    card.text += f"\n## {config_name}\n\n{builder.config.description}\n\n| field | value |\n| --- | --- |\n{sizes}"
+    head = f"\n## {builder.config.name}\n\n{builder.config.description}\n\n"
+    card.text += f"{head}| field | value |\n| --- | --- |\n{sizes}"
     return card
 
 

@@ -60,19 +60,9 @@ class TextConfig(datasets.BuilderConfig):
 
     def sources(self) -> dict[str, Path]:
         """Name of each file below the folder that all share -> file, in the order of names."""
-        paths = set()
-        for pattern in self.files:
-            found = {Path(path).absolute() for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
-            if not found and Path(pattern).is_relative_to(CORPUS):
-                raise ValueError(f"there is no corpus in {CORPUS}: run `looped fetch corpus`, or name files.")
-            if not found:
-                raise ValueError(f"files: nothing matches {pattern!r} in {os.getcwd()}.")
-            paths |= found
-        for path in paths:
-            if not path.name.endswith(SUFFIXES):
-                raise ValueError(f"files: {path} is not one of {', '.join(SUFFIXES)}.")
+        paths = find_files("files", self.files, SUFFIXES, CORPUS, "looped fetch corpus")
         shared = os.path.commonpath([path.parent for path in paths]) if paths else ""
-        return {path.relative_to(shared).as_posix(): path for path in sorted(paths)}
+        return {path.relative_to(shared).as_posix(): path for path in paths}
 
     def rows(self) -> datasets.Dataset:
         """The rows of `dataset`."""
@@ -148,6 +138,25 @@ class Text(datasets.GeneratorBasedBuilder):
                 if self.config.split_of(digest) == split and digest not in seen:
                     seen.add(digest)
                     yield len(seen), {"text": document, "source": source}
+
+
+def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetched: Path, command: str) -> list[Path]:
+    """The files that match paths and globs, in order. `command` makes the folder `fetched`.
+
+    Raises ValueError, with the `name` of the field, for a pattern without a file and a file with another suffix.
+    """
+    paths = set()
+    for pattern in patterns:
+        found = {Path(path).absolute() for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+        if not found and Path(pattern).is_relative_to(fetched):
+            raise ValueError(f"there is no {pattern}: run `{command}`, or name files.")
+        if not found:
+            raise ValueError(f"{name}: nothing matches {pattern!r} in {os.getcwd()}.")
+        paths |= found
+    for path in paths:
+        if not path.name.endswith(suffixes):
+            raise ValueError(f"{name}: {path} is not one of {', '.join(suffixes)}.")
+    return sorted(paths)
 
 
 def read_text(path: Path) -> str:

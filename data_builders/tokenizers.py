@@ -1,5 +1,7 @@
-"""Tokenizers: word-level for the hop tasks, with one token where the answer is read, and byte-level BPE for text."""
+"""Tokenizers: word-level for the hop tasks, with one token where the answer is read; byte-level BPE for text; one
+token per atom for SMILES."""
 
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,14 +9,21 @@ from typing import Literal
 
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, decoders
+from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.pre_tokenizers import ByteLevel, Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, READOUT = "<pad>", "<eos>", "<ans>"
+BOS = "<bos>"
+
+# The grammar of opensmiles.org, and the arrows of dative bonds that rdkit writes. Longer than a character: an atom in
+# brackets, an element of two letters, a ring bond of two digits or more, an arrow.
+LONG_SMILES_TOKEN = r"\[[^\[\]\s]+\]|Br|Cl|%[0-9]{2}|%\([0-9]+\)|->|<-"
+# Atoms that need no brackets, bonds, branches, the dot between molecules, ring bonds of one digit.
+SMILES_TOKEN = LONG_SMILES_TOKEN + r"|[BCNOPSFIbcnops*]|[-=#$:/\\]|[().]|[0-9]"
 
 
 def hop_tokenizer(
@@ -97,3 +106,50 @@ def dataset_byte_bpe(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast
         tokenizer.save_pretrained(partial)
         partial.rename(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def smiles_tokenizer(smiles: Iterable[str], max_length: int | None = None) -> PreTrainedTokenizerFast:
+    """One token per atom, bond, branch or ring bond: ids 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, then the tokens of `smiles`
+    in alphabetical order; `AutoTokenizer` loads what it saves.
+
+    `tokenizer("C[nH]Cl")` is `<bos> C [nH] Cl`, ready for `generate`, and decodes to the same string; without its
+    special tokens the SMILES comes back as it was. Padding goes to the left. What `smiles` has no token of raises, be
+    it an atom or a character that means nothing (there is no `<unk>` to hide behind).
+
+    Raises ValueError for a character of `smiles` that is in no token of the language.
+    """
+    special = [PAD, BOS, EOS]
+    words = [*special, *sorted(smiles_tokens(smiles))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
+    # What lies between two tokens is left as a word, which then is in no vocabulary.
+    tokenizer.pre_tokenizer = Split(Regex(SMILES_TOKEN), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, words.index(BOS))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def dataset_smiles_tokenizer(dataset: DatasetDict, max_length: int | None = None) -> PreTrainedTokenizerFast:
+    """The `smiles_tokenizer` of the training molecules: a token that only held-out molecules have raises there."""
+    batches = dataset["train"].select_columns("text").iter(batch_size=10_000)
+    return smiles_tokenizer((text for batch in batches for text in batch["text"]), max_length)
+
+
+def smiles_tokens(smiles: Iterable[str]) -> set[str]:
+    """The distinct tokens of SMILES; ValueError for a character that is in none."""
+    long, tokens = re.compile(LONG_SMILES_TOKEN), set()
+    for text in smiles:
+        tokens.update(long.findall(text))
+        rest = set(long.sub("", text))
+        unknown = sorted(character for character in rest - tokens if not re.fullmatch(SMILES_TOKEN, character))
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} in {text!r} is no token of SMILES: take the row out, or correct it.")
+        tokens |= rest
+    return tokens

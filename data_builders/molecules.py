@@ -1,0 +1,265 @@
+"""Molecules as SMILES, a line of text that spells out a graph of atoms: MOSES, or files of the user's own.
+
+    file        .csv with a column of SMILES, or .smi and .txt with one at the start of each line; any of them with .gz
+    molecule    one SMILES; its copies are dropped
+    split       test files are the test; the rest is dealt by a seeded hash of the SMILES
+
+The same SMILES always goes to the same split, so that the splits are disjoint. MOSES: Polykovskiy et al. 2020, arXiv
+1811.12823.
+
+A molecule has many SMILES, one per order of its atoms and walk along its bonds: `augment` gives each training row
+another one in every epoch.
+"""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets.fingerprint import Hasher
+from huggingface_hub.constants import HF_HOME
+
+from .hop_rows import TABLE_ROWS, check_counts, source_hash, stream
+from .text import find_files, read_text
+
+VERSION = datasets.Version("1.0.0")
+
+# What `looped fetch moses` writes.
+MOSES = Path(HF_HOME) / "looped" / "moses"
+
+SUFFIXES = (".csv", ".smi", ".txt", ".csv.gz", ".smi.gz", ".txt.gz")
+
+FEATURES = datasets.Features({"text": datasets.Value("string"), "source": datasets.Value("string")})
+
+
+@dataclass
+class MoleculesConfig(datasets.BuilderConfig):
+    """Where the SMILES come from; any field may be given to `Molecules` or `load_task` by name."""
+
+    version: datasets.Version = VERSION
+    files: list[str] = field(default_factory=list)  # paths and globs; `**` is any number of folders
+    test_files: list[str] = field(default_factory=list)  # the split test, in place of `test_share`
+    test_scaffolds_files: list[str] = field(default_factory=list)  # the split test_scaffolds
+    column: str | None = None  # of .csv files; by default the one called SMILES or smiles
+    canonical: bool = False  # write each molecule in rdkit's one way first, so that other spellings are copies
+    validation_share: float = 0.01  # of the molecules of `files`
+    test_share: float = 0.01  # the same
+    train_rows: int | None = None  # a seeded sample of so many; a smaller one is part of a larger one
+    seed: int = 0  # of the split and the sample
+
+    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
+        """Name of the cache folder: what `datasets` makes of the fields, and a fingerprint of the files themselves."""
+        self.check_fields()
+        contents = hashlib.sha256(rdkit_version().encode() if self.canonical else b"")
+        for split, sources in self.sources().items():
+            for source, path in sources.items():
+                contents.update(f"{split}\n{source}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        return f"{super().create_config_id(config_kwargs, custom_features)}-{contents.hexdigest()[:16]}"
+
+    def check_fields(self):
+        """ValueError for a field that is missing or out of range."""
+        check_counts(self, seed=0, **({} if self.train_rows is None else {"train_rows": 1}))
+        if not self.files:
+            raise ValueError("files must name the molecules to train on: a list of paths and globs.")
+        if not 0 < self.validation_share < 0.5:
+            raise ValueError(f"validation_share must be above 0 and below 0.5, got {self.validation_share}.")
+        if self.test_files and self.test_share != 0:
+            raise ValueError(f"test_share must be 0 beside test_files, got {self.test_share}.")
+        if not self.test_files and not 0 < self.test_share < 0.5:
+            raise ValueError(
+                f"test_share must be above 0 and below 0.5 where there are no test_files, got {self.test_share}."
+            )
+
+    def sources(self) -> dict[str, dict[str, Path]]:
+        """Field -> name of each of its files below the folder that all share -> file; fields without files are out."""
+        paths = {
+            name: find_files(name, vars(self)[name], SUFFIXES, MOSES, "looped fetch moses")
+            for name in ("files", "test_files", "test_scaffolds_files")
+            if vars(self)[name]
+        }
+        shared = os.path.commonpath([path.parent for found in paths.values() for path in found])
+        return {name: {path.relative_to(shared).as_posix(): path for path in found} for name, found in paths.items()}
+
+    def deal(self) -> dict[str, list[tuple[str, str]]]:
+        """Split -> its rows (SMILES, source) in the order of the files; no SMILES comes twice."""
+        seen, splits = set(), {"train": [], "validation": [], "test": []}
+        if self.test_scaffolds_files:
+            splits["test_scaffolds"] = []
+        # Test files first: what is in them is not trained on.
+        for name in ("test_scaffolds_files", "test_files", "files"):
+            for smiles, source in self.molecules(name):
+                if smiles not in seen:
+                    seen.add(smiles)
+                    split = self.split_of(smiles) if name == "files" else name.removesuffix("_files")
+                    splits[split].append((smiles, source))
+        if self.train_rows is not None:
+            splits["train"] = self.sample(splits["train"])
+        return splits
+
+    def molecules(self, name: str) -> Iterator[tuple[str, str]]:
+        """(SMILES, source) of every molecule in the files of one field."""
+        for source, path in self.sources().get(name, {}).items():
+            for smiles in read_smiles(path, self.column):
+                yield canonical_smiles(smiles) if self.canonical else smiles, source
+
+    def split_of(self, smiles: str) -> str:
+        """The split of a molecule of `files`: a number in [0, 1), evenly spread, from a hash of its SMILES."""
+        place = self.place(smiles, "split")
+        if place < self.test_share:
+            return "test"
+        return "validation" if place < self.test_share + self.validation_share else "train"
+
+    def sample(self, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """`train_rows` of the rows, in their order: those with the first places."""
+        if self.train_rows > len(rows):
+            raise ValueError(
+                f"train_rows must be at most {len(rows)}, the molecules there are; got {self.train_rows}."
+            )
+        places = [self.place(smiles, "sample") for smiles, _ in rows]
+        chosen = sorted(range(len(rows)), key=places.__getitem__)[: self.train_rows]
+        return [rows[i] for i in sorted(chosen)]
+
+    def place(self, smiles: str, purpose: str) -> float:
+        digest = hashlib.sha256(f"{self.seed}\n{purpose}\n{smiles}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+
+class Molecules(datasets.ArrowBasedBuilder):
+    """SMILES in splits train, validation and test, pairwise disjoint and without duplicates.
+
+    Configs: `moses` (what `looped fetch moses` wrote: train, test and test_scaffolds as published, the last of
+    molecules whose scaffold, the rings and what links them, is in no other file; validation is a hundredth of the
+    published train) and `files` (name them: `files=["zinc.csv"]`, perhaps `test_files`, too). `source` is the file.
+    One example:
+
+    >>> load_task("molecules", "moses")["test"][0]
+    {'text': 'CC1C2CCC(C2)C1CN(CCO)C(=O)c1ccc(Cl)cc1', 'source': 'test.csv.gz'}
+
+    Two SMILES of one molecule are two rows, and may go to different splits, unless `canonical=True`, which takes rdkit
+    and a few minutes per million; of MOSES, all but 2 in 10,000 are canonical as they are. The cache follows the
+    contents of the files. A split of few molecules may be empty.
+
+    Raises ValueError for a config field that is unknown or out of range, files that are missing, of another kind, not
+    UTF-8 or without a column of SMILES, and with `canonical` for what rdkit cannot read.
+    """
+
+    VERSION = VERSION
+    BUILDER_CONFIG_CLASS = MoleculesConfig
+    BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
+        MoleculesConfig(
+            name="moses",
+            description="MOSES: 1.9 million drug-like molecules from ZINC, without charges and stereochemistry.",
+            files=[str(MOSES / "train.csv.gz")],
+            test_files=[str(MOSES / "test.csv.gz")],
+            test_scaffolds_files=[str(MOSES / "test_scaffolds.csv.gz")],
+            test_share=0.0,
+        ),
+        MoleculesConfig(name="files", description="Files of SMILES that the user names."),
+    ]
+
+    def __init__(self, *args, hash: str | None = None, **kwargs):
+        super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=FEATURES, description=self.config.description)
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(split, {"rows": rows}) for split, rows in self.config.deal().items()]
+
+    def _generate_tables(self, rows: list[tuple[str, str]]):
+        for start in range(0, max(1, len(rows)), TABLE_ROWS):
+            texts, sources = zip(*rows[start : start + TABLE_ROWS], strict=True) if rows else ((), ())
+            columns = {"text": pa.array(texts, pa.string()), "source": pa.array(sources, pa.string())}
+            yield start, pa.table(columns, schema=FEATURES.arrow_schema)
+
+
+def read_smiles(path: Path, column: str | None = None) -> Iterator[str]:
+    """The SMILES of a file, in its order, as they are written there; blank lines are skipped.
+
+    Raises ValueError for a .csv without the column, and for a cell that is empty or has spaces.
+    """
+    # Cells may hold line ends, as those of the ZINC-250K file do.
+    lines = io.StringIO(read_text(path))
+    if not path.name.endswith((".csv", ".csv.gz")):
+        yield from (line.split()[0] for line in lines if line.strip())
+        return
+    rows = csv.reader(lines)
+    header = next(rows, [])
+    names = ["SMILES", "smiles"] if column is None else [column]
+    found = [i for i, name in enumerate(header) if name in names]
+    if len(found) != 1:
+        raise ValueError(
+            f"{path} must have one column called {' or '.join(names)}, and has {', '.join(header)}: set column."
+        )
+    for row in filter(None, rows):
+        smiles = row[found[0]].strip() if len(row) > found[0] else ""
+        if smiles.split() != [smiles]:
+            raise ValueError(f"{path}, line {rows.line_num}: {smiles!r} is not a SMILES: take the row out.")
+        yield smiles
+
+
+def augment(train: datasets.Dataset, seed: int, epoch: int) -> datasets.Dataset:
+    """The training split with another SMILES of each molecule, a function of (seed, epoch, row); needs rdkit.
+
+    Written once into the `datasets` cache, with a progress bar. Raises ValueError for another split than train, whose
+    numbers would no longer be those of its data, and for a row that rdkit cannot read.
+    """
+    if train.split != datasets.Split.TRAIN:
+        raise ValueError(f"only the split train is augmented, got {train.split}: measure on the SMILES as they are.")
+
+    def rewrite(texts: list[str], rows: list[int]) -> dict:
+        return {"text": [random_smiles(text, seed, epoch, row) for text, row in zip(texts, rows, strict=True)]}
+
+    made_of = (train._fingerprint, seed, epoch, rdkit_version(), source_hash(__file__))
+    return train.map(
+        rewrite,
+        with_indices=True,
+        batched=True,
+        input_columns="text",
+        new_fingerprint=Hasher.hash(made_of),
+        desc="Randomise SMILES",
+    )
+
+
+def random_smiles(smiles: str, seed: int, epoch: int, row: int) -> str:
+    """A SMILES of the same molecule, its atoms in an order that is drawn for (seed, epoch, row).
+
+    Bjerrum 2017, arXiv 1703.07076. Raises ValueError if rdkit is not installed, or cannot read the SMILES.
+    """
+    chem, molecule = rdkit_chem(), parsed(smiles)
+    order = stream(seed, "order of atoms", epoch, row).permutation(molecule.GetNumAtoms())
+    return chem.MolToSmiles(chem.RenumberAtoms(molecule, order.tolist()), canonical=False)
+
+
+def canonical_smiles(smiles: str) -> str:
+    """The one SMILES that rdkit writes for the molecule, however it was given; raises as `random_smiles`."""
+    return rdkit_chem().MolToSmiles(parsed(smiles))
+
+
+def parsed(smiles: str):
+    """The rdkit molecule of a SMILES; rdkit itself says on stderr what is wrong with one that is none."""
+    molecule = rdkit_chem().MolFromSmiles(smiles)
+    if molecule is None:
+        raise ValueError(f"rdkit cannot read {smiles!r} as a molecule: see its message, and take the row out.")
+    return molecule
+
+
+def rdkit_chem():
+    """The module rdkit.Chem, which is an optional part of this project."""
+    try:
+        from rdkit import Chem
+    except ImportError as error:
+        raise ValueError("this needs rdkit: pip install 'looped-transformers[molecules]'.") from error
+    return Chem
+
+
+def rdkit_version() -> str:
+    rdkit_chem()
+    import rdkit
+
+    return rdkit.__version__

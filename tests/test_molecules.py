@@ -1,0 +1,410 @@
+"""Laws of molecules: splits that share nothing, SMILES that come back from their tokens, spellings of one molecule."""
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+import sys
+import zipfile
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import datasets
+import pytest
+from huggingface_hub import constants
+from transformers import AutoTokenizer
+
+import train
+from data_builders import (
+    Molecules,
+    augment,
+    canonical_smiles,
+    dataset_smiles_tokenizer,
+    encode_text,
+    export_parquet,
+    load_task,
+    random_smiles,
+    smiles_tokenizer,
+)
+from data_builders import molecules as molecules_module
+from data_builders.tasks import TASKS
+from data_builders.tokenizers import SMILES_TOKEN
+from looplab.cli import main
+from looplab.pretrained import PARTS, Part, part_folder, unpack_moses
+
+# 180 molecules.
+TOYS = [
+    f"{head}{chain}{tail}"
+    for head, chain, tail in product(
+        ("C", "CC(C)", "O=C(O)", "NC", "ClC", "FC(F)"),
+        ("O", "NC", "C(F)", "C(=O)N", "CC(Br)", "C#C"),
+        ("c1ccccc1", "C1CCCC1", "c1ccc[nH]1", "c1ccsc1", "c1ccc2ccccc2c1"),
+    )
+]
+SHARES = {"validation_share": 0.2, "test_share": 0.2}
+
+# Stereochemistry, charges, isotopes, salts, ring bonds of two digits: more than MOSES has.
+HARD = [
+    "C[C@H](N)C(=O)O",
+    "C[C@@H](O)[C@H](F)Cl",
+    "C/C=C/C(=O)N/N=C\\c1ccccc1",
+    "[O-][n+]1ccccc1",
+    "[Na+].[O-]C(=O)c1ccccc1",
+    "[13CH4]",
+    "[H]/N=C(\\C)c1cc[nH]c1",
+    "C1CC2CCC1CC2",
+    "CC(C)(C)[Si](C)(C)O[C@@H]1C[C@H]2CC[C@@H]1C2",
+    "C%10CCCC%10C1CC1",
+    "FC(F)(F)S(=O)(=O)c1nnc(Br)o1",
+    "C1CC%12CCC1C%12I",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What tests read is nobody else's: it stays out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def toys(tmp_path):
+    """load(**fields): the splits of the toy molecules, of which a file holds two thirds and another the rest."""
+    (tmp_path / "toys").mkdir()
+    write_csv(tmp_path / "toys" / "a.csv", TOYS[:120])
+    (tmp_path / "toys" / "b.smi").write_text("".join(f"{smiles} toy{i}\n\n" for i, smiles in enumerate(TOYS[120:])))
+    files = [str(tmp_path / "toys" / "*")]
+    return lambda **fields: load_task("molecules", "files", **({"files": files} | SHARES | fields))
+
+
+def write_csv(path: Path, smiles: list[str], column: str = "SMILES"):
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["number", column])
+        rows.writerows(enumerate(smiles))
+
+
+def texts(dataset) -> dict[str, list[str]]:
+    return {split: list(rows["text"]) for split, rows in dataset.items()}
+
+
+# Splits
+
+
+def test_splits_share_no_molecule_and_hold_all(toys):
+    dealt = texts(toys())
+    assert list(dealt) == ["train", "validation", "test"]
+    assert sorted(text for split in dealt.values() for text in split) == sorted(TOYS)
+    assert all(len(rows) > 0.1 * len(TOYS) for rows in dealt.values())
+
+
+def test_the_same_molecules_and_seed_give_the_same_bytes(toys, tmp_path):
+    """Also from another folder, packed, in another form, and with line ends in the cells; another seed deals
+    otherwise."""
+    first = toys()
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "a.txt.gz").write_bytes(gzip.compress("\r\n".join(TOYS[:120]).encode()))
+    write_csv(other / "b.csv", [f"{smiles}\n" for smiles in TOYS[120:]], column="smiles")
+    assert texts(toys(files=[str(other / "*")])) == texts(first)
+    assert texts(toys(seed=1)) != texts(first)
+    again = toys(cache_dir=tmp_path / "again")
+    assert [rows[:] for rows in again.values()] == [rows[:] for rows in first.values()]
+    assert set(first["train"]["source"]) == {"a.csv", "b.smi"}
+
+
+def test_a_molecule_stays_in_its_split_whatever_else_is_read(toys, tmp_path):
+    both, one = texts(toys()), texts(toys(files=[str(tmp_path / "toys" / "a.csv")]))
+    assert all(set(one[split]) <= set(both[split]) for split in both)
+
+
+def test_what_is_in_a_test_file_is_not_trained_on(toys, tmp_path):
+    """Nor validated, nor tested twice; without test files, the test is a share."""
+    write_csv(tmp_path / "test.csv", TOYS[10:40])
+    write_csv(tmp_path / "scaffolds.csv", TOYS[30:60])
+    held_out = {"test_files": [str(tmp_path / "test.csv")]}
+    held_out["test_scaffolds_files"] = [str(tmp_path / "scaffolds.csv")]
+    dealt = texts(toys(**held_out, test_share=0))
+    assert dealt["test_scaffolds"] == TOYS[30:60]
+    assert dealt["test"] == TOYS[10:30]
+    assert sorted(dealt["train"] + dealt["validation"]) == sorted(TOYS[:10] + TOYS[60:])
+    assert set(dealt["validation"]) <= set(texts(toys())["validation"]) | set(texts(toys())["test"])
+
+
+def test_copies_are_dropped(toys, tmp_path):
+    before = texts(toys())
+    write_csv(tmp_path / "toys" / "c.csv", TOYS[50:70] * 2)
+    assert texts(toys()) == before
+
+
+def test_other_spellings_are_copies_if_asked(toys, tmp_path):
+    """Otherwise a molecule that is written in two ways may be trained on and tested."""
+    spellings = [random_smiles(smiles, 0, 0, row) for row, smiles in enumerate(TOYS)]
+    write_csv(tmp_path / "toys" / "c.csv", spellings)
+    plain, canonical = texts(toys()), texts(toys(canonical=True))
+    known = {split: {canonical_smiles(text) for text in rows} for split, rows in plain.items()}
+    assert known["train"] & known["test"]
+    assert sorted(text for rows in canonical.values() for text in rows) == sorted(map(canonical_smiles, TOYS))
+
+
+def test_a_sample_of_the_training_molecules_is_seeded(toys):
+    """A smaller one is part of a larger one; what is measured on stays whole."""
+    whole = texts(toys())
+    large, small, other = (texts(toys(train_rows=n, seed=seed)) for n, seed in ((60, 0), (20, 0), (20, 1)))
+    assert (len(large["train"]), len(small["train"])) == (60, 20)
+    assert set(small["train"]) < set(large["train"]) < set(whole["train"])
+    assert large["train"] == [text for text in whole["train"] if text in set(large["train"])]
+    assert large["train"] != whole["train"][:60]
+    assert set(small["train"]) != set(other["train"])
+    assert (large["validation"], large["test"]) == (whole["validation"], whole["test"])
+    with pytest.raises(ValueError, match=rf"train_rows must be at most {len(whole['train'])}, .*; got 500"):
+        toys(train_rows=500)
+
+
+def test_a_changed_file_is_read_again(toys, tmp_path):
+    toys()
+    write_csv(tmp_path / "toys" / "a.csv", ["CCCCCCCCCCO"])
+    found = [text for rows in texts(toys()).values() for text in rows]
+    assert sorted(found) == sorted([*TOYS[120:], "CCCCCCCCCCO"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"files": []}, r"files must name the molecules to train on"),
+        ({"files": ["nowhere/*.smi"]}, r"files: nothing matches 'nowhere/\*\.smi'"),
+        ({"files": ["FOLDER/picture.png"]}, r"files: .*picture\.png is not one of \.csv, \.smi"),
+        ({"test_files": ["nowhere.csv"], "test_share": 0}, r"test_files: nothing matches 'nowhere\.csv'"),
+        ({"test_files": ["FOLDER/toys/a.csv"]}, r"test_share must be 0 beside test_files, got 0\.2"),
+        ({"test_share": 0}, r"test_share must be above 0 and below 0\.5 where there are no test_files, got 0"),
+        ({"validation_share": 0.5}, r"validation_share must be above 0 and below 0\.5, got 0\.5"),
+        ({"train_rows": 0}, r"train_rows must be a whole number >= 1, got 0"),
+        ({"column": "smile"}, r"a\.csv must have one column called smile, and has number, SMILES: set column"),
+        ({"files": ["FOLDER/twice.csv"]}, r"twice\.csv must have one column called SMILES or smiles, and has"),
+        ({"files": ["FOLDER/empty.csv"]}, r"empty\.csv, line 3: '' is not a SMILES: take the row out"),
+        ({"files": ["FOLDER/name.csv"]}, r"name\.csv, line 2: 'CC ethane' is not a SMILES"),
+        ({"files": ["FOLDER/valence.smi"], "canonical": True}, r"rdkit cannot read 'C\(C\)\(C\)\(C\)\(C\)C'"),
+        ({"file": ["a.smi"]}, r"unknown field of molecules: 'file'. Did you mean 'files'"),
+    ],
+)
+def test_molecules_that_cannot_be_read_raise(toys, tmp_path, fields, message):
+    (tmp_path / "picture.png").write_bytes(b"png")
+    (tmp_path / "twice.csv").write_text("SMILES,smiles\nC,C\n")
+    (tmp_path / "empty.csv").write_text("SMILES,name\nC,methane\n,nothing\n")
+    (tmp_path / "name.csv").write_text("SMILES\nCC ethane\n")
+    (tmp_path / "valence.smi").write_text("C(C)(C)(C)(C)C\n")
+    for name in {"files", "test_files"} & set(fields):
+        fields = fields | {name: [pattern.replace("FOLDER", str(tmp_path)) for pattern in fields[name]]}
+    with pytest.raises(ValueError, match=message):
+        toys(**fields)
+
+
+def test_an_exported_card_names_every_split(toys, tmp_path):
+    toys()
+    files = {"files": [str(tmp_path / "toys" / "b.smi")], "test_files": [str(tmp_path / "toys" / "a.csv")]}
+    write_csv(tmp_path / "scaffolds.csv", ["C1CC1"])
+    files["test_scaffolds_files"] = [str(tmp_path / "scaffolds.csv")]
+    folder = export_parquet("molecules", "files", tmp_path / "hub", **files, test_share=0)
+    loaded = datasets.load_dataset(str(folder), "files", cache_dir=str(tmp_path / "loaded"))
+    assert set(loaded) == {"train", "validation", "test", "test_scaffolds"}
+    assert loaded["test_scaffolds"]["text"][:] == ["C1CC1"]
+    card = (folder / "README.md").read_text()
+    assert "Configs: `moses`" in card
+    assert not re.search("multi-hop|>>>|One example", card)
+
+
+def test_training_refuses_a_task_it_does_not_know():
+    """There may be data of a task that train.py has no use for yet."""
+    recipe = Path(train.__file__).parent / "recipes" / "smoke.yaml"
+    for task in ("molecule", *sorted(set(TASKS) - set(train.TASKS))):
+        with pytest.raises(ValueError, match=rf"task' expected one of \('khop', 'composition', 'text'.*got {task}"):
+            train.read_recipe(recipe, [f"--data.task={task}"])
+
+
+# MOSES
+
+
+@pytest.fixture
+def moses(tmp_path, monkeypatch):
+    """A wheel in the place of molsets, with three small files and a licence, and an empty cache."""
+    index, data = tmp_path / "index", "moses/dataset/data"
+    index.mkdir()
+    wheel = index / "toy_moses-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for split, smiles in (("train", TOYS[:120]), ("test", TOYS[120:150]), ("test_scaffolds", TOYS[150:])):
+            text = "".join(f"{line}\n" for line in ["SMILES", *smiles])
+            archive.writestr(f"{data}/{split}.csv.gz", gzip.compress(text.encode()))
+        about = "toy_moses-1.0.dist-info"
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: toy-moses\nVersion: 1.0\n")
+        archive.writestr(f"{about}/LICENSE", "Copyright of the toys")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    toy = Part(
+        folder="moses",
+        package="toy-moses",
+        version="1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        megabytes=1,
+        unpack=partial(unpack_moses, licence=f"{about}/LICENSE"),
+    )
+    monkeypatch.setitem(PARTS, "moses", toy)
+    return tmp_path / "home" / "looped"
+
+
+def test_what_is_fetched_is_what_the_builder_reads(moses, capfd, monkeypatch):
+    """The files as published, their licence, and how many molecules each has; then the splits of the preset."""
+    assert main(["fetch", "moses"]) == 0
+    folder = Path(capfd.readouterr().out.strip())
+    assert [path.name for path in moses.iterdir()] == ["moses"]  # nothing temporary is left
+    assert (folder / "LICENSE").read_text() == "Copyright of the toys"
+    source = json.loads((folder / "source.json").read_text())
+    assert source["molecules"] == {"train.csv.gz": 120, "test.csv.gz": 30, "test_scaffolds.csv.gz": 30}
+    assert (source["licence"], source["wheel_sha256"]) == ("MIT", PARTS["moses"].sha256)
+
+    preset = Molecules.builder_configs["moses"]
+    names = ("files", "test_files", "test_scaffolds_files")
+    there = {name: [str(folder / Path(path).name) for path in vars(preset)[name]] for name in names}
+    dealt = texts(load_task("molecules", "moses", **there, validation_share=0.2))
+    assert sorted(dealt["train"] + dealt["validation"]) == sorted(TOYS[:120])
+    assert min(len(dealt["train"]), len(dealt["validation"])) > 10
+    assert (dealt["test"], dealt["test_scaffolds"]) == (TOYS[120:150], TOYS[150:])
+
+
+def test_the_preset_reads_where_fetch_writes():
+    preset = Molecules.builder_configs["moses"]
+    for path in (*preset.files, *preset.test_files, *preset.test_scaffolds_files):
+        assert Path(path).parent == part_folder("moses")
+
+
+def test_molecules_that_were_not_fetched_are_asked_for(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(molecules_module, "MOSES", tmp_path)
+    with pytest.raises(ValueError, match=r"run `looped fetch moses`"):
+        toys(files=[str(tmp_path / "train.csv.gz")])
+
+
+# Tokens
+
+
+def test_ids_are_specials_then_tokens_in_order():
+    tokenizer = smiles_tokenizer(["C[nH]Cl", "O=C%12CN%12"])
+    words = ["<pad>", "<bos>", "<eos>", "%12", "=", "C", "Cl", "N", "O", "[nH]"]
+    assert tokenizer.convert_ids_to_tokens(list(range(10))) == words
+    assert len(tokenizer) == 10
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer("ClC[nH]")["input_ids"] == [1, 6, 5, 9]
+    assert tokenizer("")["input_ids"] == [1]
+    assert tokenizer(["C", "CC"], padding=True)["input_ids"] == [[0, 1, 5], [1, 5, 5]]
+
+
+@pytest.mark.parametrize("smiles", [*HARD, "N->[Pt]<-N", "C:1:C:C1", "C$C", "*C", "bcnops", "C%(123)CC%(123)"])
+def test_a_smiles_is_its_tokens_in_a_row(smiles):
+    """Nothing between them, nothing lost; the language of Python's `re` and of `tokenizers` is one."""
+    tokenizer = smiles_tokenizer([smiles])
+    tokens = tokenizer.tokenize(smiles)
+    assert tokens == re.findall(SMILES_TOKEN, smiles)
+    assert "".join(tokens) == smiles
+    assert set(tokenizer.get_vocab()) == {"<pad>", "<bos>", "<eos>", *tokens}
+    assert tokenizer.decode(tokenizer(smiles)["input_ids"], skip_special_tokens=True) == smiles
+    assert tokenizer.decode(tokenizer(smiles)["input_ids"]) == f"<bos>{smiles}"
+
+
+def test_auto_tokenizer_loads_what_is_saved(tmp_path):
+    """Two files, no class of ours, hence no remote code."""
+    tokenizer = smiles_tokenizer(HARD, max_length=128)
+    tokenizer.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(HARD)["input_ids"] == tokenizer(HARD)["input_ids"]
+    assert loaded.batch_decode(loaded(HARD)["input_ids"], skip_special_tokens=True) == HARD
+    assert (loaded.padding_side, loaded.model_max_length) == ("left", 128)
+    assert (loaded.pad_token, loaded.bos_token, loaded.eos_token) == ("<pad>", "<bos>", "<eos>")
+    with pytest.raises(Exception, match="Missing"):
+        loaded("C[Xe]")
+
+
+@pytest.mark.parametrize(
+    "text", ["CX", "C C", " C", "CC\n", "C[OH]", "C%1", "C9", "C[nH", "xyz", "C\u0661", "c1cccc1\u00e9", "CCl2"]
+)
+def test_what_is_unknown_raises(text):
+    """The official code drops such characters, and trains on another molecule."""
+    tokenizer = smiles_tokenizer(["CCl", "C[nH]", "c1cccc1", "C%12CC%12"])
+    with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
+        tokenizer(text)
+
+
+@pytest.mark.parametrize(
+    ("smiles", "message"), [("CCX", "'X' in 'CCX'"), ("C C", "' ' in 'C C'"), ("C[nH", r"'H' in 'C\[nH'")]
+)
+def test_no_vocabulary_is_made_of_what_is_no_smiles(smiles, message):
+    with pytest.raises(ValueError, match=f"{message} is no token of SMILES"):
+        smiles_tokenizer(["C", smiles])
+
+
+def test_the_vocabulary_is_that_of_the_training_molecules(toys, tmp_path):
+    """An atom that only the test has is not known."""
+    write_csv(tmp_path / "test.csv", ["CC[Se]C"])
+    dataset = toys(test_files=[str(tmp_path / "test.csv")], test_share=0)
+    tokenizer = dataset_smiles_tokenizer(dataset)
+    assert tokenizer.get_vocab() == smiles_tokenizer(dataset["train"]["text"]).get_vocab()
+    with pytest.raises(Exception, match="Missing"):
+        encode_text(dataset["test"], tokenizer)
+
+
+def test_molecules_in_a_row_end_with_the_end_token(toys):
+    dataset = toys()
+    tokenizer = dataset_smiles_tokenizer(dataset)
+    rows = encode_text(dataset["validation"], tokenizer)["input_ids"][:]
+    assert all(row[-1] == 2 and min(row[:-1]) > 2 for row in rows)
+    assert tokenizer.batch_decode(rows, skip_special_tokens=True) == list(dataset["validation"]["text"])
+
+
+# Spellings
+
+
+@pytest.mark.parametrize("smiles", [*HARD, *TOYS[::30]])
+def test_a_random_smiles_is_the_same_molecule(smiles):
+    spellings = [random_smiles(smiles, 0, epoch, 0) for epoch in range(20)]
+    assert {canonical_smiles(spelling) for spelling in spellings} == {canonical_smiles(smiles)}
+    if smiles not in ("[13CH4]", "C1CC2CCC1CC2"):  # few orders look different
+        assert len(set(spellings)) > 3
+
+
+def test_spellings_follow_from_seed_epoch_and_row():
+    smiles = TOYS[-1]
+    drawn = {
+        (seed, epoch, row): random_smiles(smiles, seed, epoch, row) for seed, epoch, row in product((0, 1), repeat=3)
+    }
+    assert len(set(drawn.values())) > 4
+    assert all(random_smiles(smiles, *key) == drawn[key] for key in reversed(drawn))
+
+
+def test_an_epoch_of_the_training_split_is_written_once(toys):
+    """Row by row what `random_smiles` gives; another epoch or seed is another; the columns stay."""
+    rows = toys()["train"]
+    first = augment(rows, seed=3, epoch=1)
+    expected = [random_smiles(text, 3, 1, row) for row, text in enumerate(rows["text"])]
+    assert list(first["text"]) == expected != list(rows["text"])
+    assert list(first["source"]) == list(rows["source"])
+    assert augment(toys()["train"], seed=3, epoch=1).cache_files == first.cache_files
+    assert list(augment(rows, seed=3, epoch=2)["text"]) != expected
+    assert list(augment(rows, seed=4, epoch=1)["text"]) != expected
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_what_is_measured_on_stays_as_it_is(toys, split):
+    with pytest.raises(ValueError, match=f"only the split train is augmented, got {split}"):
+        augment(toys()[split], seed=0, epoch=0)
+
+
+def test_without_rdkit_the_extra_is_named(toys, monkeypatch):
+    """The data themselves need none."""
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    rows = toys()["train"]
+    with pytest.raises(ValueError, match=r"pip install 'looped-transformers\[molecules\]'"):
+        augment(rows, seed=0, epoch=0)
+    with pytest.raises(ValueError, match=r"pip install 'looped-transformers\[molecules\]'"):
+        toys(canonical=True)

@@ -148,10 +148,15 @@ def run_convert(arguments) -> None:
     first, last = done.core
     print(
         f"{done.folder}: of {done.num_layers} layers {first} to {last} are the core, "
-        f"num_loops={done.num_loops} by default\n"
-        f"at 1 loop it is the source: the largest logit difference is {done.identity.difference:.1e} "
-        f"(rounding explains {done.identity.tolerance:.1e})"
+        f"num_loops={done.num_loops} by default"
     )
+    if done.identity is None:
+        print("its tensors are the source's, bit for bit")
+    else:
+        print(
+            f"at 1 loop it is the source: the largest logit difference is {done.identity.difference:.1e} "
+            f"(rounding explains {done.identity.tolerance:.1e})"
+        )
 
 
 def run_quantize(arguments) -> None:
@@ -286,7 +291,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_bench)
 
     command = commands.add_parser(
-        "convert", help="a pretrained Llama, Mistral, Qwen2 or Qwen3 as a looped model, to the folder TARGET"
+        "convert", help="a pretrained Llama, Mistral, Qwen2, Qwen3 or Ouro as a looped model, to the folder TARGET"
     )
     command.add_argument("source", metavar="SOURCE", help="a folder or Hub name of a dense causal language model")
     command.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")
@@ -298,7 +303,7 @@ def parser() -> argparse.ArgumentParser:
         help="first and last layer that loop, counted from 0 (default: four around 0.48 of the depth)",
     )
     command.add_argument(
-        "--loops", type=positive, default=1, metavar="K", help="loops by default (default: %(default)s, the source)"
+        "--loops", type=positive, metavar="K", help="loops by default (default: 1, the source; Ouro's own)"
     )
     command.add_argument("--gguf-file", metavar="NAME", help="the gguf file to read in SOURCE")
     command.set_defaults(call=run_convert)

@@ -2,12 +2,14 @@
 
 The layers below the core become the prelude, those above it the coda, and no weight changes: at one loop the looped
 model is the source. That is not assumed but measured on the files that were written, before they get their name.
+Ouro is a looped model already: it only changes its names (`ouro.py`), and its tensors are compared.
 """
 
 import copy
 import importlib.util
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from transformers.utils import cached_file, logging
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.frozen_looped import default_window
+
+from .ouro import check_tokenizer, ouro_config, ouro_generation_settings, ouro_weights
 
 logger = logging.get_logger(__name__)
 
@@ -95,14 +99,14 @@ class Conversion:
         folder: of the looped model.
         core: first and last core layer, both inclusive, of the source's `num_layers`.
         num_loops: loops by default.
-        identity: the check at one loop.
+        identity: the check at one loop; None for Ouro, whose published code does not run: its tensors were compared.
     """
 
     folder: Path
     core: tuple[int, int]
     num_layers: int
     num_loops: int
-    identity: Identity
+    identity: Identity | None
 
 
 def refuse(field: str, value, reason: str, remedy: str) -> ValueError:
@@ -127,7 +131,8 @@ def check_core(core: Sequence[int] | None, num_layers: int) -> tuple[int, int]:
 def check_architecture(model_type: str | None) -> None:
     if model_type not in FAMILIES:
         reason = REASONS.get(str(model_type), "its layers are not known to be those of a looped model")
-        remedy = f"take a model of {', '.join(FAMILIES)}, or loop it unconverted with modeling_looped/frozen_looped.py"
+        known = ", ".join([*FAMILIES, "ouro"])
+        remedy = f"take a model of {known}, or loop it unconverted with modeling_looped/frozen_looped.py"
         raise refuse("model_type", model_type, reason, remedy)
 
 
@@ -302,14 +307,18 @@ def has_tokenizer(source: str) -> bool:
     )
 
 
-def read_config(source: str, gguf_file: str | None) -> PreTrainedConfig:
-    """The source's configuration, its architecture checked before its class is looked for."""
+def read_fields(source: str, gguf_file: str | None) -> dict:
+    """The source's config.json, as it is."""
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ValueError(f"gguf_file={gguf_file!r} needs the gguf package: pip install gguf.")
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if is_path and not Path(source).is_dir():
         raise ValueError(f"there is no folder {source}: name a folder of a saved model, or a model of the Hub.")
-    fields, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
+    return PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)[0]
+
+
+def read_config(fields: dict) -> PreTrainedConfig:
+    """The source's configuration, its architecture checked before its class is looked for."""
     check_architecture(fields.get("model_type"))
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
@@ -334,21 +343,74 @@ def load_source(source: str, config: PreTrainedConfig, gguf_file: str | None) ->
     return model
 
 
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write to, which gets that name when all went well and is deleted otherwise.
+
+    Raises:
+        ValueError: the target exists, or a conversion to it runs.
+    """
+    partial = target.with_name(target.name + ".partial")
+    if target.exists():
+        raise ValueError(f"{target} exists: name a new folder, or delete it.")
+    if partial.exists():
+        raise ValueError(f"{partial} is there from a conversion that runs or was cut short: delete it if none runs.")
+    try:
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def convert_ouro(source: str, target: Path, fields: dict, num_loops: int | None) -> Conversion:
+    """Write a published Ouro checkpoint as a looped model, bit for bit; see `convert`."""
+    config = ouro_config(fields)
+    if num_loops is not None:
+        config.num_loops = num_loops
+    with new_folder(target) as partial:
+        weights = ouro_weights(source)
+        dtypes = {tensor.dtype for tensor in weights.values()}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"the tensors have several dtypes, {sorted(map(str, dtypes))}: convert them to one first."
+            )
+        with no_init_weights():
+            looped = LoopedForCausalLM._from_config(config, dtype=dtypes.pop())
+        looped.tie_weights()
+        check_tensors(weights, looped.state_dict())
+        looped.load_state_dict(weights)
+        looped.generation_config = ouro_generation_settings(source, fields, num_loops)
+        looped.save_pretrained(partial)
+        if has_tokenizer(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, config=config)
+            check_tokenizer(tokenizer, fields)
+            tokenizer.save_pretrained(partial)
+        written = LoopedForCausalLM.from_pretrained(partial, dtype="auto").state_dict()
+        changed = [name for name, tensor in weights.items() if not tensor.equal(written[name])]
+        if changed:
+            raise ValueError(
+                f"{len(changed)} tensors differ from the source's after writing: {', '.join(changed[:4])}."
+            )
+    layers = config.num_core_layers
+    return Conversion(target, (0, layers - 1), layers, config.num_loops, None)
+
+
 def convert(
     source: str | Path,
     target: str | Path,
     core: Sequence[int] | None = None,
-    num_loops: int = 1,
+    num_loops: int | None = None,
     gguf_file: str | None = None,
 ) -> Conversion:
-    """Write the looped model of a pretrained dense causal LM, with its tokenizer, to a folder that any transformers
-    loads with `trust_remote_code=True`.
+    """Write the looped model of a pretrained dense causal LM or of an Ouro, with its tokenizer, to a folder that any
+    transformers loads with `trust_remote_code=True`.
 
     Args:
-        source: folder or Hub name of a Llama, Mistral, Qwen2 or Qwen3 causal LM.
+        source: folder or Hub name of a Llama, Mistral, Qwen2, Qwen3 or Ouro causal LM.
         target: a folder that does not exist; it appears when all is written and checked.
-        core: first and last core layer, both inclusive; by default those of `default_window`.
-        num_loops: loops by default, >= 1.
+        core: first and last core layer, both inclusive; by default those of `default_window`. All of Ouro's loop.
+        num_loops: loops by default, >= 1; if not said 1, and for Ouro those it was trained with.
         gguf_file: name of a gguf file in `source`; its tensors are dequantised.
 
     Raises:
@@ -356,17 +418,20 @@ def convert(
         OSError: there is no such source.
     """
     source, target = str(source), Path(target)
-    partial = target.with_name(target.name + ".partial")
-    if target.exists():
-        raise ValueError(f"{target} exists: name a new folder, or delete it.")
-    if partial.exists():
-        raise ValueError(f"{partial} is there from a conversion that runs or was cut short: delete it if none runs.")
-    config = read_config(source, gguf_file)
+    fields = read_fields(source, gguf_file)
+    if fields.get("model_type") == "ouro":
+        if core is not None or gguf_file is not None:
+            raise ValueError(
+                "an Ouro has no core to choose and is read from safetensors: leave out core and gguf_file."
+            )
+        return convert_ouro(source, target, fields, num_loops)
+    config = read_config(fields)
     core = check_core(core, config.num_hidden_layers)
+    num_loops = 1 if num_loops is None else num_loops
     looped_config(config, core, num_loops)  # refuses before gigabytes are read
 
-    model = load_source(source, config, gguf_file)
-    try:
+    with new_folder(target) as partial:
+        model = load_source(source, config, gguf_file)
         to_looped(model, core, num_loops).save_pretrained(partial)
         if gguf_file is not None or has_tokenizer(source):
             AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(
@@ -380,8 +445,4 @@ def convert(
                 f"{identity.difference:.2e}, and rounding explains {identity.tolerance:.2e}. Nothing was written. If "
                 "these are numbers, the conversion is wrong for this model: please report it; nan is the source's own."
             )
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return Conversion(target, core, config.num_hidden_layers, num_loops, identity)

@@ -52,6 +52,12 @@ def non_negative_int(value: int):
 
 
 @as_validated_field
+def non_negative(value: int | float):
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"must be a number >= 0, got {value!r}")
+
+
+@as_validated_field
 def probability(value: int | float):
     if not 0.0 <= value < 1.0:
         raise ValueError(f"must be in [0, 1), got {value!r}")
@@ -130,6 +136,12 @@ class LoopedConfig(PreTrainedConfig):
         state_init_std (`float`): standard deviation of `state_init="normal"`.
         kv_sharing (`"per_loop"` | `"last"` | `"first"`): which loops of a token its KV rows keep, see
             `cache_looped.py`.
+        exit_gate (`bool`): a gate reads after every loop how likely each token is to leave (Ouro). `labels` then give
+            the loss that `exit_loss` names, and the halting rule `"q_exit"` can be asked for.
+        exit_loss (`"expected"` | `"gate"`): train the model on the loss expected under the gate, or, with the model
+            as it is, the gate on what each loop gains; see `losses_looped.py`.
+        exit_entropy_weight (`float`): weight of the exit distribution's entropy, in nats, in the expected loss. Ouro
+            starts with 0.1 and goes on with 0.05.
 
     Raises:
         ValueError (or a strict-dataclass error carrying one): a field of the wrong type or range, an unknown field
@@ -182,6 +194,9 @@ class LoopedConfig(PreTrainedConfig):
     state_init: Literal["embeddings", "zeros", "normal"] = "embeddings"
     state_init_std: int | float = 1.0
     kv_sharing: Literal["per_loop", "last", "first"] = "per_loop"
+    exit_gate: bool = False
+    exit_loss: Literal["expected", "gate"] = "expected"
+    exit_entropy_weight: int | float = non_negative(default=0.1)
 
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -246,6 +261,14 @@ class LoopedConfig(PreTrainedConfig):
         if self.hyper_mixing == "static" and self.hyper_init != "norm_preserving":
             raise ValueError(
                 f"hyper_init={self.hyper_init!r} is of gates, and hyper_mixing='static' has none: leave it out."
+            )
+
+    def validate_exit(self):
+        """A gate weighs what is read after every loop, and a coda is run after the last one only."""
+        if self.exit_gate and self.num_coda_layers:
+            raise ValueError(
+                f"exit_gate=True reads the state after every loop, which num_coda_layers={self.num_coda_layers} would "
+                "change before it is read out: use num_coda_layers=0."
             )
 
     @property

@@ -6,8 +6,9 @@
         a row leaves the batch when all of its positions are done
 
 The positions are those whose logits were asked for (`logits_to_keep`; padding excluded), so generation decides on the
-token being produced. No rule can halt before the second loop, since it compares a loop with the one before; a row that
-never satisfies its rule runs `num_loops` loops. Legend: B rows, K positions, D hidden size, V vocabulary.
+token being produced. A rule that compares a loop with the one before cannot halt before the second loop; a row that
+never satisfies its rule runs `num_loops` loops. What `readout` gives is the rule's choice: the head's logits, or with
+`reads_exit_gate` those of the exit gate. Legend: B rows, K positions, D hidden size, V vocabulary.
 """
 
 import difflib
@@ -24,6 +25,8 @@ Readout = Callable[[torch.Tensor], torch.Tensor]
 
 class FixedRule:
     """Every row runs all its loops; the base of the other rules."""
+
+    reads_exit_gate = False  # of a state: the exit gate's logits (B, K) instead of the head's (B, K, V)
 
     def step(self, memory, state: torch.Tensor, readout: Readout | None) -> tuple[torch.Tensor, torch.Tensor]:
         return state, torch.zeros(state.shape[:2], dtype=torch.bool, device=state.device)
@@ -82,7 +85,28 @@ class LatentRule(FixedRule):
         return state, change < self.threshold
 
 
-RULES = {"fixed": FixedRule, "kl_entropy": KLEntropyRule, "kl": KLRule, "latent": LatentRule}
+class QExitRule(FixedRule):
+    """Halt at the first loop t with sum_{s<=t} p_s >= q, p being the exit distribution of `losses_looped.py`.
+
+    The sum is 1 - prod_{s<=t} (1 - lam_s), in float32 from the logits: in bfloat16 it rounds to 1 too early. With
+    q >= 1 no row halts, rounding or not; with q = 0 every row halts at once.
+
+    Source: Ouro (arXiv 2510.25741), whose released code runs all loops and only picks which one it reads.
+    """
+
+    reads_exit_gate = True
+
+    def __init__(self, q: float = 0.9):
+        self.q = non_negative("q", q)
+
+    def step(self, memory, state, readout):
+        assert readout is not None  # checked by Decision
+        stays = nn.functional.logsigmoid(-readout(state).float())  # (B, K)
+        stays = stays if memory is None else memory + stays
+        return stays, (-torch.expm1(stays) >= self.q) & (self.q < 1)
+
+
+RULES = {"fixed": FixedRule, "kl_entropy": KLEntropyRule, "kl": KLRule, "latent": LatentRule, "q_exit": QExitRule}
 
 
 def non_negative(name: str, value: float) -> float:
@@ -127,18 +151,37 @@ class Decision:
         rule: the rule, or None where only a budget can end a row.
         readout: norm + head on a state, (b, K, D) -> (b, K, V), or None in a model without a head.
         logits_to_keep: as in `forward`: the last K positions (0: all), or a 1-D tensor of positions.
+        exit_readout: norm + exit gate on a state, (b, K, D) -> (b, K), or None in a model without a gate.
+        visit: called with the rows that still looped, (b,), and their states at these positions, (b, K, D), after
+            every loop.
+
+    Raises:
+        ValueError: the rule reads an exit gate that the model does not have, or positions differ between rows.
     """
 
     rule: FixedRule | None
     readout: Readout | None = None
     logits_to_keep: int | torch.Tensor = 0
+    exit_readout: Readout | None = None
+    visit: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
     def __post_init__(self):
-        if self.rule and isinstance(self.logits_to_keep, torch.Tensor) and self.logits_to_keep.ndim != 1:
+        if self.rule and self.rule.reads_exit_gate and self.exit_readout is None:
             raise ValueError(
-                "halting decides at positions that all rows share: logits_to_keep must be an int or a 1-D tensor, got "
-                f"a {self.logits_to_keep.ndim}-D tensor."
+                f"the halting rule {type(self.rule).__name__} reads an exit gate, which this model does not have: "
+                "train one with exit_gate=True in the configuration, or use another rule."
             )
+        keep = self.logits_to_keep
+        if (self.rule or self.visit) and isinstance(keep, torch.Tensor) and keep.ndim != 1:
+            raise ValueError(
+                "halting and the loss of an exit gate need positions that all rows share: logits_to_keep must be an "
+                f"int or a 1-D tensor, got a {keep.ndim}-D tensor."
+            )
+
+    def step(self, memory, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the rule says of states (b, K, D), see `FixedRule.step`."""
+        assert self.rule is not None
+        return self.rule.step(memory, state, self.exit_readout if self.rule.reads_exit_gate else self.readout)
 
 
 class ActiveRows:
@@ -157,11 +200,12 @@ class ActiveRows:
         self.may_leave = decision.rule is not None or (
             self.budget is not None and int(self.budget.min()) < self.num_loops
         )
+        self.tracks_rows = self.may_leave or decision.visit is not None
         self.memory = None
         self.left = []  # (rows, state, loops) of those that halted
 
     def open(self, real: torch.Tensor) -> None:
-        """Start with all rows; `real` is (B, T) bool, false at padding. Needed only where rows may leave."""
+        """Start with all rows; `real` is (B, T) bool, false at padding. Needed only where rows are tracked."""
         self.real = self._deciding(real.unsqueeze(-1)).squeeze(-1)  # (B, K)
         self.rows = torch.arange(len(real), device=real.device)
 
@@ -178,15 +222,15 @@ class ActiveRows:
         Returns:
             The (b',) indices, within the current rows, of those that go on; None when all of them do.
         """
+        if self.decision.visit is not None:
+            self.decision.visit(self.rows, self._deciding(close(state)))
         if not self.may_leave or loop + 1 == self.num_loops:
             return None
         done = torch.zeros(len(self.rows), dtype=torch.bool, device=self.rows.device)
         if self.budget is not None:
             done |= self.budget[self.rows] <= loop + 1
         if self.decision.rule is not None:
-            self.memory, halted = self.decision.rule.step(
-                self.memory, self._deciding(close(state)), self.decision.readout
-            )
+            self.memory, halted = self.decision.step(self.memory, self._deciding(close(state)))
             done |= (halted | ~self.real[self.rows]).all(dim=1)
         if not done.any():
             return None

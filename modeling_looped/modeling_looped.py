@@ -16,6 +16,7 @@ size, H heads, d head size, V vocabulary.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from .cache_looped import SHARINGS, ActiveCache
 from .configuration_looped import LoopedConfig, too_many_loops
 from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
+from .losses_looped import make_loss
 
 # What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
 # is not a parameter is a mistake.
@@ -58,11 +60,13 @@ FORWARD_DOCSTRING = r"""
             Loops of the core, >= 1; `config.num_loops` by default. With a tensor each row gets its own depth, equal
             to running it alone, and leaves the batch when it has had it.
         num_grad_loops (`int`, *optional*):
-            Only the last `num_grad_loops` loops are differentiated (truncated back-propagation).
+            Only the last `num_grad_loops` loops are differentiated (truncated back-propagation). Head and exit gate
+            learn from all loops they read.
         halting (`str` or `dict`, *optional*):
-            Rule by which a row stops before `num_loops`: `"kl_entropy"`, `"kl"`, `"latent"`, `"fixed"`, or a dict
-            with the rule's thresholds, `{"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": 3.0}`. It is read
-            at the positions of `logits_to_keep`, padding excluded, and a row stops when all of them agree.
+            Rule by which a row stops before `num_loops`: `"kl_entropy"`, `"kl"`, `"latent"`, `"q_exit"`, `"fixed"`,
+            or a dict with the rule's thresholds, `{"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": 3.0}`;
+            `"q_exit"` needs `exit_gate=True` in the configuration. It is read at the positions of `logits_to_keep`,
+            padding excluded, and a row stops when all of them agree.
         generator (`torch.Generator`, *optional*):
             Seed of `state_init="normal"`, see `connections_looped.py`.
 
@@ -313,6 +317,27 @@ class NoPositions(nn.Module):
         return None
 
 
+class ExitGate(nn.Linear):
+    """How likely a token is to leave after a loop, from the normalised state (Ouro, arXiv 2510.25741).
+
+    A fresh gate leaves after each of `num_loops` loops with chance 1 / num_loops, whatever the state: with 1/2, deep
+    loops would start with next to no weight in the expected loss.
+    """
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config.hidden_size, 1)
+        self.initial_bias = -math.log(max(config.num_loops - 1, 1))
+
+    def initialize(self) -> None:
+        """Values of a fresh model; those that were loaded stay."""
+        init.zeros_(self.weight)
+        init.constant_(self.bias, self.initial_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, K, D) -> (B, K) logits in float32."""
+        return super().forward(hidden_states).squeeze(-1).float()
+
+
 POSITIONS = {"rope": LoopedRotaryEmbedding, "learned": LearnedPositions, "none": NoPositions}
 
 
@@ -368,7 +393,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
         if isinstance(module, SublayerEnd) and self.config.residual_init == "zero":
             for parameter in module.parameters():
                 init.zeros_(parameter)
-        if isinstance(module, INITIALIZED):
+        if isinstance(module, (*INITIALIZED, ExitGate)):
             module.initialize()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -396,8 +421,15 @@ class LoopedModel(LoopedPreTrainedModel):
         # Ouro's final norm closes every loop: what it returns is both the readout and the next loop's input.
         self.core_norm = make_norm(config) if config.norm_between_loops else as_is
         self.norm = as_is if config.final_norm_closes_loops else make_norm(config)
+        self.exit_gate = ExitGate(config) if config.exit_gate else None
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def exit_readout(self) -> Callable | None:
+        """Norm + exit gate on a state: (B, K, D) -> (B, K) logits; None in a model without a gate."""
+        gate = self.exit_gate
+        return None if gate is None else lambda state: gate(self.norm(state))
 
     @merge_with_config_defaults
     @capture_outputs
@@ -422,7 +454,8 @@ class LoopedModel(LoopedPreTrainedModel):
             self.config.num_loops if num_loops is None else num_loops, batch_size, self.config.max_num_loops
         )
         first_grad_loop = check_grad_loops(num_grad_loops, num_loops)
-        decision = halting if isinstance(halting, Decision) else Decision(halting_rule(halting))
+        if not isinstance(halting, Decision):
+            halting = Decision(halting_rule(halting), exit_readout=self.exit_readout)
 
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         if use_cache and past_key_values is None:
@@ -436,8 +469,8 @@ class LoopedModel(LoopedPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        active = ActiveRows(num_loops, decision)
-        if active.may_leave:
+        active = ActiveRows(num_loops, halting)
+        if active.tracks_rows:
             active.open(real_tokens(attention_mask, embeds))
         if past_key_values is not None:
             self.sharing.open(past_key_values, active.num_loops)
@@ -502,6 +535,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         self.model = LoopedModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.objective = make_loss(config)
         self.post_init()
 
     def readout(self, state: torch.Tensor) -> torch.Tensor:
@@ -527,6 +561,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> LoopedCausalLMOutput:
         shift_labels = kwargs.pop("shift_labels", None)
+        trains = labels is not None or shift_labels is not None
+        states = self.objective.states() if trains else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -536,17 +572,17 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             num_loops=num_loops,
             num_grad_loops=num_grad_loops,
-            halting=Decision(halting_rule(halting), self.readout, logits_to_keep),
+            halting=Decision(
+                halting_rule(halting), self.readout, logits_to_keep, self.model.exit_readout, states and states.visit
+            ),
             generator=generator,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, K, V)
 
         loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
-            )
+        if trains:
+            loss = self.objective(self, logits, states, labels=labels, shift_labels=shift_labels, **kwargs)
         return LoopedCausalLMOutput(
             loss=loss,
             logits=logits,

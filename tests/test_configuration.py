@@ -73,6 +73,9 @@ def test_slot_count_follows_an_edited_loop_count():
         ({"loop_connection": "hyperr"}, "loop_connection"),
         ({"hidden_act": "sillu"}, "hidden_act"),
         ({"attention_dropout": 1.5}, "attention_dropout"),
+        ({"exit_entropy_weight": -0.1}, "exit_entropy_weight"),
+        ({"exit_loss": "mixed"}, "exit_loss"),
+        ({"exit_gate": True, "num_coda_layers": 1}, "num_coda_layers=0"),
         ({"numloops": 3}, "did you mean 'num_loops'"),
         ({"temperature": 0.3}, "generation_config"),
     ],
@@ -162,6 +165,7 @@ def assert_other_model(fields, changed):
         ("loop_embedding", "sinusoidal"),
         ("state_init", "zeros"),
         ("state_init", "normal"),
+        ("exit_gate", True),
     ],
 )
 def test_every_field_changes_the_model(field, value):
@@ -184,6 +188,15 @@ def test_every_field_changes_the_model(field, value):
 )
 def test_every_field_of_hyper_connections_changes_the_model(field, value):
     assert_other_model({"loop_connection": "hyper"}, {field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("exit_loss", "gate"), ("exit_entropy_weight", 0.5)])
+def test_every_field_of_the_exit_gate_changes_the_loss_only(field, value):
+    before, after = (
+        make_model(exit_gate=True, **fields)(make_ids(), labels=make_ids()) for fields in ({}, {field: value})
+    )
+    assert before.logits.equal(after.logits)
+    assert (before.loss - after.loss).abs() > 0.01
 
 
 @pytest.mark.parametrize("field", ["attention_dropout", "residual_dropout", "embedding_dropout"])

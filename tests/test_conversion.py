@@ -357,8 +357,8 @@ def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path):
     GPT2Config().save_pretrained(tmp_path / "source")  # no weights beside it
     with pytest.raises(ValueError, match="model_type='gpt2' cannot"):
         convert(tmp_path / "source", tmp_path / "looped")
-    (tmp_path / "source" / "config.json").write_text('{"model_type": "ouro"}')  # unknown to transformers as well
-    with pytest.raises(ValueError, match="model_type='ouro' cannot"):
+    (tmp_path / "source" / "config.json").write_text('{"model_type": "looop"}')  # unknown to transformers as well
+    with pytest.raises(ValueError, match="model_type='looop' cannot"):
         convert(tmp_path / "source", tmp_path / "looped")
     MistralConfig(**SIZES).save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match="sliding_window=4096 cannot"):

@@ -11,6 +11,7 @@ RULES = {
     "kl_entropy": {"rule": "kl_entropy", "kl_threshold": 0.003, "max_entropy": 3.7},
     "kl": {"rule": "kl", "kl_threshold": 0.003},
     "latent": {"rule": "latent", "threshold": 0.12},
+    "q_exit": {"rule": "q_exit", "q": 0.8},
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])
@@ -22,12 +23,28 @@ def make_settling_model(**fields):
     return make_model(seed=2, **fields)
 
 
+def make_model_for(rule, **fields):
+    """A settling model; for the rule of the exit gate one whose gate tells tokens apart."""
+    if rule != "q_exit":
+        return make_settling_model(**fields)
+    model = make_settling_model(exit_gate=True, **{**fields, "num_coda_layers": 0})
+    with torch.no_grad():
+        model.model.exit_gate.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(3))
+    return model
+
+
 def loops_by_hand(model, ids, rule, num_loops):
     """The loop a row halts at, from one full run per loop count: nothing of the halting code but its formula."""
     settings = {"kl_threshold": float("inf"), "max_entropy": float("inf"), "threshold": None, **RULES[rule]}
-    previous = None
+    previous, stays = None, 1.0
     for loops in range(1, num_loops + 1):
         state = model.model(ids, num_loops=loops).last_hidden_state[:, -1]
+        if rule == "q_exit":
+            gate = model.model.exit_gate
+            stays *= 1 - torch.sigmoid(state[0] @ gate.weight[0] + gate.bias).item()
+            if 1 - stays >= settings["q"]:
+                return loops
+            continue
         log_p = model.lm_head(state).log_softmax(-1)
         if previous is not None:
             kl = (log_p.exp() * (log_p - previous[0])).sum(-1).item()
@@ -46,7 +63,7 @@ def loops_by_hand(model, ids, rule, num_loops):
 @torch.no_grad()
 @every_rule
 def test_rows_halt_where_the_formula_says_and_read_out_there(rule):
-    model, ids = make_settling_model(), make_ids(6, 5)
+    model, ids = make_model_for(rule), make_ids(6, 5)
     output = model(ids, num_loops=12, halting=RULES[rule], logits_to_keep=1)
     expected = [loops_by_hand(model, ids[row : row + 1], rule, 12) for row in range(6)]
     assert output.loops_used[:, -1].tolist() == expected
@@ -61,14 +78,14 @@ def test_rows_halt_where_the_formula_says_and_read_out_there(rule):
 def test_halted_rows_cost_nothing(rule):
     """Ouro, vLLM, HRM and TRM compute every loop whatever their exit says (trap 9); Huginn waits for the slowest row
     (trap 10). Rows of the core's layer calls are counted."""
-    model, ids = make_settling_model(num_prelude_layers=1, num_coda_layers=1), make_ids(6, 5)
+    model, ids = make_model_for(rule, num_prelude_layers=1, num_coda_layers=1), make_ids(6, 5)
     calls = count_layer_calls(model)
     used = model(ids, num_loops=12, halting=RULES[rule], logits_to_keep=1).loops_used[:, -1]
     core_rows = [rows for section, rows in calls if section == "core"]
     expected = [int((used > loop).sum()) for loop in range(int(used.max())) for _ in range(2)]
     assert core_rows == expected
     assert sum(core_rows) < 12 * 2 * 6
-    assert [rows for section, rows in calls if section != "core"] == [6, 6]
+    assert [rows for section, rows in calls if section != "core"] == [6] * (1 + model.config.num_coda_layers)
 
 
 @torch.no_grad()
@@ -107,7 +124,7 @@ def test_a_budget_follows_its_row_through_beams():
 @every_sharing
 def test_halting_in_generation_is_per_row_and_per_token(rule, kv_sharing):
     """A batch generates what its rows generate alone, through a cache whose early tokens were filled in."""
-    model, ids = make_settling_model(kv_sharing=kv_sharing), make_ids(5, 5)
+    model, ids = make_model_for(rule, kv_sharing=kv_sharing), make_ids(5, 5)
     kwargs = {"max_new_tokens": 6, "do_sample": False, "num_loops": 10, "halting": RULES[rule]}
     batch = model.generate(ids, return_dict_in_generate=True, **kwargs)
     assert batch.loops_used.shape == (5, 6)
@@ -156,6 +173,60 @@ def test_high_entropy_keeps_a_row_looping():
     rule = {"rule": "kl_entropy", "kl_threshold": 1.0, "max_entropy": 3.0}
     assert model(ids, num_loops=6, halting=rule).loops_used.unique().tolist() == [6]  # ln 50 = 3.9 nats
     assert model(ids, num_loops=6, halting={"rule": "kl", "kl_threshold": 1.0}).loops_used.unique().tolist() == [2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ends_of_the_exit_threshold(dtype):
+    """q >= 1 is the last loop, exactly: where the sum of exit probabilities rounds to 1 earlier, as it does in bf16 in
+    Ouro (trap 11), and even where a saturated gate makes it 1 in float32. q = 0 is the first loop."""
+    model, ids = make_model_for("q_exit").to(dtype), make_ids()
+    for bias in (4.0, 60.0):
+        model.model.exit_gate.bias.fill_(bias)
+        output = model(ids, num_loops=6, halting={"rule": "q_exit", "q": 1.0})
+        assert output.loops_used.unique().tolist() == [6]
+        assert output.logits.equal(model(ids, num_loops=6).logits)
+    model.model.exit_gate.bias.fill_(-60.0)
+    assert model(ids, num_loops=6, halting={"rule": "q_exit", "q": 0}).loops_used.unique().tolist() == [1]
+
+
+def test_the_exit_sum_does_not_round_up_in_half_precision():
+    """1 - 0.018 ** 2 is 0.99968, which bfloat16 rounds to 1: a threshold of 0.9999 would be passed a loop early."""
+    rule = halting_rule({"rule": "q_exit", "q": 0.9999})
+    gate_logits = torch.full((1, 1), 4.0, dtype=torch.bfloat16)
+    memory, loops = None, []
+    for _ in range(3):
+        memory, done = rule.step(memory, None, lambda state: gate_logits)
+        loops.append(done.item())
+    assert loops == [False, False, True]
+
+
+@torch.no_grad()
+def test_the_exit_rule_of_a_model_without_a_gate_is_refused():
+    model = make_model()
+    calls = count_layer_calls(model)
+    for call in (model, model.model, lambda ids, halting: model.generate(ids, halting=halting, max_new_tokens=2)):
+        with pytest.raises(ValueError, match="exit_gate=True"):
+            call(make_ids(), halting={"rule": "q_exit", "q": 0.9})
+    assert calls == []
+
+
+@torch.no_grad()
+def test_the_exit_rule_needs_no_head_and_can_be_saved(tmp_path):
+    from modeling_looped import LoopedForCausalLM
+
+    model, ids = make_model_for("q_exit"), make_ids(4, 5)
+    with_head = model(ids, num_loops=8, halting=RULES["q_exit"])
+    base = model.model(ids, num_loops=8, halting=RULES["q_exit"])
+    assert base.loops_used.equal(with_head.loops_used)
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(ids, num_loops=8, halting=RULES["q_exit"], **kwargs)
+    model.generation_config.num_loops, model.generation_config.halting = 8, RULES["q_exit"]
+    model.save_pretrained(tmp_path)
+    loaded = LoopedForCausalLM.from_pretrained(tmp_path).generate(ids, **kwargs)
+    assert loaded.sequences.equal(expected.sequences)
+    assert loaded.loops_used.equal(expected.loops_used)
+    assert loaded.loops_used.unique().numel() > 1
 
 
 @torch.no_grad()
@@ -239,6 +310,8 @@ def test_generate_accepts_every_loop_count(num_loops):
         ({"kl_threshold": 0.1}, "no rule None"),
         ({"rule": "kl", "kl_threshold": -0.1}, "must be a number >= 0"),
         ({"rule": "latent", "threshold": "small"}, "must be a number >= 0"),
+        ({"rule": "q_exit", "q": -0.1}, "halting threshold q must be a number >= 0"),
+        ({"rule": "q_exit", "threshold": 0.5}, "has no threshold 'threshold'"),
     ],
 )
 def test_bad_rules_are_refused_before_any_work(halting, message):

@@ -12,6 +12,7 @@ SHAPES = {
     "plain": {},
     "sections": {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 2},
     "ouro": {"norm_placement": "sandwich", "norm_between_loops": True, "tie_word_embeddings": False},
+    "exit": {"norm_placement": "sandwich", "norm_between_loops": True, "exit_gate": True},
     "gpt2": {
         "norm_type": "layernorm",
         "gated_mlp": False,

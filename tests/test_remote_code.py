@@ -16,6 +16,7 @@ SHIPPED = {
     "configuration_looped.py",
     "connections_looped.py",
     "halting_looped.py",
+    "losses_looped.py",
     "modeling_looped.py",
 }
 

@@ -1,0 +1,156 @@
+"""A published Ouro checkpoint (arXiv 2510.25741) in the words and names of a looped model; no code of it is run.
+
+    model.layers.I.*        -> model.core.I.*            all layers loop; the four norms have the same names
+    model.norm              -> model.core_norm           closes every loop: readout and next input
+    model.early_exit_gate   -> model.exit_gate
+    total_ut_steps          -> num_loops
+    early_exit_threshold q  -> generation_config.halting = {"rule": "q_exit", "q": q}, where q < 1
+
+The released file computes all loops whatever its gate says, and does not run on transformers 5.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
+
+from modeling_looped import LoopedConfig
+
+logger = logging.get_logger(__name__)
+
+SAME_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "initializer_range", "tie_word_embeddings",
+)  # fmt: skip
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# The shipped configurations say 0 for all three, with which generation never stops.
+RIGHT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def same_special_ids(fields: dict) -> bool:
+    """The fault of the shipped files: one id for the beginning, the end and padding."""
+    ids = {fields.get(name) for name in SPECIAL_IDS}
+    return len(ids) == 1 and None not in ids
+
+
+def special_ids(fields: dict) -> dict:
+    """bos, eos and pad of an Ouro config.json, put right where all three are the same."""
+    if not same_special_ids(fields):
+        return {name: fields.get(name) for name in SPECIAL_IDS}
+    logger.warning(f"bos, eos and pad are all {fields['eos_token_id']}: corrected to {RIGHT_IDS}.")
+    return dict(RIGHT_IDS)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, fields: dict) -> None:
+    """Make the special tokens of a tokenizer with the fault of its configuration the corrected ones.
+
+    Raises:
+        ValueError: they are others than the configuration's.
+    """
+    of_tokenizer = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, right in special_ids(fields).items():
+        found = of_tokenizer[name]
+        if found is None or found == right:
+            continue
+        if not (same_special_ids(fields) and found == fields[name]):
+            raise ValueError(
+                f"{name} is {right} in the converted configuration and {found} in the tokenizer: write the right id "
+                "into config.json, or the right token into tokenizer_config.json."
+            )
+        setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(right))
+
+
+def check_fields(fields: dict) -> None:
+    """Refuse what an Ouro configuration may say and a looped model cannot."""
+    refused = {
+        "use_sliding_window": bool(fields.get("use_sliding_window")),
+        "layer_types": bool(set(fields.get("layer_types") or []) - {"full_attention"}),
+        "rope_scaling": fields.get("rope_scaling") is not None,
+        "quantization_config": fields.get("quantization_config") is not None,
+    }
+    for name, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(
+                f"{name}={fields[name]!r} cannot be converted exactly: a looped model attends to all earlier tokens, "
+                "rotates by one base and reads plain tensors; take the checkpoint as it was published."
+            )
+
+
+def ouro_config(fields: dict) -> LoopedConfig:
+    """The `config.json` of a published Ouro checkpoint as that of a looped model.
+
+    Raises:
+        ValueError: a field that is missing or cannot be mapped exactly.
+    """
+    check_fields(fields)
+    needed = {*SAME_FIELDS, "num_hidden_layers", "total_ut_steps", "rms_norm_eps", "rope_theta"}
+    missing = sorted(needed - fields.keys())
+    if missing:
+        raise ValueError(f"the source's config.json lacks {', '.join(missing)}: it is not that of an Ouro model.")
+    return LoopedConfig(
+        **{name: fields[name] for name in SAME_FIELDS},
+        **special_ids(fields),
+        head_dim=fields.get("head_dim"),
+        num_core_layers=fields["num_hidden_layers"],
+        num_loops=fields["total_ut_steps"],
+        norm_eps=fields["rms_norm_eps"],
+        attention_dropout=fields.get("attention_dropout") or 0.0,
+        rope_parameters={"rope_type": "default", "rope_theta": float(fields["rope_theta"])},
+        norm_placement="sandwich",
+        norm_between_loops=True,
+        exit_gate=True,
+    )
+
+
+def ouro_generation_settings(source: str, fields: dict, num_loops: int | None = None) -> GenerationConfig:
+    """The source's generation settings, with right ids, the loop count and the exit threshold.
+
+    Args:
+        source: folder or Hub name.
+        fields: its config.json.
+        num_loops: loops by default; those of the source if not said.
+    """
+    stored = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    settings = GenerationConfig() if stored is None else GenerationConfig.from_pretrained(source)
+    for name, value in special_ids(fields).items():
+        setattr(settings, name, value)
+    step = fields.get("early_exit_step")  # counted from 0
+    trained = fields["total_ut_steps"] if step is None else step + 1
+    settings.num_loops = trained if num_loops is None else num_loops
+    q = fields.get("early_exit_threshold", 1.0)
+    if q < 1:
+        settings.halting = {"rule": "q_exit", "q": q}
+    return settings
+
+
+def ouro_name(name: str) -> str:
+    """Of a published tensor, its name in the looped model."""
+    for published, ours in (
+        ("model.layers.", "model.core."),
+        ("model.norm.", "model.core_norm."),
+        ("model.early_exit_gate.", "model.exit_gate."),
+    ):
+        if name.startswith(published):
+            return ours + name.removeprefix(published)
+    return name
+
+
+def ouro_weights(source: str) -> dict[str, torch.Tensor]:
+    """All tensors of the checkpoint's safetensors files, under their names in the looped model.
+
+    Raises:
+        OSError: there are none.
+    """
+    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    files = [cached_file(source, name) for name in names]
+    return {ouro_name(name): tensor for file in files if file for name, tensor in load_file(file).items()}

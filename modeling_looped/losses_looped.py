@@ -1,0 +1,187 @@
+"""Training objectives: the loss of the last loop, or of every loop weighted by the chance that it is the last.
+
+    lam_t = sigmoid(exit_gate(norm(state_t)))                       # (B, K)  chance of exit after loop t
+    p_t   = lam_t prod_{s<t} (1 - lam_s);   p_R = prod_{s<R} (1 - lam_s)
+    loss  = mean over tokens of  sum_t p_t CE_t - beta H(p)          exit_loss="expected": model and gate
+    loss  = mean over tokens and t >= 2 of -[w log(1 - lam_t) + (1 - w) log lam_t]                    "gate": gate only
+            w = sigmoid(50 (max(0, CE_{t-1} - CE_t) - 0.005))        chance to go on that the loop was worth
+
+Source: Ouro (arXiv 2510.25741), stages 1 and 2; a weight beta on the entropy is, up to a constant, one on KL(p ||
+uniform). All of it is computed in float32. Legend: B rows, K positions, D hidden size, V vocabulary, R loops.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def log_exit_distribution(gate_logits: torch.Tensor, loops_run: torch.Tensor | None = None) -> torch.Tensor:
+    """log p_t of leaving after loop t, (..., R) float32; the last loop that ran takes what is left.
+
+    Args:
+        gate_logits: (..., R), one per loop; that of the last loop is not used.
+        loops_run: loops that ran, of shape (...), where they differ; p_t is 0 (its log -inf) beyond.
+    """
+    num_loops = gate_logits.shape[-1]
+    loops = torch.arange(1, num_loops + 1, device=gate_logits.device)
+    last = torch.as_tensor(num_loops if loops_run is None else loops_run, device=loops.device).unsqueeze(-1)
+    gate_logits = gate_logits.float()
+    stays = nn.functional.logsigmoid(-gate_logits).cumsum(-1)  # log prod_{s<=t} (1 - lam_s)
+    reached = nn.functional.pad(stays[..., :-1], (1, 0))
+    log_p = reached + torch.where(loops == last, 0.0, nn.functional.logsigmoid(gate_logits))
+    return log_p.masked_fill(loops > last, float("-inf"))
+
+
+def exit_distribution(gate_logits: torch.Tensor, loops_run: torch.Tensor | None = None) -> torch.Tensor:
+    """p_t of leaving after loop t: (..., R) gate logits -> (..., R) float32 that sums to 1; see the module."""
+    return log_exit_distribution(gate_logits, loops_run).exp()
+
+
+def expected_loss(
+    gate_logits: torch.Tensor,
+    losses: torch.Tensor,
+    entropy_weight: float,
+    loops_run: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """sum_t p_t CE_t - entropy_weight H(p) of each token: (...,) float32 in nats (Ouro, stage 1).
+
+    Args:
+        gate_logits, losses: (..., R) per loop; losses in nats.
+        entropy_weight: beta, >= 0.
+        loops_run: as in `log_exit_distribution`.
+    """
+    log_p = log_exit_distribution(gate_logits, loops_run)
+    p = log_p.exp()
+    # A loop that did not run has p = 0 and log p = -inf, whose product and its gradient are not numbers.
+    return (p * (losses.float() + entropy_weight * log_p.masked_fill(log_p.isneginf(), 0.0))).sum(-1)
+
+
+def gate_loss(
+    gate_logits: torch.Tensor,
+    losses: torch.Tensor,
+    loops_run: torch.Tensor | None = None,
+    steepness: float = 50.0,
+    least_gain: float = 0.005,
+) -> torch.Tensor:
+    """The gate's cross-entropy against what each loop gained, (...,) float32, mean over loops t >= 2 (Ouro, stage 2).
+
+    With one loop there is nothing to decide, and the loss is 0. Losses are detached.
+
+    Args:
+        gate_logits, losses: (..., R) per loop; losses in nats.
+        loops_run: as in `log_exit_distribution`.
+        steepness: k, per nat.
+        least_gain: gamma, the gain in nats at which going on and leaving are worth the same.
+    """
+    losses, later = losses.float().detach(), gate_logits[..., 1:].float()
+    gain = (losses[..., :-1] - losses[..., 1:]).clamp_min(0)  # (..., R - 1)
+    goes_on = torch.sigmoid(steepness * (gain - least_gain))
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits(later, 1 - goes_on, reduction="none")
+    loops = torch.arange(2, losses.shape[-1] + 1, device=losses.device)
+    last = torch.as_tensor(losses.shape[-1] if loops_run is None else loops_run, device=loops.device).unsqueeze(-1)
+    return (cross_entropy * (loops <= last)).sum(-1) / (last.squeeze(-1) - 1).clamp_min(1)
+
+
+class LoopStates:
+    """The states after every loop, at the positions whose logits are kept, with the rows that were still looping."""
+
+    def __init__(self):
+        self.visits = []  # per loop: (b,) rows and (b, K, D) state
+
+    def visit(self, rows: torch.Tensor, state: torch.Tensor) -> None:
+        self.visits.append((rows, state))
+
+    def loops_run(self) -> torch.Tensor:
+        """(B,) loops that each row ran; all of them run the first."""
+        rows = torch.cat([rows for rows, _ in self.visits])
+        return torch.bincount(rows, minlength=len(self.visits[0][0]))
+
+    def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One (b, K) tensor per loop -> (B, K, R), 0 where a row had left."""
+        blank = torch.zeros_like(values[0])
+        rows = [rows for rows, _ in self.visits]
+        return torch.stack([blank.index_copy(0, r, v) for r, v in zip(rows, values, strict=True)], dim=-1)
+
+
+def shift(labels: torch.Tensor) -> torch.Tensor:
+    """(B, T) labels -> (B, T) the next token's, -100 at the end."""
+    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+class LastLoopLoss:
+    """Cross-entropy of the logits that are returned."""
+
+    def __init__(self, config):
+        self.vocab_size = config.vocab_size
+
+    def states(self) -> LoopStates | None:
+        """Where the forward pass shall note what it passes through."""
+        return None
+
+    def __call__(self, model, logits, states, labels=None, shift_labels=None, **kwargs) -> torch.Tensor:
+        return model.loss_function(
+            logits=logits, labels=labels, vocab_size=self.vocab_size, shift_labels=shift_labels, **kwargs
+        )
+
+
+class ExpectedLoss(LastLoopLoss):
+    """Ouro's stage 1 objective; not the loss of mixed logits, which the released file computes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.entropy_weight = config.exit_entropy_weight
+
+    def states(self) -> LoopStates:
+        return LoopStates()
+
+    def __call__(self, model, logits, states, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        """Scalar; the mean over labels that are not -100, or their sum over `num_items_in_batch`."""
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = shift(labels)
+        labels = shift_labels.to(logits.device)  # (B, K)
+        gate_logits, losses = (states.spread(values) for values in self.read(model, states, labels))  # (B, K, R)
+        kept = labels != -100
+        per_token = self.per_token(gate_logits, losses, states.loops_run().unsqueeze(-1))
+        total = per_token.masked_fill(~kept, 0.0).sum()
+        return total / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def read(self, model, states: LoopStates, labels: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Gate logits and cross-entropies, (b, K) of every loop."""
+        hidden_states, losses = self.read_head(model, states, labels)
+        return [model.model.exit_gate(hidden) for hidden in hidden_states], losses
+
+    def read_head(self, model, states, labels) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The normalised states (b, K, D) and the cross-entropies (b, K) of every loop."""
+        hidden_states = [model.model.norm(state) for _, state in states.visits]
+        losses = [
+            nn.functional.cross_entropy(
+                model.lm_head(hidden).float().transpose(1, 2), labels[rows], ignore_index=-100, reduction="none"
+            )
+            for hidden, (rows, _) in zip(hidden_states, states.visits, strict=True)
+        ]
+        return hidden_states, losses
+
+    def per_token(self, gate_logits, losses, loops_run) -> torch.Tensor:
+        return expected_loss(gate_logits, losses, self.entropy_weight, loops_run)
+
+
+class GateLoss(ExpectedLoss):
+    """Ouro's stage 2 objective: the gate learns which loops were worth it; the rest gets no gradient."""
+
+    def read_head(self, model, states, labels):
+        with torch.no_grad():
+            hidden_states, losses = super().read_head(model, states, labels)
+        return [hidden.detach() for hidden in hidden_states], losses  # with no norm to apply they are the states
+
+    def per_token(self, gate_logits, losses, loops_run) -> torch.Tensor:
+        return gate_loss(gate_logits, losses, loops_run)
+
+
+EXIT_LOSSES = {"expected": ExpectedLoss, "gate": GateLoss}
+
+
+def make_loss(config) -> LastLoopLoss:
+    """The objective of `labels` that a configuration asks for."""
+    return EXIT_LOSSES[config.exit_loss](config) if config.exit_gate else LastLoopLoss(config)

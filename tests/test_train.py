@@ -452,6 +452,11 @@ def test_loops_without_parameters_are_refused_before_training(recipe, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_an_exit_gate_that_would_learn_nothing_is_refused(recipe):
+    with pytest.raises(ValueError, match=r"model\.exit_gate is True.*Trainer"):
+        main(recipe("run", "--model.exit_gate=true"))
+
+
 def test_help_names_every_field(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     with pytest.raises(SystemExit, match="0"):

@@ -759,7 +759,7 @@ def main(recipe: Recipe) -> dict:
     if looped.config.exit_gate:
         raise ValueError(
             "model.exit_gate is True, and train.py trains on the logits of the last loop, from which a gate learns "
-            "nothing: leave it out, or train by the model's own loss, model(labels=...), as transformers' Trainer does."
+            "nothing: leave it out, or train by the model's own loss, model(labels=...), as Trainer does."
         )
     check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": gate_loops}, recipe.eval_loops)
     # And the parameters of loops that a batch does not run.

@@ -24,6 +24,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
+from contextvars import Context
 from functools import partial
 from typing import Literal
 
@@ -36,7 +37,6 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.output_capturing import _active_collector
 
 AUTO_MAP = {
     "AutoConfig": "frozen_looped.FrozenLoopedConfig",
@@ -523,15 +523,14 @@ class Window:
         if self.looping:
             return None
         natural = first_of(output)
-        self.looping, collector = True, _active_collector.get()
-        _active_collector.set(
-            None
-        )  # hidden states, attentions and router logits are the natural pass's, one per layer
+        self.looping = True
         try:
-            looped_states = self.run(natural)
+            # transformers' recorder of hidden states, attentions and router logits is a context variable: without it
+            # they are the natural pass's, one per layer. torch.compile cannot trace a change of context.
+            apart = self.run if torch.compiler.is_compiling() else partial(Context().run, self.run)
+            looped_states = apart(natural)
         finally:
             self.looping = False
-            _active_collector.set(collector)
             for layer in self.layers:
                 layer.close()
         if looped_states is None:

@@ -136,6 +136,15 @@ def test_a_static_loop_is_its_equations():
     torch.testing.assert_close(connection.close(state), state.sum(2))
 
 
+@pytest.mark.parametrize("mixing", ["diagonal", "static"])
+@torch.no_grad()
+def test_what_leaves_the_streams_is_normalised(mixing):
+    """With no coda the norm between loops is also Ouro's last one; what streams add up to has not been through it."""
+    model = make_model(loop_connection="hyper", hyper_mixing=mixing, norm_between_loops=True)
+    final = model.model(make_ids()).last_hidden_state
+    torch.testing.assert_close(final.square().mean(-1), torch.ones(3, 7), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_sinkhorn_mixes_by_a_doubly_stochastic_matrix():
     """Twenty rounds from logits of unit size; the columns, scaled last, sum to one exactly. The product on the

@@ -388,9 +388,8 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
         "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
         "wsd": min(1.0, 5.0 * (1.0 - progress)),
     }[optim.schedule]
-    return (optim.final_share + (1.0 - optim.final_share) * shape) * min(
-        1.0, (stage_step + 1) / max(1, optim.warmup_steps)
-    )
+    shape = optim.final_share + (1.0 - optim.final_share) * shape
+    return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
 
 
 def save_model(model: LoopedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path):
@@ -768,9 +767,7 @@ def main(recipe: Recipe) -> dict:
     if recipe.gradient_checkpointing:
         looped.activation_checkpointing_enable()
     if recipe.compile:
-        # What a loop runs, piece by piece: the loop itself stays in Python, so that its length may vary.
-        pieces = [module for module in looped.model.connection.modules() if not list(module.children())]
-        for module in (*looped.model.prelude, *looped.model.core, *looped.model.coda, *pieces):
+        for module in looped.model.pieces():
             module.compile()
     model, *optimizers = accelerator.prepare(looped, *build_optimizers(looped, optim))
 

@@ -150,14 +150,8 @@ def decoding(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, **ca
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile each layer, and what a loop reads and writes, on its own, in place; the loop stays in Python."""
     torch.compiler.reset()  # a second width would otherwise be compiled for sizes that may change
-    inner = model.model
-    if isinstance(model, LoopedForCausalLM):
-        pieces = [module for module in inner.connection.modules() if not list(module.children())]
-        layers = [*inner.prelude, *inner.core, *inner.coda, *pieces]
-    else:
-        layers = inner.layers
-    for layer in layers:
-        layer.compile()
+    for piece in model.model.pieces() if isinstance(model, LoopedForCausalLM) else model.model.layers:
+        piece.compile()
 
 
 def seconds(action: Callable[[], None]) -> float:

@@ -425,6 +425,12 @@ class LoopedModel(LoopedPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def pieces(self) -> list[nn.Module]:
+        """What to compile one by one: the layers, and the modules of the loop connection. The loop itself stays in
+        Python, so that its length may vary."""
+        connection = [module for module in self.connection.modules() if not list(module.children())]
+        return [*self.prelude, *self.core, *self.coda, *connection]
+
     @property
     def exit_readout(self) -> Callable | None:
         """Norm + exit gate on a state: (B, K, D) -> (B, K) logits; None in a model without a gate."""

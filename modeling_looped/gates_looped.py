@@ -23,20 +23,23 @@ from transformers import initialization as init
 
 
 class LastGate(nn.Module):
-    """h_t = x_t: the latent forgets the loops before."""
+    """h_t = x_t: the latent forgets the loops before. The base of the other gates."""
 
     def __init__(self, config):
         super().__init__()
 
-    def forward(self, hidden_states: torch.Tensor, latent: torch.Tensor, loop: int) -> torch.Tensor:
-        """x_t (B, T, D) and h_{t-1} (B, T, D) -> h_t (B, T, D); `loop` is t - 1, and at least 1."""
+    def forward(self, hidden_states: torch.Tensor, latent: torch.Tensor | None, loop: int) -> torch.Tensor:
+        """x_t (B, T, D) and h_{t-1} (B, T, D), None in the first loop -> h_t (B, T, D); `loop` is t - 1."""
+        return hidden_states if latent is None else self.mix(hidden_states, latent, loop)
+
+    def mix(self, hidden_states: torch.Tensor, latent: torch.Tensor, loop: int) -> torch.Tensor:
         return hidden_states
 
 
 class MeanGate(LastGate):
     """h_t = (x_1 + ... + x_t) / t."""
 
-    def forward(self, hidden_states, latent, loop):
+    def mix(self, hidden_states, latent, loop):
         return torch.lerp(latent, hidden_states, 1 / (loop + 1))
 
 
@@ -45,7 +48,7 @@ class EMAGate(LastGate):
 
     kept = 0.2
 
-    def forward(self, hidden_states, latent, loop):
+    def mix(self, hidden_states, latent, loop):
         return torch.lerp(hidden_states, latent, self.kept)
 
 
@@ -67,7 +70,7 @@ class LearnedGate(LastGate):
     of_input: nn.Module
     of_latent: nn.Module
 
-    def forward(self, hidden_states, latent, loop):
+    def mix(self, hidden_states, latent, loop):
         # lerp is exact at both ends: z = 0 is the model with a row per loop, z = 1 its first loop, bit for bit.
         share = torch.sigmoid(self.of_input(hidden_states) + self.of_latent(latent))
         return torch.lerp(hidden_states, latent, share.to(hidden_states.dtype).expand_as(latent))

@@ -296,12 +296,12 @@ class GatedLoopedLayer(LoopedLayer):
         latent: torch.Tensor | None = None,
         loop: int = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) and the latent (B, T, D) of the loop before, if there was one -> (B, T, D) and this loop's."""
         x = self.input_layernorm(hidden_states)
-        source = x if latent is None else self.kv_gate(x, latent, loop)
-        output, _ = self.self_attn(x, source, **kwargs)
-        return self.add_and_transform(hidden_states, output), source
+        latent = self.kv_gate(x, latent, loop)  # (B, T, D)
+        output, _ = self.self_attn(x, latent, **kwargs)
+        return self.add_and_transform(hidden_states, output), latent
 
 
 class LoopedRotaryEmbedding(LlamaRotaryEmbedding):

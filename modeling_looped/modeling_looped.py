@@ -222,11 +222,11 @@ class LoopedAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) -> (B, T, D); keys and values come from `key_value_states` (B, T, D) where given."""
         input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
         source = hidden_states if key_value_states is None else key_value_states
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, T, d)
-        key = self.k_norm(self.k_proj(source).view(heads)).transpose(1, 2)
-        value = self.v_proj(source).view(heads).transpose(1, 2)
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, d)
+        key = self.k_norm(self.k_proj(source).unflatten(-1, heads)).transpose(1, 2)
+        value = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)
 
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)

@@ -8,9 +8,9 @@
                    kv_bytes (per token), and of text loss, perplexity, interval (bootstrap over blocks), block_losses;
                    of hops accuracy, interval (Wilson), n, over the test rows of the hop counts trained on
 
-`per_loop` and `first` give the same at every chunk length and are measured in one call. A checkpoint trained with a row
-per loop is measured with all of them, without training (Ouro, arXiv 2510.25741, table of decode policies); one with KV
-gates with its own.
+`per_loop` and `first` give the same at every chunk length and are measured in one call. A checkpoint trained with a
+row per loop is measured with all of them, without training (Ouro, arXiv 2510.25741, table of decode policies); one
+with KV gates with its own.
 """
 
 from collections.abc import Sequence

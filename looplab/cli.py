@@ -132,6 +132,8 @@ def run_bench(arguments) -> None:
         run=arguments.run,
         compiled=not arguments.no_compile,
         quick=arguments.quick,
+        contexts=arguments.contexts,
+        memory_loops=arguments.memory_loops,
     )
 
 
@@ -313,6 +315,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
     command.add_argument(
         "--quick", action="store_true", help="tiny sizes, to see that it works; the numbers mean nothing"
+    )
+    command.add_argument(
+        "--contexts",
+        type=positive,
+        nargs="+",
+        default=(),
+        metavar="S",
+        help="instead: decoding after S tokens with each KV sharing, and training in chunks",
+    )
+    command.add_argument(
+        "--memory-loops", type=positive, nargs="+", default=(4, 8), metavar="R", help="of --contexts (default: 4 8)"
     )
     command.set_defaults(call=run_bench)
 

@@ -141,8 +141,7 @@ class Halves:
         """That of the last tokens of the first `length`, for slots as long as those of core loop `loop`."""
         mask = self.attention_mask
         if mask is not None:
-            self.attention_mask = mask = F.pad(mask, (0, max(0, length - mask.shape[1])), value=1)
-            mask = mask[:, :length]
+            mask = F.pad(mask, (0, length - mask.shape[1]), value=1)
         causal_mask = create_causal_mask(
             config=self.model.config,
             inputs_embeds=embeds,

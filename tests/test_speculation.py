@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StaticCache
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from toys import FP32, count_layer_calls, make_ids, make_model
@@ -77,6 +77,8 @@ def test_greedy_text_is_that_of_plain_decoding_and_of_the_naive_twin(kv_sharing,
         num_prelude_layers=prelude,
         num_coda_layers=coda,
     )
+    with torch.no_grad():
+        model.model.loop_embedding.height.fill_(0.2)  # it starts at zero
     for draft_loops in (1, 3):
         plain, speculative = both(model, make_ids(1, 5), draft_loops, num_loops=4)
         assert_same(plain, speculative)
@@ -135,9 +137,20 @@ def test_a_cache_goes_on_with_the_whole_text_or_with_new_tokens(kv_sharing):
         want = turns({}, {}, **given)
         assert torch.equal(turns(draft, draft, **given), want)
         assert torch.equal(turns({}, draft, **given), want)
-    # A cache that holds more loops than are asked for now: all of its slots stay level.
-    deep = {"num_loops": 5}
-    assert torch.equal(turns(deep, draft), turns(deep, {}))
+
+
+def test_slots_of_loops_that_are_not_asked_for_stay_level():
+    """They are read again when a later call asks for as many loops as the first."""
+    model, ids = make_model(), make_ids(1, 4)
+
+    def turns(**draft):
+        cache, text = DynamicCache(), ids
+        for settings in ({"num_loops": 5}, draft, {"num_loops": 5}):
+            text = model.generate(text, past_key_values=cache, max_new_tokens=5, **settings)
+        assert len({int(layer.get_seq_length()) for layer in cache.layers}) == 1
+        return text
+
+    assert torch.equal(turns(draft_loops=1, **FORCED), turns())
 
 
 def test_chunks_and_embeddings_of_the_prompt():
@@ -146,6 +159,13 @@ def test_chunks_and_embeddings_of_the_prompt():
     assert torch.equal(model.generate(ids, max_new_tokens=8, draft_loops=1, prefill_chunk_size=3, **FORCED), want)
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=8, draft_loops=1, **FORCED), want[:, 7:])
+
+
+class Counting(LogitsProcessor):
+    """Leaves one token: the length of the text."""
+
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([input_ids.shape[1]]), 0.0)
 
 
 class Recorder(BaseStreamer):
@@ -172,26 +192,40 @@ class AfterToken(StoppingCriteria):
 
 @pytest.mark.parametrize("place", range(8))
 def test_it_stops_where_plain_decoding_stops(place):
-    """At a token anywhere in a verified block: by eos, by a criterion and by length; streamer and cache agree."""
-    model, ids = make_model(loop_connection="hyper", num_core_layers=1), make_ids(1, 5)
-    text = model.generate(ids, max_new_tokens=12)
-    token = int(text[0, 5 + place])
+    """At a token anywhere in a verified block: by eos, by a criterion and by length; streamer and cache agree.
+
+    All drafts are accepted, so that nothing but the end ends a block.
+    """
+    model, ids, token = make_model(), make_ids(1, 5), 5 + place
+    given = {"logits_processor": LogitsProcessorList([Counting()])}
     for settings in ({"eos_token_id": token}, {"max_new_tokens": place + 1}, {"eos_token_id": [token, 49]}):
         streams = [Recorder(), Recorder()]
-        plain = both(model, ids, 1, **settings, streamer=streams[0])[0]
-        speculative = both(model, ids, 1, **settings, streamer=streams[1])[1]
+        plain = both(model, ids, 1, **given, **settings, streamer=streams[0])[0]
+        speculative = both(model, ids, 1, **given, **settings, streamer=streams[1])[1]
         assert_same(plain, speculative)
+        assert len(plain.scores) == place + 1
+        assert torch.equal(speculative.accepted, speculative.drafted)  # nothing is drafted after the end
         assert streams[1].values[-len(plain.scores) - 2 :] == streams[0].values[: len(plain.scores) + 2]
-    criteria = [AfterToken(token), AfterToken(token)]
-    plain = model.generate(ids, max_new_tokens=12, stopping_criteria=StoppingCriteriaList(criteria[:1]))
-    kwargs = {"stopping_criteria": StoppingCriteriaList(criteria[1:]), "draft_loops": 1, **FORCED}
-    assert torch.equal(model.generate(ids, max_new_tokens=12, **kwargs), plain)
-    assert criteria[1].lengths == criteria[0].lengths
+    criterion = AfterToken(token)
+    assert_same(*both(model, ids, 1, **given, stopping_criteria=StoppingCriteriaList([criterion]), max_new_tokens=12))
+    assert criterion.lengths == 2 * [6 + count for count in range(place + 1)]
 
 
 def test_processors_see_the_text_that_plain_decoding_shows_them():
     model, ids = make_model(loop_connection="hyper"), make_ids(1, 5)
     assert_same(*both(model, ids, 1, repetition_penalty=1.7, no_repeat_ngram_size=2, min_new_tokens=9, eos_token_id=7))
+
+
+def test_the_draft_is_processed_as_the_text_is():
+    output = make_model().generate(
+        make_ids(1, 5),
+        max_new_tokens=12,
+        draft_loops=1,
+        logits_processor=LogitsProcessorList([Counting()]),
+        return_dict_in_generate=True,
+    )
+    assert output.sequences[0, 5:].tolist() == list(range(5, 17))
+    assert output.accepted.tolist() == output.drafted.tolist() == [10]
 
 
 class Enumerated:

@@ -58,6 +58,7 @@ from data_builders import (
     load_task,
     load_text,
 )
+from looplab.distillation import Distillation, interpolated
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 logger = get_logger(__name__)
@@ -106,6 +107,7 @@ class Optim:
     kind: Literal["adamw", "muon"] = "adamw"
     lr: Number = 1e-3  # of AdamW
     muon_lr: Number = 0.02
+    kv_gate_lr: Number | None = None  # AdamW's, of the gates of kv_sharing="gated"; those of their kind if not given
     betas: list[Number] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: Number = 0.0  # of matrices and embeddings; norms and biases have none
     warmup_steps: int = 0
@@ -113,6 +115,17 @@ class Optim:
     final_share: Number = 0.0  # of the learning rate, where a schedule that falls ends
     label_smoothing: Number = 0.0  # of the cross-entropy, over the vocabulary
     clip: Number | None = None  # largest norm of the gradient
+
+
+@strict
+@dataclass
+class Distill:
+    """Learn from a model with a KV row per loop to do with one row per token (MELT), see `looplab/distillation.py`."""
+
+    teacher: str | None = None  # a saved model's folder; None: learn from the labels
+    phase: Literal["interpolation", "alignment"] = "alignment"
+    alignment: Number = 0.1  # weight of the attention outputs' distance, in the phase of that name
+    all_loops: bool = True  # compare what every loop would say; otherwise the last loop
 
 
 @strict
@@ -133,7 +146,12 @@ class Curriculum:
 
 
 # Fields of LoopedConfig that may differ from those the weights of `init_from` were trained with.
-KEEPS_WEIGHTS = frozenset({"num_loops", "attention_dropout", "residual_dropout", "embedding_dropout"})
+KEEPS_WEIGHTS = frozenset(
+    {
+        "num_loops", "attention_dropout", "residual_dropout", "embedding_dropout", "kv_sharing", "kv_gate",
+        "kv_gate_rank", "prefill_chunk",
+    }
+)  # fmt: skip
 
 
 @strict
@@ -151,11 +169,13 @@ class Recipe:
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
     curriculum: Curriculum = field(default_factory=Curriculum)
+    distill: Distill = field(default_factory=Distill)
     batch_size: int = 256  # rows of one update, over all ranks and micro-batches
     accumulation_steps: int = 1  # micro-batches an update is split into
     max_steps: int | None = None
     max_seconds: Number | None = None  # of the training loop, counted across resumes
     num_grad_loops: int | None = None  # back-propagate through the last loops only
+    cut_chunks: bool = False  # with model.prefill_chunk: no gradient through the KV rows of earlier chunks
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False  # layer by layer, so that the number of loops may vary
@@ -360,12 +380,15 @@ def forget_rows_after(metrics: Path, step: int):
 def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
     """AdamW; with Muon, that takes the matrices of the layers (Jordan et al. 2024) and AdamW keeps the rest."""
     parts = [model.model.prelude, model.model.core, model.model.coda] if optim.kind == "muon" else []
-    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2]
-    taken = {id(p) for p in matrices}
+    gates = [p for name, p in model.named_parameters() if ".kv_gate." in name and optim.kv_gate_lr is not None]
+    taken = {id(p) for p in gates}
+    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2 and id(p) not in taken]
+    taken |= {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": gates, "weight_decay": 0.0, "lr": optim.kv_gate_lr},
     ]
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=tuple(optim.betas))]
     if matrices:
@@ -459,9 +482,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedFor
     model, report = LoopedForCausalLM.from_pretrained(
         recipe.init_from, config=config, dtype=torch.float32, output_loading_info=True
     )
-    wrong = sorted(
-        name for problem in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[problem]
-    )
+    # KV gates that the weights were trained without start as fresh ones do.
+    missing = [name for name in report["missing_keys"] if ".kv_gate." not in name]
+    wrong = sorted([*missing, *report["unexpected_keys"], *report["mismatched_keys"]])
     if wrong:
         raise ValueError(f"init_from: the weights in {recipe.init_from} do not fit its config.json ({wrong[0]}).")
     if len(tokenizer) > config.vocab_size:
@@ -694,6 +717,62 @@ class TextTask:
         )
 
 
+class LabelLoss:
+    """Cross-entropy of the tokens asked for."""
+
+    def __init__(self, recipe: Recipe, logits_to_keep: int):
+        self.logits_to_keep, self.label_smoothing = logits_to_keep, recipe.optim.label_smoothing
+        self.settings = {"num_grad_loops": recipe.num_grad_loops, "cut_chunks": recipe.cut_chunks}
+
+    def begin(self, progress: float):
+        """Called before an update with the share of the run that is done."""
+
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
+        """Scalar loss of (b, T) rows with (b, K) labels."""
+        logits = model(
+            **rows, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False, **self.settings
+        ).logits  # (b, K, V)
+        logits, labels = logits.flatten(0, 1).float(), labels.flatten()
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+class DistillationLoss:
+    """What a teacher says of every token; labels are not used."""
+
+    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, device: torch.device):
+        distill = recipe.distill
+        if recipe.num_grad_loops is not None or recipe.optim.label_smoothing:
+            raise ValueError("distill takes neither num_grad_loops nor optim.label_smoothing: leave them out.")
+        self.interpolates = distill.phase == "interpolation"
+        if self.interpolates and (recipe.gradient_checkpointing or recipe.cut_chunks):
+            raise ValueError(
+                "distill.phase 'interpolation' keeps the rows of both memories, which gradient_checkpointing and "
+                "cut_chunks would lose: leave them out."
+            )
+        teacher = LoopedForCausalLM.from_pretrained(distill.teacher, dtype=torch.float32).to(device)
+        alignment = 0.0 if self.interpolates else distill.alignment
+        self.distillation = Distillation(student, teacher, alignment, distill.all_loops)
+        self.student, self.alpha, self.settings = student, 0.0, {"cut_chunks": recipe.cut_chunks}
+
+    def begin(self, progress: float):
+        """The gated memory's share rises from 0 to 1 over the run."""
+        self.alpha = progress
+
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
+        """Scalar loss of (b, T) rows."""
+        with (
+            interpolated(self.student) if self.interpolates else nullcontext() as sharing,
+            self.distillation.on(rows, num_loops),
+        ):
+            if sharing is not None:
+                sharing.alpha = self.alpha
+            # One label per position: all of them are read.
+            return model(
+                **rows, shift_labels=rows["input_ids"], num_loops=num_loops, use_cache=self.interpolates,
+                **self.settings,
+            ).loss  # fmt: skip
+
+
 TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask}
 
 
@@ -760,9 +839,12 @@ def main(recipe: Recipe) -> dict:
             "model.exit_gate is True, and train.py trains on the logits of the last loop, from which a gate learns "
             "nothing: leave it out, or train by the model's own loss, model(labels=...), as Trainer does."
         )
+    objective = LabelLoss(recipe, task.logits_to_keep)
+    if recipe.distill.teacher is not None:
+        objective = DistillationLoss(recipe, looped, accelerator.device)
     check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": gate_loops}, recipe.eval_loops)
-    # And the parameters of loops that a batch does not run.
-    ddp.find_unused_parameters |= looped.config.loops_have_parameters
+    # And the parameters of loops that a batch does not run; a KV gate has nothing to mix in the first.
+    ddp.find_unused_parameters |= looped.config.loops_have_parameters or looped.config.kv_sharing == "gated"
     set_seed(recipe.seed, device_specific=True)
     if recipe.gradient_checkpointing:
         looped.activation_checkpointing_enable()
@@ -804,6 +886,7 @@ def main(recipe: Recipe) -> dict:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+        objective.begin(min(1.0, progress))
         batch = task.batches[state.step]
         tensors = {name: value.to(accelerator.device) for name, value in batch.items() if torch.is_tensor(value)}
         chunks = [value.chunk(recipe.accumulation_steps) for value in tensors.values()]
@@ -813,12 +896,7 @@ def main(recipe: Recipe) -> dict:
             # Ranks exchange gradients once per update.
             with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
                 labels = rows.pop("shift_labels")  # (b, K)
-                logits = model(
-                    **rows, logits_to_keep=task.logits_to_keep, num_loops=batch["num_loops"],
-                    num_grad_loops=recipe.num_grad_loops, use_cache=False,
-                ).logits  # (b, K, V)  # fmt: skip
-                logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-                part = F.cross_entropy(logits, labels, label_smoothing=optim.label_smoothing) / len(parts)
+                part = objective(model, rows, labels, batch["num_loops"]) / len(parts)
                 accelerator.backward(part)
             loss += part.detach()
         # The clock is the main process's, so that all ranks stop at the same step.

@@ -159,6 +159,14 @@ def run_convert(arguments) -> None:
         )
 
 
+def run_memory(arguments) -> None:
+    from .memory import measure_memory, memory_table
+    from .runs import open_run
+
+    path = measure_memory(arguments.run, arguments.chunks, arguments.limit, arguments.loops)
+    print(f"{memory_table(open_run(arguments.run))}\n\nwritten to {path}")
+
+
 def run_quantize(arguments) -> None:
     from .quantization import quantization_text, quantize_run
     from .runs import open_run
@@ -206,6 +214,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-hops", type=positive, metavar="K", help="chains of up to K hops (khop only)")
     command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
     command.set_defaults(call=run_halting)
+
+    command = commands.add_parser(
+        "memory", help="what each KV sharing costs and keeps, at chunk lengths, to RUN/memory.jsonl"
+    )
+    command.add_argument("run", metavar="RUN", help="a run on text or hops")
+    command.add_argument(
+        "--chunks",
+        type=int,
+        nargs="+",
+        default=(1, 0),
+        metavar="C",
+        help="tokens of a chunk; 1 is decoding, 0 one call (default: 1 0)",
+    )
+    command.add_argument(
+        "--limit", type=positive, metavar="N", help="at most N blocks, or rows per hop count and kind"
+    )
+    command.add_argument("--loops", type=positive, metavar="R", help="default: the model's own")
+    command.set_defaults(call=run_memory)
 
     command = commands.add_parser("plot", help="heat map or perplexity, and training curves, to RUN/figures/*.png")
     command.add_argument(

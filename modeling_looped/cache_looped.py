@@ -204,6 +204,10 @@ class OwnInputs:
     def keep(self, rows: torch.Tensor) -> None:
         """Rows left the batch; there is nothing to keep in step."""
 
+    def join(self, parts: list) -> "OwnInputs":
+        """Those of successive tokens as one block, this one's the first."""
+        return self
+
 
 class FirstInputs(OwnInputs):
     """Keys and values are computed from what the layer ran on in loop 0."""
@@ -218,6 +222,11 @@ class FirstInputs(OwnInputs):
 
     def keep(self, rows: torch.Tensor) -> None:
         self.inputs = [hidden_states[rows] for hidden_states in self.inputs]
+
+    def join(self, parts: list) -> "FirstInputs":
+        joined = FirstInputs()
+        joined.inputs = [torch.cat(tokens, dim=1) for tokens in zip(*(part.inputs for part in parts), strict=True)]
+        return joined
 
 
 class GatedInputs(OwnInputs):

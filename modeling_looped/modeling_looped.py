@@ -16,6 +16,7 @@ size, H heads, d head size, V vocabulary.
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -49,6 +50,7 @@ from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, START
 from .gates_looped import KV_GATES, GateLinear
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
 from .losses_looped import make_loss
+from .speculation_looped import self_speculation
 
 # What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
 # is not a parameter is a mistake.
@@ -57,6 +59,7 @@ BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
     "max_seqlen_q", "read_index", "return_dict", "write_index",
 }  # fmt: skip
 LOOP_SETTINGS = ("num_loops", "halting")
+GENERATION_SETTINGS = (*LOOP_SETTINGS, "draft_loops")  # what a generation config may hold beside those of transformers
 FORWARD_DOCSTRING = r"""
         num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Loops of the core, >= 1; `config.num_loops` by default. With a tensor each row gets its own depth, equal
@@ -427,7 +430,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, except that loop settings put into the derived generation config survive a reload."""
-        if self.can_generate() and any(name in self.generation_config.to_dict() for name in LOOP_SETTINGS):
+        if self.can_generate() and any(name in self.generation_config.to_dict() for name in GENERATION_SETTINGS):
             # Marked as derived from the model config, its custom fields would be dropped on load.
             self.generation_config._from_model_config = False
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -646,16 +649,24 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         )
 
     def generate(self, *args, **kwargs):
-        r"""`GenerationMixin.generate`, with two more settings, also read from `generation_config`:
+        r"""`GenerationMixin.generate`, with three more settings, also read from `generation_config`:
 
             num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`): loops per token.
             halting (`str` or `dict`): rule by which a token stops looping earlier, see `forward`.
+            draft_loops (`int`): loops that draft tokens for all loops to verify, of one row, see
+                `speculation_looped.py`; 0 for none. How far a draft goes is up to `num_assistant_tokens` and
+                `assistant_confidence_threshold`, as in assisted decoding.
 
         With `return_dict_in_generate=True` the output of sampling and greedy search also has `loops_used`, a
-        (B, new tokens) LongTensor.
+        (B, new tokens) LongTensor, and with `draft_loops` the fields of `SpeculativeGenerateOutput`.
         """
+        call = inspect.signature(super().generate).bind(*args, **kwargs).arguments
+        settings = call.pop("kwargs", {})
+        speculation = self_speculation(self, call, settings)
+        if speculation is not None:
+            return super().generate(**{**call, "custom_generate": speculation}, **settings)
         calls = []
-        outputs = super().generate(*args, **{**kwargs, "loops_of_calls": calls})
+        outputs = super().generate(**call, **settings, loops_of_calls=calls)
         if type(outputs) is not GenerateDecoderOnlyOutput or any(
             len(call) != len(outputs.sequences) for call in calls
         ):

@@ -20,6 +20,7 @@ SHIPPED = {
     "halting_looped.py",
     "losses_looped.py",
     "modeling_looped.py",
+    "speculation_looped.py",
 }
 
 STRANGER = """

@@ -1,5 +1,5 @@
 """The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | bench | convert |
-quantize`.
+quantize | publish`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -174,6 +174,20 @@ def run_quantize(arguments) -> None:
     print(f"{quantization_text(open_run(arguments.run).quantization())}\n\nwritten to {path}")
 
 
+def run_publish(arguments) -> None:
+    from .publishing import publish
+
+    publish(
+        arguments.run,
+        arguments.repo_id,
+        dataset=arguments.dataset,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+        licence=arguments.license,
+        data_licence=arguments.dataset_license,
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -326,6 +340,20 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
     command.set_defaults(call=run_quantize)
+
+    command = commands.add_parser("publish", help="a run to the Hugging Face Hub, with a card and its records")
+    command.add_argument("run", metavar="RUN", help="a run that `looped eval` has measured")
+    command.add_argument(
+        "--repo-id", required=True, metavar="USER/NAME", help="of the model, and of what goes with it"
+    )
+    command.add_argument("--dataset", action="store_true", help="also the data it was trained and measured on")
+    command.add_argument("--private", action="store_true", help="visible to USER only")
+    command.add_argument("--dry-run", action="store_true", help="print what would be sent, without network or token")
+    command.add_argument("--license", metavar="ID", help="of the model, such as mit (default: apache-2.0)")
+    command.add_argument(
+        "--dataset-license", metavar="ID", help="of the data (default: the model's, where a seed generates them)"
+    )
+    command.set_defaults(call=run_publish)
     return main_parser
 
 

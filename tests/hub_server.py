@@ -5,7 +5,7 @@ publish and load. Contents go to a folder, named by their sha256.
     cards       POST /api/validate-yaml                        by card_rules.py
     upload      POST .../preupload/REV, .../info/lfs/objects/batch, PUT /lfs/SHA256, POST .../commit/REV (NDJSON)
     look        GET .../api/models/ID[/revision/REV], .../tree/REV[/PATH], POST .../paths-info/REV
-    download    HEAD and GET /ID/resolve/REV/PATH              large files: 302 to /cdn/SHA256, ranges answered there
+    download    HEAD and GET /ID/resolve/REV/PATH              large files: 302 to another host's /cdn/SHA256, by ranges
     collection  POST /api/collections, .../SLUG/items          409 for what is there
     who         GET /api/whoami-v2
 
@@ -75,7 +75,10 @@ class LocalHub:
         folder.mkdir(parents=True, exist_ok=True)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{port}"
+        # By another name: a client goes after large files only where they are not on the Hub itself.
+        self.cdn = f"http://localhost:{port}/cdn"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self):
@@ -189,7 +192,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(409, {"error": "You already created this repo", **url})
         if kind == "space" and not asked.get("sdk"):
             return self.answer(400, {"error": "a Space needs an sdk"})
-        repository = Repository(bool(asked.get("private")))
+        repository = Repository(asked.get("visibility") == "private")
         first = {".gitattributes": self.hub.store(b"*.safetensors filter=lfs\n", large=False)}
         repository.commits.append((hashlib.sha1(f"{kind} {repo_id}".encode()).hexdigest(), first))
         self.hub.repositories[kind, repo_id] = repository
@@ -338,7 +341,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{blob.git}"', "Accept-Ranges": "bytes"}
         if blob.large:
             headers |= {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": blob.size}
-            return self.answer(302, b"", headers | {"Location": f"{self.hub.url}/cdn/{blob.sha256}"})
+            return self.answer(302, b"", headers | {"Location": f"{self.hub.cdn}/{blob.sha256}"})
         return self.send_bytes((self.hub.folder / blob.sha256).read_bytes(), headers)
 
     def cdn(self, sha256):

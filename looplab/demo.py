@@ -9,6 +9,7 @@ A published Space is the same files with repo ids in place of folders: `space_fi
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from importlib.util import module_from_spec, spec_from_file_location
@@ -20,6 +21,7 @@ import numpy as np
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from .evaluation import load_run_task
+from .halting import ENTROPY
 from .readers import READERS, HopReader
 from .runs import Run, open_run, write_whole
 
@@ -72,20 +74,16 @@ def demo_settings(runs: Sequence[Run], models: Sequence[str]) -> dict:
         if kind in parts:
             raise ValueError(f"{run.folder} is a second run on {kind}: the page shows one.")
         low, high = run.trained_loops()
-        part = {"model": model, "trained_loops": [low, high], "max_loops": most_loops(run, 2 * high)}
-        more, text = PARTS[kind](run)
+        config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
+        part = {"model": model, "trained_loops": [low, high]}
+        part["max_loops"] = min(2 * high, config.get("max_num_loops") or 2 * high)  # a gate per loop sets a limit
+        more, text = PARTS[kind](run, config)
         parts[kind] = part | more
         texts.append(text)
     return {"title": "Move the loop slider", "text": " ".join(texts), **parts}
 
 
-def most_loops(run: Run, wished: int) -> int:
-    """`wished`, or as many as the model has gates for."""
-    config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
-    return min(wished, config.get("max_num_loops") or wished)
-
-
-def hops_part(run: Run) -> tuple[dict, str]:
+def hops_part(run: Run, config: dict) -> tuple[dict, str]:
     task, trained = load_run_task(run), run.summary()["trained_hops"]
     facts = facts_of_task(task)
     answers = {answer for known in facts.values() for answer in known.values()}
@@ -94,6 +92,7 @@ def hops_part(run: Run) -> tuple[dict, str]:
         "trained_hops": [min(trained), max(trained)],
         "max_hops": max(task["test"]["hops"][:]),
         "chance": 1 / len(answers),
+        "halting": halting_of(run, config["vocab_size"]),
     }
     number = sum(len(known) for known in facts.values())
     entity = next(iter(facts))
@@ -115,7 +114,20 @@ def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
     return facts
 
 
-def molecules_part(run: Run) -> tuple[dict, str]:
+def halting_of(run: Run, vocab_size: int) -> dict:
+    """The rule KL + entropy as `looped halting` chose it on validation rows; without that, the bounds of its paper.
+
+    Its bound on entropy is taken as a share of ln V (arXiv 2604.07822 has V = 217): of 27 words no distribution has
+    much more than 3 nats, so that every answer would count as settled.
+    """
+    if (run.folder / "halting.jsonl").is_file():
+        for row in run.halting():
+            if row["measure"] == "chosen" and row["rule"] == "kl_entropy":
+                return {name: row[name] for name in ("rule", "kl_threshold", "max_entropy")}
+    return {"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": max(ENTROPY) * math.log(vocab_size)}
+
+
+def molecules_part(run: Run, config: dict) -> tuple[dict, str]:
     size = f"{run.summary()['parameters']:,}"
     return (
         {},

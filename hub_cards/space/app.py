@@ -2,7 +2,7 @@
 
     demo.json                                           beside this file: which models, and what they were trained on
     model(question repeated R times, num_loops=1 .. R)  one forward; row t is the model after t loops
-    model(question, num_loops=R, halting="kl_entropy")  how many of R loops it takes before its answer has settled
+    model(question, num_loops=R, halting={...})         how many of R loops it takes before its answer has settled
 
 This file, demo.json, requirements.txt and README.md are the whole Space; `looped demo RUN` writes and runs the same
 four. Legend: R loops, K hops, T tokens, V vocabulary.
@@ -77,6 +77,7 @@ class Hops:
         trained_hops, trained_loops: smallest and largest count in training.
         max_hops, max_loops: how far the sliders go.
         chance: accuracy of guessing, a fraction.
+        halting: rule and thresholds, as the model takes them.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Hops:
     max_hops: int
     max_loops: int
     chance: float
+    halting: dict
 
 
 def random_question(facts: dict, hops: int, draw: random.Random, words: list[str] | None = None) -> list[str]:
@@ -132,9 +134,9 @@ def probabilities(model: PreTrainedModel, input_ids: torch.Tensor, num_loops: in
 
 
 @torch.inference_mode()
-def loops_taken(model: PreTrainedModel, input_ids: torch.Tensor, num_loops: int) -> int:
+def loops_taken(model: PreTrainedModel, input_ids: torch.Tensor, num_loops: int, halting: dict) -> int:
     """Of at most `num_loops` loops, those run until the answer has settled."""
-    output = model(input_ids, num_loops=num_loops, halting="kl_entropy", logits_to_keep=1, use_cache=False)
+    output = model(input_ids, num_loops=num_loops, halting=halting, logits_to_keep=1, use_cache=False)
     return int(output.loops_used[0, -1])
 
 
@@ -159,7 +161,12 @@ class Answer:
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: dict, words: list[str], loops: int, halt: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict,
+    words: list[str],
+    loops: int,
+    halting: dict | None = None,
 ) -> Answer:
     """What the model says to `words`; ValueError if they are no chain of the graph."""
     path = follow(facts, words)
@@ -170,7 +177,7 @@ def answer(
     columns = path[1:] + path[-1:] * (input_ids.shape[1] - len(path))
     targets = torch.tensor(tokenizer.convert_tokens_to_ids(columns), device=said.device)
     lens = said[:, torch.arange(1, len(columns) + 1), targets]
-    used = loops_taken(model, input_ids, loops) if halt else loops
+    used = loops_taken(model, input_ids, loops, halting) if halting else loops
     return Answer(path, tokenizer.convert_ids_to_tokens(tokens.tolist()), sure.tolist(), columns, lens.tolist(), used)
 
 
@@ -206,7 +213,7 @@ def verdict_html(result: Answer, halt: bool, hops: Hops) -> str:
     if not halt:
         spent = f"{total} loops used."
     elif result.used < total:
-        spent = f"Stopped by itself: {result.used} of {total} loops used."
+        spent = f"Stopped by itself: {result.used} of {total} loops used; the pale rows are what more would have said."
     else:
         spent = f"It did not settle: all {total} loops used."
     return (
@@ -267,6 +274,12 @@ def problem_html(problem: str) -> str:
     return f'<div class="looped"><p class="verdict">{escape(problem)}</p></div>'
 
 
+def rule_text(halting: dict) -> str:
+    return f"{halting['rule']}: " + ", ".join(
+        f"{name} {value:.3g}" for name, value in halting.items() if name != "rule"
+    )
+
+
 def html() -> gr.HTML:
     return gr.HTML(apply_default_css=False)
 
@@ -279,7 +292,7 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
     def show(start, relations, loops, halt):
         words = [start, *relations.split()]
         try:
-            result = answer(model, tokenizer, hops.facts, words, int(loops), halt)
+            result = answer(model, tokenizer, hops.facts, words, int(loops), hops.halting if halt else None)
         except ValueError as error:  # the user's question, or what the model says of it
             return problem_html(str(error)), "", "", ""
         return (
@@ -315,7 +328,7 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
                 info=f"Training ended at {trained}; to the right of that, the same weights go on.",
                 buttons=[],
             )
-            halt = gr.Checkbox(False, label="Halting: stop when the answer has settled (kl_entropy)")
+            halt = gr.Checkbox(False, label="Halting: stop when the answer has settled", info=rule_text(hops.halting))
         with gr.Column(scale=3, min_width=300):
             path, verdict = html(), html()
             with gr.Row():
@@ -324,7 +337,7 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
                 with gr.Column(min_width=300):
                     lens = html()
     question, shown = [start, relations, loops, halt], [path, verdict, answers, lens]
-    gr.on([page.load, start.input, loops.change, halt.change], show, question, shown, **ON_A_CLICK)
+    gr.on([page.load, start.input, loops.change, halt.change], show, question, shown, api_name="ask", **ON_A_CLICK)
     new.click(redraw, num_hops, [start, relations], **ON_A_CLICK).then(show, question, shown, show_progress="hidden")
     num_hops.input(resize, [start, relations, num_hops], relations, **ON_A_CLICK).then(
         show, question, shown, show_progress="hidden"

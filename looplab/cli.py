@@ -1,5 +1,5 @@
-"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | bench | convert |
-quantize | publish`.
+"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | demo | bench |
+convert | quantize | publish`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -120,6 +120,12 @@ def run_ask(arguments) -> None:
     from .evaluation import ask
 
     ask(arguments.run, arguments.question, loops=arguments.loops)
+
+
+def run_demo(arguments) -> None:
+    from .demo import demo
+
+    demo(arguments.runs, port=arguments.port)
 
 
 def run_bench(arguments) -> None:
@@ -290,6 +296,11 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--loops", type=positive, nargs="+", default=[1, 2, 4, 8, 16], metavar="R")
     command.set_defaults(call=run_ask)
+
+    command = commands.add_parser("demo", help="a page with a loop slider, on this machine (needs the extra demo)")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="a run on hops, on molecules, or one of each")
+    command.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860")
+    command.set_defaults(call=run_demo)
 
     command = commands.add_parser("bench", help="speed and memory against an unrolled Llama, to OUTPUT/bench.jsonl")
     command.add_argument("--output", default="runs/bench", metavar="FOLDER", help="default: %(default)s")

@@ -5,7 +5,7 @@ publish and load. Contents go to a folder, named by their sha256.
     cards       POST /api/validate-yaml                        by card_rules.py
     upload      POST .../preupload/REV, .../info/lfs/objects/batch, PUT /lfs/SHA256, POST .../commit/REV (NDJSON)
     look        GET .../api/models/ID[/revision/REV], .../tree/REV[/PATH], POST .../paths-info/REV
-    download    HEAD and GET /ID/resolve/REV/PATH              large files: 302 to another host's /cdn/SHA256, by ranges
+    download    HEAD and GET /ID/resolve/REV/PATH          large files: 302 to /cdn/SHA256 of another host, ranges
     collection  POST /api/collections, .../SLUG/items          409 for what is there
     who         GET /api/whoami-v2
 

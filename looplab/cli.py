@@ -187,6 +187,7 @@ def run_publish(arguments) -> None:
         arguments.run,
         arguments.repo_id,
         dataset=arguments.dataset,
+        space=arguments.space,
         private=arguments.private,
         dry_run=arguments.dry_run,
         licence=arguments.license,
@@ -358,6 +359,7 @@ def parser() -> argparse.ArgumentParser:
         "--repo-id", required=True, metavar="USER/NAME", help="of the model, and of what goes with it"
     )
     command.add_argument("--dataset", action="store_true", help="also the data it was trained and measured on")
+    command.add_argument("--space", action="store_true", help="also the page with the loop slider, see `looped demo`")
     command.add_argument("--private", action="store_true", help="visible to USER only")
     command.add_argument("--dry-run", action="store_true", help="print what would be sent, without network or token")
     command.add_argument("--license", metavar="ID", help="of the model, such as mit (default: apache-2.0)")

@@ -2,7 +2,7 @@
 
     model      USER/NAME           model/, the run's own records below run/, figures/, and a card
     dataset    datasets/USER/NAME  --dataset: the run's data as parquet, and a card; `load_dataset` needs no code
-    Space      spaces/USER/NAME    --space: the page with the loop slider
+    Space      spaces/USER/NAME    --space: the page with the loop slider (demo.py), of the model
     collection                     ties them together, where there is more than the model
 
 What is uploaded is a list of names, never a folder: checkpoints and whatever else lies in RUN stay where they are. A
@@ -29,6 +29,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from data_builders import export_parquet, load_task
 
 from .cards import FIGURES, Names, dataset_card, model_card, run_data
+from .demo import space_files
 from .readers import HopReader, reader_of
 from .runs import Run, open_run
 
@@ -133,8 +134,9 @@ def publish(
 
     Raises:
         ValueError: a repo id without a user, no token, or one without access to USER; the run has not finished or was
-            not evaluated; a licence that only the user can know is missing; the repository exists and is public while
-            `private` is asked for; the Hub refuses the card; the Hub cannot be reached.
+            not evaluated, or there is no page for its task; a licence that only the user can know is missing; the
+            repository exists and is public while `private` is asked for; the Hub refuses the card; the Hub cannot be
+            reached.
         OSError: the Hub refuses a request, a disk error.
     """
     run, api = open_run(folder), api or HfApi()
@@ -152,6 +154,9 @@ def publish(
                 place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 # Before the model, whose card names it.
                 uploads.insert(0, dataset_upload(run, names, place))
+            if space:
+                files = {name: text.encode() for name, text in space_files([run], [repo_id]).items()}
+                uploads.append(Upload("space", repo_id, files, own=()))
             print(plan(run, uploads, api, private, dry_run))
             commits = {} if dry_run else {upload.kind: upload.send(api, private) for upload in uploads}
         if len(commits) > 1:
@@ -277,6 +282,8 @@ def plan(run: Run, uploads: list[Upload], api: HfApi, private: bool, dry_run: bo
         lines += [f"{size:>13,} {path}" for path, size in sizes.items()]
         lines += [f"{sum(sizes.values()):>13,} bytes in {len(sizes)} files, in one commit; files of an earlier "
                   f"publication that are not among them are deleted"]  # fmt: skip
+    if private and any(upload.kind == "space" for upload in uploads):
+        lines += ["", "The Space can read the private model once its settings have a secret HF_TOKEN that may."]
     if len(uploads) > 1:
         lines += ["", f"collection  {uploads[0].repo_id.partition('/')[2][:TITLE]}  of these {len(uploads)}"]
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ The run is twenty steps of the smoke recipe. Fresh processes use the public sett
 HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_HUB_DISABLE_XET.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from hub_server import TOKEN, USER, LocalHub
 from looplab import cards, publishing
 from looplab.cards import Names, model_card, render
 from looplab.cli import main
+from looplab.evaluation import load_run_model, load_run_task
 from looplab.publishing import publish
 from looplab.readers import READERS
 from looplab.runs import open_run
@@ -36,6 +38,7 @@ from toys import write_pages
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "publish.md").read_text()
 REPO = f"{USER}/tiny-khop"
 SHIPPED = {
     "cache_looped.py",
@@ -188,7 +191,7 @@ def test_the_rules_find_what_is_wrong(hops, broken, problem):
 
 def test_a_dry_run_prints_every_file_and_sends_nothing(hops, hub, capsys):
     quiet = HfApi(endpoint=hub.url, token=False)
-    assert publish(hops, REPO, dataset=True, private=True, dry_run=True, api=quiet) == {}
+    assert publish(hops, REPO, dataset=True, space=True, private=True, dry_run=True, api=quiet) == {}
     assert hub.requests == []
     out = capsys.readouterr().out
     assert f"{hub.url}/{REPO}  (private)" in out
@@ -196,7 +199,8 @@ def test_a_dry_run_prints_every_file_and_sends_nothing(hops, hub, capsys):
     for name in SHIPPED:
         assert f"{(hops / 'model' / name).stat().st_size:>13,} {name}\n" in out
     assert f"{(hops / 'grid.jsonl').stat().st_size:>13,} run/grid.jsonl\n" in out
-    assert "collection  tiny-khop  of these 2" in out
+    assert "collection  tiny-khop  of these 3" in out
+    assert "once its settings have a secret HF_TOKEN" in out
 
 
 def test_what_was_announced_is_what_arrives_and_nothing_else(hops, hub, api, capsys):
@@ -222,10 +226,28 @@ def test_what_was_announced_is_what_arrives_and_nothing_else(hops, hub, api, cap
     assert [(item["type"], item["id"]) for item in collection["items"]] == [("dataset", REPO), ("model", REPO)]
 
 
+def test_the_space_is_the_page_and_names_the_published_model(hops, hub, api):
+    publish(hops, REPO, dataset=True, space=True, api=api)
+    files = hub.files("space", REPO)
+    assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt", "demo.json"}
+    assert files["app.py"] == (ROOT / "hub_cards" / "space" / "app.py").read_bytes()
+    assert json.loads(files["demo.json"])["hops"]["model"] == REPO
+    assert card_problems(files["README.md"].decode(), "space") == []
+    assert f"models:\n- {REPO}\n" in files["README.md"].decode()
+    [collection] = hub.collections.values()
+    assert [item["type"] for item in collection["items"]] == ["dataset", "model", "space"]
+
+
+def test_there_is_no_page_for_text(text, hub, api):
+    with pytest.raises(ValueError, match="the page shows hops and molecules"):
+        publish(text, REPO, space=True, api=api)
+    assert writes(hub) == []
+
+
 def test_publishing_again_changes_nothing(hops, hub, api):
-    first = publish(hops, REPO, dataset=True, api=api)
+    first = publish(hops, REPO, dataset=True, space=True, api=api)
     hub.requests.clear()
-    assert publish(hops, REPO, dataset=True, api=api) == first
+    assert publish(hops, REPO, dataset=True, space=True, api=api) == first
     assert not any(re.match("PUT|POST .*/commit/", line) for line in hub.requests)
 
 
@@ -387,12 +409,23 @@ def test_a_flipped_bit_is_found_by_verification(published, hub, api, tmp_path):
 
 
 def sha256(path: Path) -> str:
-    import hashlib
-
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- what others get
+
+
+def commands_of_the_guide(run: Path) -> list[list[str]]:
+    """The command lines of docs/publish.md, of this run and the user of the tests."""
+    lines = "".join(re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)).splitlines()
+    return [line.replace("runs/quickstart", str(run)).replace("user/khop", REPO).split() for line in lines]
+
+
+def test_the_guide_begins_with_commands_that_send_nothing(run, capsys):
+    for name, *arguments in commands_of_the_guide(run)[:3]:
+        assert name == "looped"
+        assert main(arguments) == 0
+    assert f"{run}: nothing is sent, this is what would be" in capsys.readouterr().out
 
 
 STRANGER = """
@@ -400,7 +433,7 @@ import json, os, re, sys, warnings
 warnings.simplefilter("error")
 sys.path = [p for p in sys.path if "site-packages" in p or "lib/python" in p]  # no working folder, no checkout
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]  # nor an editable install
-repo, revision, code, block = sys.argv[1:]
+repo, revision, code, *blocks = sys.argv[1:]
 from datasets import load_dataset
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -417,57 +450,52 @@ tokens = {n: model.generate(**batch, num_loops=n, max_new_tokens=2, do_sample=Fa
 data = load_dataset(repo, "quickstart")
 report = {"tokens": tokens, "rows": {name: len(rows) for name, rows in data.items()}, "row": data["test"][-1]}
 report["snapshot"] = sorted(os.listdir(snapshot_download(repo, revision=revision)))
-if block:
-    exec(compile(block, "README.md", "exec"), {})
+for block in blocks:
+    exec(compile(block, "block", "exec"), {})
 print(json.dumps(report))
 """
 
 
-def stranger(tmp_path: Path, hub: LocalHub, *arguments: str, **more: str) -> dict:
-    """What a fresh process without this repository gets; the last line of its output, and before it the card's."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(tmp_path),
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_ENDPOINT": hub.url,
-    }
-    environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **more}
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *printed, report = done.stdout.strip().splitlines()
+def settings_of(hub: LocalHub, home: Path) -> dict[str, str]:
+    """What a user sets for another Hub than huggingface.co, and for a home of the tests' own."""
+    settings = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    return settings | {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+
+
+def finish(command: list[str], **more) -> str:
+    """What a command that must succeed prints."""
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **more)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def stranger(home: Path, hub: LocalHub, *arguments: str, **more: str) -> dict:
+    """What a fresh process without this repository gets: the last line it prints, and the lines before."""
+    output = finish([sys.executable, "-c", STRANGER, *arguments], cwd=home, env=settings_of(hub, home) | more)
+    *printed, report = output.strip().splitlines()
     return json.loads(report) | {"printed": printed}
 
 
 @pytest.mark.slow
 def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub, api, tmp_path):
-    """By repo id, revision and code revision; the example of its own card; then without a network at all.
+    """By repo id, revision and code revision, as docs/publish.md and the model's card say; then without a network.
 
     The newest commit of the model has code that does not run: who pinned the code does not meet it.
     """
-    command = [sys.executable, "-m", "looplab.cli", "publish", str(hops), "--repo-id", REPO, "--dataset"]
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    *_, command, verify = commands_of_the_guide(hops)
+    settings = settings_of(hub, tmp_path) | {"HF_TOKEN": TOKEN}
     settings["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    revision = re.search(rf"model +{hub.url}/{REPO} at commit (\w+)", done.stdout)[1]
-    [block] = re.findall(r"```python\n(.*?)```", hub.files("model", REPO)["README.md"].decode(), flags=re.S)
-    api.create_commit(
-        REPO, [CommitOperationAdd("modeling_looped.py", b"raise SystemExit('not this one')")], commit_message="break"
-    )
-    newest = api.model_info(REPO).sha
-    assert newest != revision
+    printed = finish([sys.executable, "-m", "looplab.cli", *command[1:]], cwd=ROOT, env=settings)
+    revision = re.search(rf"model +{hub.url}/{REPO} at commit (\w+)", printed)[1]
+    broken = [CommitOperationAdd("modeling_looped.py", b"raise SystemExit('not this one')")]
+    newest = api.create_commit(REPO, broken, commit_message="break").oid
 
-    # The card's example, pinned as it says.
-    block = block.replace("trust_remote_code=True", f'trust_remote_code=True, revision="{revision}"')
-    report = stranger(tmp_path, hub, REPO, newest, revision, block)
-    from looplab.evaluation import load_run_model, load_run_task
+    blocks = re.findall(r"```python\n(.*?)```", hub.files("model", REPO)["README.md"].decode(), flags=re.S)
+    pinned = f'trust_remote_code=True, revision="{revision}"'
+    blocks = [block.replace("trust_remote_code=True", pinned) for block in blocks]
+    guide = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)
+    blocks += [block.replace("user/khop", REPO).replace("COMMIT", revision) for block in guide]
+    report = stranger(tmp_path, hub, REPO, newest, revision, *blocks)
 
     model, tokenizer = load_run_model(open_run(hops))
     batch = tokenizer(["e1 r1 r0", "e3 r1"], return_tensors="pt", padding=True)
@@ -478,11 +506,13 @@ def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub,
     assert report["rows"] == {split: len(rows) for split, rows in task.items()}
     assert report["row"] == task["test"][-1]
     assert set(report["snapshot"]) >= SHIPPED
-    assert [line.split()[0] for line in report["printed"]] == ["1", "2", "5"]
+    assert [line.split()[0] for line in report["printed"]] == ["1", "2", "5", "2", "8"]
 
+    verify[0] = str(Path(sys.executable).with_name(verify[0]))
+    finish(verify, env=settings, cwd=tmp_path)
     hub.close()
-    offline = stranger(tmp_path, hub, REPO, newest, revision, "", HF_HUB_OFFLINE="1")
-    assert {**offline, "printed": None} == {**report, "printed": None}
+    offline = stranger(tmp_path, hub, REPO, newest, revision, *blocks, HF_HUB_OFFLINE="1")
+    assert offline == report
 
 
 def test_the_card_of_the_hub_is_read_back_as_it_was_written(hops, hub, api):

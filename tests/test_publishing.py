@@ -508,8 +508,8 @@ def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub,
     assert set(report["snapshot"]) >= SHIPPED
     assert [line.split()[0] for line in report["printed"]] == ["1", "2", "5", "2", "8"]
 
-    verify[0] = str(Path(sys.executable).with_name(verify[0]))
-    finish(verify, env=settings, cwd=tmp_path)
+    hf = str(Path(sys.executable).with_name("hf"))
+    finish([hf, *verify[1:-1], verify[-1].replace("COMMIT", newest)], env=settings, cwd=tmp_path)
     hub.close()
     offline = stranger(tmp_path, hub, REPO, newest, revision, *blocks, HF_HUB_OFFLINE="1")
     assert offline == report

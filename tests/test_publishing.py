@@ -114,6 +114,10 @@ def writes(hub: LocalHub) -> list[str]:
     return [line for line in hub.requests if re.match("PUT|POST .*/(commit|create|collections)", line)]
 
 
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, flags=re.S)
+
+
 # ---- cards
 
 
@@ -141,6 +145,14 @@ def test_a_card_says_what_the_files_of_the_run_say(which, request):
         for row in run.text():
             assert f"| {row['perplexity']:.2f} | " in card
             assert f"{row['perplexity']:.3f}".rstrip("0") in card
+
+
+@pytest.mark.parametrize("which", ["hops", "text"])
+def test_the_example_of_a_card_runs(which, request, capsys):
+    folder = request.getfixturevalue(which)
+    [block] = python_blocks(str(model_card(open_run(folder), Names(REPO, "mit"))))
+    exec(compile(block.replace(REPO, str(folder / "model")), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_results_are_means_of_the_grid(hops):
@@ -490,11 +502,10 @@ def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub,
     broken = [CommitOperationAdd("modeling_looped.py", b"raise SystemExit('not this one')")]
     newest = api.create_commit(REPO, broken, commit_message="break").oid
 
-    blocks = re.findall(r"```python\n(.*?)```", hub.files("model", REPO)["README.md"].decode(), flags=re.S)
+    blocks = python_blocks(hub.files("model", REPO)["README.md"].decode())
     pinned = f'trust_remote_code=True, revision="{revision}"'
     blocks = [block.replace("trust_remote_code=True", pinned) for block in blocks]
-    guide = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)
-    blocks += [block.replace("user/khop", REPO).replace("COMMIT", revision) for block in guide]
+    blocks += [block.replace("user/khop", REPO).replace("COMMIT", revision) for block in python_blocks(GUIDE)]
     report = stranger(tmp_path, hub, REPO, newest, revision, *blocks)
 
     model, tokenizer = load_run_model(open_run(hops))

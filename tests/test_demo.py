@@ -284,7 +284,7 @@ def test_a_table_has_a_row_per_loop_and_a_line_where_training_ended(table, train
 
 
 def test_the_verdict_is_of_the_loop_where_it_stopped():
-    hops = app.Hops("m", {}, (1, 3), (1, 4), 5, 8, 0.25, {"rule": "kl_entropy"})
+    hops = app.Hops("m", "", {}, (1, 3), (1, 4), 5, 8, 0.25, {"rule": "kl_entropy"})
     stopped = app.verdict_html(make_answer(2), True, hops)
     assert "<b>e1</b> (50 %): but it is e&lt;2&gt;" in stopped
     assert "2 of 3 loops used" in stopped

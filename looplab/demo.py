@@ -52,9 +52,8 @@ def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
         models=[model for model in models if not Path(model).is_absolute()] or None,
         tags=["looped-transformers"],
     )
-    readme = SpaceCard.from_template(
-        card, template_path=str(TEMPLATES / "README.md"), title=settings["title"], text=settings["text"]
-    )
+    text = " ".join(settings[part]["text"] for part in PARTS if part in settings)
+    readme = SpaceCard.from_template(card, template_path=str(TEMPLATES / "README.md"), title=card.title, text=text)
     requirements = (TEMPLATES / "requirements.txt").read_text(encoding="utf-8")
     return {
         "app.py": (TEMPLATES / "app.py").read_text(encoding="utf-8"),
@@ -66,7 +65,7 @@ def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
 
 def demo_settings(runs: Sequence[Run], models: Sequence[str]) -> dict:
     """What demo.json says of `runs`; arguments and errors as of `space_files`."""
-    parts, texts = {}, []
+    parts = {}
     for run, model in zip(runs, models, strict=True):
         kind = "hops" if isinstance(READERS.get(run.task()), HopReader) else run.task()
         if kind not in PARTS:
@@ -77,31 +76,26 @@ def demo_settings(runs: Sequence[Run], models: Sequence[str]) -> dict:
         config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
         part = {"model": model, "trained_loops": [low, high]}
         part["max_loops"] = min(2 * high, config.get("max_num_loops") or 2 * high)  # a gate per loop sets a limit
-        more, text = PARTS[kind](run, config)
-        parts[kind] = part | more
-        texts.append(text)
-    return {"title": "Move the loop slider", "text": " ".join(texts), **parts}
+        parts[kind] = part | PARTS[kind](run, config)
+    return {"title": "Move the loop slider", **parts}
 
 
-def hops_part(run: Run, config: dict) -> tuple[dict, str]:
-    task, trained = load_run_task(run), run.summary()["trained_hops"]
+def hops_part(run: Run, config: dict) -> dict:
+    task, summary = load_run_task(run), run.summary()
     facts = facts_of_task(task)
     answers = {answer for known in facts.values() for answer in known.values()}
-    part = {
+    number = sum(len(known) for known in facts.values())
+    entity, known = next(iter(facts.items()))
+    relation, other = next(iter(known.items()))
+    return {
+        "text": f"A looped transformer of {summary['parameters']:,} parameters knows {number:,} facts such as "
+        f"{entity} {relation} &rarr; {other}. Asked to follow several in a row, it thinks as many loops as you say.",
         "facts": facts,
-        "trained_hops": [min(trained), max(trained)],
+        "trained_hops": [min(summary["trained_hops"]), max(summary["trained_hops"])],
         "max_hops": max(task["test"]["hops"][:]),
         "chance": 1 / len(answers),
         "halting": halting_of(run, config["vocab_size"]),
     }
-    number = sum(len(known) for known in facts.values())
-    entity = next(iter(facts))
-    relation, other = next(iter(facts[entity].items()))
-    text = (
-        f"A looped transformer of {run.summary()['parameters']:,} parameters knows {number:,} facts such as "
-        f"{entity} {relation} &rarr; {other}. Asked to follow several in a row, it thinks as many loops as you say."
-    )
-    return part, text
 
 
 def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
@@ -127,12 +121,11 @@ def halting_of(run: Run, vocab_size: int) -> dict:
     return {"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": max(ENTROPY) * math.log(vocab_size)}
 
 
-def molecules_part(run: Run, config: dict) -> tuple[dict, str]:
-    size = f"{run.summary()['parameters']:,}"
-    return (
-        {},
-        f"A looped transformer of {size} parameters writes molecules, each token after as many passes as you say.",
-    )
+def molecules_part(run: Run, config: dict) -> dict:
+    return {
+        "text": f"A looped transformer of {run.summary()['parameters']:,} parameters writes molecules token by token, "
+        "and makes as many passes over its layers for each as you say."
+    }
 
 
 PARTS = {"hops": hops_part, "molecules": molecules_part}

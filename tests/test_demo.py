@@ -126,6 +126,14 @@ def test_the_space_is_four_files_without_a_gap(runs):
     )
 
 
+def test_the_example_of_a_space_runs(runs, tmp_path, monkeypatch):
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "demo.md").read_text(), flags=re.S)
+    shutil.copytree(runs / "khop", tmp_path / "runs" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs/demo.md", "exec"), {})
+    assert json.loads((tmp_path / "space" / "demo.json").read_text())["hops"]["model"] == "user/khop-looped"
+
+
 def test_the_space_names_the_gradio_that_is_tested():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert pins["gradio"] == demo.GRADIO
@@ -284,7 +292,7 @@ def test_a_table_has_a_row_per_loop_and_a_line_where_training_ended(table, train
 
 
 def test_the_verdict_is_of_the_loop_where_it_stopped():
-    hops = app.Hops("m", {}, (1, 3), (1, 4), 5, 8, 0.25, {"rule": "kl_entropy"})
+    hops = app.Hops("m", "", {}, (1, 3), (1, 4), 5, 8, 0.25, {"rule": "kl_entropy"})
     stopped = app.verdict_html(make_answer(2), True, hops)
     assert "<b>e1</b> (50 %): but it is e&lt;2&gt;" in stopped
     assert "2 of 3 loops used" in stopped

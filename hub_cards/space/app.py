@@ -28,7 +28,7 @@ MOLECULES = 12  # written at once
 TEMPERATURE, TOP_K = 0.8, 40
 ON_A_CLICK = {"show_progress": "hidden", "trigger_mode": "always_last"}
 
-THEME = gr.themes.Default(primary_hue="indigo")
+THEME = gr.themes.Default(primary_hue="indigo").set(block_info_text_color="*neutral_500")
 CSS = """
 .looped { --ink: var(--primary-600); color: var(--body-text-color); font-size: 14px; }
 .looped p { margin: 4px 0; }
@@ -57,7 +57,7 @@ CSS = """
 .looped .lens td { border-radius: 2px; }
 .looped .unused { opacity: 0.3; }
 .looped .ended td { height: 18px; font-size: 12px; border-top: 2px dashed var(--ink); border-radius: 0; }
-.looped .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; }
+.looped .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px; }
 .looped .card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 6px; }
 .looped .card svg { width: 100%; height: auto; background: white; border-radius: 4px; }
 .looped .card code { overflow-wrap: anywhere; white-space: normal; font-size: 12px; }
@@ -73,6 +73,7 @@ class Hops:
 
     Args:
         model: repo id or folder.
+        text: what it is, in a sentence or two.
         facts: entity -> relation -> the entity it leads to.
         trained_hops, trained_loops: smallest and largest count in training.
         max_hops, max_loops: how far the sliders go.
@@ -81,6 +82,7 @@ class Hops:
     """
 
     model: str
+    text: str
     facts: dict[str, dict[str, str]]
     trained_hops: tuple[int, int]
     trained_loops: tuple[int, int]
@@ -264,7 +266,7 @@ def lens_html(result: Answer, trained: int) -> str:
     head = "".join(f'<th scope="col">{escape(entity)}</th>' for entity in result.columns)
     kind = "lens many" if len(result.columns) > 9 else "lens"
     return (
-        '<div class="looped"><p><b>Inside: how far it is along the path</b></p>'
+        '<div class="looped"><p><b>Inside: how far along the path</b></p>'
         '<p class="dim caption">A column per relation: how sure the model is, at that word, of the entity reached.</p>'
         f"{table_html(head, rows, result, trained, len(result.columns), kind)}</div>"
     )
@@ -310,6 +312,7 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
         words = random_question(hops.facts, int(num_hops), random.Random(), [start, *relations.split()])
         return " ".join(words[1:])
 
+    gr.Markdown(hops.text)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             with gr.Row():
@@ -332,9 +335,9 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
         with gr.Column(scale=3, min_width=300):
             path, verdict = html(), html()
             with gr.Row():
-                with gr.Column(min_width=300):
+                with gr.Column(min_width=260):
                     answers = html()
-                with gr.Column(min_width=300):
+                with gr.Column(min_width=260):
                     lens = html()
     question, shown = [start, relations, loops, halt], [path, verdict, answers, lens]
     gr.on([page.load, start.input, loops.change, halt.change], show, question, shown, api_name="ask", **ON_A_CLICK)
@@ -359,6 +362,7 @@ class Molecules:
     """A molecule model's part of demo.json; a loop is called a pass there. Fields as those of `Hops`."""
 
     model: str
+    text: str
     trained_loops: tuple[int, int]
     max_loops: int
 
@@ -410,6 +414,7 @@ def molecules_html(written: list[str]) -> str:
 def molecules_tab(molecules: Molecules) -> None:
     model, tokenizer = load(molecules.model)
     trained = molecules.trained_loops[1]
+    gr.Markdown(molecules.text)
     loops = gr.Slider(
         1,
         molecules.max_loops,
@@ -432,7 +437,7 @@ def make_page(folder: Path) -> gr.Blocks:
     settings = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     # Counted visits are nobody's business.
     with gr.Blocks(title=settings["title"], analytics_enabled=False) as page:
-        gr.Markdown(f"# {settings['title']}\n{settings['text']}")
+        gr.Markdown(f"# {settings['title']}")
         if "hops" in settings:
             with gr.Tab("Hops"):
                 hops_tab(Hops(**settings["hops"]), page)

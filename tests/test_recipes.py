@@ -25,7 +25,11 @@ RECIPES = ROOT / "recipes"
 HYPERLOOP = sorted(RECIPES.glob("hyperloop/paper/*.yaml"))
 PAPER = sorted(RECIPES.glob("paper/*.yaml"))
 MOLECULES = sorted(RECIPES.glob("molecules/*.yaml"))
-FILES = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("hyperloop/*.yaml"), *PAPER, *HYPERLOOP, *MOLECULES])
+OURO = sorted(RECIPES.glob("ouro/*.yaml"))
+MELT = sorted(RECIPES.glob("melt/**/*.yaml"))
+FILES = sorted(
+    [*RECIPES.glob("*.yaml"), *RECIPES.glob("hyperloop/*.yaml"), *PAPER, *HYPERLOOP, *MOLECULES, *OURO, *MELT]
+)
 SPECIAL_TOKENS = 3  # of `hop_tokenizer`
 
 # Kohli et al. 2026, arXiv 2604.07822: 2,000 entities + 200 relations + 7, 200 + 10 + 7; L8 has twice the layers.
@@ -94,6 +98,36 @@ def test_the_models_of_the_hyperloop_paper_have_its_sizes(file):
     assert once / 1e6 == pytest.approx(PUBLISHED[file.stem], abs=0.05)
     assert f"{all_of_it:,} parameters, {once:,} with the vocabulary" in " ".join(file.read_text().split("\n# "))
     assert set(PUBLISHED) == {file.stem for file in HYPERLOOP}
+
+
+# Ouro's released checkpoints with their gate, and MELT's gates of 24 layers (2 D^2 + D each).
+OURO_PARAMETERS = {"ouro_1_4b": 1_434_652_673, "ouro_2_6b": 2_667_974_657}
+MELT_GATES = 201_375_744
+
+
+@pytest.mark.parametrize("file", OURO, ids=lambda file: file.stem)
+def test_the_models_of_the_ouro_paper_have_its_sizes(file):
+    fields = read_recipe(file).model
+    with torch.device("meta"):
+        model = LoopedForCausalLM(LoopedConfig(**fields))
+    assert model.num_parameters() == OURO_PARAMETERS[file.stem]
+    assert f"{OURO_PARAMETERS[file.stem]:,}" in file.read_text()
+    # Four loops of 24 layers: 768 KiB of keys and values per token in bf16, and a quarter of it with one row.
+    heads = 2 * model.config.num_key_value_heads * model.config.head_dim * 2
+    assert model.config.num_hidden_layers * heads == {"ouro_1_4b": 786_432, "ouro_2_6b": 2 * 786_432}[file.stem]
+    assert set(OURO_PARAMETERS) == {file.stem for file in OURO}
+
+
+def test_the_model_of_the_melt_paper_has_its_size():
+    fields = read_recipe(RECIPES / "ouro" / "ouro_1_4b.yaml").model
+    for name in ("melt_interpolation", "melt_alignment"):
+        recipe = read_recipe(RECIPES / "melt" / "paper" / f"{name}.yaml")
+        with torch.device("meta"):
+            model = LoopedForCausalLM(LoopedConfig(**fields | recipe.model))
+        assert model.num_parameters() == OURO_PARAMETERS["ouro_1_4b"] + MELT_GATES
+        assert model.config.num_hidden_layers * 2 * 16 * 128 * 2 == 196_608  # bytes per token
+        assert recipe.batch_size * recipe.data.sequence_length == 320_000
+        assert f"{MELT_GATES:,}" in (RECIPES / "melt" / "paper" / f"{name}.yaml").read_text()
 
 
 def test_a_model_of_the_hyperloop_paper_takes_a_step():

@@ -1,9 +1,11 @@
 """Loop connections: how the state enters and leaves one pass over the core.
 
-    state = connection.open(start, e)            # once; `start` (B, T, D) is the initial state, e the prelude's output
-    x     = connection.read(state, e, loop)      # (B, T, D) what the core runs on
-    state = connection.write(state, out, loop)   # out = core(x), (B, T, D)
-    h     = connection.close(state)              # (B, T, D) what the coda and the readout see
+    state    = connection.open(start, e)                  # once; `start` (B, T, D): the initial state, e: the prelude's
+    x, gates = connection.read(state, e, loop)            # x (B, T, D): what the core runs on
+    state    = connection.write(state, gates, out, loop)  # out = core(x), (B, T, D)
+    h        = connection.close(state)                    # (B, T, D): what the coda and the readout see
+
+What `read` found out about the state and `write` needs as well, the connection's own, goes by the name of gates.
 
 A state is one tensor, (B, T, D) or, with S streams, (B, T, S, D): its rows come first, so that they can leave it.
 Legend: B rows, T tokens, D hidden size, S streams.
@@ -28,10 +30,10 @@ class PlainConnection(nn.Module):
     def open(self, start: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         return start
 
-    def read(self, state: torch.Tensor, embeds: torch.Tensor, loop: int) -> torch.Tensor:
-        return state
+    def read(self, state: torch.Tensor, embeds: torch.Tensor, loop: int) -> tuple[torch.Tensor, object]:
+        return state, None
 
-    def write(self, state: torch.Tensor, output: torch.Tensor, loop: int) -> torch.Tensor:
+    def write(self, state: torch.Tensor, gates: object, output: torch.Tensor, loop: int) -> torch.Tensor:
         return output
 
     def close(self, state: torch.Tensor) -> torch.Tensor:
@@ -52,8 +54,8 @@ class InjectAddConnection(PlainConnection):
     def open(self, start: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(start) if self.starts_at_embeddings else start
 
-    def read(self, state: torch.Tensor, embeds: torch.Tensor, loop: int) -> torch.Tensor:
-        return state + embeds
+    def read(self, state, embeds, loop):
+        return state + embeds, None
 
 
 class InjectConcatConnection(PlainConnection):
@@ -63,8 +65,8 @@ class InjectConcatConnection(PlainConnection):
         super().__init__(config)
         self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
-    def read(self, state: torch.Tensor, embeds: torch.Tensor, loop: int) -> torch.Tensor:
-        return self.adapter(torch.cat([state, embeds], dim=-1))
+    def read(self, state, embeds, loop):
+        return self.adapter(torch.cat([state, embeds], dim=-1)), None
 
 
 def logit(share: float, nearest: float = 1e-4) -> float:
@@ -181,35 +183,37 @@ class SinkhornMixing:
 MIXINGS = {"diagonal": DiagonalMixing, "identity": IdentityMixing, "sinkhorn": SinkhornMixing}
 
 
-class HyperRead(Gates):
-    """x = sigmoid(a W RMSNorm(flatten(y)) + b) y: a weight per stream (Hyperloop, arXiv 2604.21254, H_pre)."""
+class HyperGates(Gates):
+    """All gates of a loop, and what they let the core read: x = H_pre y (Hyperloop, arXiv 2604.21254).
 
-    def __init__(self, config, loop: int):
-        share = HYPER_INITS[config.hyper_init].read(config.num_streams, loops_of_start(config))
-        super().__init__(config, [[logit(share)] * config.num_streams])
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        """(B, T, S, D) -> (B, T, D)."""
-        (logits,) = self.logits(state)
-        return (logits.sigmoid().to(state.dtype).unsqueeze(-1) * state).sum(-2)
-
-
-class HyperWrite(Gates):
-    """y' = mix(y) + 2 sigmoid(a W RMSNorm(flatten(y)) + b) output (Hyperloop, H_post; mix: H_res)."""
+    They are a W RMSNorm(flatten(y)) + b of the same streams y: one pass over them gives all.
+    """
 
     def __init__(self, config, loop: int):
         start, streams, loops = HYPER_INITS[config.hyper_init], config.num_streams, loops_of_start(config)
-        mixing = MIXINGS[config.hyper_mixing]()
+        reading = [logit(start.read(streams, loops))] * streams
         writing = [logit(start.write(streams, loops) / 2)] * streams
-        super().__init__(config, [writing, *mixing.biases(streams, start.keep(streams, loops))])
-        self.mixing = mixing
+        mixing = MIXINGS[config.hyper_mixing]().biases(streams, start.keep(streams, loops))
+        super().__init__(config, [reading, writing, *mixing])
 
-    def forward(self, state: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """(B, T, S, D), (B, T, D) -> (B, T, S, D)."""
-        logits, *mixing_logits = self.logits(state)
-        shares = (2 * logits.sigmoid()).to(state.dtype)
-        mixed = self.mixing(state, *mixing_logits)
-        return torch.addcmul(mixed, shares.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
+    def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """(B, T, S, D) -> x (B, T, D), and the logits (B, T, gates) of writing and mixing."""
+        reading, *gates = self.logits(state)
+        return (reading.sigmoid().to(state.dtype).unsqueeze(-1) * state).sum(-2), gates
+
+
+class HyperWrite(nn.Module):
+    """y' = H_res y + H_post output, H_post = 2 sigmoid(its logits) and H_res as the mixing has it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mixing = MIXINGS[config.hyper_mixing]()
+
+    def forward(self, state: torch.Tensor, gates: Sequence[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        """(B, T, S, D), the logits that `HyperGates` gives, (B, T, D) -> (B, T, S, D)."""
+        writing, *mixing = gates
+        shares = (2 * writing.sigmoid()).to(state.dtype)
+        return torch.addcmul(self.mixing(state, *mixing), shares.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
 
 
 def loops_of_start(config) -> int:
@@ -263,31 +267,31 @@ GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
 class HyperConnection(PlainConnection):
     """S streams between loops, that start as copies and end as their mean (Hyperloop, arXiv 2604.21254).
 
-        x  = H_pre y                                          HyperRead, what the core runs on
-        y' = H_res y + H_post (core(x) + e)                   HyperWrite; e: the loop's embedding
+        x  = H_pre y                                          what the core runs on
+        y' = H_res y + H_post (core(x) + e)                   e: the loop's embedding
 
-    Each loop has its own parameters (`hyper_gates="per_loop"`), or all loops the same.
+    Each loop has its own gates (`hyper_gates="per_loop"`), or all loops the same.
     """
-
-    read_class: type = HyperRead
-    write_class: type = HyperWrite
 
     def __init__(self, config):
         super().__init__(config)
         self.num_streams = config.num_streams
         self.index = GATES_OF_LOOP[config.hyper_gates]
-        held = config.max_num_loops if config.hyper_gates == "per_loop" else 1
-        self.reads = nn.ModuleList([self.read_class(config, loop) for loop in range(held)])
-        self.writes = nn.ModuleList([self.write_class(config, loop) for loop in range(held)])
+        self.held = config.max_num_loops if config.hyper_gates == "per_loop" else 1
+        self.make(config)
+
+    def make(self, config) -> None:
+        self.gates = nn.ModuleList([HyperGates(config, loop) for loop in range(self.held)])
+        self.writing = HyperWrite(config)
 
     def open(self, start: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         return start.unsqueeze(-2).expand(-1, -1, self.num_streams, -1)
 
-    def read(self, state: torch.Tensor, embeds: torch.Tensor, loop: int) -> torch.Tensor:
-        return self.reads[self.index(loop)](state)
+    def read(self, state, embeds, loop):
+        return self.gates[self.index(loop)](state)
 
-    def write(self, state: torch.Tensor, output: torch.Tensor, loop: int) -> torch.Tensor:
-        return self.writes[self.index(loop)](state, output)
+    def write(self, state, gates, output, loop):
+        return self.writing(state, gates, output)
 
     def close(self, state: torch.Tensor) -> torch.Tensor:
         return state.mean(-2)
@@ -297,8 +301,15 @@ class StaticHyperConnection(HyperConnection):
     """Without gates; the streams are summed at the end (arXiv 2604.21106, which also normalises the core's output in
     each loop: `norm_between_loops`)."""
 
-    read_class = StaticRead
-    write_class = StaticWrite
+    def make(self, config) -> None:
+        self.reads = nn.ModuleList([StaticRead(config, loop) for loop in range(self.held)])
+        self.writes = nn.ModuleList([StaticWrite(config, loop) for loop in range(self.held)])
+
+    def read(self, state, embeds, loop):
+        return self.reads[self.index(loop)](state), None
+
+    def write(self, state, gates, output, loop):
+        return self.writes[self.index(loop)](state, output)
 
     def close(self, state: torch.Tensor) -> torch.Tensor:
         return state.sum(-2)

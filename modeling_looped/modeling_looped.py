@@ -1,13 +1,13 @@
 """A looped (recurrent-depth) transformer: the core's weights run `num_loops` times, and that count is an argument.
 
-    e     = prelude(embed(ids))                            # (B, T, D)  once
-    state = connection.open(start(e), e)                   # (B, T, D)
-    for loop in range(num_loops):                          # same weights every time
-        x     = connection.read(state, e, loop)
-        state = connection.write(state, core(x), loop)     # with the loop's embedding, where loops have one
-        rows that are done leave the batch                 # no work is done for them
-    h      = coda(connection.close(state))                 # (B, T, D)  once
-    logits = head(norm(h))                                 # (B, T, V)
+    e     = prelude(embed(ids))                               # (B, T, D)  once
+    state = connection.open(start(e), e)                      # (B, T, D)
+    for loop in range(num_loops):                             # same weights every time
+        x, gates = connection.read(state, e, loop)
+        state    = connection.write(state, gates, core(x), loop)   # with the loop's embedding, where loops have one
+        rows that are done leave the batch                    # no work is done for them
+    h      = coda(connection.close(state))                    # (B, T, D)  once
+    logits = head(norm(h))                                    # (B, T, V)
 
 Layers are Llama's (or GPT-2's, by configuration); what differs is the loop, its KV slots and its exits. Sources: Loop,
 Think & Generalize (arXiv 2604.07822) for the plain loop and halting, Ouro (2510.25741) for sandwich norms and the norm
@@ -540,10 +540,10 @@ class LoopedModel(LoopedPreTrainedModel):
         context, key_inputs = whole, self.sharing.inputs()
         for loop in range(active.num_loops):
             with torch.no_grad() if loop < call.first_grad_loop else nullcontext():
-                x = self.connection.read(state, embeds, loop)
+                x, gates = self.connection.read(state, embeds, loop)
                 x = self._run(self.core, "core", x, context, key_inputs, loop, **kwargs)
                 x = self.loop_embedding(self.core_norm(x), loop)
-                state = self.connection.write(state, x, loop)
+                state = self.connection.write(state, gates, x, loop)
             rows = active.leave(loop, state, self.connection.close)
             if rows is not None:
                 state, embeds = state[rows], embeds[rows]

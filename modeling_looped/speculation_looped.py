@@ -155,10 +155,10 @@ class Halves:
     def loop(self, state, embeds, key_inputs, context, loops: range) -> torch.Tensor:
         body = self.body
         for loop in loops:
-            x = body.connection.read(state, embeds, loop)
+            x, gates = body.connection.read(state, embeds, loop)
             x = self.run(body.core, "core", x, context, loop, key_inputs)
             x = body.loop_embedding(body.core_norm(x), loop)
-            state = body.connection.write(state, x, loop)
+            state = body.connection.write(state, gates, x, loop)
         return state
 
     def readout(self, state: torch.Tensor, context: HalfContext) -> torch.Tensor:

@@ -29,10 +29,9 @@ def set_gates(model, read: float, write: float, keep: float) -> None:
     """Gates that do not look at the streams: their logits, for every stream and loop alike."""
     connection = model.model.connection
     with torch.no_grad():
-        for gates, values in ((connection.reads, [read]), (connection.writes, [write, keep])):
-            for each in gates:
-                each.weight.zero_()
-                each.bias.copy_(torch.tensor(values).repeat_interleave(model.config.num_streams))
+        for gates in connection.gates:
+            gates.weight.zero_()
+            gates.bias.copy_(torch.tensor([read, write, keep]).repeat_interleave(model.config.num_streams))
 
 
 def plain_twin(model) -> LoopedForCausalLM:
@@ -92,12 +91,13 @@ def test_the_euler_start_is_the_training_free_loop(num_loops):
 def naive_hyper(connection, state, output, loop, embedding):
     """The paper's equations for one token at a time, with explicit matrices: (S, D) -> (x, y')."""
     n = len(state)
-    read, write = connection.reads[loop], connection.writes[loop]
+    gates = connection.gates[loop]
     z = state.flatten() / torch.sqrt(state.flatten().square().mean() + 1e-6)
-    h_pre = torch.sigmoid(read.scale[0] * (read.weight @ z) + read.bias)
-    logits = write.weight @ z
-    h_post = 2 * torch.sigmoid(write.scale[0] * logits[:n] + write.bias[:n])
-    h_res = torch.diag(torch.sigmoid(write.scale[1] * logits[n:] + write.bias[n:]))
+    pre, post, res = (
+        gates.scale[kind] * (gates.weight[kind * n : kind * n + n] @ z) + gates.bias[kind * n : kind * n + n]
+        for kind in range(3)
+    )
+    h_pre, h_post, h_res = torch.sigmoid(pre), 2 * torch.sigmoid(post), torch.diag(torch.sigmoid(res))
     return h_pre @ state, h_res @ state + torch.outer(h_post, output + embedding)
 
 
@@ -110,8 +110,8 @@ def test_a_loop_is_the_papers_equations():
     connection, embedding = model.model.connection, model.model.loop_embedding
     state, output = torch.randn(2, 5, 3, 32), torch.randn(2, 5, 32)
     for loop in range(3):
-        x = connection.read(state, None, loop)
-        written = connection.write(state, embedding(output, loop), loop)
+        x, gates = connection.read(state, None, loop)
+        written = connection.write(state, gates, embedding(output, loop), loop)
         for row in range(2):
             for token in range(5):
                 expected = naive_hyper(
@@ -130,9 +130,10 @@ def test_a_static_loop_is_its_equations():
     for loop in range(3):
         reading, writes = connection.reads[loop].weights.normal_(), connection.writes[loop].weights.normal_()
         mixing, writing = writes[:9].view(3, 3), writes[9:]
-        torch.testing.assert_close(connection.read(state, None, loop), torch.einsum("s,btsd->btd", reading, state))
+        x, gates = connection.read(state, None, loop)
+        torch.testing.assert_close(x, torch.einsum("s,btsd->btd", reading, state))
         expected = torch.einsum("sr,btrd->btsd", mixing, state) + torch.einsum("s,btd->btsd", writing, output)
-        torch.testing.assert_close(connection.write(state, output, loop), expected, **FP32)
+        torch.testing.assert_close(connection.write(state, gates, output, loop), expected, **FP32)
     torch.testing.assert_close(connection.close(state), state.sum(2))
 
 
@@ -176,7 +177,8 @@ def gain(init: str, num_streams: int) -> float:
     start = torch.randn(1, 4, 32)
     state = connection.open(start, start)
     for loop in range(3):
-        state = connection.write(state, connection.read(state, start, loop), loop)
+        x, gates = connection.read(state, start, loop)
+        state = connection.write(state, gates, x, loop)
     return float(connection.close(state).norm() / start.norm())
 
 
@@ -201,12 +203,11 @@ def test_fresh_values_survive_the_global_initialisation_and_a_reload(tmp_path):
     """Peer trap: a special initialisation that the framework's own wrote over."""
     model = make_model(**SECTIONS, loop_embedding="learned", num_streams=4)
     connection = model.model.connection
-    for read, write in zip(connection.reads, connection.writes, strict=True):
-        for gates, biases in ((read, [0.25]), (write, [0.25, 0.5])):
-            assert torch.equal(gates.scale, torch.full((len(biases),), 0.01))
-            shares = gates.bias.sigmoid().view(len(biases), 4)
-            torch.testing.assert_close(shares, torch.tensor(biases)[:, None].expand(-1, 4))
-            assert 0.015 < gates.weight.std() < 0.025
+    for gates in connection.gates:
+        assert torch.equal(gates.scale, torch.full((3,), 0.01))
+        shares = gates.bias.sigmoid().view(3, 4)
+        torch.testing.assert_close(shares, torch.tensor([0.25, 0.25, 0.5])[:, None].expand(-1, 4))
+        assert 0.015 < gates.weight.std() < 0.025
     assert all(not vector.any() for vector in model.model.loop_embedding.vectors)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -234,7 +235,8 @@ def test_streams_come_apart_unless_their_gates_are_equal_for_ever(frozen, differ
     with torch.no_grad():
         state = connection.open(start, start)
         for loop in range(3):
-            state = connection.write(state, connection.read(state, start, loop), loop)
+            x, gates = connection.read(state, start, loop)
+            state = connection.write(state, gates, x, loop)
     spread = (state - state.mean(2, keepdim=True)).norm() / state.norm()
     assert (spread > 1e-4) == differ
     assert differ or spread < 1e-6
@@ -243,7 +245,7 @@ def test_streams_come_apart_unless_their_gates_are_equal_for_ever(frozen, differ
 def test_gates_are_float32_shares_under_bf16():
     """In bf16 a share of 1 - 2^-9 is 1; sums of 32 products would be off by a percent."""
     model = make_model(**SECTIONS)
-    gates = model.model.connection.writes[0]
+    gates = model.model.connection.gates[0]
     streams = 3 * torch.randn(2, 5, 4, 32)
     expected = gates.logits(streams)
     with torch.autocast("cpu", torch.bfloat16):
@@ -252,8 +254,10 @@ def test_gates_are_float32_shares_under_bf16():
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
     half = make_model(**SECTIONS).to(torch.bfloat16)
-    assert half.model.connection.reads[0].logits(streams.bfloat16())[0].dtype == torch.float32
-    assert half.model.connection.write(streams.bfloat16(), streams[:, :, 0], 0).dtype == torch.bfloat16
+    x, logits = half.model.connection.read(streams.bfloat16(), None, 0)
+    assert x.dtype == torch.bfloat16
+    assert all(each.dtype == torch.float32 for each in logits)
+    assert half.model.connection.write(streams.bfloat16(), logits, streams[:, :, 0], 0).dtype == torch.bfloat16
 
 
 # Sizes and training

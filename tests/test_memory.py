@@ -1,4 +1,4 @@
-"""Laws of `looped memory`: each line is the model it names, measured by its task's own measure; bytes by arithmetic."""
+"""Laws of `looped memory`: a line is the model it names, measured by its task's own measure; bytes by arithmetic."""
 
 import json
 from pathlib import Path

@@ -49,7 +49,7 @@ def test_the_example_of_hyperloop_runs():
     [block] = blocks_of("hyperloop.md")
     names = {}
     exec(compile(block, "docs/hyperloop.md", "exec"), names)
-    assert len(names["model"].model.connection.reads) == 3
+    assert len(names["model"].model.connection.gates) == 3
 
 
 def test_named_files_exist():

@@ -135,7 +135,7 @@ def test_a_model_of_the_hyperloop_paper_takes_a_step():
     recipe = read_recipe(RECIPES / "hyperloop" / "paper" / "hyperloop_16l.yaml")
     torch.manual_seed(0)
     model = LoopedForCausalLM(LoopedConfig(**recipe.model)).train()
-    before = model.model.connection.reads[2].bias.clone()
+    before = model.model.connection.gates[2].bias.clone()
     ids = torch.randint(32_000, (1, 16), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(ids, labels=ids).loss
@@ -144,7 +144,7 @@ def test_a_model_of_the_hyperloop_paper_takes_a_step():
         optimizer.step()
     # ln 32,000, and half the variance of fresh logits: 1,024 products of weights of 0.02.
     assert loss.item() == pytest.approx(10.37 + 0.2, abs=0.5)
-    assert not torch.equal(model.model.connection.reads[2].bias, before)
+    assert not torch.equal(model.model.connection.gates[2].bias, before)
 
 
 # Jindal and Ju 2026, arXiv 2605.06322, without the vocabulary: every token is as many parameters as the model is wide.

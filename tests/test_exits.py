@@ -8,7 +8,6 @@ from looplab.benchmark import QUICK, accepted_row, speculation_row
 from looplab.exits import counted_calls, decode, exit_rows, exits_text
 from toys import FP32, make_ids, make_model
 
-
 PROMPT, DECODED = 4, 6
 
 

@@ -65,6 +65,7 @@ from data_builders import (
 )
 from looplab.distillation import Distillation, interpolated
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.losses_looped import exit_distribution
 
 logger = get_logger(__name__)
 Number = int | float
@@ -157,7 +158,7 @@ class Curriculum:
 KEEPS_WEIGHTS = frozenset(
     {
         "num_loops", "attention_dropout", "residual_dropout", "embedding_dropout", "kv_sharing", "kv_gate",
-        "kv_gate_rank", "prefill_chunk",
+        "kv_gate_rank", "prefill_chunk", "exit_loss", "exit_entropy_weight",
     }
 )  # fmt: skip
 
@@ -481,6 +482,30 @@ def held_out_loss(
     return (accelerator.reduce(total) / accelerator.reduce(count)).item()
 
 
+@torch.no_grad()
+def held_out_exits(
+    accelerator: Accelerator, model: LoopedForCausalLM, blocks: TextBlocks, num_blocks: int, num_loops: int
+) -> dict[str, float]:
+    """Where the exit gate would leave, means over the tokens of the first `num_blocks` blocks; ranks share the work.
+
+    expected_loss (nats) of the loop a token leaves after, the mean loop, and the entropy (nats) of its distribution.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    model.eval()
+    share = torch.arange(num_blocks)[accelerator.process_index :: accelerator.num_processes]
+    num_rows = max(1, CHECKED_TOKENS // blocks.sequence_length)
+    for start in range(0, len(share), num_rows):
+        rows = {k: v.to(accelerator.device) for k, v in blocks.rows(share[start : start + num_rows]).items()}
+        gate_logits, losses = model.exits(rows["input_ids"], rows["shift_labels"], num_loops)  # (b, T, R)
+        p, loops = exit_distribution(gate_logits), torch.arange(1, num_loops + 1, device=gate_logits.device)
+        each = torch.stack([(p * losses).sum(-1), (p * loops).sum(-1), torch.special.entr(p).sum(-1)])
+        kept = rows["shift_labels"] != -100
+        totals += torch.cat([each[:, kept].double().sum(1), kept.sum().double()[None]])
+    model.train()
+    *sums, tokens = accelerator.reduce(totals).tolist()
+    return dict(zip(("expected_loss", "mean_loop", "entropy"), (value / tokens for value in sums), strict=True))
+
+
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
     """A model with fresh weights for the ids of `tokenizer`, or that of `init_from`; ValueError if they do not fit."""
     if recipe.init_from is None:
@@ -707,7 +732,10 @@ class TextTask:
             str(r): held_out_loss(self.accelerator, model, self.held_out, self.num_held_out, r)
             for r in dict.fromkeys([num_loops, *self.recipe.eval_loops])
         }
-        return self.measured(state, num_loops)
+        row = self.measured(state, num_loops)
+        if model.config.exit_gate:
+            row["exits"] = held_out_exits(self.accelerator, model, self.held_out, self.num_held_out, num_loops)
+        return row
 
     def measured(self, state: State, num_loops: int) -> dict:
         """Nats per token and perplexity at `num_loops` and, if asked for, at each of `eval_loops`."""
@@ -804,6 +832,24 @@ class LabelLoss:
         ).logits  # (b, K, V)
         logits, labels = logits.flatten(0, 1).float(), labels.flatten()
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
+
+
+class ExitLoss(LabelLoss):
+    """The model's own loss: expected under its exit gate, or the gate's alone (Ouro), see `losses_looped.py`."""
+
+    def __init__(self, recipe: Recipe, logits_to_keep: int):
+        super().__init__(recipe, logits_to_keep)
+        if recipe.optim.label_smoothing or recipe.distill.teacher is not None:
+            raise ValueError(
+                "a model with an exit_gate learns from what every loop says of the labels: leave "
+                "optim.label_smoothing and distill out."
+            )
+
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
+        return model(
+            **rows, shift_labels=labels, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False,
+            **self.settings,
+        ).loss  # fmt: skip
 
 
 class DistillationLoss:
@@ -905,17 +951,14 @@ def main(recipe: Recipe) -> dict:
         **task.generation,
     )
     gate_loops = recipe.gate_loops or looped.config.num_loops
-    if looped.config.exit_gate:
-        raise ValueError(
-            "model.exit_gate is True, and train.py trains on the logits of the last loop, from which a gate learns "
-            "nothing: leave it out, or train by the model's own loss, model(labels=...), as Trainer does."
-        )
-    objective = LabelLoss(recipe, task.logits_to_keep)
+    objective = (ExitLoss if looped.config.exit_gate else LabelLoss)(recipe, task.logits_to_keep)
     if recipe.distill.teacher is not None:
         objective = DistillationLoss(recipe, looped, accelerator.device)
     check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": gate_loops}, recipe.eval_loops)
     # And the parameters of loops that a batch does not run; a KV gate has nothing to mix in the first.
     ddp.find_unused_parameters |= looped.config.loops_have_parameters or looped.config.kv_sharing == "gated"
+    # And an exit gate's, which one loop does not ask; the gate's own stage gives nothing but the gate a gradient.
+    ddp.find_unused_parameters |= looped.config.exit_gate
     set_seed(recipe.seed, device_specific=True)
     if recipe.gradient_checkpointing:
         looped.activation_checkpointing_enable()

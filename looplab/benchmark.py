@@ -6,6 +6,8 @@
     hyper      training step of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
     context    decoding at long contexts, and chunks: training with gated KV, see `contexts.py`
     halting    layer calls and wall time of the KL + entropy rule against fixed loops, on a trained run
+    speculation  decoding with `draft_loops` against plain decoding, batch 1, new tokens/s: on a trained run on text,
+               and where every draft is accepted because loops change nothing, which is as fast as it gets
 
 Both models run the same matrix products on the same tokens; the looped one has num_core_layers layers of weights,
 Llama num_loops times as many. They are timed in turn (A B A B ...) in one process, so that what else the machine does
@@ -30,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 from .evaluation import load_run_model, load_run_task
+from .perplexity import run_blocks, spread_blocks
 from .runs import open_run, write_whole
 
 
@@ -44,13 +47,16 @@ class Workload:
     tokens: int = 64
     prompt: int = 16
     new_tokens: int = 64
+    prompts: int = 4
     matmul: int = 1536
     rows_per_hop: int = 64
     steps: int = 8  # decoded at each context
     chunks: tuple[int, ...] = (16, 64, 256, 512)  # tokens
 
 
-QUICK = Workload(vocab=64, batch=2, tokens=8, prompt=4, new_tokens=4, matmul=64, rows_per_hop=4, steps=1, chunks=(4,))
+QUICK = Workload(
+    vocab=64, batch=2, tokens=8, prompt=4, new_tokens=4, prompts=1, matmul=64, rows_per_hop=4, steps=1, chunks=(4,)
+)
 
 
 def forward_flops(
@@ -264,7 +270,7 @@ def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
     )
     inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]), device=model.device)
-    max_entropy = 3.0 / math.log(217) * math.log(model.config.vocab_size)
+    max_entropy = entropy_bound(model.config.vocab_size)
     calls = []
     for layer in model.model.core:
         layer.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
@@ -296,6 +302,82 @@ def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
             row |= {"layer_calls_saved": 1 - ours["layer_calls"] / theirs["layer_calls"], "rows": len(rows)}
             row |= {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": rounds}
             results.append(row)
+    return results
+
+
+def entropy_bound(vocab_size: int) -> float:
+    """The bound of arXiv 2604.07822, 3.00 nats of ln 217, scaled to another vocabulary."""
+    return 3.0 / math.log(217) * math.log(vocab_size)
+
+
+@torch.inference_mode()
+def speculation_row(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, rounds: int, **settings) -> dict:
+    """Speculative over plain decoding of exactly `new_tokens` after each of `prompts` (N, T), one by one.
+
+    acceptance     share of the drafted tokens that were accepted
+    per_call       tokens per verification
+    layer_calls    of speculation, as a share of those of plain decoding
+
+    Args:
+        settings: of the speculative side; those but `draft_loops` are also the plain side's.
+    """
+    model.eval()
+    exactly = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "return_dict_in_generate": True}
+    plain = exactly | {name: value for name, value in settings.items() if name != "draft_loops"}
+
+    def decode(settings: dict) -> list:
+        return [model.generate(ids, attention_mask=torch.ones_like(ids), **settings) for ids in prompts.split(1)]
+
+    outputs = decode(exactly | settings)
+    drafted, accepted, verified = (sum(counts) for counts in zip(*map(tallies, outputs), strict=True))
+    config, loops = model.config, settings["num_loops"]
+    calls = config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * loops
+    pairs = interleaved(lambda: decode(exactly | settings), lambda: decode(plain), rounds, warmup=1)
+    return {
+        "measure": "speculation",
+        "unit": "tokens/s",
+        **{name: settings[name] for name in ("draft_loops", "num_loops")},
+        "acceptance": accepted / drafted,
+        "per_call": (accepted + verified) / verified,
+        "layer_calls": sum(o.layer_calls for o in outputs) / (calls * (new_tokens - 1) * len(outputs)),
+        **compared(pairs, new_tokens * len(prompts), ("speculative", "plain")),
+        "batch": 1,
+        "tokens": new_tokens,
+    }
+
+
+def tallies(output) -> tuple[int, int, int]:
+    """Drafted tokens, accepted ones and verifications of a generate output."""
+    return int(output.drafted.sum()), int(output.accepted.sum()), len(output.drafted)
+
+
+def accepted_row(width: int, work: Workload, rounds: int) -> dict:
+    """One draft loop of twice `work.loops` in a fresh model, whose layers are the identity: all drafts are right."""
+    config = LoopedConfig(
+        **model_sizes(width, work), num_core_layers=work.layers, num_loops=2 * work.loops, residual_init="zero"
+    )
+    prompts = torch.randint(1, work.vocab, (1, work.prompt), generator=torch.Generator().manual_seed(0))
+    settings = {"draft_loops": 1, "num_loops": 2 * work.loops, "num_assistant_tokens": 8}
+    row = speculation_row(
+        LoopedForCausalLM(config), prompts, work.new_tokens, rounds, assistant_confidence_threshold=0.0, **settings
+    )
+    return {"mode": "all accepted", "width": width} | row
+
+
+def speculation_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
+    """Greedy and sampled text of a run on text at its largest trained loop count, after prompts of its test split."""
+    run = open_run(folder)
+    model, tokenizer = load_run_model(run)
+    blocks = run_blocks(run, tokenizer)["test"]
+    prompts = blocks.rows(spread_blocks(len(blocks), work.prompts))["input_ids"][:, : work.prompt].to(model.device)
+    loops = run.trained_loops()[1]
+    results = []
+    for do_sample in (False, True):
+        for draft_loops in (count for count in (1, 2, 4) if count < loops):
+            settings = {"draft_loops": draft_loops, "num_loops": loops, "do_sample": do_sample}
+            row = speculation_row(model, prompts, work.new_tokens, rounds, **settings)
+            mode = "sampled" if do_sample else "greedy"
+            results.append({"mode": mode, "run": run.name, "width": model.config.hidden_size} | row)
     return results
 
 
@@ -335,7 +417,7 @@ def bench(
     Args:
         widths: hidden sizes; a head is 64 wide.
         rounds: timed pairs per ratio.
-        run: a trained run for the halting rows.
+        run: a trained run for the halting rows or, where it is one on text, for those of speculation.
         compiled: also the rows with torch.compile, which take minutes to compile.
         quick: tiny sizes and two rounds, to see that it works.
         contexts: measure these instead: decoding after so many tokens with each KV sharing, and training in chunks.
@@ -353,7 +435,10 @@ def bench(
     plan += [lambda w=w, c=c: [decode_row(w, work, rounds, c)] for w in widths for c in modes]
     plan += [lambda w=w, s=s: [kv_row(w, work, s)] for w in widths for s in ("per_loop", "last", "gated")]
     plan += [lambda w=w, c=c: [hyper_row(w, work, rounds, c)] for w in widths for c in modes]
-    plan += [] if run is None else [lambda: halting_rows(run, work, rounds)]
+    plan += [lambda w=w: [accepted_row(w, work, rounds)] for w in widths]
+    if run is not None:
+        measured = speculation_rows if open_run(run).task() == "text" else halting_rows
+        plan.append(lambda: measured(run, work, rounds))
     if contexts:
         plan = memory_plan(widths, work, rounds, contexts, memory_loops)
     facts = machine() | {"matmul_peak_gflops": peak, "layers": work.layers, "loops": work.loops}
@@ -396,6 +481,19 @@ def bench_table(rows: Sequence[dict]) -> str:
         text.append(
             f"{row['measure']:<10} {row['mode']:<23}{row['width']:>6}{row['hyper']:>10.0f}{row['plain']:>10.0f}"
             f"  {row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f}) {row['unit']}"
+        )
+    drafts = [row for row in rows if row["measure"] == "speculation"]
+    if drafts:
+        text.append(
+            "\nself-speculation against plain decoding, batch 1; calls: of layers, as a share of plain decoding's"
+        )
+        columns = f"{'text':<14}{'width':>6}{'draft':>7}{'loops':>7}{'accepted':>10}{'tokens/call':>13}{'calls':>7}"
+        text.append(f"{columns}   ratio of tokens/s")
+    for row in drafts:
+        text.append(
+            f"{row['mode']:<14}{row['width']:>6}{row['draft_loops']:>7}{row['num_loops']:>7}"
+            f"{100 * row['acceptance']:>8.0f} %{row['per_call']:>13.2f}{100 * row['layer_calls']:>5.0f} %   "
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
         )
     halting = [row for row in rows if row["measure"] == "halting"]
     if halting:

@@ -37,14 +37,14 @@ def run_eval(arguments) -> None:
 
 
 def run_halting(arguments) -> None:
-    from .halting import halting_run
-    from .results import halting_text
+    from .readers import reader_of
     from .runs import open_run
 
-    path = halting_run(
-        arguments.run, max_loops=arguments.max_loops, max_hops=arguments.max_hops, limit=arguments.limit
+    run = open_run(arguments.run)
+    path, text = reader_of([run]).halting(
+        run, limit=arguments.limit, max_loops=arguments.max_loops, max_hops=arguments.max_hops
     )
-    print(f"\n{arguments.run}\n{halting_text(open_run(arguments.run).halting())}\n\nwritten to {path}")
+    print(f"\n{arguments.run}\n{text}\n\nwritten to {path}")
 
 
 def run_plot(arguments) -> None:
@@ -232,10 +232,15 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("halting", help="what each halting rule saves, to RUN/halting.jsonl")
     command.add_argument("run", metavar="RUN")
     command.add_argument(
-        "--max-loops", type=positive, default=50, metavar="R", help="the largest budget (default: %(default)s)"
+        "--max-loops",
+        type=positive,
+        metavar="R",
+        help="the largest budget (default: 50; of text, all loops: the model's own)",
     )
     command.add_argument("--max-hops", type=positive, metavar="K", help="chains of up to K hops (khop only)")
-    command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
+    command.add_argument(
+        "--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind, or rows of text"
+    )
     command.set_defaults(call=run_halting)
 
     command = commands.add_parser(
@@ -337,7 +342,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--rounds", type=positive, default=7, metavar="N", help="interleaved pairs (default: %(default)s)"
     )
-    command.add_argument("--run", metavar="RUN", help="also measure halting on this trained run")
+    command.add_argument(
+        "--run", metavar="RUN", help="also measure halting, or speculation on text, on this trained run"
+    )
     command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
     command.add_argument(
         "--quick", action="store_true", help="tiny sizes, to see that it works; the numbers mean nothing"

@@ -23,6 +23,16 @@ class HopReader:
         max_loops = MAX_LOOPS if max_loops is None else max_loops
         return evaluate_run(run.folder, loops=loops, limit=limit, max_loops=max_loops, max_hops=max_hops)
 
+    def halting(self, run: Run, *, limit, max_loops, max_hops) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `halting.halting_run`; returns it and what it says."""
+        from .evaluation import MAX_LOOPS
+        from .halting import halting_run
+        from .results import halting_text
+
+        max_loops = MAX_LOOPS if max_loops is None else max_loops
+        path = halting_run(run.folder, max_loops=max_loops, max_hops=max_hops, limit=limit)
+        return path, halting_text(run.halting())
+
     def show(self, run: Run) -> None:
         """Print what `evaluate` measured."""
         from .evaluation import print_grid
@@ -65,6 +75,19 @@ class TextReader:
             if value is not None:
                 raise ValueError(f"{option} is for tasks with hops, and {run.folder} is a run on text: leave it out.")
         return evaluate_text(run.folder, loops=loops, limit=limit)
+
+    def halting(self, run: Run, *, limit, max_loops, max_hops) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `exits.exits_run`; returns it and what it says.
+
+        Raises:
+            ValueError: `max_hops` is given.
+        """
+        from .exits import exits_run, exits_text
+
+        if max_hops is not None:
+            raise ValueError(f"--max-hops is for tasks with hops, and {run.folder} is a run on text: leave it out.")
+        path = exits_run(run.folder, num_loops=max_loops, limit=limit)
+        return path, exits_text(run.halting())
 
     def show(self, run: Run) -> None:
         from .text_results import loops_text

@@ -1,6 +1,6 @@
 """Loop connections: how the state enters and leaves one pass over the core.
 
-    state    = connection.open(start, e)                  # once; `start` (B, T, D): the initial state, e: the prelude's
+    state    = connection.open(start, e)                  # once; `start` (B, T, D): the initial state
     x, gates = connection.read(state, e, loop)            # x (B, T, D): what the core runs on
     state    = connection.write(state, gates, out, loop)  # out = core(x), (B, T, D)
     h        = connection.close(state)                    # (B, T, D): what the coda and the readout see

@@ -49,7 +49,7 @@ from .configuration_looped import LoopedConfig, too_many_loops
 from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
 from .gates_looped import KV_GATES, GateLinear
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
-from .losses_looped import make_loss
+from .losses_looped import ExpectedLoss, make_loss
 from .speculation_looped import self_speculation
 
 # What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
@@ -647,6 +647,22 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             loops_used=outputs.loops_used,
         )
+
+    def exits(
+        self, input_ids: torch.LongTensor, shift_labels: torch.LongTensor, num_loops: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate logits and cross-entropies (nats) of every loop, both (B, T, R), of a model with an exit gate.
+
+        `input_ids` and `shift_labels`, the next token's, are (B, T); what is -100 has no loss. `losses_looped.py` says
+        what to do with them.
+        """
+        assert isinstance(self.objective, ExpectedLoss)
+        states = self.objective.states()
+        self.model(
+            input_ids=input_ids, num_loops=num_loops, use_cache=False, halting=Decision(None, visit=states.visit)
+        )
+        gate_logits, losses = self.objective.read(self, states, shift_labels)
+        return states.spread(gate_logits), states.spread(losses)
 
     def generate(self, *args, **kwargs):
         r"""`GenerationMixin.generate`, with three more settings, also read from `generation_config`:

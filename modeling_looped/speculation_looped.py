@@ -33,6 +33,7 @@ from .cache_looped import FirstInputs, OwnInputs, RewritingLayer
 
 # Policies under which tokens that are computed together get the rows that they would get one by one.
 VERIFIABLE_SHARINGS = ("per_loop", "first")
+OWN_INPUTS = OwnInputs()  # of prelude and coda
 
 
 @dataclass
@@ -156,7 +157,7 @@ class Halves:
         body = self.body
         for loop in loops:
             x, gates = body.connection.read(state, embeds, loop)
-            x = self.run(body.core, "core", x, context, loop, key_inputs)
+            x = self.run(body.core, "core", x, context, key_inputs, loop)
             x = body.loop_embedding(body.core_norm(x), loop)
             state = body.connection.write(state, gates, x, loop)
         return state
@@ -165,9 +166,9 @@ class Halves:
         hidden_states = self.run(self.body.coda, "coda", self.body.connection.close(state), context)
         return self.model.readout(hidden_states).float()
 
-    def run(self, layers, section, hidden_states, context, loop=0, key_inputs=None) -> torch.Tensor:
+    def run(self, layers, section, hidden_states, context, key_inputs=OWN_INPUTS, loop=0) -> torch.Tensor:
         self.layer_calls += len(layers)
-        return self.body._run(layers, section, hidden_states, context, loop, key_inputs)
+        return self.body._run(layers, section, hidden_states, context, key_inputs, loop)
 
 
 class Text:

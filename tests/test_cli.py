@@ -140,16 +140,16 @@ def test_bench_writes_every_kind_of_row(trained, tmp_path, capsys):
     assert "gated KV trained in chunks" in capsys.readouterr().out
     assert main(["bench", "--quick", "--no-compile", "--output", str(tmp_path), "--run", str(trained)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
-    assert {row["measure"] for row in rows} == {"training", "decode", "kv_bytes", "hyper", "halting"}
+    assert {row["measure"] for row in rows} == {"training", "decode", "kv_bytes", "hyper", "speculation", "halting"}
     assert all(row["machine"] and row["threads"] == 1 and row["matmul_peak_gflops"] > 0 for row in rows)
     for row in rows:
-        if row["measure"] in ("training", "decode", "hyper"):
+        if row["measure"] in ("training", "decode", "hyper", "speculation"):
             assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
         if row["measure"] == "halting":
             assert row["fixed_layer_calls"] == row["rows"] * row["loops"]  # one core layer
             assert row["layer_calls"] == pytest.approx(row["rows"] * row["loops_used"])
     table = capsys.readouterr().out
-    assert all(word in table for word in ("GFLOP/s", "tokens/s", "bytes/token", "gated streams", "calls saved"))
+    assert all(word in table for word in ("GFLOP/s", "tokens/s", "bytes/token", "gated streams", "all accepted", "calls saved"))
 
 
 def test_an_unknown_run_is_one_sentence_with_the_nearest_name(trained, capfd):

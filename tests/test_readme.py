@@ -52,6 +52,14 @@ def test_the_example_of_hyperloop_runs():
     assert len(names["model"].model.connection.gates) == 3
 
 
+def test_the_example_of_exits_and_drafts_runs(capsys):
+    names = {}
+    for block in blocks_of("exits.md"):
+        exec(compile(block, "docs/exits.md", "exec"), names)
+    assert torch.equal(names["text"].sequences, names["plain"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
 def test_named_files_exist():
     names = re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|txt|toml))`", README)
     names += re.findall(r"\]\(([\w./-]+)\)", README)

@@ -5,6 +5,7 @@ Runs are a few steps of the smoke recipe with a smaller task.
 
 import importlib.metadata
 import json
+import math
 import os
 import runpy
 import signal
@@ -17,13 +18,14 @@ import datasets
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer, GenerationConfig
 
 import train
 from data_builders import train_byte_bpe
 from modeling_looped import LoopedForCausalLM
-from toys import write_pages
+from toys import make_model, write_pages
 from train import RecipeLoader, build_recipe, lr_factor, main, read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -452,11 +454,6 @@ def test_loops_without_parameters_are_refused_before_training(recipe, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_an_exit_gate_that_would_learn_nothing_is_refused(recipe):
-    with pytest.raises(ValueError, match=r"model\.exit_gate is True.*Trainer"):
-        main(recipe("run", "--model.exit_gate=true"))
-
-
 def test_help_names_every_field(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
@@ -510,6 +507,61 @@ def test_accumulated_blocks_are_one_batch(text, tmp_path):
     whole = [loss for _, loss in rows(tmp_path / "whole")]
     assert [loss for _, loss in rows(tmp_path / "parts")] == pytest.approx(whole, abs=1e-5)
     assert [loss for _, loss in rows(tmp_path / "again")] == pytest.approx(whole, abs=1e-5)
+
+
+def test_an_exit_gate_is_trained_in_two_stages(text, tmp_path):
+    """First model and gate by the expected loss, then the gate alone: the weights of the rest do not move."""
+    gate = (
+        "--model={num_core_layers: 1, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_loops: 3, "
+    )
+    main(text("first", gate + "exit_gate: true, exit_entropy_weight: 0.05}"))
+    stage = ["--data.vocab_size=null", f"--init_from={tmp_path / 'first' / 'model'}", "--optim.kind=adamw"]
+    main(text("second", *stage, "--model={exit_loss: gate}"))
+    first, second = (LoopedForCausalLM.from_pretrained(tmp_path / run / "model") for run in ("first", "second"))
+    assert second.config.exit_loss == "gate"
+    moved = {name for name, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[name])}
+    assert moved == {"model.exit_gate.weight", "model.exit_gate.bias"}
+    for run in ("first", "second"):
+        for _, exits in rows(tmp_path / run, "exits"):
+            assert 1 < exits["mean_loop"] < 3
+            assert 0 < exits["entropy"] <= math.log(3)
+    # Another task's readout, and what the loss cannot be combined with.
+    with pytest.raises(ValueError, match=r"leave optim\.label_smoothing"):
+        main(text("third", gate + "exit_gate: true}", "--optim.label_smoothing=0.1"))
+
+
+@torch.no_grad()
+def test_measured_exits_are_those_of_a_naive_sum():
+    model = make_model(exit_gate=True, num_loops=3)
+    torch.nn.init.normal_(model.model.exit_gate.weight)
+    ids = torch.arange(1, 49).view(4, 12)
+    labels = torch.where(ids % 5 == 0, -100, ids + 1)
+
+    class Blocks:
+        sequence_length = 12
+
+        def rows(self, numbers):
+            return {"input_ids": ids[numbers], "shift_labels": labels[numbers]}
+
+    measured = train.held_out_exits(Accelerator(), model, Blocks(), 4, 3)
+    kept, left = labels != -100, torch.ones(4, 12)
+    expected = mean_loop = entropy = 0.0
+    for loops in (1, 2, 3):
+        logits = model(ids, num_loops=loops).logits
+        state = model.model(ids, num_loops=loops).last_hidden_state  # already normalised
+        chance = model.model.exit_gate(state).sigmoid() if loops < 3 else torch.ones(4, 12)
+        p, left = left * chance, left * (1 - chance)
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        expected += float((p * loss)[kept].mean())
+        mean_loop += loops * float(p[kept].mean())
+        entropy -= float((p * p.log())[kept].mean())
+    assert measured == pytest.approx({"expected_loss": expected, "mean_loop": mean_loop, "entropy": entropy}, rel=1e-4)
+
+
+def test_an_exit_gate_learns_from_hops_as_well(recipe, tmp_path):
+    main(recipe("run", "--model.exit_gate=true", "--max_steps=3"))
+    model = LoopedForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.model.exit_gate.weight.any()  # zero in a fresh model
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | bench | convert |
-quantize`.
+quantize | serve`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -174,6 +174,12 @@ def run_quantize(arguments) -> None:
     print(f"{quantization_text(open_run(arguments.run).quantization())}\n\nwritten to {path}")
 
 
+def run_serve(arguments) -> None:
+    from .serving import serve
+
+    serve(arguments.model, arguments.options)
+
+
 def parser() -> argparse.ArgumentParser:
     main_parser = argparse.ArgumentParser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -326,6 +332,16 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
     command.set_defaults(call=run_quantize)
+
+    command = commands.add_parser("serve", help="an OpenAI-compatible server: `transformers serve` of a looped model")
+    command.add_argument("model", metavar="MODEL", help="a folder with a model and its tokenizer, or its Hub name")
+    command.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="options of `transformers serve`, such as --port 8000 --device cpu",
+    )
+    command.set_defaults(call=run_serve)
     return main_parser
 
 

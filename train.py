@@ -1,15 +1,16 @@
-"""Train a looped transformer on hops or text: `accelerate launch train.py recipes/NAME.yaml [--any.field value ...]`.
+"""Train a looped transformer on hops, text or molecules: `accelerate launch train.py RECIPE [--field value ...]`.
 
     while budget remains:
         batch = task.batches[step]        rows of one length and one loop count; a pure function of (seed, step)
-        loss  = model(batch, num_loops)   cross-entropy of the tokens asked for, averaged over ranks and micro-batches
+        loss  = model(batch, num_loops)   mean cross-entropy of the tokens asked for, of all ranks and micro-batches
         update                            AdamW, or Muon for the matrices of the layers and AdamW for the rest
         every check_every steps:          task.check on held-out rows, and task.advance
         every checkpoint_every steps:     save the whole training state
 
-    task     asks for                          check                            advance
-    hops     the answer, at one readout token  accuracy by hops (the gate)      stage k passed -> train on 1..k+1 hops
-    text     the next token, at every token    nats per token, and perplexity   -
+    task       asks for                          check                          advance
+    hops       the answer, at one readout token  accuracy by hops (the gate)    stage k passed -> train on 1..k+1 hops
+    text       the next token, at every token    nats per token, perplexity     -
+    molecules  the same, in rows of several      the same                       -
 
 A run lives in `<output_dir>/<name>/`: recipe.yaml (resolved), metrics.jsonl, checkpoints/, and at the end model/ and
 summary.json. The same command again resumes it, after `kill -9` too, with the losses the uninterrupted run would have
@@ -50,14 +51,19 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from data_builders import (
     DepthSampler,
     HopBatches,
+    MoleculeBatches,
+    PackedMolecules,
     TextBatches,
     TextBlocks,
     dataset_byte_bpe,
+    dataset_smiles_tokenizer,
     dataset_tokenizer,
     encode_groups,
+    load_molecules,
     load_task,
     load_text,
 )
+from looplab.distillation import Distillation, interpolated
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 logger = get_logger(__name__)
@@ -70,11 +76,12 @@ CHECKED_TOKENS = 2048
 @strict
 @dataclass
 class Data:
-    task: Literal["khop", "composition", "text"] = "khop"
+    task: Literal["khop", "composition", "text", "molecules"] = "khop"
     seed: int = 0
     overrides: dict = field(default_factory=dict)  # fields of the builder's config
-    # Hops:
+    # Hops, and molecules where no files are named:
     config: str = "cpu"  # preset of the builder
+    # Hops:
     weighting: Literal["rows", "uniform"] = "rows"  # hop count of a step: by the rows each has, or all alike
     readout: Literal["token", "last"] = "token"  # where the answer is read: an appended token, or the last relation
     pad_to: int | None = None  # pad every row to this length and read at its end, as the paper's code does
@@ -85,6 +92,8 @@ class Data:
     tokenizer: str | None = None  # a folder with a tokenizer in it
     vocab_size: int | None = None  # of a byte-level BPE that is learnt from the training text
     validation_tokens: int | None = None  # measure on so many held-out tokens, not on all
+    # Molecules take `sequence_length`, the tokens of a packed row, `files` (.csv, .smi), `validation_tokens`, and:
+    spellings: int | None = None  # train on so many random SMILES of each molecule, another in every epoch, in turn
 
 
 @strict
@@ -106,6 +115,7 @@ class Optim:
     kind: Literal["adamw", "muon"] = "adamw"
     lr: Number = 1e-3  # of AdamW
     muon_lr: Number = 0.02
+    kv_gate_lr: Number | None = None  # AdamW's, of the gates of kv_sharing="gated"; those of their kind if not given
     betas: list[Number] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: Number = 0.0  # of matrices and embeddings; norms and biases have none
     warmup_steps: int = 0
@@ -117,10 +127,21 @@ class Optim:
 
 @strict
 @dataclass
+class Distill:
+    """Learn from a model with a KV row per loop to do with one row per token (MELT), see `looplab/distillation.py`."""
+
+    teacher: str | None = None  # a saved model's folder; None: learn from the labels
+    phase: Literal["interpolation", "alignment"] = "alignment"
+    alignment: Number = 0.1  # weight of the attention outputs' distance, in the phase of that name
+    all_loops: bool = True  # compare what every loop would say; otherwise the last loop
+
+
+@strict
+@dataclass
 class Curriculum:
     """Stage k trains on 1..k hops jointly until k passes the gate. Ends default to the deepest hop in the data.
 
-    Text has no stages: of these fields it takes `check_every` only.
+    Text and molecules have no stages: of these fields they take `check_every` only.
     """
 
     start_hops: int | None = None
@@ -133,7 +154,12 @@ class Curriculum:
 
 
 # Fields of LoopedConfig that may differ from those the weights of `init_from` were trained with.
-KEEPS_WEIGHTS = frozenset({"num_loops", "attention_dropout", "residual_dropout", "embedding_dropout"})
+KEEPS_WEIGHTS = frozenset(
+    {
+        "num_loops", "attention_dropout", "residual_dropout", "embedding_dropout", "kv_sharing", "kv_gate",
+        "kv_gate_rank", "prefill_chunk",
+    }
+)  # fmt: skip
 
 
 @strict
@@ -151,11 +177,13 @@ class Recipe:
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
     curriculum: Curriculum = field(default_factory=Curriculum)
-    batch_size: int = 256  # rows of one update, over all ranks and micro-batches
+    distill: Distill = field(default_factory=Distill)
+    batch_size: int = 256  # rows, or molecules, of one update, over all ranks and micro-batches
     accumulation_steps: int = 1  # micro-batches an update is split into
     max_steps: int | None = None
     max_seconds: Number | None = None  # of the training loop, counted across resumes
     num_grad_loops: int | None = None  # back-propagate through the last loops only
+    cut_chunks: bool = False  # with model.prefill_chunk: no gradient through the KV rows of earlier chunks
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False  # layer by layer, so that the number of loops may vary
@@ -262,7 +290,7 @@ class State:
     stage: int = 0  # deepest hop count in training; text has none
     stage_start: int = 0  # step at which the stage began
     step: int = 0  # updates made
-    tokens: int = 0  # input tokens of all ranks
+    tokens: int = 0  # input tokens of all ranks, without padding between molecules
     seconds: float = 0.0
     learnable_depth: int = 0  # deepest hop count that passed the gate
     gate: dict[str, float] = field(default_factory=dict)  # last check: hops -> accuracy, or loops -> nats per token
@@ -360,12 +388,15 @@ def forget_rows_after(metrics: Path, step: int):
 def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
     """AdamW; with Muon, that takes the matrices of the layers (Jordan et al. 2024) and AdamW keeps the rest."""
     parts = [model.model.prelude, model.model.core, model.model.coda] if optim.kind == "muon" else []
-    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2]
-    taken = {id(p) for p in matrices}
+    gates = [p for name, p in model.named_parameters() if ".kv_gate." in name and optim.kv_gate_lr is not None]
+    taken = {id(p) for p in gates}
+    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2 and id(p) not in taken]
+    taken |= {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": gates, "weight_decay": 0.0, "lr": optim.kv_gate_lr},
     ]
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=tuple(optim.betas))]
     if matrices:
@@ -430,20 +461,24 @@ def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops
 
 @torch.no_grad()
 def held_out_loss(
-    accelerator: Accelerator, model: LoopedForCausalLM, blocks: TextBlocks, num_blocks: int, num_loops: int
+    accelerator: Accelerator,
+    model: LoopedForCausalLM,
+    held_out: TextBlocks | PackedMolecules,
+    number: int,
+    num_loops: int,
 ) -> float:
-    """Mean cross-entropy, in nats per token, over the first `num_blocks` blocks; ranks share the work."""
-    total = torch.zeros((), device=accelerator.device)
+    """Mean cross-entropy, in nats per token, over the first `number` blocks or molecules; ranks share the work."""
+    total, count = torch.zeros((2, 1), dtype=torch.float64, device=accelerator.device)
     model.eval()
-    share = torch.arange(num_blocks)[accelerator.process_index :: accelerator.num_processes]
-    num_rows = max(1, CHECKED_TOKENS // blocks.sequence_length)
-    for start in range(0, len(share), num_rows):
-        rows = blocks.rows(share[start : start + num_rows])
-        rows = {name: value.to(accelerator.device) for name, value in rows.items()}
-        logits = model(input_ids=rows["input_ids"], num_loops=num_loops, use_cache=False).logits  # (b, T, V)
-        total += F.cross_entropy(logits.flatten(0, 1).float(), rows["shift_labels"].flatten(), reduction="sum")
+    share = torch.arange(number)[accelerator.process_index :: accelerator.num_processes]
+    for chosen in share.split(max(1, int(CHECKED_TOKENS / held_out.mean_length))):
+        rows = {name: value.to(accelerator.device) for name, value in held_out.rows(chosen).items()}
+        labels = rows.pop("shift_labels").flatten()
+        logits = model(**rows, num_loops=num_loops, use_cache=False).logits  # (b, T, V)
+        total += F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+        count += (labels >= 0).sum()
     model.train()
-    return accelerator.reduce(total).item() / (num_blocks * blocks.sequence_length)
+    return (accelerator.reduce(total) / accelerator.reduce(count)).item()
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
@@ -452,6 +487,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedFor
         token_ids = {
             "vocab_size": len(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
         return LoopedForCausalLM(LoopedConfig(**(token_ids | recipe.model)))
@@ -459,9 +495,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedFor
     model, report = LoopedForCausalLM.from_pretrained(
         recipe.init_from, config=config, dtype=torch.float32, output_loading_info=True
     )
-    wrong = sorted(
-        name for problem in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[problem]
-    )
+    # KV gates that the weights were trained without start as fresh ones do.
+    missing = [name for name in report["missing_keys"] if ".kv_gate." not in name]
+    wrong = sorted([*missing, *report["unexpected_keys"], *report["mismatched_keys"]])
     if wrong:
         raise ValueError(f"init_from: the weights in {recipe.init_from} do not fit its config.json ({wrong[0]}).")
     if len(tokenizer) > config.vocab_size:
@@ -495,6 +531,23 @@ def refuse_fields(section_name: str, section, names: Iterable[str], task: str):
             raise ValueError(f"{section_name}.{item.name} is not for the task {task}: leave it out.")
 
 
+# Of the data section.
+HOP_FIELDS = ("weighting", "readout", "pad_to", "at_least_hops")
+
+
+def check_unstaged(recipe: Recipe):
+    """ValueError for fields of stages in a task without any, and for lengths that cannot be."""
+    data = recipe.data
+    stages = [item.name for item in fields(Curriculum) if item.name != "check_every"]
+    refuse_fields("curriculum", recipe.curriculum, stages, data.task)
+    if data.sequence_length is None:
+        raise ValueError(f"data.sequence_length must be set for the task {data.task}: the tokens of a row.")
+    for name in ("sequence_length", "vocab_size", "validation_tokens", "spellings"):
+        value = vars(data)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} must be >= 1, got {value}.")
+
+
 class HopTask:
     """Chains of relations: the answer is read at one token, and deeper chains come in as shallower ones are learnt."""
 
@@ -503,8 +556,8 @@ class HopTask:
 
     @staticmethod
     def check_fields(recipe: Recipe):
-        """ValueError for fields that only text has."""
-        text_only = ("files", "sequence_length", "tokenizer", "vocab_size", "validation_tokens")
+        """ValueError for fields that only text and molecules have."""
+        text_only = ("files", "sequence_length", "tokenizer", "vocab_size", "validation_tokens", "spellings")
         refuse_fields("data", recipe.data, text_only, recipe.data.task)
 
     def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator):
@@ -607,17 +660,10 @@ class TextTask:
 
     @staticmethod
     def check_fields(recipe: Recipe):
-        """ValueError for fields that only hops have, and for lengths and tokenizers that cannot be."""
+        """ValueError for fields that only other tasks have, and for lengths and tokenizers that cannot be."""
         data = recipe.data
-        refuse_fields("data", data, ("config", "weighting", "readout", "pad_to", "at_least_hops"), "text")
-        stages = [item.name for item in fields(Curriculum) if item.name != "check_every"]
-        refuse_fields("curriculum", recipe.curriculum, stages, "text")
-        if data.sequence_length is None:
-            raise ValueError("data.sequence_length must be set for the task text: the tokens of a row.")
-        for name in ("sequence_length", "vocab_size", "validation_tokens"):
-            value = vars(data)[name]
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {value}.")
+        refuse_fields("data", data, ("config", *HOP_FIELDS, "spellings"), "text")
+        check_unstaged(recipe)
         sources = {"init_from": recipe.init_from, "data.tokenizer": data.tokenizer, "data.vocab_size": data.vocab_size}
         given = [name for name, value in sources.items() if value is not None]
         if len(given) != 1:
@@ -694,7 +740,110 @@ class TextTask:
         )
 
 
-TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask}
+class MoleculeTask(TextTask):
+    """SMILES: as text, but each molecule is by itself, several of them in a row of one length."""
+
+    # Jindal and Ju 2026, arXiv 2605.06322: how molecules are written.
+    generation = {"do_sample": True, "temperature": 0.8, "top_k": 40, "max_new_tokens": 120}  # noqa: RUF012
+
+    @staticmethod
+    def check_fields(recipe: Recipe):
+        """ValueError for fields that only other tasks have, and for lengths that cannot be."""
+        refuse_fields("data", recipe.data, (*HOP_FIELDS, "tokenizer", "vocab_size"), "molecules")
+        check_unstaged(recipe)
+
+    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator):
+        self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
+        data = recipe.data
+        with accelerator.main_process_first():
+            dataset = load_molecules(data.config, data.files, **({"seed": data.seed} | data.overrides))
+            if recipe.init_from is not None:
+                self.tokenizer = load_tokenizer("init_from", recipe.init_from)
+            else:
+                self.tokenizer = dataset_smiles_tokenizer(dataset)
+            self.batches = MoleculeBatches(
+                dataset["train"], self.tokenizer, data.sequence_length, recipe.batch_size, recipe.seed, depth,
+                rank=accelerator.process_index, world=accelerator.num_processes,
+                spellings=data.spellings, spelling_seed=data.seed,
+            )  # fmt: skip
+            self.held_out = PackedMolecules(dataset["validation"], self.tokenizer, data.sequence_length)
+        self.num_held_out = len(self.held_out)
+        if data.validation_tokens is not None:
+            ends = self.held_out.lengths.cumsum()
+            self.num_held_out = max(1, int((ends <= data.validation_tokens).sum()))
+
+    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
+        """The last check, which came after the last step, and how many molecules there were."""
+        return self.measured(state, num_loops) | {
+            "train_molecules": self.batches.num_molecules,
+            "train_tokens": self.batches.num_tokens,
+            "held_out_molecules": self.num_held_out,
+        }
+
+    def headline(self, summary: dict) -> str:
+        return f"held-out molecules {summary['held_out']['loss']:.4f} nats per token, at {summary['gate_loops']} loops"
+
+
+TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask, "molecules": MoleculeTask}
+
+
+class LabelLoss:
+    """Cross-entropy of the tokens asked for."""
+
+    def __init__(self, recipe: Recipe, logits_to_keep: int):
+        self.logits_to_keep, self.label_smoothing = logits_to_keep, recipe.optim.label_smoothing
+        self.settings = {"num_grad_loops": recipe.num_grad_loops, "cut_chunks": recipe.cut_chunks}
+
+    def begin(self, progress: float):
+        """Called before an update with the share of the run that is done."""
+
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
+        """The loss of (b, T) rows with (b, K) labels, summed over the labels."""
+        logits = model(
+            **rows, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False, **self.settings
+        ).logits  # (b, K, V)
+        logits, labels = logits.flatten(0, 1).float(), labels.flatten()
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
+
+
+class DistillationLoss:
+    """What a teacher says of every token; labels are not used."""
+
+    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, device: torch.device):
+        distill = recipe.distill
+        if recipe.data.task == "molecules":
+            raise ValueError("distill is for rows without padding, which packed molecules have: leave it out.")
+        if recipe.num_grad_loops is not None or recipe.optim.label_smoothing:
+            raise ValueError("distill takes neither num_grad_loops nor optim.label_smoothing: leave them out.")
+        self.interpolates = distill.phase == "interpolation"
+        if self.interpolates and (recipe.gradient_checkpointing or recipe.cut_chunks):
+            raise ValueError(
+                "distill.phase 'interpolation' keeps the rows of both memories, which gradient_checkpointing and "
+                "cut_chunks would lose: leave them out."
+            )
+        teacher = LoopedForCausalLM.from_pretrained(distill.teacher, dtype=torch.float32).to(device)
+        alignment = 0.0 if self.interpolates else distill.alignment
+        self.distillation = Distillation(student, teacher, alignment, distill.all_loops)
+        self.student, self.alpha, self.settings = student, 0.0, {"cut_chunks": recipe.cut_chunks}
+
+    def begin(self, progress: float):
+        """The gated memory's share rises from 0 to 1 over the run."""
+        self.alpha = progress
+
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
+        """The mean loss of (b, T) rows, times their (b, K) labels."""
+        with (
+            interpolated(self.student) if self.interpolates else nullcontext() as sharing,
+            self.distillation.on(rows, num_loops),
+        ):
+            if sharing is not None:
+                sharing.alpha = self.alpha
+            # One label per position: all of them are read.
+            loss = model(
+                **rows, shift_labels=rows["input_ids"], num_loops=num_loops, use_cache=self.interpolates,
+                **self.settings,
+            ).loss  # fmt: skip
+        return loss * labels.numel()
 
 
 def provenance(accelerator: Accelerator) -> dict:
@@ -751,6 +900,7 @@ def main(recipe: Recipe) -> dict:
     looped.generation_config = GenerationConfig(
         num_loops=looped.config.num_loops,
         pad_token_id=task.tokenizer.pad_token_id,
+        bos_token_id=task.tokenizer.bos_token_id,
         eos_token_id=task.tokenizer.eos_token_id,
         **task.generation,
     )
@@ -760,9 +910,12 @@ def main(recipe: Recipe) -> dict:
             "model.exit_gate is True, and train.py trains on the logits of the last loop, from which a gate learns "
             "nothing: leave it out, or train by the model's own loss, model(labels=...), as Trainer does."
         )
+    objective = LabelLoss(recipe, task.logits_to_keep)
+    if recipe.distill.teacher is not None:
+        objective = DistillationLoss(recipe, looped, accelerator.device)
     check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": gate_loops}, recipe.eval_loops)
-    # And the parameters of loops that a batch does not run.
-    ddp.find_unused_parameters |= looped.config.loops_have_parameters
+    # And the parameters of loops that a batch does not run; a KV gate has nothing to mix in the first.
+    ddp.find_unused_parameters |= looped.config.loops_have_parameters or looped.config.kv_sharing == "gated"
     set_seed(recipe.seed, device_specific=True)
     if recipe.gradient_checkpointing:
         looped.activation_checkpointing_enable()
@@ -804,8 +957,11 @@ def main(recipe: Recipe) -> dict:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+        objective.begin(min(1.0, progress))
         batch = task.batches[state.step]
         tensors = {name: value.to(accelerator.device) for name, value in batch.items() if torch.is_tensor(value)}
+        # Molecules fill the rows of ranks and micro-batches unevenly: they say how many labels there are in all.
+        num_labels = batch.get("num_labels", tensors["shift_labels"].numel() * world)
         chunks = [value.chunk(recipe.accumulation_steps) for value in tensors.values()]
         parts = [dict(zip(tensors, part, strict=True)) for part in zip(*chunks, strict=True)]
         loss = torch.zeros((), device=accelerator.device)
@@ -813,12 +969,8 @@ def main(recipe: Recipe) -> dict:
             # Ranks exchange gradients once per update.
             with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
                 labels = rows.pop("shift_labels")  # (b, K)
-                logits = model(
-                    **rows, logits_to_keep=task.logits_to_keep, num_loops=batch["num_loops"],
-                    num_grad_loops=recipe.num_grad_loops, use_cache=False,
-                ).logits  # (b, K, V)  # fmt: skip
-                logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-                part = F.cross_entropy(logits, labels, label_smoothing=optim.label_smoothing) / len(parts)
+                part = objective(model, rows, labels, batch["num_loops"])
+                part = part * (world / num_labels)  # DDP averages over ranks
                 accelerator.backward(part)
             loss += part.detach()
         # The clock is the main process's, so that all ranks stop at the same step.
@@ -835,7 +987,7 @@ def main(recipe: Recipe) -> dict:
             optimizer.step()
             optimizer.zero_grad()
         state.step += 1
-        state.tokens += tensors["input_ids"].numel() * world
+        state.tokens += batch.get("num_labels", tensors["input_ids"].numel() * world)
         state.seconds = seconds
         state.finished = state.step >= (recipe.max_steps or math.inf) or seconds >= (recipe.max_seconds or math.inf)
         progress_bar.update()

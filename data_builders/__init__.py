@@ -17,7 +17,8 @@ from .composition import Composition, CompositionConfig
 from .khop import Khop, KhopConfig
 from .molecules import Molecules, MoleculesConfig, augment, canonical_smiles, random_smiles
 from .multiple_choice import MultipleChoice, MultipleChoiceConfig
-from .tasks import export_parquet, load_task, load_text, task_builder
+from .packing import MoleculeBatches, PackedMolecules
+from .tasks import export_parquet, load_molecules, load_task, load_text, task_builder
 from .text import Text, TextConfig
 from .tokenizers import (
     dataset_byte_bpe,
@@ -37,10 +38,12 @@ __all__ = [
     "KhopConfig",
     "LoopCollator",
     "LoopCollatorCallback",
+    "MoleculeBatches",
     "Molecules",
     "MoleculesConfig",
     "MultipleChoice",
     "MultipleChoiceConfig",
+    "PackedMolecules",
     "Text",
     "TextBatches",
     "TextBlocks",
@@ -56,6 +59,7 @@ __all__ = [
     "encode_text",
     "export_parquet",
     "hop_tokenizer",
+    "load_molecules",
     "load_task",
     "load_text",
     "random_smiles",

@@ -4,7 +4,8 @@
     hops      = one hop count, drawn by the rows each has
     rows      = the next global batch of that hop count's shuffled epochs; a rank takes its contiguous share
 
-Text has no hops; its rows are blocks of T tokens, cut from all documents one after the other.
+Text has no hops; its rows are blocks of T tokens, cut from all documents one after the other. Molecules are packed,
+several to a row: packing.py.
 
 Legend: N rows, b rows of a rank's batch, T tokens.
 """
@@ -343,6 +344,31 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     )
 
 
+class TokenStream:
+    """The tokens of a split's documents one after the other, the end-of-text token after each.
+
+    starts (N + 1,): where each of the N documents begins, and where the last one ends. Tokens are mapped into memory.
+    """
+
+    def __init__(self, split: Dataset, tokenizer: PreTrainedTokenizerBase):
+        column = encode_text(split, tokenizer).with_format("arrow")[:]["input_ids"]
+        lengths = [pc.list_value_length(chunk).to_numpy() for chunk in column.chunks]
+        self.starts = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+        # Views of the file, not copies: a chunk's tokens are contiguous in it.
+        self._parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
+        self._part_starts = np.cumsum([0, *map(len, self._parts)])
+
+    def __len__(self) -> int:
+        return int(self._part_starts[-1])
+
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start .. stop of the stream."""
+        first = int(np.searchsorted(self._part_starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._part_starts, stop, side="left"))
+        parts = zip(self._part_starts[first:last], self._parts[first:last], strict=True)
+        return np.concatenate([part[max(0, start - at) : stop - at] for at, part in parts])
+
+
 class TextBlocks:
     """Blocks of `sequence_length` tokens and the token that follows each, cut from all documents in a row.
 
@@ -355,11 +381,8 @@ class TextBlocks:
     def __init__(self, split: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be >= 1, got {sequence_length}.")
-        column = encode_text(split, tokenizer).with_format("arrow")[:]["input_ids"]
-        # Views of the file, not copies: a chunk's tokens are contiguous in it.
-        self._parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
-        self._starts = np.cumsum([0, *map(len, self._parts)])
-        self.sequence_length, self.num_tokens = sequence_length, int(self._starts[-1])
+        self._stream = TokenStream(split, tokenizer)
+        self.sequence_length, self.num_tokens = sequence_length, len(self._stream)
         if len(self) < 1:
             raise ValueError(
                 f"the split {split.split} has {self.num_tokens} tokens, too few for a block of {sequence_length} and "
@@ -369,19 +392,17 @@ class TextBlocks:
     def __len__(self) -> int:
         return max(0, self.num_tokens - 1) // self.sequence_length
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens that are predicted per block."""
+        return self.sequence_length
+
     def rows(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         """{"input_ids": (N, T) long, "shift_labels": (N, T) long} of the blocks `numbers` (N,)."""
-        starts = (numbers * self.sequence_length).tolist()
-        tokens = torch.from_numpy(np.stack([self._between(start) for start in starts]).astype(np.int64))  # (N, T + 1)
+        length = self.sequence_length
+        blocks = [self._stream.between(at, at + length + 1) for at in (numbers * length).tolist()]
+        tokens = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (N, T + 1)
         return {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
-
-    def _between(self, start: int) -> np.ndarray:
-        """Tokens (T + 1,) of the stream from `start`."""
-        stop = start + self.sequence_length + 1
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        last = int(np.searchsorted(self._starts, stop, side="left"))
-        parts = zip(self._starts[first:last], self._parts[first:last], strict=True)
-        return np.concatenate([part[max(0, start - at) : stop - at] for at, part in parts])
 
 
 class TextBatches(torch.utils.data.Dataset):

@@ -70,6 +70,17 @@ def load_text(files: list[str] | None, /, *, cache_dir: str | Path | None = None
     return load_task("text", config, cache_dir=cache_dir, **(named | overrides))
 
 
+def load_molecules(
+    config_name: str, files: list[str] | None, /, *, cache_dir: str | Path | None = None, **overrides
+) -> DatasetDict:
+    """Splits of the task molecules: of `files`, or of a preset such as moses.
+
+    Raises ValueError as `task_builder`.
+    """
+    named = {} if files is None else {"files": files}
+    return load_task("molecules", "files" if named else config_name, cache_dir=cache_dir, **(named | overrides))
+
+
 def export_parquet(
     name: str, config_name: str, folder: str | Path, *, cache_dir: str | Path | None = None, **overrides
 ) -> Path:

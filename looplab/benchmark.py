@@ -4,6 +4,7 @@
     decode     `generate`, greedy, batch 1, new tokens/s; eager with a dynamic cache, compiled with a static one
     kv_bytes   bytes of the cache tensors per token, for each kv_sharing
     hyper      training step of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
+    context    decoding at long contexts, and chunks: training with gated KV, see `contexts.py`
     halting    layer calls and wall time of the KL + entropy rule against fixed loops, on a trained run
 
 Both models run the same matrix products on the same tokens; the looped one has num_core_layers layers of weights,
@@ -45,9 +46,11 @@ class Workload:
     new_tokens: int = 64
     matmul: int = 1536
     rows_per_hop: int = 64
+    steps: int = 8  # decoded at each context
+    chunks: tuple[int, ...] = (16, 64, 256, 512)  # tokens
 
 
-QUICK = Workload(vocab=64, batch=2, tokens=8, prompt=4, new_tokens=4, matmul=64, rows_per_hop=4)
+QUICK = Workload(vocab=64, batch=2, tokens=8, prompt=4, new_tokens=4, matmul=64, rows_per_hop=4, steps=1, chunks=(4,))
 
 
 def forward_flops(
@@ -324,6 +327,8 @@ def bench(
     run: str | Path | None = None,
     compiled: bool = True,
     quick: bool = False,
+    contexts: Sequence[int] = (),
+    memory_loops: Sequence[int] = (4, 8),
 ) -> Path:
     """Measure, print a table and write OUTPUT/bench.jsonl, one row per measurement.
 
@@ -333,7 +338,11 @@ def bench(
         run: a trained run for the halting rows.
         compiled: also the rows with torch.compile, which take minutes to compile.
         quick: tiny sizes and two rounds, to see that it works.
+        contexts: measure these instead: decoding after so many tokens with each KV sharing, and training in chunks.
+        memory_loops: loop counts of the contexts.
     """
+    from .contexts import context_lines, memory_plan
+
     if run is not None:
         open_run(run).model_folder()
     work = QUICK if quick else Workload()
@@ -342,14 +351,16 @@ def bench(
     peak = matmul_peak(work.matmul)
     plan = [lambda w=w, c=c: [training_row(w, work, rounds, c, peak)] for w in widths for c in modes]
     plan += [lambda w=w, c=c: [decode_row(w, work, rounds, c)] for w in widths for c in modes]
-    plan += [lambda w=w, s=s: [kv_row(w, work, s)] for w in widths for s in ("per_loop", "last")]
+    plan += [lambda w=w, s=s: [kv_row(w, work, s)] for w in widths for s in ("per_loop", "last", "gated")]
     plan += [lambda w=w, c=c: [hyper_row(w, work, rounds, c)] for w in widths for c in modes]
     plan += [] if run is None else [lambda: halting_rows(run, work, rounds)]
+    if contexts:
+        plan = memory_plan(widths, work, rounds, contexts, memory_loops)
     facts = machine() | {"matmul_peak_gflops": peak, "layers": work.layers, "loops": work.loops}
     rows = []
     for measure in tqdm(plan, desc="measuring", unit="row"):
         rows += [facts | row for row in measure()]
-    print(bench_table(rows))
+    print("\n".join([bench_table(rows), *context_lines(rows)]))
     return write_whole(Path(output) / "bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -365,7 +376,7 @@ def bench_table(rows: Sequence[dict]) -> str:
         f"{'':<10} {'mode':<23}{'width':>6}{'looped':>10}{'Llama':>10}  ratio",
     ]
     for row in rows:
-        if row["measure"] in ("halting", "hyper"):
+        if row["measure"] not in ("training", "decode", "kv_bytes"):
             continue
         line = f"{row['measure']:<10} {row['mode']:<23}{row['width']:>6}{row['looped']:>10.0f}{row['llama']:>10.0f}"
         line += f"  {row['ratio']:.2f}"

@@ -1,5 +1,5 @@
-"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | bench | convert |
-quantize | serve`.
+"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | demo | bench |
+convert | quantize | publish | serve`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -122,6 +122,12 @@ def run_ask(arguments) -> None:
     ask(arguments.run, arguments.question, loops=arguments.loops)
 
 
+def run_demo(arguments) -> None:
+    from .demo import demo
+
+    demo(arguments.runs, port=arguments.port)
+
+
 def run_bench(arguments) -> None:
     from .benchmark import bench
 
@@ -132,6 +138,8 @@ def run_bench(arguments) -> None:
         run=arguments.run,
         compiled=not arguments.no_compile,
         quick=arguments.quick,
+        contexts=arguments.contexts,
+        memory_loops=arguments.memory_loops,
     )
 
 
@@ -159,6 +167,14 @@ def run_convert(arguments) -> None:
         )
 
 
+def run_memory(arguments) -> None:
+    from .memory import measure_memory, memory_table
+    from .runs import open_run
+
+    path = measure_memory(arguments.run, arguments.chunks, arguments.limit, arguments.loops)
+    print(f"{memory_table(open_run(arguments.run))}\n\nwritten to {path}")
+
+
 def run_quantize(arguments) -> None:
     from .quantization import quantization_text, quantize_run
     from .runs import open_run
@@ -172,6 +188,21 @@ def run_quantize(arguments) -> None:
         num_loops=arguments.loops,
     )
     print(f"{quantization_text(open_run(arguments.run).quantization())}\n\nwritten to {path}")
+
+
+def run_publish(arguments) -> None:
+    from .publishing import publish
+
+    publish(
+        arguments.run,
+        arguments.repo_id,
+        dataset=arguments.dataset,
+        space=arguments.space,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+        licence=arguments.license,
+        data_licence=arguments.dataset_license,
+    )
 
 
 def run_serve(arguments) -> None:
@@ -212,6 +243,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--max-hops", type=positive, metavar="K", help="chains of up to K hops (khop only)")
     command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
     command.set_defaults(call=run_halting)
+
+    command = commands.add_parser(
+        "memory", help="what each KV sharing costs and keeps, at chunk lengths, to RUN/memory.jsonl"
+    )
+    command.add_argument("run", metavar="RUN", help="a run on text or hops")
+    command.add_argument(
+        "--chunks",
+        type=int,
+        nargs="+",
+        default=(1, 0),
+        metavar="C",
+        help="tokens of a chunk; 1 is decoding, 0 one call (default: 1 0)",
+    )
+    command.add_argument(
+        "--limit", type=positive, metavar="N", help="at most N blocks, or rows per hop count and kind"
+    )
+    command.add_argument("--loops", type=positive, metavar="R", help="default: the model's own")
+    command.set_defaults(call=run_memory)
 
     command = commands.add_parser("plot", help="heat map or perplexity, and training curves, to RUN/figures/*.png")
     command.add_argument(
@@ -283,6 +332,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--loops", type=positive, nargs="+", default=[1, 2, 4, 8, 16], metavar="R")
     command.set_defaults(call=run_ask)
 
+    command = commands.add_parser("demo", help="a page with a loop slider, on this machine (needs the extra demo)")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="a run on hops, on molecules, or one of each")
+    command.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860")
+    command.set_defaults(call=run_demo)
+
     command = commands.add_parser("bench", help="speed and memory against an unrolled Llama, to OUTPUT/bench.jsonl")
     command.add_argument("--output", default="runs/bench", metavar="FOLDER", help="default: %(default)s")
     command.add_argument("--widths", type=positive, nargs="+", default=[64, 256, 512], metavar="D")
@@ -293,6 +347,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
     command.add_argument(
         "--quick", action="store_true", help="tiny sizes, to see that it works; the numbers mean nothing"
+    )
+    command.add_argument(
+        "--contexts",
+        type=positive,
+        nargs="+",
+        default=(),
+        metavar="S",
+        help="instead: decoding after S tokens with each KV sharing, and training in chunks",
+    )
+    command.add_argument(
+        "--memory-loops", type=positive, nargs="+", default=(4, 8), metavar="R", help="of --contexts (default: 4 8)"
     )
     command.set_defaults(call=run_bench)
 
@@ -332,6 +397,21 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
     command.set_defaults(call=run_quantize)
+
+    command = commands.add_parser("publish", help="a run to the Hugging Face Hub, with a card and its records")
+    command.add_argument("run", metavar="RUN", help="a run that `looped eval` has measured")
+    command.add_argument(
+        "--repo-id", required=True, metavar="USER/NAME", help="of the model, and of what goes with it"
+    )
+    command.add_argument("--dataset", action="store_true", help="also the data it was trained and measured on")
+    command.add_argument("--space", action="store_true", help="also the page with the loop slider, see `looped demo`")
+    command.add_argument("--private", action="store_true", help="visible to USER only")
+    command.add_argument("--dry-run", action="store_true", help="print what would be sent, without network or token")
+    command.add_argument("--license", metavar="ID", help="of the model, such as mit (default: apache-2.0)")
+    command.add_argument(
+        "--dataset-license", metavar="ID", help="of the data (default: the model's, where a seed generates them)"
+    )
+    command.set_defaults(call=run_publish)
 
     command = commands.add_parser("serve", help="an OpenAI-compatible server: `transformers serve` of a looped model")
     command.add_argument("model", metavar="MODEL", help="a folder with a model and its tokenizer, or its Hub name")

@@ -147,10 +147,14 @@ def watching(
     loops: Counter[nn.Module] = Counter()  # times each layer has run in the forward under way
 
     def hook_of(section: str, index: int) -> Callable:
-        def hook(layer: nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        def hook(layer: nn.Module, arguments: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple | None:
             call = LayerCall(section, loops[layer], index)
             loops[layer] += 1
-            return visit(call, output)
+            if isinstance(output, torch.Tensor):
+                return visit(call, output)
+            hidden_states, latent = output  # of a layer with a KV gate
+            changed = visit(call, hidden_states)
+            return None if changed is None else (changed, latent)
 
         return hook
 

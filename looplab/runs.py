@@ -11,6 +11,7 @@ halting.jsonl   accuracy against loops, time saved       `looped halting`
 evaluation.json limit; chance level, or size of a model  `looped eval`
 snapshots/      the model at steps the recipe names      while training
 lens*.jsonl     what states say and cause                `looped lens`
+memory.jsonl    value and bytes of each KV memory        `looped memory`
 quantization.json  perplexity with weights of few bits   `looped quantize`
 model_int4/     that model, weights dequantised          `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`
@@ -62,6 +63,9 @@ class Run:
 
     def text(self) -> list[dict]:
         return self._parse("text.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+
+    def memory(self) -> list[dict]:
+        return self._parse("memory.jsonl", json_lines, f"run `looped memory {self.folder}` first.")
 
     def halting(self) -> list[dict]:
         return self._parse("halting.jsonl", json_lines, f"run `looped halting {self.folder}` first.")

@@ -2,23 +2,31 @@
 
     per_loop   one row per (token, loop); stock cache layers, one slot per (loop, layer). Cached == uncached.
     first      one row per token, that of loop 0, read by every loop (MELT's z = 1). Cached == uncached.
-    last       one row per token, rewritten by every loop (MELT's z = 0): tokens of one call see each other at the
-               current loop, later calls see the last loop. The cache is therefore a different model from the uncached
-               run: the one obtained by calling the model token by token (Ouro, arXiv 2510.25741).
+    last       one row per token, rewritten by every loop (MELT's z = 0): tokens of one chunk see each other at the
+               current loop, later chunks see the last loop (Ouro, arXiv 2510.25741).
+    mean       as last, but what later chunks see is the mean of the loops' rows (Ouro).
+    gated      as last, but a loop's keys and values come from a latent that a gate mixes from the loops so far
+               (MELT, arXiv 2605.07721; `gates_looped.py`).
+
+A chunk is a call, or `prefill_chunk` tokens of it. The last three depend on where chunks end, by definition: token by
+token they are one model, whole prompts at once another, and `prefill_chunk=1` is decoding.
 
 A policy is used in every forward, whatever the cache:
 
     sharing.open(cache, num_loops)               sizes the slots for the loops asked for
-    inputs = sharing.inputs()                    inputs.of(layer, x): what keys and values are computed from
+    inputs = sharing.inputs()                    inputs.run(layer, index, x, loop) runs a layer, and chooses what keys
+                                                 and values are computed from
     sharing.close(cache, loops_run, num_tokens)  tokens that stopped early are filled in: all slots stay level
 
 The fill policy is *last computed*: a slot of a loop that a token never ran holds the token's rows of the deepest loop
-it did run. Legend: B rows, K heads, S cached tokens, T tokens of this call, d head size.
+it did run; a shared row is that of the loops it ran. Legend: B rows, K heads, S cached tokens, T tokens of this call,
+d head size.
 """
 
 import copy
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 
@@ -30,6 +38,18 @@ def recent_rows(layer: DynamicLayer | StaticLayer, count: int) -> tuple[torch.Te
     return layer.keys[:, :, -count:], layer.values[:, :, -count:]
 
 
+def rewrite_recent(layer: DynamicLayer | StaticLayer, order: torch.Tensor) -> None:
+    """Put the last T tokens of each row into another order, (B, T)."""
+    rows = [rows.gather(2, order[:, None, :, None].expand_as(rows)) for rows in recent_rows(layer, order.shape[1])]
+    if isinstance(layer, StaticLayer):
+        where = layer.cumulative_length - order.shape[1] + torch.arange(order.shape[1], device=order.device)
+        layer.keys.index_copy_(2, where, rows[0])
+        layer.values.index_copy_(2, where, rows[1])
+    else:
+        layer.keys = torch.cat([layer.keys[:, :, : -order.shape[1]], rows[0]], dim=2)
+        layer.values = torch.cat([layer.values[:, :, : -order.shape[1]], rows[1]], dim=2)
+
+
 def readable(cache: Cache, slot: int) -> DynamicLayer | StaticLayer:
     """The cache layer at `slot`, if its rows can be read back.
 
@@ -38,7 +58,7 @@ def readable(cache: Cache, slot: int) -> DynamicLayer | StaticLayer:
     """
     layer = cache.layers[slot]
     # Quantized and sliding layers are subclasses of these, and keep other tensors than their rows.
-    plain = type(layer) in (DynamicLayer, StaticLayer, RewritingDynamicLayer, RewritingStaticLayer)
+    plain = type(layer) in (DynamicLayer, StaticLayer) or isinstance(layer, RewritingLayer)
     if plain and isinstance(layer, (DynamicLayer, StaticLayer)):
         return layer
     raise ValueError(
@@ -91,7 +111,7 @@ class PerLoopSharing:
 
 
 class LastSharing:
-    """One slot per core layer; every loop rewrites the rows of this call's tokens."""
+    """One slot per core layer; every loop rewrites the rows of this chunk's tokens."""
 
     def __init__(self, config):
         self.slots = config.kv_slots()
@@ -103,13 +123,16 @@ class LastSharing:
         Raises:
             ValueError: the cache already holds tokens that another policy wrote, or is quantized.
         """
-        first, end = self.slots.slot("core", 0), self.slots.count(num_loops)
         if cache.layer_class_to_replicate is not None:
-            cache.layers.extend(cache.layer_class_to_replicate() for _ in range(end - len(cache.layers)))
-        for slot in range(first, end):
+            missing = self.slots.count(num_loops) - len(cache.layers)
+            cache.layers.extend(cache.layer_class_to_replicate() for _ in range(missing))
+        for slot in self._core_slots():
             if not isinstance(cache.layers[slot], RewritingLayer):
                 cache.layers[slot] = self._rewriting(cache, slot)
             cache.layers[slot].open_step()
+
+    def _core_slots(self) -> range:
+        return range(self.slots.slot("core", 0), self.slots.count(1))
 
     def _rewriting(self, cache: Cache, slot: int) -> "RewritingLayer":
         layer = readable(cache, slot)
@@ -118,6 +141,10 @@ class LastSharing:
                 f"kv_sharing={self.name!r} rewrites its rows, but slot {slot} of this cache was filled by "
                 "a layer that appends. Start from an empty DynamicCache or StaticCache."
             )
+        return self.layer_like(layer)
+
+    def layer_like(self, layer: DynamicLayer | StaticLayer) -> "RewritingLayer":
+        """An empty layer of this policy, of the kind and length of a stock one."""
         if isinstance(layer, StaticLayer):
             return RewritingStaticLayer(max_cache_len=layer.max_cache_len)
         return RewritingDynamicLayer()
@@ -131,6 +158,8 @@ class LastSharing:
 
     def close(self, cache: Cache, loops_run: int, num_tokens: int) -> None:
         """Nothing to fill: a token that stops early leaves the row of its last loop."""
+        for slot in self._core_slots():
+            cache.layers[slot].close_step()
 
 
 class FirstSharing(LastSharing):
@@ -140,32 +169,78 @@ class FirstSharing(LastSharing):
         return FirstInputs()
 
 
-SHARINGS = {"per_loop": PerLoopSharing, "last": LastSharing, "first": FirstSharing}
+class MeanSharing(LastSharing):
+    """One slot per core layer; what stays of a token is the mean of the rows of the loops it ran."""
+
+    def layer_like(self, layer: DynamicLayer | StaticLayer) -> "RewritingLayer":
+        if isinstance(layer, StaticLayer):
+            return AveragingStaticLayer(max_cache_len=layer.max_cache_len)
+        return AveragingDynamicLayer()
+
+
+class GatedSharing(LastSharing):
+    """One slot per core layer; keys and values come from the latent of `gates_looped.py`."""
+
+    def inputs(self) -> "GatedInputs":
+        return GatedInputs()
+
+
+SHARINGS = {
+    "per_loop": PerLoopSharing,
+    "last": LastSharing,
+    "first": FirstSharing,
+    "mean": MeanSharing,
+    "gated": GatedSharing,
+}
 
 
 class OwnInputs:
     """Keys and values are computed from what the layer runs on."""
 
-    def of(self, layer: int, hidden_states: torch.Tensor) -> None:
-        return None
+    def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor, loop: int, **kwargs) -> torch.Tensor:
+        """Layer number `index` of the core on (B, T, D) `hidden_states`."""
+        return layer(hidden_states, **kwargs)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Rows left the batch; there is nothing to keep in step."""
 
+    def join(self, parts: list) -> "OwnInputs":
+        """Those of successive tokens as one block, this one's the first."""
+        return self
 
-class FirstInputs:
+
+class FirstInputs(OwnInputs):
     """Keys and values are computed from what the layer ran on in loop 0."""
 
     def __init__(self):
         self.inputs = []
 
-    def of(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        if layer == len(self.inputs):
+    def run(self, layer, index, hidden_states, loop, **kwargs):
+        if loop == 0:
             self.inputs.append(hidden_states)
-        return self.inputs[layer]
+        return layer(hidden_states, self.inputs[index], **kwargs)
 
     def keep(self, rows: torch.Tensor) -> None:
         self.inputs = [hidden_states[rows] for hidden_states in self.inputs]
+
+    def join(self, parts: list) -> "FirstInputs":
+        joined = FirstInputs()
+        joined.inputs = [torch.cat(tokens, dim=1) for tokens in zip(*(part.inputs for part in parts), strict=True)]
+        return joined
+
+
+class GatedInputs(OwnInputs):
+    """Keys and values are computed from a latent that the layer's gate carries from loop to loop."""
+
+    def __init__(self):
+        self.latents = {}  # layer -> (B, T, D), of the loop before
+
+    def run(self, layer, index, hidden_states, loop, **kwargs):
+        hidden_states, self.latents[index] = layer(hidden_states, self.latents.get(index), loop, **kwargs)
+        return hidden_states
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.latents = {index: latent[rows] for index, latent in self.latents.items()}
 
 
 class RewritingLayer(CacheLayerMixin):
@@ -180,17 +255,38 @@ class RewritingLayer(CacheLayerMixin):
         """The next update belongs to new tokens."""
         self.step_is_open = True
 
+    def close_step(self) -> None:
+        """The tokens of this step have had their last loop."""
+
 
 class RewritingDynamicLayer(RewritingLayer, DynamicLayer):
+    # Keys and values before this step, where a gradient goes through them.
+    before: tuple[torch.Tensor, torch.Tensor] | None = None
+
     def update(self, key_states, value_states, *args, **kwargs):
         """Append or overwrite T rows; returns all keys and values, (B, K, S, d)."""
         if self.step_is_open:
             self.step_is_open = False
+            if (
+                self.keys is not None
+                and self.values is not None
+                and (torch.is_grad_enabled() or self.keys.requires_grad)
+            ):
+                self.before = (self.keys, self.values)
             return super().update(key_states, value_states)
-        kept = self.keys.shape[-2] - key_states.shape[-2]
-        self.keys = torch.cat([self.keys[:, :, :kept], key_states], dim=-2)
-        self.values = torch.cat([self.values[:, :, :kept], value_states], dim=-2)
+        if not torch.is_grad_enabled():
+            self.keys[:, :, -key_states.shape[-2] :] = key_states
+            self.values[:, :, -value_states.shape[-2] :] = value_states
+        elif self.before is None:
+            self.keys, self.values = key_states, value_states
+        else:  # what was returned before is part of the graph, and must stay as it is
+            self.keys = torch.cat([self.before[0], key_states], dim=-2)
+            self.values = torch.cat([self.before[1], value_states], dim=-2)
         return self.keys, self.values
+
+    def close_step(self) -> None:
+        super().close_step()
+        self.before = None
 
 
 class RewritingStaticLayer(RewritingLayer, StaticLayer):
@@ -200,6 +296,42 @@ class RewritingStaticLayer(RewritingLayer, StaticLayer):
             self.cumulative_length.sub_(key_states.shape[-2])
         self.step_is_open = False
         return super().update(key_states, value_states)
+
+
+class AveragingLayer(RewritingLayer):
+    """A rewriting layer that leaves the mean of what was written: each row's over the loops it ran.
+
+    A subclass has `write`, the update of the rewriting layer it averages in.
+    """
+
+    sums: tuple[torch.Tensor, torch.Tensor]
+    counts: torch.Tensor  # (B, 1, 1, 1)
+
+    def update(self, key_states, value_states, *args, rows: torch.Tensor | None = None, **kwargs):
+        """As in the rewriting layers; of these B rows only `rows` (b,) are written anew, the others had left."""
+        if self.step_is_open:
+            self.sums, self.counts = (key_states, value_states), key_states.new_ones(len(key_states), 1, 1, 1)
+        else:
+            if rows is None:
+                rows = torch.arange(len(key_states), device=key_states.device)
+            keys, values = self.sums
+            self.sums = keys.index_add(0, rows, key_states[rows]), values.index_add(0, rows, value_states[rows])
+            self.counts = self.counts.index_add(0, rows, self.counts.new_ones(len(rows), 1, 1, 1))
+        return self.write(key_states, value_states)
+
+    def close_step(self) -> None:
+        keys, values = self.sums
+        self.write(keys / self.counts, values / self.counts)
+        del self.sums, self.counts
+        super().close_step()
+
+
+class AveragingDynamicLayer(AveragingLayer, RewritingDynamicLayer):
+    write = RewritingDynamicLayer.update
+
+
+class AveragingStaticLayer(AveragingLayer, RewritingStaticLayer):
+    write = RewritingStaticLayer.update
 
 
 class ActiveCache:
@@ -221,7 +353,7 @@ class ActiveCache:
         before = readable(self.cache, self.sharing.previous(slot))
         keys, values = (rows.clone() for rows in recent_rows(before, key_states.shape[-2]))
         keys[self.rows], values[self.rows] = key_states, value_states
-        keys, values = self.cache.update(keys, values, slot)
+        keys, values = self.cache.update(keys, values, slot, rows=self.rows)
         return keys[self.rows], values[self.rows]
 
 

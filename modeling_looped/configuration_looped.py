@@ -134,8 +134,13 @@ class LoopedConfig(PreTrainedConfig):
             `HYPER_INITS`; `"euler"` puts a pretrained core into a damped loop.
         state_init (`"embeddings"` | `"zeros"` | `"normal"`): what the first loop starts from.
         state_init_std (`float`): standard deviation of `state_init="normal"`.
-        kv_sharing (`"per_loop"` | `"last"` | `"first"`): which loops of a token its KV rows keep, see
-            `cache_looped.py`.
+        kv_sharing (`"per_loop"` | `"first"` | `"last"` | `"mean"` | `"gated"`): which loops of a token its KV rows
+            keep, see `cache_looped.py`.
+        kv_gate (`"elementwise"` | `"low_rank"` | `"scalar"` | `"mean"` | `"ema"` | `"last"`): how `kv_sharing="gated"`
+            (MELT, 2605.07721) mixes loops into what keys and values are computed from, see `gates_looped.py`.
+        kv_gate_rank (`int`): rank of `kv_gate="low_rank"`.
+        prefill_chunk (`int`, *optional*): tokens of a chunk, of the KV sharings that depend on it (`"last"`, `"mean"`,
+            `"gated"`): longer calls are run chunk by chunk, see `chunks_looped.py`. None: a call is one chunk.
         exit_gate (`bool`): a gate reads after every loop how likely each token is to leave (Ouro). `labels` then give
             the loss that `exit_loss` names, and the halting rule `"q_exit"` can be asked for.
         exit_loss (`"expected"` | `"gate"`): train the model on the loss expected under the gate, or, with the model
@@ -193,7 +198,10 @@ class LoopedConfig(PreTrainedConfig):
     hyper_init: Literal["norm_preserving", "euler", "plain", "zero"] = "norm_preserving"
     state_init: Literal["embeddings", "zeros", "normal"] = "embeddings"
     state_init_std: int | float = 1.0
-    kv_sharing: Literal["per_loop", "last", "first"] = "per_loop"
+    kv_sharing: Literal["per_loop", "first", "last", "mean", "gated"] = "per_loop"
+    kv_gate: Literal["elementwise", "low_rank", "scalar", "mean", "ema", "last"] = "elementwise"
+    kv_gate_rank: int = positive_int(default=64)
+    prefill_chunk: int | None = None
     exit_gate: bool = False
     exit_loss: Literal["expected", "gate"] = "expected"
     exit_entropy_weight: int | float = non_negative(default=0.1)
@@ -261,6 +269,18 @@ class LoopedConfig(PreTrainedConfig):
         if self.hyper_mixing == "static" and self.hyper_init != "norm_preserving":
             raise ValueError(
                 f"hyper_init={self.hyper_init!r} is of gates, and hyper_mixing='static' has none: leave it out."
+            )
+
+    def validate_chunks(self):
+        """Chunks mean something only where a loop rewrites the rows of the one before."""
+        if self.prefill_chunk is None:
+            return
+        if isinstance(self.prefill_chunk, bool) or self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be an integer >= 1 or None, got {self.prefill_chunk!r}.")
+        if self.kv_sharing in ("per_loop", "first"):
+            raise ValueError(
+                f"prefill_chunk={self.prefill_chunk} has no meaning with kv_sharing={self.kv_sharing!r}, where every "
+                "chunk length gives the same output: leave it out. `generate(prefill_chunk_size=...)` saves memory."
             )
 
     def validate_exit(self):

@@ -231,7 +231,8 @@ class ActiveRows:
             done |= self.budget[self.rows] <= loop + 1
         if self.decision.rule is not None:
             self.memory, halted = self.decision.step(self.memory, self._deciding(close(state)))
-            done |= (halted | ~self.real[self.rows]).all(dim=1)
+            real = self.real[self.rows]
+            done |= (halted | ~real).all(dim=1) & real.any(dim=1)
         if not done.any():
             return None
         self._record(done.nonzero().squeeze(1), state, loop + 1)

@@ -16,6 +16,7 @@ size, H heads, d head size, V vocabulary.
 """
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -42,11 +43,14 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_looped import SHARINGS, ActiveCache
+from .cache_looped import SHARINGS, ActiveCache, OwnInputs
+from .chunks_looped import Call, Chunks
 from .configuration_looped import LoopedConfig, too_many_loops
 from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
+from .gates_looped import KV_GATES, GateLinear
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
 from .losses_looped import make_loss
+from .speculation_looped import self_speculation
 
 # What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
 # is not a parameter is a mistake.
@@ -55,6 +59,7 @@ BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
     "max_seqlen_q", "read_index", "return_dict", "write_index",
 }  # fmt: skip
 LOOP_SETTINGS = ("num_loops", "halting")
+GENERATION_SETTINGS = (*LOOP_SETTINGS, "draft_loops")  # what a generation config may hold beside those of transformers
 FORWARD_DOCSTRING = r"""
         num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Loops of the core, >= 1; `config.num_loops` by default. With a tensor each row gets its own depth, equal
@@ -62,6 +67,8 @@ FORWARD_DOCSTRING = r"""
         num_grad_loops (`int`, *optional*):
             Only the last `num_grad_loops` loops are differentiated (truncated back-propagation). Head and exit gate
             learn from all loops they read.
+        cut_chunks (`bool`, *optional*):
+            With `config.prefill_chunk`: no gradient goes from a chunk of tokens to the KV rows of earlier ones.
         halting (`str` or `dict`, *optional*):
             Rule by which a row stops before `num_loops`: `"kl_entropy"`, `"kl"`, `"latent"`, `"q_exit"`, `"fixed"`,
             or a dict with the rule's thresholds, `{"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": 3.0}`;
@@ -218,11 +225,11 @@ class LoopedAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) -> (B, T, D); keys and values come from `key_value_states` (B, T, D) where given."""
         input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
         source = hidden_states if key_value_states is None else key_value_states
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, T, d)
-        key = self.k_norm(self.k_proj(source).view(heads)).transpose(1, 2)
-        value = self.v_proj(source).view(heads).transpose(1, 2)
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, d)
+        key = self.k_norm(self.k_proj(source).unflatten(-1, heads)).transpose(1, 2)
+        value = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)
 
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -266,13 +273,38 @@ class LoopedLayer(GradientCheckpointingLayer):
         key_value_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """(B, T, D) -> (B, T, D); keys and values come from `key_value_states` (B, T, D) where given."""
         if key_value_states is not None:
             key_value_states = self.input_layernorm(key_value_states)
         output, _ = self.self_attn(self.input_layernorm(hidden_states), key_value_states, **kwargs)
+        return self.add_and_transform(hidden_states, output)
+
+    def add_and_transform(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The layer after its attention, whose output is (B, T, D)."""
         hidden_states = hidden_states + self.dropout(self.input_layernorm_2(output))
         output = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + self.dropout(self.post_attention_layernorm_2(output))
+
+
+class GatedLoopedLayer(LoopedLayer):
+    """A core layer whose keys and values come from a latent that a gate carries from loop to loop (MELT)."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        self.kv_gate = KV_GATES[config.kv_gate](config)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden_states: torch.Tensor,
+        latent: torch.Tensor | None = None,
+        loop: int = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) and the latent (B, T, D) of the loop before, if there was one -> (B, T, D) and this loop's."""
+        x = self.input_layernorm(hidden_states)
+        latent = self.kv_gate(x, latent, loop)  # (B, T, D)
+        output, _ = self.self_attn(x, latent, **kwargs)
+        return self.add_and_transform(hidden_states, output), latent
 
 
 class LoopedRotaryEmbedding(LlamaRotaryEmbedding):
@@ -374,7 +406,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
     config: LoopedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LoopedLayer"]  # noqa: RUF012
+    _no_split_modules = ["LoopedLayer", "GatedLoopedLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -393,12 +425,12 @@ class LoopedPreTrainedModel(PreTrainedModel):
         if isinstance(module, SublayerEnd) and self.config.residual_init == "zero":
             for parameter in module.parameters():
                 init.zeros_(parameter)
-        if isinstance(module, (*INITIALIZED, ExitGate)):
+        if isinstance(module, (*INITIALIZED, ExitGate, GateLinear)):
             module.initialize()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, except that loop settings put into the derived generation config survive a reload."""
-        if self.can_generate() and any(name in self.generation_config.to_dict() for name in LOOP_SETTINGS):
+        if self.can_generate() and any(name in self.generation_config.to_dict() for name in GENERATION_SETTINGS):
             # Marked as derived from the model config, its custom fields would be dropped on load.
             self.generation_config._from_model_config = False
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -412,7 +444,8 @@ class LoopedModel(LoopedPreTrainedModel):
         self.positions = POSITIONS[config.position_embedding](config)
         self.dropout = make_dropout(config.embedding_dropout)
         self.prelude = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_prelude_layers)])
-        self.core = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_core_layers)])
+        core_layer = GatedLoopedLayer if config.kv_sharing == "gated" else LoopedLayer
+        self.core = nn.ModuleList([core_layer(config) for _ in range(config.num_core_layers)])
         self.coda = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_coda_layers)])
         self.connection = CONNECTIONS[config.loop_connection](config)
         self.loop_embedding = LOOP_EMBEDDINGS[config.loop_embedding](config)
@@ -450,6 +483,7 @@ class LoopedModel(LoopedPreTrainedModel):
         use_cache: bool | None = None,
         num_loops: int | torch.Tensor | None = None,
         num_grad_loops: int | None = None,
+        cut_chunks: bool = False,
         halting: str | dict | FixedRule | Decision | None = None,
         generator: torch.Generator | None = None,
         **kwargs,
@@ -468,16 +502,31 @@ class LoopedModel(LoopedPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = make_position_ids(embeds, attention_mask, past_key_values)
+        call = Call(
+            embeds, attention_mask, position_ids, past_key_values, num_loops, first_grad_loop, halting, generator
+        )
+        if self.config.prefill_chunk is None or num_tokens <= self.config.prefill_chunk:
+            hidden_states, loops_used = self.run_call(call, **kwargs)
+        else:
+            hidden_states, loops_used = Chunks(self, call, self.config.prefill_chunk, cut_chunks).run(**kwargs)
+        return LoopedModelOutput(
+            last_hidden_state=hidden_states, past_key_values=past_key_values, loops_used=loops_used
+        )
+
+    def run_call(self, call: Call, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """One call, or one chunk of it: the (B, T, D) that the head reads, and the loops run for each token (B, T)."""
+        embeds, position_ids, past_key_values = call.embeds, call.position_ids, call.past_key_values
+        batch_size, num_tokens = embeds.shape[:2]
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
+            attention_mask=call.attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        active = ActiveRows(num_loops, halting)
+        active = ActiveRows(call.num_loops, call.decision)
         if active.tracks_rows:
-            active.open(real_tokens(attention_mask, embeds))
+            active.open(real_tokens(call.attention_mask, embeds) if call.deciding is None else call.deciding)
         if past_key_values is not None:
             self.sharing.open(past_key_values, active.num_loops)
 
@@ -485,13 +534,14 @@ class LoopedModel(LoopedPreTrainedModel):
         position_embeddings = self.positions(embeds, position_ids)
         whole = CallContext(causal_mask, position_embeddings, position_ids, past_key_values)
 
-        embeds = self._run(self.prelude, "prelude", embeds, whole, **kwargs)
-        state = self.connection.open(self.start(embeds, position_ids, generator, self.training), embeds)
+        own = OwnInputs()
+        embeds = self._run(self.prelude, "prelude", embeds, whole, own, **kwargs)
+        state = self.connection.open(self.start(embeds, position_ids, call.generator, self.training), embeds)
         context, key_inputs = whole, self.sharing.inputs()
         for loop in range(active.num_loops):
-            with torch.no_grad() if loop < first_grad_loop else nullcontext():
+            with torch.no_grad() if loop < call.first_grad_loop else nullcontext():
                 x = self.connection.read(state, embeds, loop)
-                x = self._run(self.core, "core", x, context, loop, key_inputs, **kwargs)
+                x = self._run(self.core, "core", x, context, key_inputs, loop, **kwargs)
                 x = self.loop_embedding(self.core_norm(x), loop)
                 state = self.connection.write(state, x, loop)
             rows = active.leave(loop, state, self.connection.close)
@@ -504,23 +554,21 @@ class LoopedModel(LoopedPreTrainedModel):
                 if len(rows) == 0:
                     break
         state, loops_used = active.gather(state)
-        hidden_states = self._run(self.coda, "coda", self.connection.close(state), whole, **kwargs)
+        hidden_states = self._run(self.coda, "coda", self.connection.close(state), whole, own, **kwargs)
 
         if past_key_values is not None:
             self.sharing.close(past_key_values, active.loops_run, num_tokens)
-        return LoopedModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
-            loops_used=per_token(loops_used, batch_size, num_tokens, embeds.device),
-        )
+        return self.norm(hidden_states), per_token(loops_used, batch_size, num_tokens, embeds.device)
 
-    def _run(self, layers, section, hidden_states, context, loop=0, key_inputs=None, **kwargs):
+    def _run(self, layers, section, hidden_states, context, key_inputs, loop=0, **kwargs):
         """One pass over the layers of a section: (B, T, D) -> (B, T, D)."""
         for index, layer in enumerate(layers):
             layer.self_attn.layer_idx = self.sharing.slots.slot(section, index, loop)
-            hidden_states = layer(
+            hidden_states = key_inputs.run(
+                layer,
+                index,
                 hidden_states,
-                None if key_inputs is None else key_inputs.of(index, hidden_states),
+                loop,
                 attention_mask=context.attention_mask,
                 position_embeddings=context.position_embeddings,
                 position_ids=context.position_ids,
@@ -562,6 +610,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_loops: int | torch.Tensor | None = None,
         num_grad_loops: int | None = None,
+        cut_chunks: bool = False,
         halting: str | dict | FixedRule | None = None,
         generator: torch.Generator | None = None,
         **kwargs,
@@ -578,6 +627,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             num_loops=num_loops,
             num_grad_loops=num_grad_loops,
+            cut_chunks=cut_chunks,
             halting=Decision(
                 halting_rule(halting), self.readout, logits_to_keep, self.model.exit_readout, states and states.visit
             ),
@@ -599,16 +649,24 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         )
 
     def generate(self, *args, **kwargs):
-        r"""`GenerationMixin.generate`, with two more settings, also read from `generation_config`:
+        r"""`GenerationMixin.generate`, with three more settings, also read from `generation_config`:
 
             num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`): loops per token.
             halting (`str` or `dict`): rule by which a token stops looping earlier, see `forward`.
+            draft_loops (`int`): loops that draft tokens for all loops to verify, of one row, see
+                `speculation_looped.py`; 0 for none. How far a draft goes is up to `num_assistant_tokens` and
+                `assistant_confidence_threshold`, as in assisted decoding.
 
         With `return_dict_in_generate=True` the output of sampling and greedy search also has `loops_used`, a
-        (B, new tokens) LongTensor.
+        (B, new tokens) LongTensor, and with `draft_loops` the fields of `SpeculativeGenerateOutput`.
         """
+        call = inspect.signature(super().generate).bind(*args, **kwargs).arguments
+        settings = call.pop("kwargs", {})
+        speculation = self_speculation(self, call, settings)
+        if speculation is not None:
+            return super().generate(**{**call, "custom_generate": speculation}, **settings)
         calls = []
-        outputs = super().generate(*args, **{**kwargs, "loops_of_calls": calls})
+        outputs = super().generate(**call, **settings, loops_of_calls=calls)
         if type(outputs) is not GenerateDecoderOnlyOutput or any(
             len(call) != len(outputs.sequences) for call in calls
         ):
@@ -634,14 +692,23 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
     ):
         # generate looks for inputs_embeds in this signature before it accepts them. The tokenizer, which stop strings
         # need, it hands on to the model, as it does loops_of_calls.
-        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if self.config.prefill_chunk is not None and not is_row_mask(inputs.get("attention_mask")):
+            inputs["attention_mask"] = kwargs.get("attention_mask")  # chunks cannot be cut from a prepared mask
+        return inputs
 
     def init_continuous_batching(self, generation_config=None, *args, **kwargs):
         """As in transformers, where every request runs `config.num_loops`, which the paged cache is sized by.
 
         Raises:
-            ValueError: the generation config asks for another loop count, or for a halting rule.
+            ValueError: the generation config asks for another loop count, or for a halting rule; or `kv_sharing` keeps
+                something else of a token than the rows of one loop, which a paged cache cannot.
         """
+        if self.config.kv_sharing not in ("per_loop", "first", "last"):
+            raise ValueError(
+                f"kv_sharing={self.config.kv_sharing!r} combines the rows of several loops, which the paged cache of "
+                "continuous batching does not: use generate."
+            )
         stored = (self.generation_config if generation_config is None else generation_config).to_dict()
         num_loops, halting = (stored.get(name) for name in LOOP_SETTINGS)
         if num_loops not in (None, self.config.num_loops) or halting_rule(halting) is not None:
@@ -654,10 +721,11 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         """Drafting: an early exit of the draft means fewer loops, also where the call names a loop count."""
-        if self.config.kv_sharing == "last":
+        if self.config.kv_sharing not in ("per_loop", "first"):
             raise ValueError(
-                "kv_sharing='last' cannot verify drafted tokens: several tokens in one call see each other at the "
-                "current loop, so the output would not be that of plain decoding. Use 'per_loop' or 'first'."
+                f"kv_sharing={self.config.kv_sharing!r} cannot verify drafted tokens: several tokens in one call see "
+                "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "
+                "'first'."
             )
         candidates = super()._get_candidate_generator(generation_config, *args, **kwargs)
         if generation_config.assistant_early_exit is not None:

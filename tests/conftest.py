@@ -1,7 +1,12 @@
 """Settings of the whole suite."""
 
+import os
+
 import pytest
 import torch
+
+# Read when huggingface_hub is imported: the Hub of these tests (hub_server.py) speaks plain HTTP, and no Xet.
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 
 @pytest.fixture(autouse=True)

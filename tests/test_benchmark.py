@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from looplab.benchmark import QUICK, build_pair, compared, forward_flops, interleaved, kv_row, update_flops
+from looplab.contexts import SHARINGS, context_row, filled_cache, step_at
 from toys import make_config, make_ids, make_model
 
 CONFIGS = {
@@ -66,6 +67,25 @@ def test_both_sides_of_a_comparison_do_the_same_work():
     ids = make_ids(2, 8)
     looped, llama = (counted_flops(lambda m=model: m(ids, use_cache=False)) for model in build_pair(32, QUICK))
     assert looped == llama
+
+
+@pytest.mark.parametrize("kv_sharing", SHARINGS)
+def test_a_step_at_a_context_leaves_it_as_it_was(kv_sharing, monkeypatch):
+    """Every timed step sees the same number of cached tokens, in every slot."""
+    model = make_model(kv_sharing=kv_sharing)
+    caches = []
+
+    def fill(model, tokens):
+        caches.append(filled_cache(model, tokens))
+        return caches[-1]
+
+    monkeypatch.setattr("looplab.contexts.filled_cache", fill)
+    step_at(model, 9, steps=3)()
+    cache = caches[0]
+    slots = model.config.kv_slots().count(model.config.num_loops)
+    assert [cache.get_seq_length(slot) for slot in range(len(cache.layers))] == [9] * slots
+    row = context_row(32, QUICK, 1, kv_sharing, loops=4, context=5)
+    assert row["llama_kv_bytes"] / row["kv_bytes"] == (1 if kv_sharing == "per_loop" else 4)
 
 
 @pytest.mark.parametrize(("kv_sharing", "ratio"), [("per_loop", 1.0), ("last", 1 / QUICK.loops)])

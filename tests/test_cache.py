@@ -12,9 +12,9 @@ from transformers import (
 )
 
 from modeling_looped.cache_looped import RewritingDynamicLayer
-from toys import FP32, make_ids, make_model
+from toys import FP32, KV_SHARINGS, make_ids, make_model, open_gates
 
-every_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])
+every_sharing = pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
 every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 every_depth = pytest.mark.parametrize("num_loops", [1, 3, 5])  # below, at and above the configured 3
 exact_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first"])
@@ -40,10 +40,11 @@ def oracle(model, ids, sizes, num_loops):
     """What kv_sharing means, without any cache class: rows are kept in plain lists.
 
     Tokens come in pieces. A loop's queries see the pieces before through the row their policy left (loop 0 or the
-    last loop, or the same loop), and their own piece through this loop (`first`: through loop 0).
+    last loop, their mean, or the same loop), and their own piece through this loop (`first`: through loop 0). With
+    `gated`, keys and values come from a latent, z h + (1 - z) x.
     """
     config, layers = model.config, model.model.core
-    memory = {}
+    memory, latents = {}, {}
     logits, start = [], 0
     for size in sizes:
         hidden = model.get_input_embeddings()(ids[:, start : start + size])
@@ -53,7 +54,15 @@ def oracle(model, ids, sizes, num_loops):
                 attn = layer.self_attn
                 x = layer.input_layernorm(hidden)
                 heads = (*x.shape[:2], -1, attn.head_dim)
-                q, k, v = (p(x).view(heads).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+                source = x
+                if config.kv_sharing == "gated" and loop:
+                    z = torch.sigmoid(layer.kv_gate.of_input(x) + layer.kv_gate.of_latent(latents[index]))
+                    source = z * latents[index] + (1 - z) * x
+                latents[index] = source
+                q, k, v = (
+                    p(s).view(heads).transpose(1, 2)
+                    for p, s in ((attn.q_proj, x), (attn.k_proj, source), (attn.v_proj, source))
+                )
                 cos, sin = model.model.positions(x, positions)
                 rotate = lambda t, cos=cos, sin=sin: t * cos[:, None] + half_turn(t) * sin[:, None]  # noqa: E731
                 q, k = rotate(q), rotate(k)
@@ -62,6 +71,7 @@ def oracle(model, ids, sizes, num_loops):
                 if config.kv_sharing != "first" or loop == 0:
                     memory[slot, "own"] = (k, v)
                 k, v = memory[slot, "own"]
+                memory.setdefault((slot, "all"), []).append((k, v))
                 if past is not None:
                     k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
                 groups = attn.num_key_value_groups
@@ -72,7 +82,9 @@ def oracle(model, ids, sizes, num_loops):
                 hidden = hidden + attn.o_proj(out.transpose(1, 2).flatten(2))
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         for slot in {key[0] for key in memory if key[1] == "own"}:
-            past, own = memory.get((slot, "past")), memory.pop((slot, "own"))
+            past, own, every = memory.get((slot, "past")), memory.pop((slot, "own")), memory.pop((slot, "all"))
+            if config.kv_sharing == "mean":
+                own = tuple(sum(pair) / num_loops for pair in zip(*every, strict=True))
             memory[slot, "past"] = own if past is None else tuple(torch.cat(p, 2) for p in zip(past, own, strict=True))
         logits.append(model.readout(hidden))
         start += size
@@ -92,7 +104,7 @@ def half_turn(x):
 @pytest.mark.parametrize("sizes", [(7,), (4, 1, 1, 1), (1,) * 7, (2, 3, 2)])
 def test_cached_equals_the_naive_twin(kv_sharing, attn, num_loops, kind, sizes):
     """A stock layer in a shared slot appends every loop, silently wrong under sdpa only: hence both backends."""
-    model = make_model(attn=attn, kv_sharing=kv_sharing)
+    model = open_gates(make_model(attn=attn, kv_sharing=kv_sharing))
     ids = make_ids()
     cache = CACHES[kind](model.config)
     logits = stepwise(model, ids, cache, sizes, num_loops=num_loops)
@@ -146,7 +158,7 @@ def test_first_keeps_the_keys_of_loop_zero():
 @every_attention
 def test_left_padded_generation_equals_single_rows(kv_sharing, attn):
     """Ouro builds a mask of length 1 in decoding, so every padded row is wrong (trap 2)."""
-    model = make_model(attn=attn, kv_sharing=kv_sharing)
+    model = open_gates(make_model(attn=attn, kv_sharing=kv_sharing))
     ids = make_ids()
     padded, mask = ids.clone(), torch.ones_like(ids)
     padded[1, :3], mask[1, :3] = 0, 0
@@ -162,7 +174,7 @@ def test_left_padded_generation_equals_single_rows(kv_sharing, attn):
 @every_depth
 def test_generate_is_the_same_through_every_cache(kv_sharing, num_loops):
     """Ouro swaps a static cache for its own, and breaks on the one generate makes (traps 12, 13)."""
-    model = make_model(kv_sharing=kv_sharing)
+    model = open_gates(make_model(kv_sharing=kv_sharing))
     ids = make_ids()
     kwargs = {"num_loops": num_loops, "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids, **kwargs)
@@ -185,8 +197,9 @@ def test_beams_with_cache_equal_beams_without(kv_sharing, num_loops):
 
 
 @torch.no_grad()
-def test_beams_of_a_rewritten_cache_are_reordered():
-    model = make_model(kv_sharing="last")
+@pytest.mark.parametrize("kv_sharing", ["last", "mean", "gated"])
+def test_beams_of_a_rewritten_cache_are_reordered(kv_sharing):
+    model = make_model(kv_sharing=kv_sharing)
     cache = model(make_ids(), use_cache=True).past_key_values
     before = [layer.keys.clone() for layer in cache.layers]
     cache.reorder_cache(torch.tensor([2, 0, 0]))
@@ -207,7 +220,7 @@ def test_sampling_with_cache_equals_sampling_without():
 @torch.no_grad()
 @every_sharing
 def test_a_cropped_cache_continues_as_a_fresh_one(kv_sharing):
-    model = make_model(kv_sharing=kv_sharing)
+    model = open_gates(make_model(kv_sharing=kv_sharing))
     ids, other = make_ids(), make_ids(seed=9)
     cache = DynamicCache(config=model.config)
     stepwise(model, ids, cache, (4, 3), num_loops=5)
@@ -252,7 +265,8 @@ def test_the_cache_holds_what_its_policy_says():
         cache = make_model(**fields)(ids, use_cache=True, num_loops=4).past_key_values
         return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
 
-    assert kv_bytes(kv_sharing="per_loop") == 4 * kv_bytes(kv_sharing="last") == 4 * kv_bytes(kv_sharing="first")
+    for shared in ("first", "last", "mean", "gated"):
+        assert kv_bytes(kv_sharing="per_loop") == 4 * kv_bytes(kv_sharing=shared)
     assert kv_bytes(kv_sharing="last") == 3 * 7 * 2 * (2 * 8) * 2 * 4  # rows, tokens, K+V, 2 heads of 8, layers, fp32
 
 
@@ -282,7 +296,7 @@ def test_a_cache_of_another_policy_is_refused():
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inside inductor
 @every_sharing
 def test_compiled_static_generation_equals_eager(kv_sharing):
-    model = make_model(kv_sharing=kv_sharing)
+    model = open_gates(make_model(kv_sharing=kv_sharing))
     ids = make_ids()
     compile_config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
     compile_config._compile_all_devices = True  # generate compiles on accelerators only, unless told
@@ -300,7 +314,7 @@ def test_prompt_lookup_and_few_loop_drafts_are_lossless(kv_sharing):
     model = make_model(num_loops=4, kv_sharing=kv_sharing)
     ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
     kwargs = {"max_new_tokens": 8, "do_sample": False}
-    if kv_sharing == "last":
+    if kv_sharing not in ("per_loop", "first"):
         with pytest.raises(ValueError, match="cannot verify drafted tokens"):
             model.generate(ids, prompt_lookup_num_tokens=2, **kwargs)
         return
@@ -326,7 +340,7 @@ def test_generation_from_embeddings_equals_generation_from_ids(static):
 
 
 @torch.no_grad()
-@every_sharing
+@pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])
 def test_continuous_batching_finds_the_slot_of_every_loop(kv_sharing):
     """Paged attention finds the slot by attention.layer_idx (trap 15)."""
     model = make_model(attn="sdpa", num_loops=3, eos_token_id=49, kv_sharing=kv_sharing)
@@ -351,3 +365,10 @@ def test_continuous_batching_refuses_loops_it_would_not_run(settings):
     model.generation_config = GenerationConfig(max_new_tokens=1, **settings)
     with pytest.raises(ValueError, match=r"config\.num_loops=3 .* leave both out"):
         model.init_continuous_batching()
+
+
+@pytest.mark.parametrize("kv_sharing", ["mean", "gated"])
+def test_continuous_batching_refuses_to_combine_loops(kv_sharing):
+    """The paged cache writes rows as they come: it would keep those of the last loop without a word."""
+    with pytest.raises(ValueError, match=f"kv_sharing='{kv_sharing}' .* use generate"):
+        make_model(kv_sharing=kv_sharing).init_continuous_batching()

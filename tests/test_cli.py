@@ -13,7 +13,7 @@ import train
 from looplab.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("eval", "halting", "plot", "table", "ask", "bench", "quantize")
+COMMANDS = ("eval", "halting", "plot", "table", "ask", "bench", "quantize", "publish", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,8 @@ def test_ask_without_a_question_takes_one_hop_beyond_the_training(trained, capsy
 
 
 def test_bench_writes_every_kind_of_row(trained, tmp_path, capsys):
+    assert main(["bench", "--quick", "--contexts", "6", "--memory-loops", "2", "--output", str(tmp_path)]) == 0
+    assert "gated KV trained in chunks" in capsys.readouterr().out
     assert main(["bench", "--quick", "--no-compile", "--output", str(tmp_path), "--run", str(trained)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert {row["measure"] for row in rows} == {"training", "decode", "kv_bytes", "hyper", "halting"}

@@ -7,13 +7,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_looped import LoopedConfig
-from toys import make_config, make_ids, make_model
+from toys import KV_SHARINGS, make_config, make_ids, make_model
 
 CONFIG_ERRORS = (ValueError, StrictDataclassError)
 
 
 @pytest.mark.parametrize("layers", [(0, 2, 0), (1, 1, 2), (2, 3, 1)])
-@pytest.mark.parametrize("kv_sharing", ["per_loop", "last", "first"])
+@pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
 def test_slots_are_distinct_and_more_loops_only_append(layers, kv_sharing):
     prelude, core, coda = layers
     config = make_config(

@@ -62,7 +62,7 @@ def test_a_decoding_step_exports_with_its_static_cache():
         cache_config={"batch_size": 1, "max_cache_len": 16},
     )
     ids = make_ids(1, 9)
-    expected = model(ids).logits
+    expected = model(ids, use_cache=False).logits
     wrapped = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16)
     step = wrapped.export(input_ids=ids[:, :1], cache_position=torch.zeros(1, dtype=torch.long)).module()
     logits = [step(input_ids=ids[:, t : t + 1], cache_position=torch.tensor([t])) for t in range(9)]

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_looped.halting_looped import FixedRule, halting_rule
-from toys import FP32, count_layer_calls, make_ids, make_model
+from toys import FP32, KV_SHARINGS, count_layer_calls, make_ids, make_model
 
 RULES = {
     "kl_entropy": {"rule": "kl_entropy", "kl_threshold": 0.003, "max_entropy": 3.7},
@@ -14,7 +14,7 @@ RULES = {
     "q_exit": {"rule": "q_exit", "q": 0.8},
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
-every_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])
+every_sharing = pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
 
 
 def make_settling_model(**fields):

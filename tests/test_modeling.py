@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceClassification
 from modeling_looped.connections_looped import NormalStart
-from toys import BF16, FP32, count_layer_calls, make_config, make_ids, make_model
+from toys import BF16, FP32, KV_SHARINGS, count_layer_calls, make_config, make_ids, make_model
 
 SHAPES = {
     "plain": {},
@@ -198,7 +198,7 @@ def test_random_starts_of_far_positions_are_new_and_stay():
     assert fresh(embeds[:, :70], positions[:, :70], None, training=False)[0].equal(noise[:70])
 
 
-@pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])
+@pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
 @every_shape
 def test_checkpointed_gradients_equal_plain_ones(shape, kv_sharing):
     # A normal start is drawn anew in training, and has no part in checkpointing.

@@ -7,18 +7,24 @@ import json
 import re
 import sys
 import zipfile
+from collections import Counter
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 import train
 from data_builders import (
+    DepthSampler,
+    MoleculeBatches,
     Molecules,
+    PackedMolecules,
     augment,
     canonical_smiles,
     dataset_smiles_tokenizer,
@@ -27,12 +33,15 @@ from data_builders import (
     load_task,
     random_smiles,
     smiles_tokenizer,
+    train_byte_bpe,
 )
 from data_builders import molecules as molecules_module
+from data_builders.packing import first_fit
 from data_builders.tasks import TASKS
 from data_builders.tokenizers import SMILES_TOKEN
 from looplab.cli import main
 from looplab.pretrained import PARTS, Part, part_folder, unpack_moses
+from toys import FP32, make_model
 
 # 180 molecules.
 TOYS = [
@@ -215,11 +224,10 @@ def test_an_exported_card_names_every_split(toys, tmp_path):
 
 
 def test_training_refuses_a_task_it_does_not_know():
-    """There may be data of a task that train.py has no use for yet."""
     recipe = Path(train.__file__).parent / "recipes" / "smoke.yaml"
-    for task in ("molecule", *sorted(set(TASKS) - set(train.TASKS))):
-        with pytest.raises(ValueError, match=rf"task' expected one of \('khop', 'composition', 'text'.*got {task}"):
-            train.read_recipe(recipe, [f"--data.task={task}"])
+    assert set(TASKS) == set(train.TASKS)
+    with pytest.raises(ValueError, match=r"task' expected one of \('khop', .*, 'molecules'\).*got molecule"):
+        train.read_recipe(recipe, ["--data.task=molecule"])
 
 
 # MOSES
@@ -408,3 +416,152 @@ def test_without_rdkit_the_extra_is_named(toys, monkeypatch):
         augment(rows, seed=0, epoch=0)
     with pytest.raises(ValueError, match=r"pip install 'looped-transformers\[molecules\]'"):
         toys(canonical=True)
+
+
+# Packed rows
+
+
+@pytest.fixture
+def packed(toys):
+    """packed(split, length): the molecules of a split, and their tokenizer."""
+    dataset = toys()
+    tokenizer = dataset_smiles_tokenizer(dataset)
+    return lambda split="validation", length=40: (PackedMolecules(dataset[split], tokenizer, length), tokenizer)
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "learned", "none"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_packed_row_is_its_molecules_one_by_one(packed, position_embedding, attn):
+    """The logits of each, at every loop count: none sees another, and positions are its own."""
+    molecules, tokenizer = packed()
+    fields = {"vocab_size": len(tokenizer), "position_embedding": position_embedding}
+    model = make_model(attn=attn, **fields)
+    numbers = torch.arange(len(molecules))
+    rows = molecules.rows(numbers)
+    labels = rows.pop("shift_labels")
+    with torch.no_grad():
+        logits = model(**rows, num_loops=3, use_cache=False).logits
+    found = logits[labels >= 0]
+    alone = []
+    # The order of the rows: by place, not by number.
+    spans = (rows["position_ids"] == 0) & (labels >= 0)
+    for row, start in spans.nonzero().tolist():
+        length = int(labels[row, start:].tolist().index(tokenizer.eos_token_id)) + 1
+        ids = rows["input_ids"][row, start : start + length]
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[1:].tolist() == labels[row, start : start + length - 1].tolist()
+        with torch.no_grad():
+            alone.append(model(ids[None], num_loops=3).logits[0])
+    torch.testing.assert_close(found, torch.cat(alone), **FP32)
+    assert len(alone) == len(molecules)
+
+
+def test_every_molecule_is_in_a_row_once(packed, toys):
+    molecules, tokenizer = packed("train", 40)
+    numbers = torch.randperm(len(molecules), generator=torch.Generator().manual_seed(0))[:50]
+    labels = molecules.rows(numbers)["shift_labels"]
+    text = tokenizer.decode(labels[labels >= 0])
+    chosen = toys()["train"].select(numbers.tolist())["text"]
+    assert sorted(text.split("<eos>")[:-1]) == sorted(chosen)
+    assert labels.shape == (len(labels), 40)
+    # No two rows would fit into one.
+    filled = sorted((labels >= 0).sum(1).tolist())
+    assert filled[0] + filled[1] > 40
+
+
+@pytest.mark.parametrize("count", [64, 256])
+def test_rows_of_real_lengths_are_nearly_full(count):
+    """Lengths as those of MOSES in rows of the recipes' length: a tenth of the work is padding at most."""
+    lengths = np.random.default_rng(0).normal(36.4, 4.5, count).round().clip(16, 55).astype(int).tolist()
+    places = first_fit(lengths, 76)
+    rows = 1 + max(row for row, _ in places)
+    assert sum(lengths) > 0.9 * 76 * rows
+    for row in range(rows):
+        inside = sorted((start, start + lengths[i]) for i, (at, start) in enumerate(places) if at == row)
+        assert all(stop == begin for (_, stop), (begin, _) in pairwise(inside))
+        assert (inside[0][0], inside[-1][1] <= 76) == (0, True)
+
+
+@pytest.fixture
+def make_batches(toys):
+    dataset = toys()
+    tokenizer = dataset_smiles_tokenizer(dataset)
+    depth = DepthSampler("uniform", minimum=1, maximum=4)
+
+    def make(seed=0, batch_size=24, **fields):
+        return MoleculeBatches(dataset["train"], tokenizer, 40, batch_size, seed, depth, **fields)
+
+    return make
+
+
+def smiles_of(batch, tokenizer) -> list[str]:
+    labels = batch["shift_labels"]
+    return tokenizer.decode(labels[labels >= 0]).split("<eos>")[:-1]
+
+
+def test_a_batch_of_molecules_follows_from_seed_and_step(make_batches):
+    """Whatever was asked for before."""
+    first, second = make_batches(), make_batches()
+    expected = [first[step] for step in range(12)]
+    for step in reversed(range(12)):
+        for name, value in second[step].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected[step][name]))
+    assert any(
+        not torch.equal(make_batches(seed=1)[step]["input_ids"][:1], expected[step]["input_ids"][:1])
+        for step in range(3)
+    )
+    with pytest.raises(IndexError):
+        first[-1]
+
+
+def test_ranks_share_the_molecules_of_a_batch(make_batches, toys):
+    tokenizer = dataset_smiles_tokenizer(toys())
+    whole = make_batches()
+    parts = [make_batches(rank=rank, world=3) for rank in range(3)]
+    for step in range(8):
+        batches = [part[step] for part in parts]
+        dealt = [smiles for batch in batches for smiles in smiles_of(batch, tokenizer)]
+        assert sorted(dealt) == sorted(smiles_of(whole[step], tokenizer))
+        assert [len(smiles_of(batch, tokenizer)) for batch in batches] == [8] * 3
+        labels = sum(int((batch["shift_labels"] >= 0).sum()) for batch in batches)
+        assert {batch["num_labels"] for batch in (*batches, whole[step])} == {labels}
+
+
+@pytest.mark.parametrize("spellings", [None, 3])
+def test_every_molecule_comes_once_per_epoch(make_batches, toys, spellings):
+    """As it is written, or spelt anew: epoch e has spelling e modulo their number."""
+    train_rows = toys()["train"]
+    tokenizer = dataset_smiles_tokenizer(toys())
+    batches = make_batches(spellings=spellings, spelling_seed=5)
+    steps = -(-4 * len(train_rows) // 24)
+    found = []
+    for step in range(steps):
+        found += smiles_of(batches[step], tokenizer) if spellings is None else [batches[step]]
+    if spellings is None:
+        # Within a batch the order is that of the rows; four epochs are all but the last batch.
+        assert sorted(Counter(found[: 3 * 24]).values())[-1] <= 2
+        return
+    numbers = torch.cat([batches._epochs.between(step * 24, 24) for step in range(steps)]).tolist()
+    for step in (0, steps // 2, steps - 1):
+        places = range(step * 24, step * 24 + 24)
+        expected = [
+            random_smiles(train_rows[numbers[at]]["text"], 5, at // len(train_rows) % 3, numbers[at]) for at in places
+        ]
+        assert sorted(smiles_of(found[step], tokenizer)) == sorted(expected)
+
+
+def test_molecules_that_do_not_fit_a_row_are_named(packed):
+    with pytest.raises(ValueError, match=r"sequence_length must be at least \d+, the tokens of '.*' and one for"):
+        packed("train", 8)
+
+
+def test_an_empty_split_is_refused(toys):
+    dataset = toys()
+    tokenizer = dataset_smiles_tokenizer(dataset)
+    with pytest.raises(ValueError, match="has no molecules"):
+        PackedMolecules(dataset["validation"].select([]), tokenizer, 40)
+
+
+def test_a_tokenizer_that_marks_no_beginning_is_refused(toys):
+    with pytest.raises(ValueError, match="need a bos_token and a pad_token"):
+        PackedMolecules(toys()["validation"], train_byte_bpe(["C"], 260), 100)

@@ -24,7 +24,12 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 HYPERLOOP = sorted(RECIPES.glob("hyperloop/paper/*.yaml"))
 PAPER = sorted(RECIPES.glob("paper/*.yaml"))
-FILES = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("hyperloop/*.yaml"), *PAPER, *HYPERLOOP])
+MOLECULES = sorted(RECIPES.glob("molecules/*.yaml"))
+OURO = sorted(RECIPES.glob("ouro/*.yaml"))
+MELT = sorted(RECIPES.glob("melt/**/*.yaml"))
+FILES = sorted(
+    [*RECIPES.glob("*.yaml"), *RECIPES.glob("hyperloop/*.yaml"), *PAPER, *HYPERLOOP, *MOLECULES, *OURO, *MELT]
+)
 SPECIAL_TOKENS = 3  # of `hop_tokenizer`
 
 # Kohli et al. 2026, arXiv 2604.07822: 2,000 entities + 200 relations + 7, 200 + 10 + 7; L8 has twice the layers.
@@ -51,7 +56,7 @@ def test_a_recipe_describes_a_run(file):
     depth = sampler(recipe)
     # What `generate` runs by default is in the trained range or beyond it, never below.
     assert depth.depths[0] <= config.num_loops
-    if recipe.data.task == "text":  # its files need not be here
+    if recipe.data.task in ("text", "molecules"):  # their files need not be here
         return
     builder = task_builder(recipe.data.task, recipe.data.config, seed=recipe.data.seed, **recipe.data.overrides)
     if recipe.curriculum.stop_hops:
@@ -95,6 +100,36 @@ def test_the_models_of_the_hyperloop_paper_have_its_sizes(file):
     assert set(PUBLISHED) == {file.stem for file in HYPERLOOP}
 
 
+# Ouro's released checkpoints with their gate, and MELT's gates of 24 layers (2 D^2 + D each).
+OURO_PARAMETERS = {"ouro_1_4b": 1_434_652_673, "ouro_2_6b": 2_667_974_657}
+MELT_GATES = 201_375_744
+
+
+@pytest.mark.parametrize("file", OURO, ids=lambda file: file.stem)
+def test_the_models_of_the_ouro_paper_have_its_sizes(file):
+    fields = read_recipe(file).model
+    with torch.device("meta"):
+        model = LoopedForCausalLM(LoopedConfig(**fields))
+    assert model.num_parameters() == OURO_PARAMETERS[file.stem]
+    assert f"{OURO_PARAMETERS[file.stem]:,}" in file.read_text()
+    # Four loops of 24 layers: 768 KiB of keys and values per token in bf16, and a quarter of it with one row.
+    heads = 2 * model.config.num_key_value_heads * model.config.head_dim * 2
+    assert model.config.num_hidden_layers * heads == {"ouro_1_4b": 786_432, "ouro_2_6b": 2 * 786_432}[file.stem]
+    assert set(OURO_PARAMETERS) == {file.stem for file in OURO}
+
+
+def test_the_model_of_the_melt_paper_has_its_size():
+    fields = read_recipe(RECIPES / "ouro" / "ouro_1_4b.yaml").model
+    for name in ("melt_interpolation", "melt_alignment"):
+        recipe = read_recipe(RECIPES / "melt" / "paper" / f"{name}.yaml")
+        with torch.device("meta"):
+            model = LoopedForCausalLM(LoopedConfig(**fields | recipe.model))
+        assert model.num_parameters() == OURO_PARAMETERS["ouro_1_4b"] + MELT_GATES
+        assert model.config.num_hidden_layers * 2 * 16 * 128 * 2 == 196_608  # bytes per token
+        assert recipe.batch_size * recipe.data.sequence_length == 320_000
+        assert f"{MELT_GATES:,}" in (RECIPES / "melt" / "paper" / f"{name}.yaml").read_text()
+
+
 def test_a_model_of_the_hyperloop_paper_takes_a_step():
     """The smallest of the three sizes, in the recipe's precision; its text and tokenizer cannot be had offline."""
     recipe = read_recipe(RECIPES / "hyperloop" / "paper" / "hyperloop_16l.yaml")
@@ -110,6 +145,43 @@ def test_a_model_of_the_hyperloop_paper_takes_a_step():
     # ln 32,000, and half the variance of fresh logits: 1,024 products of weights of 0.02.
     assert loss.item() == pytest.approx(10.37 + 0.2, abs=0.5)
     assert not torch.equal(model.model.connection.reads[2].bias, before)
+
+
+# Jindal and Ju 2026, arXiv 2605.06322, without the vocabulary: every token is as many parameters as the model is wide.
+MOLECULE_PARAMETERS = {"ws_53k": 49_408, "ws_206k": 197_248, "gpt_527k": 517_536}
+MOSES_TOKENS = 27
+
+
+@pytest.mark.parametrize("file", MOLECULES, ids=lambda file: file.stem)
+def test_the_models_of_molecules_have_their_sizes(file):
+    """Those of the paper, however often the block runs; with its vocabulary of 69 to 71 tokens they have its names."""
+    recipe = read_recipe(file)
+    width = recipe.model["hidden_size"]
+    with torch.device("meta"):
+        model = LoopedForCausalLM(LoopedConfig(vocab_size=MOSES_TOKENS, **recipe.model))
+    known = [size for name, size in MOLECULE_PARAMETERS.items() if file.stem.startswith(name)]
+    for size in known:
+        assert model.num_parameters() == size + MOSES_TOKENS * width
+    if file.stem in MOLECULE_PARAMETERS:
+        name = int(file.stem.split("_")[1].removesuffix("k"))
+        assert all((known[0] + width * tokens) // 1000 == name for tokens in (69, 70, 71))
+    assert bool(known) != file.stem.startswith(("untied", "wide", "smoke"))
+    if not file.stem.startswith("smoke"):
+        assert f"{model.num_parameters():,} parameters" in " ".join(file.read_text().replace("\n#", "").split())
+
+
+def test_baselines_of_molecules_do_the_work_of_eight_passes():
+    """Multiplications by matrices per token, those of the head included, within one part in a hundred."""
+    work = {}
+    for name in ("ws_53k_cpu", "untied_8_cpu", "wide_1_cpu"):
+        recipe = read_recipe(RECIPES / "molecules" / f"{name}.yaml")
+        config = LoopedConfig(vocab_size=MOSES_TOKENS, **recipe.model)
+        with torch.device("meta"):
+            model = LoopedForCausalLM(config)
+        core = sum(parameter.numel() for parameter in model.model.core.parameters() if parameter.ndim == 2)
+        work[name] = core * config.num_loops + MOSES_TOKENS * config.hidden_size
+        assert "optim" not in recipe.model
+    assert max(work.values()) < 1.01 * min(work.values())
 
 
 # Few rows, so that evaluation is short; the paper's model, loops and precision.

@@ -13,11 +13,14 @@ from toys import FP32, make_config, make_ids, make_model
 
 SHIPPED = {
     "cache_looped.py",
+    "chunks_looped.py",
     "configuration_looped.py",
     "connections_looped.py",
+    "gates_looped.py",
     "halting_looped.py",
     "losses_looped.py",
     "modeling_looped.py",
+    "speculation_looped.py",
 }
 
 STRANGER = """

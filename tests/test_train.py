@@ -691,3 +691,98 @@ def test_a_tokenizer_may_come_from_a_folder(text, tmp_path):
     assert rows(tmp_path / "second") == rows(tmp_path / "first")
     with pytest.raises(ValueError, match=r"data\.tokenizer: there is no tokenizer in the folder 'nowhere'"):
         main(text("third", "--data.vocab_size=null", "--data.tokenizer=nowhere"))
+
+
+# One KV row per token
+
+GATED = "--model={kv_sharing: gated, prefill_chunk: 5, num_loops: 3}"
+
+
+def gated_from(tmp_path, *flags: str) -> list[str]:
+    return [f"--init_from={tmp_path / 'first' / 'model'}", "--data.vocab_size=null", GATED, *flags]
+
+
+def distilled_from(tmp_path, phase: str, *flags: str) -> list[str]:
+    teacher = [f"--distill.teacher={tmp_path / 'first' / 'model'}", f"--distill.phase={phase}"]
+    return gated_from(tmp_path, *teacher, *flags)
+
+
+def test_a_gated_model_trains_on_labels_from_a_per_loop_one(text, tmp_path):
+    """Its weights are taken over, its gates are new, and chunks cut or not give the same first loss."""
+    main(text("first"))
+    flags = gated_from(tmp_path, "--optim.kind=adamw")
+    main(text("whole", *flags))
+    main(text("cut", *flags, "--cut_chunks=true"))
+    main(text("again", *flags, "--gradient_checkpointing=true"))
+    whole, cut, again = (rows(tmp_path / name) for name in ("whole", "cut", "again"))
+    assert whole[0] == cut[0]
+    assert whole[-1] != cut[-1]
+    assert [loss for _, loss in again] == pytest.approx([loss for _, loss in whole], abs=1e-5)
+    assert LoopedForCausalLM.from_pretrained(tmp_path / "whole" / "model").config.prefill_chunk == 5
+
+
+@pytest.mark.parametrize("phase", ["interpolation", "alignment"])
+def test_a_resumed_distillation_equals_an_uninterrupted_one(text, tmp_path, phase):
+    main(text("first"))
+    flags = distilled_from(tmp_path, phase)
+    main(text("whole", *flags))
+    main(text("parts", *flags))
+    for later in ("model", "checkpoints/step-000000020"):
+        (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
+    main(text("parts", *flags))
+    for key in ("loss", "held_out"):
+        assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key)
+
+
+def test_the_interpolation_begins_at_the_teacher(text, tmp_path):
+    """In the first update alpha is 0: the student is the teacher, and only later there is something to learn."""
+    main(text("first"))
+    main(
+        text(
+            "second", *distilled_from(tmp_path, "interpolation", "--log_every=1", "--optim.lr=0", "--optim.muon_lr=0")
+        )
+    )
+    losses = [loss for _, loss in rows(tmp_path / "second")]
+    assert losses[0] == pytest.approx(0.0, abs=1e-6)
+    assert losses[-1] > 1e-5
+
+
+def test_gates_can_learn_at_a_rate_of_their_own(text, tmp_path):
+    main(text("first"))
+    still = ("--optim.lr=0", "--optim.muon_lr=0")
+    main(text("gates", *distilled_from(tmp_path, "alignment", *still, "--optim.kv_gate_lr=0.01")))
+    before, after = (LoopedForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("first", "gates"))
+    known = before.state_dict()
+    moved = {name for name, value in after.state_dict().items() if not value.equal(known.get(name, torch.empty(0)))}
+    assert moved
+    assert all(".kv_gate." in name for name in moved)
+    assert after.model.core[0].kv_gate.of_input.weight.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_distil_one_batch(text, tmp_path):
+    """The loss is computed inside the forward that DDP wraps, or ranks would not exchange their gradients."""
+    main(text("first"))
+    flags = distilled_from(tmp_path, "alignment", "--optim.kind=adamw")
+    main(text("one", *flags))
+    command = ["--nproc_per_node=2", "--master_port=29614", "train.py", str(TEXT_RECIPE), f"--output_dir={tmp_path}"]
+    flags += [f"--data.files=[{tmp_path}/pages/*.txt]", "--name=two"]
+    cache = str(tmp_path / "other_cache")
+    finish(launch("-m", "torch.distributed.run", *command, *flags, ACCELERATE_USE_CPU="true", HF_DATASETS_CACHE=cache))
+    losses = [[loss for _, loss in rows(tmp_path / name)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gradient_checkpointing=true"], "keeps the rows of both memories"),
+        (["--cut_chunks=true"], "keeps the rows of both memories"),
+        (["--num_grad_loops=1"], "takes neither num_grad_loops"),
+        (["--model={kv_sharing: last, num_loops: 3}"], "set model.kv_sharing to gated"),
+    ],
+)
+def test_a_distillation_that_cannot_be_is_refused(text, tmp_path, flags, message):
+    main(text("first", "--max_steps=1"))
+    with pytest.raises(ValueError, match=message):
+        main(text("second", *distilled_from(tmp_path, "interpolation", *flags)))

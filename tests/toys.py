@@ -23,6 +23,9 @@ SIZES = {
 }
 
 
+KV_SHARINGS = ["per_loop", "first", "last", "mean", "gated"]
+
+
 def make_config(**fields) -> LoopedConfig:
     return LoopedConfig(**{**SIZES, **fields})
 
@@ -31,6 +34,16 @@ def make_model(seed: int = 0, attn: str = "sdpa", **fields) -> LoopedForCausalLM
     """A tiny causal LM in evaluation mode with seeded weights."""
     torch.manual_seed(seed)
     return LoopedForCausalLM._from_config(make_config(**fields), attn_implementation=attn).eval()
+
+
+def open_gates(model, seed: int = 5):
+    """The same model with KV gates that differ by channel and token: fresh ones hardly let anything through."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "kv_gate" in name:
+            with torch.no_grad():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=draw))
+    return model
 
 
 def make_ids(rows: int = 3, tokens: int = 7, seed: int = 1) -> torch.Tensor:

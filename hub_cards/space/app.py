@@ -1,0 +1,451 @@
+"""A page with a loop slider: one question, and what a looped model answers after each of its loops.
+
+    demo.json                                           beside this file: which models, and what they were trained on
+    model(question repeated R times, num_loops=1 .. R)  one forward; row t is the model after t loops
+    model(question, num_loops=R, halting={...})         how many of R loops it takes before its answer has settled
+
+This file, demo.json, requirements.txt and README.md are the whole Space; `looped demo RUN` writes and runs the same
+four. Legend: R loops, K hops, T tokens, V vocabulary.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+try:
+    from rdkit import Chem, rdBase
+    from rdkit.Chem.Draw import rdMolDraw2D
+except ImportError:  # molecules are then shown as text
+    Chem = None
+
+MOLECULES = 12  # written at once
+TEMPERATURE, TOP_K = 0.8, 40
+ON_A_CLICK = {"show_progress": "hidden", "trigger_mode": "always_last"}
+
+THEME = gr.themes.Default(primary_hue="indigo").set(block_info_text_color="*neutral_500")
+CSS = """
+.looped { --ink: var(--primary-600); color: var(--body-text-color); font-size: 14px; }
+.looped p { margin: 4px 0; }
+.looped .dim { opacity: 0.7; font-size: 13px; }
+.looped .caption { min-height: 34px; line-height: 1.3; }
+.looped .node { border: 1px solid var(--border-color-primary); border-radius: 12px; padding: 1px 8px; }
+.looped .edge { opacity: 0.7; padding: 0 4px; }
+.looped .path { line-height: 2.1; }
+.looped .path span { white-space: nowrap; display: inline-block; line-height: 1.5; }
+.looped .verdict { font-size: 19px; line-height: 1.4; }
+.looped .right { color: #15803d; font-weight: 600; }
+.dark .looped .right { color: #4ade80; }
+.looped table { width: 100%; table-layout: fixed; border-collapse: separate; border-spacing: 1px; margin: 0; }
+.looped th, .looped td { height: 22px; padding: 0; font-weight: 400; text-align: left; line-height: 1.1;
+                         white-space: nowrap; overflow: hidden; border: 0; }
+.looped thead th { height: 34px; vertical-align: bottom; }
+.looped .many thead th + th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; }
+.looped .loop { width: 26px; text-align: right; padding-right: 6px; }
+.looped tbody .loop { font-size: 12px; }
+.looped .says { width: 44px; }
+.looped .note { width: 92px; padding-left: 6px; }
+.looped .bar { background: color-mix(in srgb, var(--ink) 10%, transparent); border-radius: 3px; }
+.looped .bar div { height: 22px; line-height: 22px; border-radius: 3px; padding-left: 6px;
+                   background: color-mix(in srgb, var(--ink) 45%, transparent); }
+.looped .lens th { text-align: center; } .looped .lens .loop { text-align: right; }
+.looped .lens td { border-radius: 2px; }
+.looped .unused { opacity: 0.3; }
+.looped .ended td { height: 18px; font-size: 12px; border-top: 2px dashed var(--ink); border-radius: 0; }
+.looped .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px; }
+.looped .card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 6px; }
+.looped .card svg { width: 100%; height: auto; background: white; border-radius: 4px; }
+.looped .card code { overflow-wrap: anywhere; white-space: normal; font-size: 12px; }
+"""
+
+
+# ---- hops: the question
+
+
+@dataclass(frozen=True)
+class Hops:
+    """A hop model's part of demo.json.
+
+    Args:
+        model: repo id or folder.
+        text: what it is, in a sentence or two.
+        facts: entity -> relation -> the entity it leads to.
+        trained_hops, trained_loops: smallest and largest count in training.
+        max_hops, max_loops: how far the sliders go.
+        chance: accuracy of guessing, a fraction.
+        halting: rule and thresholds, as the model takes them.
+    """
+
+    model: str
+    text: str
+    facts: dict[str, dict[str, str]]
+    trained_hops: tuple[int, int]
+    trained_loops: tuple[int, int]
+    max_hops: int
+    max_loops: int
+    chance: float
+    halting: dict
+
+
+def random_question(facts: dict, hops: int, draw: random.Random, words: list[str] | None = None) -> list[str]:
+    """[entity, relation, ...] of `hops` relations; begins as `words` does, as far as that is a chain of the graph."""
+    words = (words or [draw.choice(list(facts))])[: hops + 1]
+    try:
+        entity = follow(facts, words)[-1]
+    except ValueError:
+        words, entity = words[:1], words[0]
+    words = list(words)
+    while len(words) <= hops and facts.get(entity):
+        words.append(draw.choice(list(facts[entity])))
+        entity = facts[entity][words[-1]]
+    return words
+
+
+def follow(facts: dict, words: list[str]) -> list[str]:
+    """The entities from the start to the answer. ValueError where a relation leads nowhere, or there is none."""
+    path = words[:1]
+    for relation in words[1:]:
+        known = facts.get(path[-1], {})
+        if relation not in known:
+            raise ValueError(f"From {path[-1]} there is no relation {relation}; there are {', '.join(known)}.")
+        path.append(known[relation])
+    if len(path) < 2:
+        raise ValueError("Write at least one relation to follow, such as " + next(iter(facts[path[0]])) + ".")
+    return path
+
+
+# ---- hops: the model
+
+
+def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a repo id or folder, through the code that is published beside the weights."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True)
+    return loaded.eval(), AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+
+
+@torch.inference_mode()
+def probabilities(model: PreTrainedModel, input_ids: torch.Tensor, num_loops: int) -> torch.Tensor:
+    """(R, T, V): row t - 1 is what the model says at each word of `input_ids` (1, T) after t loops."""
+    depths = torch.arange(1, num_loops + 1, device=input_ids.device)
+    return model(input_ids.repeat(num_loops, 1), num_loops=depths, use_cache=False).logits.float().softmax(-1)
+
+
+@torch.inference_mode()
+def loops_taken(model: PreTrainedModel, input_ids: torch.Tensor, num_loops: int, halting: dict) -> int:
+    """Of at most `num_loops` loops, those run until the answer has settled."""
+    output = model(input_ids, num_loops=num_loops, halting=halting, logits_to_keep=1, use_cache=False)
+    return int(output.loops_used[0, -1])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, answered after every loop.
+
+    Args:
+        path: K + 1 entities, from the start to the answer.
+        says: what the model says after each of R loops; `sure`, the probability it gives that.
+        columns: for each word of the question but the first, the entity that the chain has reached there.
+        lens: R rows with the probability of that entity in every column.
+        used: loops after which the answer is read.
+    """
+
+    path: list[str]
+    says: list[str]
+    sure: list[float]
+    columns: list[str]
+    lens: list[list[float]]
+    used: int
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict,
+    words: list[str],
+    loops: int,
+    halting: dict | None = None,
+) -> Answer:
+    """What the model says to `words`; ValueError if they are no chain of the graph."""
+    path = follow(facts, words)
+    input_ids = tokenizer(" ".join(words), return_tensors="pt")["input_ids"].to(model.device)
+    said = probabilities(model, input_ids, loops)
+    sure, tokens = said[:, -1].max(-1)
+    # Where the tokenizer appends a word to answer at, the answer is expected there as well.
+    columns = path[1:] + path[-1:] * (input_ids.shape[1] - len(path))
+    targets = torch.tensor(tokenizer.convert_tokens_to_ids(columns), device=said.device)
+    lens = said[:, torch.arange(1, len(columns) + 1), targets]
+    used = loops_taken(model, input_ids, loops, halting) if halting else loops
+    return Answer(path, tokenizer.convert_ids_to_tokens(tokens.tolist()), sure.tolist(), columns, lens.tolist(), used)
+
+
+# ---- hops: what is shown
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def path_html(words: list[str], path: list[str]) -> str:
+    steps = "".join(
+        f'<span><span class="edge">{escape(relation)} &rarr;</span><span class="node">{escape(entity)}</span></span>'
+        for relation, entity in zip(words[1:], path[1:], strict=True)
+    )
+    return (
+        f'<div class="looped"><p class="dim">The true path, {len(path) - 1} hops</p>'
+        f'<p class="path"><span class="node">{escape(path[0])}</span>{steps}</p></div>'
+    )
+
+
+def note(path: list[str], word: str) -> str:
+    """How a word that the model says lies to the path."""
+    if word == path[-1]:
+        return '<span class="right">&#10003; right</span>'
+    return f'<span class="dim">hop {path.index(word)} of {len(path) - 1}</span>' if word in path else ""
+
+
+def verdict_html(result: Answer, halt: bool, hops: Hops) -> str:
+    word, sure, total = result.says[result.used - 1], result.sure[result.used - 1], len(result.says)
+    right = word == result.path[-1]
+    verdict = '<span class="right">right</span>' if right else f"but it is {escape(result.path[-1])}"
+    if not halt:
+        spent = f"{total} loops used."
+    elif result.used < total:
+        spent = f"Stopped by itself: {result.used} of {total} loops used; the pale rows are what more would have said."
+    else:
+        spent = f"It did not settle: all {total} loops used."
+    return (
+        f'<div class="looped"><p class="verdict">It says <b>{escape(word)}</b> ({percent(sure)}): {verdict}</p>'
+        f'<p class="dim">{spent} Guessing is right in {percent(hops.chance)}. '
+        f"Trained on {hops.trained_hops[0]} to {hops.trained_hops[1]} hops.</p></div>"
+    )
+
+
+def table_html(head: str, rows: list[str], result: Answer, trained: int, columns: int, kind: str) -> str:
+    """One row per loop, those that halting spared pale, and a line under the last trained loop."""
+    body = ""
+    for loop, cells in enumerate(rows, start=1):
+        if loop == trained + 1:
+            body += (
+                f'<tr class="ended"><td colspan="{columns + 1}">beyond the {trained} loops of the training</td></tr>'
+            )
+        unused = ' class="unused"' if loop > result.used else ""
+        body += f'<tr{unused}><th class="loop" scope="row">{loop}</th>{cells}</tr>'
+    head = f'<thead><tr><th class="loop" scope="col" title="loop">#</th>{head}</tr></thead>'
+    return f'<table class="{kind}">{head}<tbody>{body}</tbody></table>'
+
+
+def answers_html(result: Answer, trained: int) -> str:
+    rows = [
+        f'<td class="says">{escape(word)}</td><td class="bar"><div style="width: {100 * sure:.1f}%">{percent(sure)}'
+        f'</div></td><td class="note">{note(result.path, word)}</td>'
+        for word, sure in zip(result.says, result.sure, strict=True)
+    ]
+    head = '<th class="says">says</th><th>probability</th><th class="note"></th>'
+    return (
+        '<div class="looped"><p><b>The answer after every loop</b></p>'
+        '<p class="dim caption">A row per loop: every loop runs the same layers once more.</p>'
+        f"{table_html(head, rows, result, trained, 3, 'answers')}</div>"
+    )
+
+
+def lens_html(result: Answer, trained: int) -> str:
+    rows = []
+    for probability in result.lens:
+        rows.append(
+            "".join(
+                f'<td style="background: color-mix(in srgb, var(--ink) {5 + 95 * share:.0f}%, transparent)" '
+                f'title="{escape(entity)}: {percent(share)}"></td>'
+                for entity, share in zip(result.columns, probability, strict=True)
+            )
+        )
+    head = "".join(f'<th scope="col">{escape(entity)}</th>' for entity in result.columns)
+    kind = "lens many" if len(result.columns) > 9 else "lens"
+    return (
+        '<div class="looped"><p><b>Inside: how far along the path</b></p>'
+        '<p class="dim caption">A column per relation: how sure the model is, at that word, of the entity reached.</p>'
+        f"{table_html(head, rows, result, trained, len(result.columns), kind)}</div>"
+    )
+
+
+def problem_html(problem: str) -> str:
+    return f'<div class="looped"><p class="verdict">{escape(problem)}</p></div>'
+
+
+def rule_text(halting: dict) -> str:
+    return f"{halting['rule']}: " + ", ".join(
+        f"{name} {value:.3g}" for name, value in halting.items() if name != "rule"
+    )
+
+
+def html() -> gr.HTML:
+    return gr.HTML(apply_default_css=False)
+
+
+def hops_tab(hops: Hops, page: gr.Blocks) -> None:
+    model, tokenizer = load(hops.model)
+    trained = hops.trained_loops[1]
+    first = random_question(hops.facts, min(hops.trained_hops[1] + 1, hops.max_hops), random.Random(0))
+
+    def show(start, relations, loops, halt):
+        words = [start, *relations.split()]
+        try:
+            result = answer(model, tokenizer, hops.facts, words, int(loops), hops.halting if halt else None)
+        except ValueError as error:  # the user's question, or what the model says of it
+            return problem_html(str(error)), "", "", ""
+        return (
+            path_html(words, result.path),
+            verdict_html(result, halt, hops),
+            answers_html(result, trained),
+            lens_html(result, trained),
+        )
+
+    def redraw(num_hops):
+        start, *relations = random_question(hops.facts, int(num_hops), random.Random())
+        return start, " ".join(relations)
+
+    def resize(start, relations, num_hops):
+        words = random_question(hops.facts, int(num_hops), random.Random(), [start, *relations.split()])
+        return " ".join(words[1:])
+
+    gr.Markdown(hops.text)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            with gr.Row():
+                start = gr.Dropdown(list(hops.facts), value=first[0], label="Start at", min_width=110)
+                new = gr.Button("Random question", variant="primary", min_width=150)
+            relations = gr.Textbox(" ".join(first[1:]), label="and follow these relations", max_lines=3)
+            num_hops = gr.Slider(
+                1, hops.max_hops, len(first) - 1, step=1, label="Hops: how many relations", buttons=[]
+            )
+            loops = gr.Slider(
+                1,
+                hops.max_loops,
+                trained,
+                step=1,
+                label="Loops: how long it thinks",
+                info=f"Training ended at {trained}; to the right of that, the same weights go on.",
+                buttons=[],
+            )
+            halt = gr.Checkbox(False, label="Halting: stop when the answer has settled", info=rule_text(hops.halting))
+        with gr.Column(scale=3, min_width=300):
+            path, verdict = html(), html()
+            with gr.Row():
+                with gr.Column(min_width=260):
+                    answers = html()
+                with gr.Column(min_width=260):
+                    lens = html()
+    question, shown = [start, relations, loops, halt], [path, verdict, answers, lens]
+    gr.on([page.load, start.input, loops.change, halt.change], show, question, shown, api_name="ask", **ON_A_CLICK)
+    new.click(redraw, num_hops, [start, relations], **ON_A_CLICK).then(show, question, shown, show_progress="hidden")
+    num_hops.input(resize, [start, relations, num_hops], relations, **ON_A_CLICK).then(
+        show, question, shown, show_progress="hidden"
+    )
+    gr.on(
+        [relations.submit, relations.blur],
+        lambda text: min(max(len(text.split()), 1), hops.max_hops),
+        relations,
+        num_hops,
+        **ON_A_CLICK,
+    ).then(show, question, shown, show_progress="hidden")
+
+
+# ---- molecules
+
+
+@dataclass(frozen=True)
+class Molecules:
+    """A molecule model's part of demo.json; a loop is called a pass there. Fields as those of `Hops`."""
+
+    model: str
+    text: str
+    trained_loops: tuple[int, int]
+    max_loops: int
+
+
+@torch.inference_mode()
+def write_molecules(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_loops: int, number: int = MOLECULES
+) -> list[str]:
+    """SMILES sampled after `num_loops` passes per token."""
+    start = tokenizer([""] * number, return_tensors="pt").to(model.device)
+    written = model.generate(
+        **start,
+        num_loops=num_loops,
+        do_sample=True,
+        temperature=TEMPERATURE,
+        top_k=TOP_K,
+        max_new_tokens=min(120, model.config.max_position_embeddings - start["input_ids"].shape[1]),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+def drawing(smiles: str) -> str | None:
+    """An SVG of the molecule; None if rdkit reads none in it."""
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles) if smiles else None
+    if molecule is None:
+        return None
+    canvas = rdMolDraw2D.MolDraw2DSVG(200, 150)
+    rdMolDraw2D.PrepareAndDrawMolecule(canvas, molecule)
+    canvas.FinishDrawing()
+    return canvas.GetDrawingText().partition("?>")[2]  # without the XML declaration
+
+
+def molecules_html(written: list[str]) -> str:
+    if Chem is None:
+        drawings, verdict = [""] * len(written), "Neither checked nor drawn: rdkit is not installed."
+    else:
+        drawings = [drawing(smiles) for smiles in written]
+        verdict = f"{sum(svg is not None for svg in drawings)} of {len(written)} are valid molecules."
+    cards = "".join(
+        f'<div class="card">{"<p>not a molecule</p>" if svg is None else svg}<code>{escape(smiles)}</code></div>'
+        for smiles, svg in zip(written, drawings, strict=True)
+    )
+    return f'<div class="looped"><p class="verdict">{verdict}</p><div class="cards">{cards}</div></div>'
+
+
+def molecules_tab(molecules: Molecules) -> None:
+    model, tokenizer = load(molecules.model)
+    trained = molecules.trained_loops[1]
+    gr.Markdown(molecules.text)
+    loops = gr.Slider(
+        1,
+        molecules.max_loops,
+        trained,
+        step=1,
+        label="Passes per token",
+        info=f"Training ended at {trained}.",
+        buttons=[],
+    )
+    new = gr.Button(f"Write {MOLECULES} molecules", variant="primary")
+    shown = html()
+    new.click(lambda count: molecules_html(write_molecules(model, tokenizer, int(count))), loops, shown)
+
+
+# ---- the page
+
+
+def make_page(folder: Path) -> gr.Blocks:
+    """The page of the demo.json in `folder`; loads its models."""
+    settings = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    # Counted visits are nobody's business.
+    with gr.Blocks(title=settings["title"], analytics_enabled=False) as page:
+        gr.Markdown(f"# {settings['title']}")
+        if "hops" in settings:
+            with gr.Tab("Hops"):
+                hops_tab(Hops(**settings["hops"]), page)
+        if "molecules" in settings:
+            with gr.Tab("Molecules"):
+                molecules_tab(Molecules(**settings["molecules"]))
+    return page
+
+
+if __name__ == "__main__":
+    make_page(Path(__file__).parent).launch(css=CSS, theme=THEME)

@@ -1,0 +1,171 @@
+"""The page with the loop slider: a folder that is a whole Hugging Face Space, from runs; `looped demo RUN` runs it.
+
+    hub_cards/space/app.py            as it is: it imports nothing of this project
+    hub_cards/space/requirements.txt  as it is, and rdkit where there are molecules to draw
+    hub_cards/space/README.md         filled: Space settings, title, text
+    demo.json                         which models; the graph, hops and loops they were trained on
+
+A published Space is the same files with repo ids in place of folders: `space_files([run], ["user/name"])`.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import datasets
+import numpy as np
+from huggingface_hub import SpaceCard, SpaceCardData
+
+from .evaluation import load_run_task
+from .halting import ENTROPY
+from .readers import READERS, HopReader
+from .runs import Run, open_run, write_whole
+
+TEMPLATES = Path(__file__).parents[1] / "hub_cards" / "space"
+GRADIO = "6.31.0"  # what a Space installs: the version the page is tested with
+
+
+def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
+    """Name -> text of every file of the Space that shows `runs`.
+
+    Args:
+        runs: a run on hops, one on molecules, or both.
+        models: of each run, the repo id or folder that the page loads.
+
+    Raises:
+        ValueError: a run has not finished, is on another task, or there are two of a kind.
+    """
+    settings = demo_settings(runs, models)
+    card = SpaceCardData(
+        title=settings["title"],
+        emoji="\N{CLOCKWISE RIGHTWARDS AND LEFTWARDS OPEN CIRCLE ARROWS}",
+        colorFrom="indigo",
+        colorTo="blue",
+        sdk="gradio",
+        sdk_version=GRADIO,
+        app_file="app.py",
+        license="apache-2.0",
+        models=[model for model in models if not Path(model).is_absolute()] or None,
+        tags=["looped-transformers"],
+    )
+    text = " ".join(settings[part]["text"] for part in PARTS if part in settings)
+    readme = SpaceCard.from_template(card, template_path=str(TEMPLATES / "README.md"), title=card.title, text=text)
+    requirements = (TEMPLATES / "requirements.txt").read_text(encoding="utf-8")
+    return {
+        "app.py": (TEMPLATES / "app.py").read_text(encoding="utf-8"),
+        "requirements.txt": requirements + ("rdkit>=2026.3\n" if "molecules" in settings else ""),
+        "README.md": str(readme),
+        "demo.json": json.dumps(settings, indent=1) + "\n",
+    }
+
+
+def demo_settings(runs: Sequence[Run], models: Sequence[str]) -> dict:
+    """What demo.json says of `runs`; arguments and errors as of `space_files`."""
+    parts = {}
+    for run, model in zip(runs, models, strict=True):
+        kind = "hops" if isinstance(READERS.get(run.task()), HopReader) else run.task()
+        if kind not in PARTS:
+            raise ValueError(f"{run.folder} is a run on {run.task()}: the page shows hops and molecules.")
+        if kind in parts:
+            raise ValueError(f"{run.folder} is a second run on {kind}: the page shows one.")
+        low, high = run.trained_loops()
+        config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
+        part = {"model": model, "trained_loops": [low, high]}
+        part["max_loops"] = min(2 * high, config.get("max_num_loops") or 2 * high)  # a gate per loop sets a limit
+        parts[kind] = part | PARTS[kind](run, config)
+    return {"title": "Move the loop slider", **parts}
+
+
+def hops_part(run: Run, config: dict) -> dict:
+    task, summary = load_run_task(run), run.summary()
+    facts = facts_of_task(task)
+    answers = {answer for known in facts.values() for answer in known.values()}
+    number = sum(len(known) for known in facts.values())
+    entity, known = next(iter(facts.items()))
+    relation, other = next(iter(known.items()))
+    return {
+        "text": f"A looped transformer of {summary['parameters']:,} parameters knows {number:,} facts such as "
+        f"{entity} {relation} &rarr; {other}. Asked to follow several in a row, it thinks as many loops as you say.",
+        "facts": facts,
+        "trained_hops": [min(summary["trained_hops"]), max(summary["trained_hops"])],
+        "max_hops": max(task["test"]["hops"][:]),
+        "chance": 1 / len(answers),
+        "halting": halting_of(run, config["vocab_size"]),
+    }
+
+
+def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
+    """Entity -> relation -> entity: the graph of a hop task, all of which is in train."""
+    train = task["train"].select(np.flatnonzero(np.array(task["train"]["hops"][:]) == 1))
+    facts = {}
+    for text, answer in zip(train["text"][:], train["answer"][:], strict=True):
+        entity, relation = text.split()
+        facts.setdefault(entity, {})[relation] = answer
+    return facts
+
+
+def halting_of(run: Run, vocab_size: int) -> dict:
+    """The rule KL + entropy as `looped halting` chose it on validation rows; without that, the bounds of its paper.
+
+    Its bound on entropy is taken as a share of ln V (arXiv 2604.07822 has V = 217): of 27 words no distribution has
+    much more than 3 nats, so that every answer would count as settled.
+    """
+    if (run.folder / "halting.jsonl").is_file():
+        for row in run.halting():
+            if row["measure"] == "chosen" and row["rule"] == "kl_entropy":
+                return {name: row[name] for name in ("rule", "kl_threshold", "max_entropy")}
+    return {"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": max(ENTROPY) * math.log(vocab_size)}
+
+
+def molecules_part(run: Run, config: dict) -> dict:
+    return {
+        "text": f"A looped transformer of {run.summary()['parameters']:,} parameters writes molecules token by token, "
+        "and makes as many passes over its layers for each as you say."
+    }
+
+
+PARTS = {"hops": hops_part, "molecules": molecules_part}
+
+
+def write_space(runs: Sequence[Run], folder: Path) -> Path:
+    """Write the Space of `runs` to `folder`, to load their models from where they are."""
+    files = space_files(runs, [str(run.model_folder().resolve()) for run in runs])
+    for name, text in files.items():
+        write_whole(folder / name, text)
+    return folder
+
+
+def load_app(folder: Path) -> ModuleType:
+    """The app.py in `folder`.
+
+    Raises:
+        ValueError: gradio is not installed.
+    """
+    spec = spec_from_file_location("looped_space", folder / "app.py")
+    app = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(app)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the page needs {error.name}: pip install 'looped-transformers[demo]'.") from error
+    return app
+
+
+def demo(folders: Sequence[str | Path], port: int | None = None) -> None:
+    """Serve the page of the runs in `folders` on this machine until interrupted; prints its address.
+
+    Args:
+        port: gradio's first free one from 7860 unless given.
+
+    Raises:
+        ValueError: as `space_files` and `load_app`.
+        OSError: the port is taken.
+    """
+    runs = [open_run(folder) for folder in folders]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_space(runs, Path(temporary))
+        app = load_app(folder)
+        app.make_page(folder).launch(server_port=port, css=app.CSS, theme=app.THEME)

@@ -1,0 +1,198 @@
+"""Distillation of a model with one KV row per token from the same model with a row per loop (MELT).
+
+    phase         keys and values                               loss
+    interpolation alpha gated + (1 - alpha) per loop,           KD
+                  alpha 0 -> 1 over the run
+    alignment     gated                                         KD + beta mean (o_student - o_teacher)^2
+
+    KD = mean over tokens and loops t of KL(p_teacher^t || p_student^t), each loop read through final norm and head;
+    o  = what attention adds, after its output projection and before a sandwich norm: every core layer of every loop,
+         mean over layers, loops, tokens and channels
+
+The student starts from the teacher's weights and runs chunk by chunk, the teacher whole sequences. In the
+interpolation past rows are mixed as well: of a past token, loop t sees alpha times its one row and 1 - alpha times its
+row of loop t. `train.py` runs both phases (`distill` in a recipe). Source: MELT (arXiv 2605.07721), whose text was not
+available: the linear ramp, KD as the only loss of the first phase, what o is and its mean are our choices. Legend: B
+rows, T tokens, C tokens of a chunk, D hidden size, K heads, d head size, R loops.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.cache_looped import GatedSharing, RewritingDynamicLayer
+from modeling_looped.halting_looped import Decision
+from modeling_looped.losses_looped import LoopStates
+
+
+class InterpolatedLayer(RewritingDynamicLayer):
+    """Both memories of one core layer: its one row per token, and beside it the rows of each loop."""
+
+    def __init__(self, sharing: "InterpolatedSharing"):
+        super().__init__()
+        self.sharing = sharing
+        self.of_loops: list[DynamicLayer] = []
+
+    def open_step(self) -> None:
+        super().open_step()
+        self.loop = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """(2B, K, C, d) of the gated and the per-loop memory -> the mixture of all tokens' rows (B, K, S, d)."""
+        if self.loop == len(self.of_loops):
+            self.of_loops.append(DynamicLayer())
+        (keys, own_keys), (values, own_values) = key_states.chunk(2), value_states.chunk(2)
+        keys, values = super().update(keys, values)
+        own_keys, own_values = self.of_loops[self.loop].update(own_keys, own_values)
+        self.loop += 1
+        alpha = self.sharing.alpha
+        return torch.lerp(own_keys, keys, alpha), torch.lerp(own_values, values, alpha)
+
+
+class InterpolatedSharing(GatedSharing):
+    """A share alpha of gated memory and 1 - alpha of a row per loop, T + 1 rows per token; for training only."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        self.alpha = 0.0
+
+    def layer_like(self, layer) -> InterpolatedLayer:
+        return InterpolatedLayer(self)
+
+
+def both_inputs(gate: nn.Module, arguments: tuple, latent: torch.Tensor) -> torch.Tensor:
+    """A gate's hook: keys and values of both memories are computed in one call, (2B, T, D)."""
+    return torch.cat([latent, arguments[0]])
+
+
+def gated_half(gate: nn.Module, arguments: tuple) -> tuple:
+    """A gate's hook: of what the loop before computed, the latent is the first half."""
+    hidden_states, latent, loop = arguments
+    return hidden_states, None if latent is None else latent[: len(hidden_states)], loop
+
+
+@contextmanager
+def interpolated(model: LoopedForCausalLM) -> Iterator[InterpolatedSharing]:
+    """Within the block `model`, which has kv_sharing="gated", runs on the mixture of both memories.
+
+    Call it with `use_cache=True`, all rows to one depth and without a padding mask. Sets `alpha`, 0 .. 1, on what it
+    yields: 0 is the model with a row per loop, whatever the chunks, and 1 the gated one.
+    """
+    base = model.model
+    gated, base.sharing = base.sharing, InterpolatedSharing(model.config)
+    handles = []
+    for layer in base.core:
+        handles.append(layer.kv_gate.register_forward_pre_hook(gated_half))
+        handles.append(layer.kv_gate.register_forward_hook(both_inputs))
+    try:
+        yield base.sharing
+    finally:
+        base.sharing = gated
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def attention_outputs(model: LoopedForCausalLM) -> Iterator[dict[int, list[torch.Tensor]]]:
+    """Within the block: core layer -> its attention outputs (B, C, D), in the order of its calls."""
+    outputs = {index: [] for index in range(len(model.model.core))}
+    handles = [
+        layer.self_attn.register_forward_hook(lambda module, _, output, index=index: outputs[index].append(output[0]))
+        for index, layer in enumerate(model.model.core)
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_loop(outputs: dict[int, list[torch.Tensor]], num_loops: int) -> torch.Tensor:
+    """What `attention_outputs` saw, chunk after chunk of loop after loop -> (layers, R, B, T, D)."""
+    return torch.stack(
+        [
+            torch.stack([torch.cat(calls[loop::num_loops], dim=1) for loop in range(num_loops)])
+            for calls in outputs.values()
+        ]
+    )
+
+
+class Distillation:
+    """The objective of a student, in the place of its own: `model(input_ids, shift_labels=...)` then gives this loss.
+
+    Args:
+        student: a LoopedForCausalLM with kv_sharing="gated" and without a coda; its `objective` is replaced.
+        teacher: one with kv_sharing="per_loop" and the same layers; it gets no gradient.
+        alignment: beta, weight of the attention outputs' distance.
+        all_loops: compare the distributions of every loop; otherwise those of the last.
+
+    Raises:
+        ValueError: models that cannot be compared loop by loop.
+    """
+
+    def __init__(
+        self, student: LoopedForCausalLM, teacher: LoopedForCausalLM, alignment: float = 0.0, all_loops: bool = True
+    ):
+        check_pair(student.config, teacher.config)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.alignment, self.all_loops = alignment, all_loops
+        student.objective = self
+        self.student = student
+
+    @contextmanager
+    def on(self, inputs: dict, num_loops: int) -> Iterator[None]:
+        """Within the block the student is called, once, on what the teacher sees: `inputs` of its forward."""
+        self.inputs, self.num_loops = inputs, num_loops
+        with attention_outputs(self.student) if self.alignment else nullcontext() as self.outputs:
+            yield
+
+    def states(self) -> LoopStates:
+        return LoopStates()
+
+    def __call__(self, model, logits, states: LoopStates, **kwargs) -> torch.Tensor:
+        """Scalar, from the student's states of every loop and what its attention gave out."""
+        taught, aligned = self.targets()
+        loops = range(self.num_loops) if self.all_loops else [self.num_loops - 1]
+        pairs = [(states.visits[t][1], taught.visits[t][1]) for t in loops]
+        loss = torch.stack([self.divergence(model, *pair) for pair in pairs]).mean()
+        if aligned is not None:
+            ours = by_loop(self.outputs, self.num_loops)
+            loss = loss + self.alignment * (ours.float() - aligned.float()).square().mean()
+        return loss
+
+    @torch.no_grad()
+    def targets(self) -> tuple[LoopStates, torch.Tensor | None]:
+        """The teacher's states, and attention outputs where they count."""
+        states = LoopStates()
+        with attention_outputs(self.teacher) as outputs:
+            self.teacher.model(
+                **self.inputs, num_loops=self.num_loops, halting=Decision(None, visit=states.visit), use_cache=False
+            )
+        return states, by_loop(outputs, self.num_loops) if self.alignment else None
+
+    def divergence(self, model: LoopedForCausalLM, state: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        """Mean over tokens of KL(teacher || student) in nats, of states (B, T, D)."""
+        student = model.readout(state).float().log_softmax(-1)
+        teacher = self.teacher.readout(taught).float().log_softmax(-1)
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+
+
+def check_pair(student: LoopedConfig, teacher: LoopedConfig) -> None:
+    """ValueError unless every loop of the student has one of the teacher to be compared with."""
+    if student.kv_sharing != "gated":
+        raise ValueError(f"distill: the student has kv_sharing={student.kv_sharing!r}: set model.kv_sharing to gated.")
+    if teacher.kv_sharing != "per_loop":
+        raise ValueError(f"distill.teacher has kv_sharing={teacher.kv_sharing!r}, and has to have 'per_loop'.")
+    if student.num_coda_layers:
+        raise ValueError(
+            f"distill: every loop is read out, which num_coda_layers={student.num_coda_layers} after the last loop do "
+            "not allow: use a model without a coda."
+        )
+    ours, theirs = student.to_dict(), teacher.to_dict()
+    for name in ("vocab_size", "hidden_size", "num_prelude_layers", "num_core_layers", "num_coda_layers"):
+        if ours[name] != theirs[name]:
+            raise ValueError(f"distill: the student has {name}={ours[name]}, the teacher {theirs[name]}.")

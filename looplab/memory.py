@@ -1,0 +1,131 @@
+"""What a KV memory costs and keeps: one checkpoint under every KV sharing and chunk length.
+
+    for each kv_sharing the weights can be run with, and each chunk length:
+        value of the task, as if prompts came in chunks of so many tokens (1: as in decoding; 0: in one call)
+        bytes of keys and values that a token leaves in the cache
+
+    memory.jsonl   a line per (kv_sharing, chunk): kv_sharing, chunk, trained (the model's own sharing), loops,
+                   kv_bytes (per token), and of text loss, perplexity, interval (bootstrap over blocks), block_losses;
+                   of hops accuracy, interval (Wilson), n, over the test rows of the hop counts trained on
+
+`per_loop` and `first` give the same at every chunk length and are measured in one call. A checkpoint trained with a
+row per loop is measured with all of them, without training (Ouro, arXiv 2510.25741, table of decode policies); one
+with KV gates with its own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .evaluation import groups_of, load_run_model, load_run_task
+from .perplexity import block_losses, run_blocks, spread_blocks, text_rows
+from .results import wilson_interval
+from .runs import Run, open_run, to_json_lines, write_whole
+
+SHARINGS = ("per_loop", "first", "last", "mean")
+CHUNKED = ("last", "mean", "gated")
+
+
+def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> PreTrainedModel:
+    """The same weights under another KV sharing and chunk length (None: a call is one chunk)."""
+    config = type(model.config).from_dict(model.config.to_dict() | {"kv_sharing": kv_sharing, "prefill_chunk": chunk})
+    twin = type(model)(config).to(model.device, model.dtype).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def kv_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values per token, from a cache that two tokens filled."""
+    cache = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    return sum(rows.nbytes for layer in cache.layers for rows in (layer.keys, layer.values)) // 2
+
+
+def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, int | None]]:
+    """(kv_sharing, chunk) pairs to measure; of sharings that chunks do not change, one."""
+    own = model.config.kv_sharing
+    sharings = [own] if own == "gated" else list(SHARINGS)
+    lengths = [chunk or None for chunk in chunks]
+    return [(s, chunk) for s in sharings for chunk in (lengths if s in CHUNKED else [None])]
+
+
+class TextMeasure:
+    """Test perplexity."""
+
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, limit: int | None):
+        self.blocks = run_blocks(run, tokenizer)["test"]
+        self.numbers = spread_blocks(len(self.blocks), limit)
+
+    def __call__(self, model: PreTrainedModel) -> dict:
+        losses = block_losses(model, self.blocks, self.numbers, [model.config.num_loops])
+        (row,) = text_rows(losses, len(self.numbers) * self.blocks.sequence_length, "")
+        return {name: row[name] for name in ("loss", "perplexity", "interval", "block_losses")}
+
+
+class HopMeasure:
+    """Accuracy over the test rows of trained hop counts."""
+
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, limit: int | None):
+        trained = run.summary()["trained_hops"]
+        groups = groups_of(load_run_task(run)["test"], tokenizer, limit)
+        self.groups = [group for group in groups if group.hops in trained]
+
+    @torch.inference_mode()
+    def __call__(self, model: PreTrainedModel) -> dict:
+        right = total = 0
+        for group in self.groups:
+            for ids, answers in zip(group.input_ids.split(512), group.answers.split(512), strict=True):
+                logits = model(ids.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1]
+                right += int((logits.argmax(-1).cpu() == answers).sum())
+                total += len(answers)
+        return {"accuracy": right / total, "interval": wilson_interval(right / total, total), "n": total}
+
+
+MEASURES = {"text": TextMeasure, "khop": HopMeasure, "composition": HopMeasure}
+
+
+def measure_memory(
+    folder: str | Path, chunks: Sequence[int] = (1, 0), limit: int | None = None, loops: int | None = None
+) -> Path:
+    """Write RUN/memory.jsonl, see the module docstring.
+
+    Args:
+        folder: a finished run on text or hops.
+        chunks: chunk lengths in tokens; 0 is one call.
+        limit: at most so many blocks of text, or rows per hop count and split kind.
+        loops: loops to run; the model's own unless given.
+
+    Raises:
+        ValueError: no such run, it has not finished, or its task has no measure here.
+    """
+    run = open_run(folder)
+    run.summary()
+    if run.task() not in MEASURES:
+        raise ValueError(f"{run.folder} is a run on {run.task()}, and memories are measured on {', '.join(MEASURES)}.")
+    model, tokenizer = load_run_model(run)
+    if loops is not None:
+        model.config.num_loops = loops
+    measure = MEASURES[run.task()](run, tokenizer, limit)
+    rows = []
+    for kv_sharing, chunk in tqdm(memories(model, chunks), desc="memories", unit="memory"):
+        twin = with_memory(model, kv_sharing, chunk)
+        facts = {"kv_sharing": kv_sharing, "chunk": chunk or 0, "trained": kv_sharing == model.config.kv_sharing}
+        rows.append(facts | {"loops": model.config.num_loops, "kv_bytes": kv_bytes(twin)} | measure(twin))
+    return write_whole(run.folder / "memory.jsonl", to_json_lines(rows))
+
+
+def memory_table(run: Run) -> str:
+    """RUN/memory.jsonl as text, a line per memory."""
+    rows = run.memory()
+    name = "perplexity" if "perplexity" in rows[0] else "accuracy"
+    lines = [f"{'kv_sharing':<12}{'chunk':>7}{'KV bytes':>10}{name:>12}   95 % interval"]
+    for row in rows:
+        low, high = row["interval"]
+        mark = "*" if row["trained"] else ""
+        chunk = row["chunk"] or "call"
+        lines.append(
+            f"{row['kv_sharing'] + mark:<12}{chunk:>7}{row['kv_bytes']:>10}{row[name]:12.4f}   {low:.4f} - {high:.4f}"
+        )
+    return "\n".join([*lines, "* is what it was trained with; chunk 1 is decoding token by token."])

@@ -1,0 +1,289 @@
+"""A run on the Hugging Face Hub: `looped publish RUN --repo-id USER/NAME [--dataset] [--space]`.
+
+    model      USER/NAME           model/, the run's own records below run/, figures/, and a card
+    dataset    datasets/USER/NAME  --dataset: the run's data as parquet, and a card; `load_dataset` needs no code
+    Space      spaces/USER/NAME    --space: the page with the loop slider (demo.py), of the model
+    collection                     ties them together, where there is more than the model
+
+What is uploaded is a list of names, never a folder: checkpoints and whatever else lies in RUN stay where they are. A
+repository changes in one commit, or not at all. Files that an earlier publication of the run left there and this one
+lacks (weights in other shards, say) go in the same commit; files that other people put there stay.
+
+An upload that broke off is resumed by the same command: huggingface_hub does not send again what the Hub has.
+"""
+
+import fnmatch
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from httpx2 import TransportError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from data_builders import export_parquet, load_task
+
+from .cards import FIGURES, Names, dataset_card, model_card, run_data
+from .demo import space_files
+from .readers import HopReader, reader_of
+from .runs import Run, open_run
+
+# Records of a run that are published, where it has them.
+RECORDS = (
+    "recipe.yaml",
+    "summary.json",
+    "metrics.jsonl",
+    "evaluation.json",
+    "grid.jsonl",
+    "loops.jsonl",
+    "text.jsonl",
+    "halting.jsonl",
+    "quantization.json",
+    "lens.jsonl",
+    "lens_stages.jsonl",
+)
+
+# What a model folder holds beside weights and code, where it has them.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+INDEX = "model.safetensors.index.json"
+
+# Licences of data that others made, by (task, config).
+DATA_LICENCES = {("molecules", "moses"): "mit"}
+
+TITLE = 59  # characters that the Hub allows in the title of a collection
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One repository and what goes there.
+
+    Args:
+        kind: "model", "dataset" or "space".
+        files: path in the repository -> the file, or its bytes.
+        own: patterns of paths that belong to a publication: what matches in the repository and is not in `files` is
+            left from an earlier one.
+    """
+
+    kind: str
+    repo_id: str
+    files: dict[str, Path | bytes]
+    own: tuple[str, ...]
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            path: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for path, content in self.files.items()
+        }
+
+    def url(self, api: HfApi) -> str:
+        return f"{api.endpoint}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.repo_id}"
+
+    def owns(self, path: str) -> bool:
+        # Folder by folder: a star that goes into folders would reach what is not ours.
+        parts = [(path.split("/"), pattern.split("/")) for pattern in self.own]
+        return any(len(a) == len(b) and all(map(fnmatch.fnmatchcase, a, b)) for a, b in parts)
+
+    def send(self, api: HfApi, private: bool) -> str:
+        """Make the repository what `files` say, in one commit; returns the commit."""
+        space = {"space_sdk": "gradio"} if self.kind == "space" else {}
+        # Not private=False: that would publish a repository that its owner's organisation makes private by default.
+        api.create_repo(self.repo_id, repo_type=self.kind, private=private or None, exist_ok=True, **space)
+        there = api.list_repo_files(self.repo_id, repo_type=self.kind)
+        operations = [CommitOperationDelete(path) for path in there if path not in self.files and self.owns(path)]
+        operations += [CommitOperationAdd(path, content) for path, content in self.files.items()]
+        commit = api.create_commit(
+            self.repo_id, operations, repo_type=self.kind, commit_message=f"Publish the {self.kind} with looped"
+        )
+        return commit.oid
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    dataset: bool = False,
+    space: bool = False,
+    private: bool = False,
+    dry_run: bool = False,
+    licence: str | None = None,
+    data_licence: str | None = None,
+    api: HfApi | None = None,
+) -> dict[str, str]:
+    """Upload a run, and print what goes where; returns kind -> commit, of each repository.
+
+    Args:
+        folder: a finished and evaluated run.
+        repo_id: "USER/NAME" of all repositories; USER may be an organisation.
+        dataset, space: publish the run's data, and a page that shows the model, too.
+        private: of repositories that do not exist yet; one that does must be private already.
+        dry_run: print only. No network, no token.
+        licence: of the model, an identifier of the Hub; apache-2.0 unless given.
+        data_licence: of the data; generated data have the model's unless given.
+        api: the Hub to use; the one of huggingface_hub's settings (HF_ENDPOINT, HF_TOKEN) unless given.
+
+    Raises:
+        ValueError: a repo id without a user, no token, or one without access to USER; the run has not finished or was
+            not evaluated, or there is no page for its task; a licence that only the user can know is missing; the
+            repository exists and is public while `private` is asked for; the Hub refuses the card; the Hub cannot be
+            reached.
+        OSError: the Hub refuses a request, a disk error.
+    """
+    run, api = open_run(folder), api or HfApi()
+    user = user_of(repo_id)
+    names = names_of(run, repo_id, dataset, licence, data_licence)
+    kinds = ["model", *["dataset"] * dataset, *["space"] * space]
+    try:
+        if not dry_run:
+            check_access(api, user)
+            for kind in kinds if private else []:
+                check_private(api, repo_id, kind)
+        with ExitStack() as stack:
+            uploads = [model_upload(run, names)]
+            if dataset:
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                # Before the model, whose card names it.
+                uploads.insert(0, dataset_upload(run, names, place))
+            if space:
+                files = {name: text.encode() for name, text in space_files([run], [repo_id]).items()}
+                uploads.append(Upload("space", repo_id, files, own=()))
+            print(plan(run, uploads, api, private, dry_run))
+            commits = {} if dry_run else {upload.kind: upload.send(api, private) for upload in uploads}
+        if len(commits) > 1:
+            print(f"collection  {collect(api, user, repo_id, list(commits), private)}")
+    except TransportError as error:
+        raise ValueError(f"{api.endpoint} cannot be reached ({error}): run the same command again later.") from error
+    for upload in uploads if commits else []:
+        print(f"{upload.kind:<11} {upload.url(api)} at commit {commits[upload.kind]}")
+    return commits
+
+
+def user_of(repo_id: str) -> str:
+    """USER of "USER/NAME"."""
+    validate_repo_id(repo_id)
+    user, slash, _ = repo_id.partition("/")
+    if not slash:
+        raise ValueError(f"--repo-id must be USER/NAME, got {repo_id!r}: put your user name on the Hub before it.")
+    return user
+
+
+def names_of(run: Run, repo_id: str, dataset: bool, licence: str | None, data_licence: str | None) -> Names:
+    """Repositories and licences of a publication; ValueError for a licence that must be given and is not."""
+    task, config, _ = run_data(run)
+    start = run.recipe()["init_from"]
+    if licence is None and start is not None:
+        raise ValueError(
+            f"{run.folder} started from the weights of {start}, whose licence binds it: name it by --license."
+        )
+    licence = licence or "apache-2.0"
+    if not dataset:
+        return Names(repo_id, licence)
+    if data_licence is None:
+        # What a seed generates is nobody else's; text and molecules are.
+        data_licence = licence if isinstance(reader_of([run]), HopReader) else DATA_LICENCES.get((task, config))
+    if data_licence is None:
+        raise ValueError(
+            f"--dataset would publish the {task} that {run.folder} was trained on, under a licence that is not known "
+            "here: name it by --dataset-license, or leave --dataset out."
+        )
+    return Names(repo_id, licence, repo_id, data_licence)
+
+
+def check_access(api: HfApi, user: str) -> None:
+    """ValueError unless there is a token, and the Hub takes it for one of `user`'s."""
+    if (api.token or get_token()) is None:
+        raise ValueError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN; --dry-run needs none.")
+    try:
+        whoami = api.whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        raise ValueError("the Hub does not know this token: run `hf auth login` with a new one.") from error
+    known = [whoami["name"], *(organisation["name"] for organisation in whoami.get("orgs", []))]
+    if user not in known:
+        raise ValueError(f"the token is for {', '.join(known)}, and --repo-id names {user}: change one of them.")
+
+
+def check_private(api: HfApi, repo_id: str, kind: str) -> None:
+    """ValueError if the repository exists and is public."""
+    try:
+        info = api.repo_info(repo_id, repo_type=kind)
+    except RepositoryNotFoundError:
+        return
+    if not info.private:
+        raise ValueError(
+            f"the {kind} {repo_id} exists and is public: make it private in its settings, or leave --private out."
+        )
+
+
+def model_upload(run: Run, names: Names) -> Upload:
+    """The model repository; ValueError if the run has not finished, or was not evaluated."""
+    run.summary()  # says so if the training has not finished
+    card = model_card(run, names)
+    files = {path.name: path for path in model_files(run.model_folder())}
+    files |= {f"run/{name}": run.folder / name for name in RECORDS if (run.folder / name).is_file()}
+    figures = {f"figures/{name}.png": run.folder / "figures" / f"{name}.png" for name in FIGURES}
+    files |= {path: file for path, file in figures.items() if file.is_file()}
+    own = ("*.safetensors", INDEX, "*_looped.py", "run/*", "figures/*.png", *MODEL_FILES)
+    return Upload("model", names.model_id, {"README.md": str(card).encode(), **files}, own)
+
+
+def model_files(folder: Path) -> Iterator[Path]:
+    """The files that a saved model is loaded from: what is named by it, and nothing that lies beside."""
+    yield from (folder / name for name in MODEL_FILES if (folder / name).is_file())
+    if (folder / INDEX).is_file():
+        yield folder / INDEX
+        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        yield from (folder / name for name in sorted(set(shards)))
+    else:
+        yield folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    modules = {f"{reference.partition('.')[0]}.py" for reference in config["auto_map"].values()}
+    code = {Path(file).name for module in modules for file in get_relative_import_files(folder / module)}
+    yield from (folder / name for name in sorted(modules | code))
+
+
+def dataset_upload(run: Run, names: Names, place: Path) -> Upload:
+    """The dataset repository, its parquet written to `place`."""
+    task, config, overrides = run_data(run)
+    export_parquet(task, config, place, **overrides)
+    exported = DatasetCard.load(place / "README.md")
+    card = dataset_card(run, names, exported, load_task(task, config, **overrides))
+    files = {path.relative_to(place).as_posix(): path for path in sorted(place.glob("*/*.parquet"))}
+    return Upload("dataset", names.dataset_id, {"README.md": str(card).encode(), **files}, ("*/*.parquet",))
+
+
+def collect(api: HfApi, user: str, repo_id: str, kinds: list[str], private: bool) -> str:
+    """Put the repositories into the collection of that name; returns its address."""
+    title = repo_id.partition("/")[2][:TITLE]
+    collection = api.create_collection(title, namespace=user, private=private, exists_ok=True)
+    for kind in kinds:
+        api.add_collection_item(collection.slug, item_id=repo_id, item_type=kind, exists_ok=True)
+    return collection.url
+
+
+def plan(run: Run, uploads: list[Upload], api: HfApi, private: bool, dry_run: bool) -> str:
+    """What is about to be sent, as text: repositories, files and sizes in bytes."""
+    lines = [f"{run.folder}{': nothing is sent, this is what would be' if dry_run else ''}"]
+    for upload in uploads:
+        sizes = upload.sizes()
+        seen = "private" if private else "public, unless it exists and is private"
+        lines += ["", f"{upload.kind:<11} {upload.url(api)}  ({seen})"]
+        lines += [f"{size:>13,} {path}" for path, size in sizes.items()]
+        lines += [f"{sum(sizes.values()):>13,} bytes in {len(sizes)} files, in one commit; files of an earlier "
+                  f"publication that are not among them are deleted"]  # fmt: skip
+    if private and any(upload.kind == "space" for upload in uploads):
+        lines += ["", "The Space can read the private model once its settings have a secret HF_TOKEN that may."]
+    if len(uploads) > 1:
+        lines += ["", f"collection  {uploads[0].repo_id.partition('/')[2][:TITLE]}  of these {len(uploads)}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,255 @@
+"""Chunks: a call cut into pieces of tokens, of which later ones see the KV rows that earlier ones end with.
+
+    for chunk in chunks of `prefill_chunk` tokens, counted from a row's first real token of the call:
+        run it as a call of its own, through one cache
+
+Where a token has one KV row for all loops (`last`, `mean`, `gated`), tokens of one chunk see each other in the loop
+under way and earlier chunks in their final form. How long chunks are is therefore part of what the model computes:
+with `prefill_chunk=1` a whole sequence is computed as decoding would compute it. Training goes through the same
+chunks, with gradients through the rows of earlier ones unless they are cut, and under gradient checkpointing whole
+chunks are run again. Source: MELT (arXiv 2605.07721), chunk-wise training. Legend: B rows, T tokens, C tokens of a
+chunk, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import slice_logits_to_keep
+
+from .cache_looped import readable, recent_rows, rewrite_recent
+from .halting_looped import Decision
+
+# What engines with caches of their own pass through forward: they pack the tokens of several requests in one call.
+ENGINE_ARGUMENTS = frozenset({"attention_instances", "block_table", "cache", "read_index", "write_index"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one forward was asked, checked and completed; or one chunk of it.
+
+    Args:
+        embeds: (B, T, D).
+        attention_mask: (B, S) of cached and new tokens, a prepared mask, or None.
+        position_ids: (B or 1, T).
+        past_key_values: the cache, or None.
+        num_loops: an int, or (B,) per row.
+        first_grad_loop: the first loop that is differentiated.
+        decision: the halting rule and what it looks at.
+        generator: seed of the initial state.
+        deciding: (B, T) bool, the tokens that the rule is read at; None for all that are real.
+    """
+
+    embeds: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    past_key_values: Cache | None
+    num_loops: int | torch.Tensor
+    first_grad_loop: int
+    decision: Decision
+    generator: torch.Generator | None
+    deciding: torch.Tensor | None = None
+
+
+class LeftAligned:
+    """Rows turned so that their first real token comes first: chunks then end at the same tokens as without padding.
+
+    Args:
+        real: (B, T) bool of the tokens of the call.
+    """
+
+    def __init__(self, real: torch.Tensor):
+        tokens = torch.arange(real.shape[1], device=real.device)
+        padding = (real.int().cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
+        self.turned = bool((padding % real.shape[1]).any())
+        self.order = (tokens + padding) % real.shape[1]  # (B, T)
+        self.inverse = (tokens - padding) % real.shape[1]
+
+    def turn(self, values: torch.Tensor) -> torch.Tensor:
+        """(B or 1, T, ...) to the left."""
+        return self._select(values, self.order) if self.turned else values
+
+    def back(self, values: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, ...), or of some rows (b, T, ...), to where they were."""
+        return self._select(values, self.inverse if rows is None else self.inverse[rows]) if self.turned else values
+
+    def _select(self, values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        values = values.expand(len(order), *values.shape[1:])
+        return values[torch.arange(len(order), device=order.device).unsqueeze(1), order]
+
+
+class Chunks:
+    """One call of `model`, chunk by chunk.
+
+    Args:
+        model: a LoopedModel.
+        call: of more than `size` tokens.
+        size: tokens of a chunk.
+        cut_gradients: no gradient goes through the rows of earlier chunks.
+
+    Raises:
+        ValueError: a prepared mask, an engine's cache, or labels together with a halting rule.
+    """
+
+    def __init__(self, model, call: Call, size: int, cut_gradients: bool):
+        mask = call.attention_mask
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
+            raise ValueError(
+                f"prefill_chunk={size} cuts this call, which needs a (batch, tokens) attention_mask or none: "
+                "give the mask of real tokens instead of a prepared one, or calls of at most prefill_chunk tokens."
+            )
+        if call.decision.rule is not None and call.decision.visit is not None:
+            raise ValueError(
+                f"prefill_chunk={size} cuts this call, and its loss is read at all loops: leave out the halting rule, "
+                "or give calls of at most prefill_chunk tokens."
+            )
+        self.model, self.size, self.cut_gradients = model, size, cut_gradients
+        self.batch_size, self.num_tokens = call.embeds.shape[:2]
+        self.cache = DynamicCache(config=model.config) if call.past_key_values is None else call.past_key_values
+        self.past = int(self.cache.get_seq_length())
+        self.keeps_cache = call.past_key_values is not None
+        real = call.embeds.new_ones(call.embeds.shape[:2], dtype=torch.bool)
+        if mask is not None:
+            real = mask[:, -self.num_tokens :].bool()
+        self.rows = LeftAligned(real)
+        if mask is not None:
+            mask = torch.cat([mask[:, : -self.num_tokens], self.rows.turn(mask[:, -self.num_tokens :])], dim=1)
+        self.call = replace(
+            call,
+            embeds=self.rows.turn(call.embeds),
+            attention_mask=mask,
+            position_ids=self.rows.turn(call.position_ids),
+            past_key_values=self.cache,
+            deciding=self.rows.turn(real & self._asked(call.decision, real.device)),
+        )
+
+    def _asked(self, decision: Decision, device) -> torch.Tensor:
+        """(T,) bool: the tokens that a halting rule is read at."""
+        asked = torch.zeros(self.num_tokens, dtype=torch.bool, device=device)
+        if decision.rule is None:
+            return asked
+        tokens = torch.arange(self.num_tokens, device=device).view(1, -1, 1)
+        return asked.index_fill(0, slice_logits_to_keep(tokens, decision.logits_to_keep).flatten(), True)
+
+    def run(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (B, T, D) that the head reads, and the loops run for each token (B, T).
+
+        Raises:
+            ValueError: a serving engine packs requests into the call.
+        """
+        engine = sorted(ENGINE_ARGUMENTS & {name for name, value in kwargs.items() if value is not None})
+        if engine:
+            raise ValueError(
+                f"prefill_chunk={self.size} is counted from the first token of a request, which an engine that packs "
+                f"requests ({engine[0]}) does not say: use generate."
+            )
+        recomputes = self.model.gradient_checkpointing and self.model.training and torch.is_grad_enabled()
+        run_one = self._run_recomputed if recomputes else self._run
+        outputs, visits = [], []
+        with layers_not_checkpointed(self.model):
+            for start in range(0, self.num_tokens, self.size):
+                visited = []  # per loop: (b,) rows and their (b, C, D) states
+                chunk = self._chunk(start, min(start + self.size, self.num_tokens), visited)
+                outputs.append(run_one(chunk, visited, **kwargs))
+                visits.append(visited)
+                if self.cut_gradients:
+                    self._cut()
+        hidden_states, loops_used = (self.rows.back(torch.cat(parts, dim=1)) for parts in zip(*outputs, strict=True))
+        if self.call.decision.visit is not None:
+            self._show(visits, self.call.decision.visit)
+        if self.keeps_cache and self.rows.turned:
+            for slot in range(len(self.cache.layers)):
+                rewrite_recent(readable(self.cache, slot), self.rows.inverse)
+        return hidden_states, loops_used
+
+    def _chunk(self, start: int, end: int, visited: list) -> Call:
+        mask, deciding = self.call.attention_mask, self.call.deciding[:, start:end]
+        columns = deciding.any(0).nonzero().squeeze(1)
+        decision = replace(
+            self.call.decision,
+            rule=self.call.decision.rule if len(columns) else None,
+            logits_to_keep=columns if len(columns) else 0,
+            visit=self.call.decision.visit and (lambda rows, state: visited.append((rows, state))),
+        )
+        return replace(
+            self.call,
+            embeds=self.call.embeds[:, start:end],
+            attention_mask=None if mask is None else mask[:, : self.past + end],
+            position_ids=self.call.position_ids[:, start:end],
+            decision=decision,
+            deciding=deciding,
+        )
+
+    def _run(self, chunk: Call, visited: list, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model.run_call(chunk, **kwargs)
+
+    def _run_recomputed(self, chunk: Call, visited: list, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, keeping no activations but what goes in and out: the backward pass runs the chunk again.
+
+        The cache must not be written a second time then, so the chunk gets one of its own, and its rows come out.
+        """
+        if chunk.generator is not None:
+            raise ValueError("gradient checkpointing cannot replay a generator: leave generator out.")
+        num_slots = self.model.sharing.slots.count(self._most_loops())
+        filled = [layer for layer in self.cache.layers if layer.is_initialized]
+        past = chain.from_iterable((layer.keys, layer.values) for layer in filled)
+
+        def run(embeds: torch.Tensor, *past: torch.Tensor):
+            cache = DynamicCache()
+            cache.layers = [DynamicLayer() for _ in range(num_slots)]
+            self.model.sharing.open(cache, self._most_loops())
+            for layer, keys, values in zip(cache.layers, past[0::2], past[1::2], strict=False):
+                append(layer, keys, values)
+            visited.clear()
+            with layers_not_checkpointed(self.model):
+                outputs = self.model.run_call(replace(chunk, embeds=embeds, past_key_values=cache), **kwargs)
+            slots = range(len(cache.layers))
+            rows = chain.from_iterable(recent_rows(readable(cache, slot), embeds.shape[1]) for slot in slots)
+            return *outputs, *(state for _, state in visited), *rows
+
+        hidden_states, loops_used, *rest = self.model._gradient_checkpointing_func(run, chunk.embeds, *past)
+        visited[:] = [(rows, state) for (rows, _), state in zip(visited, rest, strict=False)]
+        rest = rest[len(visited) :]
+        self.model.sharing.open(self.cache, self._most_loops())
+        for layer, keys, values in zip(self.cache.layers, rest[0::2], rest[1::2], strict=True):
+            append(layer, keys, values)
+        return hidden_states, loops_used
+
+    def _most_loops(self) -> int:
+        loops = self.call.num_loops
+        return loops if isinstance(loops, int) else int(loops.max())
+
+    def _cut(self) -> None:
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+    def _show(self, visits: list[list[tuple[torch.Tensor, torch.Tensor]]], visit: Callable) -> None:
+        """Show the states of all chunks at once. Rows leave by their own loop counts here, the same in every chunk."""
+        for of_loop in zip(*visits, strict=True):
+            rows = of_loop[0][0]
+            states = self.rows.back(torch.cat([state for _, state in of_loop], dim=1), rows)
+            visit(rows, slice_logits_to_keep(states, self.call.decision.logits_to_keep))
+
+
+def append(layer: object, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Put (B, K, T, d) rows at the end of a growing layer, whatever its policy does with loops."""
+    assert isinstance(layer, DynamicLayer)
+    DynamicLayer.update(layer, keys, values)
+
+
+@contextmanager
+def layers_not_checkpointed(model: nn.Module) -> Iterator[None]:
+    """Within the block layers keep their activations, and the cache that checkpointing would take from them."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True

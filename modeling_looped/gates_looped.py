@@ -1,0 +1,108 @@
+"""KV gates: the latent that keys and values are computed from when a token has one KV row for all loops (MELT).
+
+    x_t = input_layernorm(hidden_states)               (B, T, D)  what a layer runs on in loop t
+    h_t = z_t * h_{t-1} + (1 - z_t) * x_t              h_0 := x_1, so that the first loop is any transformer's
+    q_t = x_t W_Q;   k_t = h_t W_K;   v_t = h_t W_V    later tokens see k, v of the last loop only
+
+    elementwise   z = sigmoid(x W + h U + b), a value per channel                      2 D^2 + D parameters per layer
+    low_rank      the same with W and U of rank `kv_gate_rank`                         4 D r + D
+    scalar        the same, a value per token                                          2 D + 1
+    mean          h_t is the mean of x_1 .. x_t
+    ema           z = 0.2
+    last          z = 0
+
+A gate belongs to one layer and is the same in every loop. The three without parameters are baselines. Source: MELT
+(arXiv 2605.07721); h_0, the normalised input and the initial bias are our choices, since its text was not available:
+weights 0 and bias -3 start near `last`, which changes a model trained with a row per loop least. Legend: B rows, T
+tokens, D hidden size, r rank.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+class LastGate(nn.Module):
+    """h_t = x_t: the latent forgets the loops before. The base of the other gates."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, hidden_states: torch.Tensor, latent: torch.Tensor | None, loop: int) -> torch.Tensor:
+        """x_t (B, T, D) and h_{t-1} (B, T, D), None in the first loop -> h_t (B, T, D); `loop` is t - 1."""
+        return hidden_states if latent is None else self.mix(hidden_states, latent, loop)
+
+    def mix(self, hidden_states: torch.Tensor, latent: torch.Tensor, loop: int) -> torch.Tensor:
+        return hidden_states
+
+
+class MeanGate(LastGate):
+    """h_t = (x_1 + ... + x_t) / t."""
+
+    def mix(self, hidden_states, latent, loop):
+        return torch.lerp(latent, hidden_states, 1 / (loop + 1))
+
+
+class EMAGate(LastGate):
+    """h_t = 0.2 h_{t-1} + 0.8 x_t."""
+
+    kept = 0.2
+
+    def mix(self, hidden_states, latent, loop):
+        return torch.lerp(hidden_states, latent, self.kept)
+
+
+class GateLinear(nn.Linear):
+    """A term of a gate's logit, which starts at -3 where it has a bias and at 0 where not: z is about 0.05."""
+
+    initial_bias = -3.0
+
+    def initialize(self) -> None:
+        """Values of a fresh gate; those that were loaded stay."""
+        init.zeros_(self.weight)
+        if self.bias is not None:
+            init.constant_(self.bias, self.initial_bias)
+
+
+class LearnedGate(LastGate):
+    """h_t = z * h_{t-1} + (1 - z) * x_t; a subclass has `of_input` and `of_latent`, whose sum is the logit of z."""
+
+    of_input: nn.Module
+    of_latent: nn.Module
+
+    def mix(self, hidden_states, latent, loop):
+        # lerp is exact at both ends: z = 0 is the model with a row per loop, z = 1 its first loop, bit for bit.
+        share = torch.sigmoid(self.of_input(hidden_states) + self.of_latent(latent))
+        return torch.lerp(hidden_states, latent, share.to(hidden_states.dtype).expand_as(latent))
+
+
+class ElementwiseGate(LearnedGate):
+    def __init__(self, config):
+        super().__init__(config)
+        self.of_input = GateLinear(config.hidden_size, config.hidden_size)
+        self.of_latent = GateLinear(config.hidden_size, config.hidden_size, bias=False)
+
+
+class ScalarGate(LearnedGate):
+    def __init__(self, config):
+        super().__init__(config)
+        self.of_input = GateLinear(config.hidden_size, 1)
+        self.of_latent = GateLinear(config.hidden_size, 1, bias=False)
+
+
+class LowRankGate(LearnedGate):
+    def __init__(self, config):
+        super().__init__(config)
+        size, rank = config.hidden_size, config.kv_gate_rank
+        self.of_input = nn.Sequential(nn.Linear(size, rank, bias=False), GateLinear(rank, size))
+        self.of_latent = nn.Sequential(nn.Linear(size, rank, bias=False), GateLinear(rank, size, bias=False))
+
+
+KV_GATES = {
+    "elementwise": ElementwiseGate,
+    "low_rank": LowRankGate,
+    "scalar": ScalarGate,
+    "mean": MeanGate,
+    "ema": EMAGate,
+    "last": LastGate,
+}

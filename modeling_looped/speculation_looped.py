@@ -1,0 +1,450 @@
+"""Lossless self-speculation: the first loops draft some tokens, one call of the others verifies all of them.
+
+    until the text ends, with t the newest token:                 # it is in the text, and not yet in the cache
+        state_0  = loops 0 .. d-1 of t                            # prelude first; their KV rows stay
+        for i = 0, 1, ... while the draft is sure:
+            x_i       ~ q_i = processors(head(norm(coda(close(state_i)))))
+            state_i+1 = loops 0 .. d-1 of x_i
+        p_0 p_1 ... = loops d .. R-1, coda and head of all states in one call
+        x_i is kept while rand() < p_i(x_i) / q_i(x_i), or, greedily, while it is argmax p_i
+        then one token from (p - q)+ where the draft erred, else from the last p     # argmax p, greedily
+        the rows of what was not kept are cropped
+
+Draft and verification are the two halves of one forward pass: of a drafted token nothing is computed twice but the
+coda, whose rows the verification writes anew. A call in which k tokens are drafted runs their first loops one by one
+and the others once, where plain decoding would run all loops k + 1 times.
+
+Sources: self-speculation that reuses the draft's rows and states, LayerSkip (arXiv 2404.16710); sampling that leaves
+the distribution as it is, Leviathan et al. (2211.17192), algorithm 1. Legend: T tokens of the one row, D hidden size,
+V vocabulary, R loops, d of them the draft's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.masking_utils import create_causal_mask
+
+from .cache_looped import FirstInputs, OwnInputs, RewritingLayer
+
+# Policies under which tokens that are computed together get the rows that they would get one by one.
+VERIFIABLE_SHARINGS = ("per_loop", "first")
+
+
+@dataclass
+class SpeculativeGenerateOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` plus what speculation did.
+
+    Args:
+        loops_used (`torch.LongTensor` of shape `(1, new_tokens)`): loops of each token, `num_loops` for all of them.
+        drafted (`torch.LongTensor` of shape `(verifications,)`): tokens that each verification got to see.
+        accepted (`torch.LongTensor` of shape `(verifications,)`): how many of them are in the output.
+        layer_calls (`int`): layers run after the prompt, each on one or more tokens.
+    """
+
+    loops_used: torch.Tensor | None = None
+    drafted: torch.Tensor | None = None
+    accepted: torch.Tensor | None = None
+    layer_calls: int | None = None
+
+
+@dataclass
+class HalfContext:
+    """What the layer calls of one half share; the same words as `CallContext` of `modeling_looped.py`."""
+
+    attention_mask: torch.Tensor | None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    position_ids: torch.Tensor  # (1, T)
+    past_key_values: Cache
+
+
+@dataclass
+class Halfway:
+    """Tokens after the loops of the draft: embeds (1, T, D), state (1, T, ...), and the context they were run in."""
+
+    embeds: torch.Tensor
+    state: torch.Tensor
+    key_inputs: OwnInputs | FirstInputs
+    context: HalfContext
+
+
+class Halves:
+    """The forward pass of a `LoopedForCausalLM` over one row, in two halves that meet after `draft_loops` loops.
+
+    Args:
+        cache: a DynamicCache, level over all slots; the first half leaves the slots of the second behind.
+        attention_mask: (1, S) of the tokens in the cache, or None where none is padding.
+        position_ids: (1, S), or its end, of the same.
+    """
+
+    def __init__(self, model, cache, draft_loops, num_loops, attention_mask, position_ids, generator):
+        self.model, self.body, self.cache = model, model.model, cache
+        self.draft_loops, self.num_loops, self.generator = draft_loops, num_loops, generator
+        self.attention_mask, self.position = attention_mask, position_ids[:, -1:]
+        self.slots = self.body.sharing.slots
+        self.length = int(cache.get_seq_length())  # tokens that both halves have seen, and that are to stay
+        self.layer_calls = 0
+
+    def first(self, token: torch.Tensor, ahead: int) -> Halfway:
+        """Prelude and the draft's loops of one token (1, 1), the one after `ahead` that only this half has seen."""
+        body = self.body
+        body.sharing.open(self.cache, self.num_loops)
+        position_ids = self.position + 1 + ahead
+        embeds = body.dropout(body.positions.embed(body.embed_tokens(token), position_ids))
+        context = self.context(embeds, position_ids, self.length + ahead + 1, loop=0)
+        embeds = self.run(body.prelude, "prelude", embeds, context)
+        start = body.start(embeds, position_ids, self.generator, body.training)
+        state, key_inputs = body.connection.open(start, embeds), body.sharing.inputs()
+        state = self.loop(state, embeds, key_inputs, context, range(self.draft_loops))
+        return Halfway(embeds, state, key_inputs, context)
+
+    def draft(self, part: Halfway) -> torch.Tensor:
+        """(1, 1, V) logits of a token that has seen the first half alone."""
+        return self.readout(part.state, part.context)
+
+    def second(self, parts: Sequence[Halfway]) -> torch.Tensor:
+        """The other loops of T successive tokens: (1, T, V) logits; all slots are level afterwards."""
+        body, num_tokens = self.body, len(parts)
+        self.rewind()
+        embeds = torch.cat([part.embeds for part in parts], dim=1)
+        state = torch.cat([part.state for part in parts], dim=1)
+        key_inputs = parts[0].key_inputs.join([part.key_inputs for part in parts])
+        position_ids = torch.cat([part.context.position_ids for part in parts], dim=1)
+        context = self.context(embeds, position_ids, self.length + num_tokens, loop=self.draft_loops)
+        state = self.loop(state, embeds, key_inputs, context, range(self.draft_loops, self.num_loops))
+        logits = self.readout(state, context)
+        body.sharing.close(self.cache, self.num_loops, num_tokens)
+        return logits
+
+    def rewind(self) -> None:
+        """Crop the slots that the second half writes to the tokens it has seen: the coda's hold the draft's rows."""
+        coda = [self.slots.slot("coda", layer) for layer in range(self.slots.num_coda_layers)]
+        core = range(self.slots.slot("core", 0, self.draft_loops), self.slots.count(self.num_loops))
+        for slot in (*coda, *core):
+            layer = self.cache.layers[slot]
+            layer.crop(self.length - int(layer.get_seq_length()))
+            if isinstance(layer, RewritingLayer):
+                layer.open_step()
+
+    def keep(self, num_kept: int, num_tokens: int) -> None:
+        """Of the `num_tokens` tokens that the second half saw last, the first `num_kept` stay."""
+        for layer in self.cache.layers:
+            layer.crop(num_kept - num_tokens)
+        self.length += num_kept
+        self.position = self.position + num_kept
+
+    def context(self, embeds, position_ids, length: int, loop: int) -> HalfContext:
+        """That of the last tokens of the first `length`, for slots as long as those of core loop `loop`."""
+        mask = self.attention_mask
+        if mask is not None:
+            mask = F.pad(mask, (0, length - mask.shape[1]), value=1)
+        causal_mask = create_causal_mask(
+            config=self.model.config,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            position_ids=position_ids,
+            layer_idx=self.slots.slot("core", 0, loop),
+        )
+        return HalfContext(causal_mask, self.body.positions(embeds, position_ids), position_ids, self.cache)
+
+    def loop(self, state, embeds, key_inputs, context, loops: range) -> torch.Tensor:
+        body = self.body
+        for loop in loops:
+            x = body.connection.read(state, embeds, loop)
+            x = self.run(body.core, "core", x, context, loop, key_inputs)
+            x = body.loop_embedding(body.core_norm(x), loop)
+            state = body.connection.write(state, x, loop)
+        return state
+
+    def readout(self, state: torch.Tensor, context: HalfContext) -> torch.Tensor:
+        hidden_states = self.run(self.body.coda, "coda", self.body.connection.close(state), context)
+        return self.model.readout(hidden_states).float()
+
+    def run(self, layers, section, hidden_states, context, loop=0, key_inputs=None) -> torch.Tensor:
+        self.layer_calls += len(layers)
+        return self.body._run(layers, section, hidden_states, context, loop, key_inputs)
+
+
+class Text:
+    """The row that is generated, with all that decoding says and asks of each new token.
+
+    Args:
+        ids: (1, S) prompt.
+        choice: how tokens are chosen, see `Greedy`.
+    """
+
+    def __init__(self, ids, choice, logits_processor, stopping_criteria, streamer, keeps_scores, keeps_logits):
+        self.ids, self.choice = ids, choice
+        self.logits_processor, self.stopping_criteria, self.streamer = logits_processor, stopping_criteria, streamer
+        self.scores = () if keeps_scores else None
+        self.logits = () if keeps_logits else None
+        self.stopped = False
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+    def recorded(self) -> dict:
+        """The fields of a generate output that hold the text."""
+        return {"sequences": self.ids, "scores": self.scores, "logits": self.logits}
+
+    def process(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What the choice is made from after `ids` (1, S): (1, V) -> (1, V) in float32."""
+        return self.logits_processor(ids, logits.to(copy=True, dtype=torch.float32, device=ids.device))
+
+    def add(self, logits: torch.Tensor, draft: "Draft | None" = None) -> bool:
+        """Choose and add one token from the (1, V) logits of the whole model; whether it is the drafted one."""
+        scores = self.process(self.ids, logits)
+        token, accepted = self.choice.settle(scores, draft)
+        self.ids = torch.cat([self.ids, token], dim=1)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits.float(),)
+        if self.streamer is not None:
+            self.streamer.put(token[0].cpu())
+        self.stopped = bool(self.stopping_criteria(self.ids, self.scores).all())
+        return accepted
+
+
+@dataclass
+class Draft:
+    """A drafted token (1, 1), the (1, V) scores it was drawn from, and how sure the draft was of it."""
+
+    token: torch.Tensor
+    probabilities: torch.Tensor
+
+    @property
+    def confidence(self) -> float:
+        return float(self.probabilities[0, self.token[0, 0]])
+
+
+class Greedy:
+    """The likeliest token."""
+
+    def draft(self, scores: torch.Tensor) -> Draft:
+        """(1, V) processed scores of the draft -> the token it proposes."""
+        return Draft(scores.argmax(dim=-1, keepdim=True), scores.softmax(dim=-1))
+
+    def settle(self, scores: torch.Tensor, draft: Draft | None) -> tuple[torch.Tensor, bool]:
+        """(1, V) processed scores of the whole model -> the token (1, 1), and whether it is the drafted one."""
+        token = scores.argmax(dim=-1, keepdim=True)
+        return token, draft is not None and bool(token == draft.token)
+
+
+class Sampling(Greedy):
+    """A token of the whole model's distribution p, whatever the draft's q (arXiv 2211.17192, algorithm 1)."""
+
+    def draft(self, scores):
+        q = scores.softmax(dim=-1)
+        return Draft(torch.multinomial(q, num_samples=1), q)
+
+    def settle(self, scores, draft):
+        p = scores.softmax(dim=-1)
+        if draft is None:
+            return torch.multinomial(p, num_samples=1), False
+        q, place = draft.probabilities, (0, draft.token[0, 0])
+        if torch.bernoulli((p[place] / q[place]).clamp_max(1)):
+            return draft.token, True
+        rest = (p - q).clamp_min(0)
+        # Where rounding left nothing p and q are the same.
+        return torch.multinomial(rest if rest.any() else p, num_samples=1), False
+
+
+class SelfSpeculation:
+    """A decoding method for `generate(custom_generate=...)`; `LoopedForCausalLM.generate(draft_loops=...)` makes it.
+
+    Args:
+        draft_loops: loops of the draft, d.
+        streamer: as in `generate`.
+    """
+
+    def __init__(self, draft_loops: int, streamer=None):
+        self.draft_loops, self.streamer = draft_loops, streamer
+
+    def __call__(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ) -> SpeculativeGenerateOutput | torch.Tensor:
+        """(1, S) ids and what else a decoding method gets of `generate` -> what `generate` returns.
+
+        Raises:
+            ValueError: a setting that speculation cannot honour, before anything is run.
+        """
+        num_loops = self.check(model, input_ids, generation_config, model_kwargs)
+        cache, attention_mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+        text = Text(
+            input_ids,
+            Sampling() if generation_config.do_sample else Greedy(),
+            logits_processor,
+            stopping_criteria,
+            self.streamer,
+            keeps_scores=generation_config.return_dict_in_generate and generation_config.output_scores,
+            keeps_logits=generation_config.return_dict_in_generate and generation_config.output_logits,
+        )
+        text.add(prefill(model, input_ids, num_loops, generation_config.prefill_chunk_size, model_kwargs))
+        halves = Halves(
+            model,
+            cache,
+            self.draft_loops,
+            num_loops,
+            attention_mask,
+            model_kwargs["position_ids"],
+            model_kwargs.get("generator"),
+        )
+        drafted, accepted = [], []
+        while not text.stopped:
+            parts, drafts = self.propose(halves, text, generation_config)
+            logits, before, kept = halves.second(parts), text.length, 0
+            while not text.stopped and text.add(logits[:, kept], drafts[kept] if kept < len(drafts) else None):
+                kept += 1
+            halves.keep(text.length - before, len(parts))  # the newest token is never in the cache
+            drafted.append(len(drafts))
+            accepted.append(kept)
+        if self.streamer is not None:
+            self.streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return text.ids
+        new_tokens = text.length - input_ids.shape[1]
+        return SpeculativeGenerateOutput(
+            **text.recorded(),
+            past_key_values=cache,
+            loops_used=torch.full((1, new_tokens), num_loops, device=text.ids.device),
+            drafted=torch.tensor(drafted),
+            accepted=torch.tensor(accepted),
+            layer_calls=halves.layer_calls,
+        )
+
+    def propose(self, halves: Halves, text: Text, generation_config) -> tuple[list[Halfway], list[Draft]]:
+        """Draft after the newest token: k + 1 tokens, of which it is the first, halfway; and the other k as drafted.
+
+        At most `num_assistant_tokens`, up to the first of which the draft is less sure than
+        `assistant_confidence_threshold`, or which ends the text.
+        """
+        ids, drafts, parts = text.ids, [], [halves.first(text.ids[:, -1:], ahead=0)]
+        ends = generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        most = min(generation_config.num_assistant_tokens, generation_config.max_length - text.length - 1)
+        while len(drafts) < most:
+            draft = text.choice.draft(text.process(ids, halves.draft(parts[-1])[:, -1]))
+            ids = torch.cat([ids, draft.token], dim=1)
+            drafts.append(draft)
+            parts.append(halves.first(draft.token, ahead=len(drafts)))
+            # After the token is drawn: one that is drafted only if it is likely would not be a draw from q.
+            if draft.confidence < generation_config.assistant_confidence_threshold or int(draft.token) in ends:
+                break
+        return parts, drafts
+
+    def check(self, model, input_ids, settings, model_kwargs) -> int:
+        """The loops of a verification, once all that was asked for can be done."""
+        config, sharing = model.config, model.config.kv_sharing
+        num_loops = model_kwargs.get("num_loops")
+        num_loops = config.num_loops if num_loops is None else int(num_loops) if input_ids.shape[0] == 1 else num_loops
+        cache = model_kwargs.get("past_key_values")
+        refusals = [
+            (settings.num_beams != 1, f"num_beams={settings.num_beams} follows several texts: use num_beams=1"),
+            (
+                sharing not in VERIFIABLE_SHARINGS,
+                f"kv_sharing={sharing!r} cannot verify drafted tokens: in one call they see other rows of each other "
+                "than in successive calls, so the output would not be that of plain decoding. Use 'per_loop' or "
+                "'first'",
+            ),
+            (
+                input_ids.shape[0] != 1,
+                f"it decodes one row, got {input_ids.shape[0]} (num_return_sequences counts): rows accept different "
+                "numbers of tokens. Call generate row by row",
+            ),
+            ("halting" in model_kwargs, "halting ends loops early, and verification needs all: use one of the two"),
+            (
+                bool(settings.prompt_lookup_num_tokens or settings.assistant_early_exit),
+                "prompt_lookup_num_tokens and assistant_early_exit draft as well: use one of them",
+            ),
+            (settings.guidance_scale not in (None, 1), "guidance_scale runs the model twice per token: leave it out"),
+            (
+                settings.num_assistant_tokens_schedule != "constant",
+                f"num_assistant_tokens_schedule={settings.num_assistant_tokens_schedule!r} is not known here: use "
+                "'constant', and assistant_confidence_threshold, which ends a draft that is unsure",
+            ),
+            (
+                bool(settings.output_hidden_states or settings.output_attentions),
+                "a token passes the layers in two halves, which are not recorded: leave output_hidden_states and "
+                "output_attentions out",
+            ),
+            (
+                not isinstance(cache, DynamicCache) or cache.offloading,
+                f"it crops what was not accepted, from a DynamicCache that is not offloaded, got "
+                f"{type(cache).__name__}: use that",
+            ),
+        ]
+        for holds, reason in refusals:
+            if holds:
+                raise ValueError(f"draft_loops={self.draft_loops}: {reason}, or leave draft_loops out.")
+        if not 1 <= self.draft_loops < num_loops:
+            raise ValueError(
+                f"draft_loops={self.draft_loops} must be in 1 .. num_loops - 1 = {num_loops - 1}: the draft is made "
+                "by fewer loops than the text. Ask for fewer, or for 0 to decode without a draft."
+            )
+        return num_loops
+
+
+def prefill(model, input_ids, num_loops, chunk_size, model_kwargs) -> torch.Tensor:
+    """(1, V) logits after the prompt, all loops; of a prompt that is partly in the cache, the rest is run."""
+    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    positions, embeds = model_kwargs["position_ids"], model_kwargs.get("inputs_embeds")
+    name, prompt = ("input_ids", input_ids) if embeds is None else ("inputs_embeds", embeds)
+    past = int(cache.get_seq_length())
+    # Either all tokens are given or only the new ones; positions are those of all tokens.
+    if embeds is not None or positions.shape[1] == prompt.shape[1]:
+        prompt = prompt[:, past:]
+    if prompt.shape[1] == 0:
+        raise ValueError(
+            f"nothing is left of the prompt, whose {positions.shape[1]} tokens are not more than the {past} in the "
+            "cache: give the whole text, or the new tokens with an attention_mask of all of them."
+        )
+    outputs = None
+    for piece in prompt.split(chunk_size or prompt.shape[1], dim=1):
+        end = int(cache.get_seq_length()) + piece.shape[1]
+        outputs = model(
+            **{name: piece},
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=positions[:, end - piece.shape[1] : end],
+            past_key_values=cache,
+            use_cache=True,
+            num_loops=num_loops,
+            logits_to_keep=1,
+            generator=model_kwargs.get("generator"),
+        )
+    return outputs.logits[:, -1]
+
+
+def self_speculation(model, call: dict, settings: dict) -> SelfSpeculation | None:
+    """The decoding method that a call of `generate` asks for, or None; `draft_loops` is taken out of its settings.
+
+    Args:
+        call: named arguments of `generate`, without its `**kwargs`.
+        settings: these; where they do not say, the generation config of the call does, then that of the model.
+
+    Raises:
+        ValueError: it asks for another way of decoding as well.
+    """
+    configs = [call.get("generation_config"), model.generation_config]
+    stored = [config.to_dict().get("draft_loops") for config in configs if config is not None]
+    asked = [value for value in (settings.pop("draft_loops", None), *stored) if value is not None]
+    if not asked or asked[0] == 0:
+        return None
+    draft_loops = asked[0]
+    if isinstance(draft_loops, bool) or not isinstance(draft_loops, int):
+        raise ValueError(f"draft_loops must be an int: loops of the draft, or 0 for none, got {draft_loops!r}.")
+    for other in ("custom_generate", "assistant_model", "synced_gpus"):
+        if call.get(other):
+            raise ValueError(f"draft_loops={draft_loops} is a decoding method of its own: leave {other} out.")
+    cache = settings.get("past_key_values")
+    if settings.get("position_ids") is not None and cache is not None and cache.get_seq_length():
+        raise ValueError(
+            f"draft_loops={draft_loops} counts positions itself after tokens of a cache: leave position_ids out."
+        )
+    return SelfSpeculation(draft_loops, call.get("streamer"))

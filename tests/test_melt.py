@@ -1,0 +1,427 @@
+"""Laws of one KV row per token: gates (MELT, arXiv 2605.07721), chunks, depth, padding, training."""
+
+import copy
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import DynamicCache, StaticCache
+
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+from toys import FP32, count_layer_calls, make_config, make_ids, make_model, open_gates
+
+GATES = ["elementwise", "low_rank", "scalar", "mean", "ema", "last"]
+every_gate = pytest.mark.parametrize("kv_gate", GATES)
+every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
+rewriting = pytest.mark.parametrize("kv_sharing", ["last", "mean", "gated"])
+SANDWICH = {"norm_placement": "sandwich", "norm_between_loops": True}  # the layer that MELT starts from
+
+
+def make_melt(kv_gate: str = "elementwise", gates_open: bool = True, **fields) -> LoopedForCausalLM:
+    model = make_model(kv_sharing="gated", kv_gate=kv_gate, kv_gate_rank=4, **fields)
+    return open_gates(model) if gates_open else model
+
+
+def with_share(model, share: float):
+    """Gates that let `share` of the latent through, whatever they see; 0 and 1 exactly."""
+    for layer in model.model.core:
+        for name, parameter in layer.kv_gate.named_parameters():
+            torch.nn.init.constant_(parameter, {0.0: -200.0, 1.0: 200.0}[share] if name.endswith("bias") else 0.0)
+    return model
+
+
+def as_policy(model, **fields):
+    """The same weights (but gates) under another configuration."""
+    config = LoopedConfig.from_dict({**model.config.to_dict(), **fields})
+    twin = LoopedForCausalLM._from_config(config, attn_implementation=model.config._attn_implementation).eval()
+    twin.load_state_dict(model.state_dict(), strict=False)
+    return twin
+
+
+def stepwise(model, ids, sizes, cache=None, **kwargs):
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(model(ids[:, start : start + size], past_key_values=cache, **kwargs).logits)
+        start += size
+    return torch.cat(pieces, dim=1)
+
+
+@torch.no_grad()
+@every_attention
+@pytest.mark.parametrize("kv_gate", ["elementwise", "low_rank", "scalar"])
+@pytest.mark.parametrize("num_loops", [1, 3, 5])
+def test_a_closed_gate_in_one_chunk_is_the_model_with_a_row_per_loop(attn, kv_gate, num_loops):
+    model = with_share(make_melt(kv_gate, attn=attn, **SANDWICH), 0.0)
+    per_loop = as_policy(model, kv_sharing="per_loop")
+    ids = make_ids()
+    assert model(ids, num_loops=num_loops).logits.equal(per_loop(ids, num_loops=num_loops).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kv_gate", ["elementwise", "low_rank", "scalar"])
+@pytest.mark.parametrize("num_loops", [1, 3, 5])
+def test_an_open_gate_keeps_the_keys_of_the_first_loop(kv_gate, num_loops):
+    model = with_share(make_melt(kv_gate), 1.0)
+    first = as_policy(model, kv_sharing="first")
+    ids, sizes = make_ids(), (3, 1, 2, 1)
+    torch.testing.assert_close(model(ids, num_loops=num_loops).logits, first(ids, num_loops=num_loops).logits, **FP32)
+    cached, twin = (stepwise(m, ids, sizes, num_loops=num_loops) for m in (model, first))
+    torch.testing.assert_close(cached, twin, **FP32)
+
+
+@torch.no_grad()
+@every_gate
+def test_one_loop_is_a_plain_transformer_whatever_the_gate(kv_gate):
+    model = make_melt(kv_gate)
+    per_loop = as_policy(model, kv_sharing="per_loop")
+    ids = make_ids()
+    assert model(ids, num_loops=1).logits.equal(per_loop(ids, num_loops=1).logits)
+    assert stepwise(model, ids, (1,) * 7, num_loops=1).equal(stepwise(per_loop, ids, (1,) * 7, num_loops=1))
+
+
+@torch.no_grad()
+@every_gate
+def test_latents_are_what_the_equation_says(kv_gate):
+    """h_1 = x_1, then z h + (1 - z) x; convex, so that no channel leaves the range of its inputs (identity 7)."""
+    model = make_melt(kv_gate, num_loops=4)
+    inputs, latents = [], []
+    layer = model.model.core[1]
+    layer.register_forward_hook(lambda module, args, output: latents.append(output[1]))
+    layer.input_layernorm.register_forward_hook(lambda module, args, output: inputs.append(output))
+    model(make_ids())
+    latent = None
+    for loop, (x, got) in enumerate(zip(inputs, latents, strict=True)):
+        if loop == 0:
+            latent = x
+        elif kv_gate in ("mean", "ema", "last"):
+            z = {"mean": loop / (loop + 1), "ema": 0.2, "last": 0.0}[kv_gate]
+            latent = z * latent + (1 - z) * x
+        else:
+            z = torch.sigmoid(layer.kv_gate.of_input(x) + layer.kv_gate.of_latent(latent))
+            assert z.shape[-1] == (1 if kv_gate == "scalar" else 32)
+            latent = z * latent + (1 - z) * x
+        torch.testing.assert_close(got, latent, **FP32)
+        highest = torch.stack(inputs[: loop + 1]).abs().amax(0)
+        assert (got.abs() <= highest + 1e-5).all()
+
+
+def test_a_mean_latent_is_the_mean():
+    model = make_melt("mean", num_loops=4)
+    inputs, latents = [], []
+    layer = model.model.core[0]
+    layer.register_forward_hook(lambda module, args, output: latents.append(output[1]))
+    layer.input_layernorm.register_forward_hook(lambda module, args, output: inputs.append(output))
+    model(make_ids())
+    torch.testing.assert_close(latents[-1], torch.stack(inputs).mean(0), **FP32)
+
+
+@pytest.mark.parametrize(
+    ("kv_gate", "extra"), [("elementwise", 8256), ("low_rank", 4 * 64 * 4 + 64), ("scalar", 129), ("ema", 0)]
+)
+def test_gates_have_the_parameters_of_the_formula(kv_gate, extra):
+    """2 D^2 + D per layer: 8,256 at 64, as the SMolLM and MELT notes count."""
+    sizes = {"hidden_size": 64, "intermediate_size": 8, "kv_gate_rank": 4, "num_core_layers": 3}
+    gated, plain = make_model(kv_sharing="gated", kv_gate=kv_gate, **sizes), make_model(**sizes)
+    assert gated.num_parameters() - plain.num_parameters() == 3 * extra
+
+
+def test_the_published_gates_have_201_million_parameters():
+    with torch.device("meta"):
+        model = make_model(
+            kv_sharing="gated", hidden_size=2048, intermediate_size=8, num_attention_heads=16, num_core_layers=24
+        )
+    assert sum(p.numel() for n, p in model.named_parameters() if "kv_gate" in n) == 201_375_744
+
+
+def test_fresh_gates_start_near_the_last_loop():
+    model = make_melt(gates_open=False)
+    x, latent = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    for layer in model.model.core:
+        share = (layer.kv_gate(x, latent, 1) - x) / (latent - x)
+        torch.testing.assert_close(share, torch.full_like(x, 0.047426), rtol=1e-2, atol=1e-3)
+
+
+# Chunks
+
+
+@torch.no_grad()
+@rewriting
+@every_attention
+@pytest.mark.parametrize("num_loops", [1, 3, 5])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 9])
+@pytest.mark.parametrize("cached", [False, True])
+def test_chunks_are_calls(kv_sharing, attn, num_loops, chunk, cached):
+    """With a cache or without, borders where prefill_chunk puts them: chunk 1 is decoding, one chunk is one call."""
+    whole = open_gates(make_model(attn=attn, kv_sharing=kv_sharing, num_prelude_layers=1, num_coda_layers=1))
+    model = as_policy(whole, prefill_chunk=chunk)
+    ids = make_ids()
+    sizes = [min(chunk, 7 - start) for start in range(0, 7, chunk)]
+    expected = stepwise(whole, ids, sizes, num_loops=num_loops)
+    outputs = model(ids, num_loops=num_loops, use_cache=cached)
+    torch.testing.assert_close(outputs.logits, expected, **FP32)
+    assert outputs.loops_used.tolist() == [[num_loops] * 7] * 3
+    if not cached:
+        assert outputs.past_key_values is None
+        return
+    following = make_ids(seed=4)[:, :2]
+    cache = DynamicCache(config=whole.config)
+    stepwise(whole, ids, sizes, cache, num_loops=num_loops)
+    torch.testing.assert_close(
+        model(following[:, :1], past_key_values=outputs.past_key_values, num_loops=num_loops).logits,
+        whole(following[:, :1], past_key_values=cache, num_loops=num_loops).logits,
+        **FP32,
+    )
+
+
+@torch.no_grad()
+@rewriting
+def test_other_borders_are_another_model(kv_sharing):
+    model = open_gates(make_model(kv_sharing=kv_sharing))
+    logits = [as_policy(model, prefill_chunk=chunk)(make_ids()).logits for chunk in (1, 3, None)]
+    assert (logits[0] - logits[1]).abs().max() > 0.05
+    assert (logits[1] - logits[2]).abs().max() > 0.05
+
+
+@rewriting
+@pytest.mark.parametrize("chunk", [2, 5])
+def test_no_token_sees_a_later_one(kv_sharing, chunk):
+    model = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=chunk))
+    embeds = model.get_input_embeddings()(make_ids(1)).detach().requires_grad_()
+    model(inputs_embeds=embeds).logits[0, 3].sum().backward()
+    seen = embeds.grad[0].abs().sum(-1) > 0
+    assert seen.tolist() == [True] * 4 + [False] * 3
+
+
+@torch.no_grad()
+@rewriting
+@every_attention
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_left_padding_does_not_move_the_borders(kv_sharing, attn, static, chunk):
+    """Chunks counted over columns would cut a padded row at other tokens than the same row alone."""
+    model = open_gates(make_model(attn=attn, kv_sharing=kv_sharing, prefill_chunk=chunk))
+    ids = make_ids()
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[1, :3], mask[1, :3] = 0, 0
+    padded[2, :2], mask[2, :2] = 0, 0
+    logits = model(padded, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits[1, 3:], model(ids[1:2, 3:]).logits[0], **FP32)
+    torch.testing.assert_close(logits[2, 2:], model(ids[2:, 2:]).logits[0], **FP32)
+    kwargs = {"max_new_tokens": 5, "do_sample": False} | ({"cache_implementation": "static"} if static else {})
+    batch = model.generate(padded, attention_mask=mask, **kwargs)
+    assert batch[0].equal(model.generate(ids[:1], **kwargs)[0])
+    assert batch[1, 3:].equal(model.generate(ids[1:2, 3:], **kwargs)[0])
+    assert batch[2, 2:].equal(model.generate(ids[2:, 2:], **kwargs)[0])
+
+
+@torch.no_grad()
+@rewriting
+def test_beams_and_crops_work_on_a_cache_filled_in_chunks(kv_sharing):
+    model = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=1))
+    ids = make_ids()
+    kwargs = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    assert model.generate(ids, **kwargs).equal(model.generate(ids, use_cache=False, **kwargs))
+    cache = model(ids, use_cache=True).past_key_values
+    cache.crop(-3)
+    continued = model(ids[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(continued, model(ids).logits[:, 4:], **FP32)
+
+
+def test_a_prepared_mask_and_an_engine_are_refused():
+    model = make_model(kv_sharing="last", prefill_chunk=3)
+    with pytest.raises(ValueError, match="prefill_chunk=3 cuts this call"):
+        model(make_ids(), attention_mask=torch.ones(3, 1, 7, 7, dtype=torch.bool).tril())
+    with pytest.raises(ValueError, match="engine that packs requests"):
+        model(make_ids(), block_table=torch.zeros(1))
+    for kv_sharing in ("per_loop", "first"):
+        with pytest.raises(StrictDataclassError, match="prefill_chunk=3 has no meaning"):
+            make_config(kv_sharing=kv_sharing, prefill_chunk=3)
+    with pytest.raises(StrictDataclassError, match="prefill_chunk must be an integer >= 1"):
+        make_config(kv_sharing="last", prefill_chunk=0)
+
+
+# Rows of different depth
+
+
+@torch.no_grad()
+@rewriting
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_row_of_its_own_depth_equals_that_row_alone(kv_sharing, chunk, static):
+    """With one row per token nothing is missing when a token leaves early: what it leaves is a whole row."""
+    model = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=chunk))
+    ids, depths = make_ids(), torch.tensor([2, 4, 1])
+
+    def cache():
+        return StaticCache(config=model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+
+    together = cache()
+    logits = stepwise(model, ids, (4, 1, 2), together, num_loops=depths)
+    for row, depth in enumerate(depths.tolist()):
+        alone = cache()
+        expected = stepwise(model, ids[row : row + 1], (4, 1, 2), alone, num_loops=depth)
+        torch.testing.assert_close(logits[row : row + 1], expected, **FP32)
+        for kept, own in zip(together.layers, alone.layers, strict=True):
+            torch.testing.assert_close(kept.keys[row : row + 1], own.keys, **FP32)
+            torch.testing.assert_close(kept.values[row : row + 1], own.values, **FP32)
+
+
+@torch.no_grad()
+@rewriting
+def test_rows_that_halt_by_a_rule_equal_rows_of_that_depth(kv_sharing):
+    model = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=3, num_loops=6))
+    ids, rule = make_ids(6), {"rule": "latent", "threshold": 0.36}
+    outputs = model(ids, halting=rule, logits_to_keep=1, use_cache=True)
+    used = outputs.loops_used[:, -1]
+    assert len(set(used.tolist())) > 1
+    assert (outputs.loops_used[:, :6] == 6).all()  # chunks without a token to decide on run all loops
+    for row, loops in enumerate(used.tolist()):
+        cache = DynamicCache(config=model.config)
+        model(ids[row : row + 1, :6], past_key_values=cache, num_loops=6)
+        alone = model(ids[row : row + 1, 6:], past_key_values=cache, num_loops=loops)
+        torch.testing.assert_close(outputs.logits[row : row + 1], alone.logits, **FP32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 2, 3])
+def test_a_padded_row_halts_in_a_batch_as_it_does_alone(chunk):
+    """Its last token is in another chunk than the others' where borders are counted from the first real token."""
+    model = open_gates(make_model(kv_sharing="gated", prefill_chunk=chunk, num_loops=6))
+    ids, rule = make_ids(3, 8), {"rule": "latent", "threshold": 0.36}
+    mask = torch.ones_like(ids)
+    mask[1, :3] = mask[2, :2] = 0
+    kwargs = {"halting": rule, "max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    batch = model.generate(ids * mask, attention_mask=mask, **kwargs)
+    for row, padding in enumerate([0, 3, 2]):
+        alone = model.generate(ids[row : row + 1, padding:], **kwargs)
+        assert batch.sequences[row, padding:].equal(alone.sequences[0])
+        assert batch.loops_used[row].equal(alone.loops_used[0])
+
+
+@torch.no_grad()
+def test_rows_that_left_do_no_work_in_any_chunk():
+    model = make_melt(prefill_chunk=4)
+    calls = count_layer_calls(model)
+    model(make_ids(), num_loops=torch.tensor([1, 3, 2]))
+    assert [rows for _, rows in calls] == [3, 3, 2, 2, 1, 1] * 2
+
+
+# Training
+
+
+def gradients(model, ids, **kwargs):
+    model.zero_grad()
+    loss = model(ids, labels=ids, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@rewriting
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_gradients_go_through_the_rows_of_earlier_chunks_unless_cut(kv_sharing, chunk):
+    """Against a stepwise run whose cache is kept in the graph, and one whose cache is detached between calls."""
+    model = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=chunk)).train()
+    whole = as_policy(model, prefill_chunk=None).train()
+    ids = make_ids()
+    sizes = [min(chunk, 7 - start) for start in range(0, 7, chunk)]
+    for cut in (False, True):
+        loss, got = gradients(model, ids, cut_chunks=cut)
+        cache, logits, start = DynamicCache(config=whole.config), [], 0
+        for size in sizes:
+            logits.append(whole(ids[:, start : start + size], past_key_values=cache).logits)
+            start += size
+            for layer in cache.layers if cut else []:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        whole.zero_grad()
+        expected = whole.loss_function(logits=torch.cat(logits, 1), labels=ids, vocab_size=50)
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach(), **FP32)
+        for name, parameter in whole.named_parameters():
+            torch.testing.assert_close(got[name], parameter.grad, **FP32)
+
+
+@rewriting
+@pytest.mark.parametrize("exit_gate", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_chunks_have_the_same_gradients(kv_sharing, exit_gate, cut, reentrant):
+    """transformers takes the cache away from checkpointed layers, which would make every chunk forget the others."""
+    model = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=3, exit_gate=exit_gate)).train()
+    loss, expected = gradients(model, make_ids(), cut_chunks=cut)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    calls = count_layer_calls(model)
+    again, got = gradients(model, make_ids(), cut_chunks=cut)
+    assert len(calls) == 2 * 3 * 3 * 2  # forward and recomputation of 3 chunks of 3 loops of 2 layers
+    torch.testing.assert_close(again, loss, **FP32)
+    assert set(got) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, **FP32)
+    assert all(layer.gradient_checkpointing for layer in model.model.core)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_the_first_loops_can_run_without_gradient_in_every_chunk(chunk):
+    model = make_melt(prefill_chunk=chunk).train()
+    loss, got = gradients(model, make_ids(), num_grad_loops=1)
+    full, expected = gradients(model, make_ids())
+    torch.testing.assert_close(loss, full, **FP32)
+    assert set(got) == set(expected)
+    assert not torch.allclose(got["model.core.0.mlp.up_proj.weight"], expected["model.core.0.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("depths", [3, torch.tensor([2, 3, 1])], ids=["one depth", "own depths"])
+def test_the_expected_loss_reads_all_loops_of_all_chunks(padded, depths):
+    """Against one call whose chunks are as long as it is."""
+    model = make_melt(exit_gate=True, gates_open=False, prefill_chunk=3)
+    with_share(model, 1.0)  # an open gate gives the same output at every chunk length
+    with torch.no_grad():
+        model.model.exit_gate.weight.normal_()
+    whole = as_policy(model, prefill_chunk=None)
+    whole.load_state_dict(model.state_dict())
+    ids, mask = make_ids(), torch.ones(3, 7, dtype=torch.long)
+    labels = ids.clone()
+    if padded:
+        mask[1, :3] = 0
+        labels[1, :4] = -100  # a padding token, which predicts the fourth, reads anything
+    losses = [m(ids, attention_mask=mask, labels=labels, num_loops=depths).loss for m in (model, whole)]
+    torch.testing.assert_close(*losses, **FP32)
+
+
+def test_labels_and_a_halting_rule_need_one_chunk():
+    model = make_melt(exit_gate=True, prefill_chunk=3)
+    with pytest.raises(ValueError, match="leave out the halting rule"):
+        model(make_ids(), labels=make_ids(), halting="kl")
+
+
+def test_a_generator_cannot_be_replayed():
+    model = make_melt(state_init="normal", prefill_chunk=3).train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="leave generator out"):
+        model(make_ids(), labels=make_ids(), generator=torch.Generator())
+
+
+def test_learning_moves_the_gates():
+    model = make_melt(gates_open=False, prefill_chunk=3).train()
+    _, got = gradients(model, make_ids())
+    gates = {name: gradient for name, gradient in got.items() if "kv_gate" in name}
+    assert len(gates) == 2 * 3
+    assert all(gradient.abs().sum() > 0 for gradient in gates.values())
+
+
+def test_a_saved_model_loads_with_its_gates(tmp_path):
+    model = make_melt(prefill_chunk=3)
+    model.save_pretrained(tmp_path)
+    loaded = LoopedForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.prefill_chunk == 3
+    assert loaded(make_ids()).logits.equal(model(make_ids()).logits)
+
+
+def test_a_copied_model_does_not_share_latents():
+    """Nothing of a call stays on the model: two calls in turn equal the same calls on two copies."""
+    model = make_melt()
+    twin = copy.deepcopy(model)
+    first = model(make_ids(seed=2)).logits
+    assert model(make_ids(2, 4)).logits.equal(twin(make_ids(2, 4)).logits)
+    assert model(make_ids(seed=2)).logits.equal(first)

@@ -1,0 +1,117 @@
+"""Laws of `looped memory`: each line is the model it names, measured by its task's own measure; bytes by arithmetic."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import train
+from looplab.cli import main
+from looplab.evaluation import load_run_model
+from looplab.memory import measure_memory, with_memory
+from looplab.perplexity import block_losses, run_blocks, spread_blocks
+from looplab.runs import open_run
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+from toys import FP32, KV_SHARINGS, make_ids, make_model, write_pages
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SPLITS = "--data.overrides={document_characters: 500, validation_share: 0.1, test_share: 0.1}"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        write_pages(folder / "pages")
+        yield folder
+
+
+def trained(home, recipe: str, name: str, *flags: str):
+    flags = [f"--output_dir={home}", f"--name={name}", "--max_steps=5", *flags]
+    train.main(train.read_recipe(RECIPES / recipe, flags))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return home / name
+
+
+def text_run(home, name: str, *flags: str):
+    files = [f"--data.files=['{home}/pages/*.txt']", "--data.vocab_size=280", SPLITS]
+    return trained(home, "smoke_text.yaml", name, *files, *flags)
+
+
+def lines(path) -> dict:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(row["kv_sharing"], row["chunk"]): row for row in rows}
+
+
+@pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
+def test_the_weights_are_those_of_the_checkpoint(kv_sharing):
+    base = "gated" if kv_sharing == "gated" else "per_loop"
+    model = make_model(kv_sharing=base)
+    twin = with_memory(model, kv_sharing, None)
+    assert twin.config.kv_sharing == kv_sharing
+    assert model.config.kv_sharing == base
+    fresh = LoopedForCausalLM(LoopedConfig.from_dict(model.config.to_dict() | {"kv_sharing": kv_sharing})).eval()
+    fresh.load_state_dict(model.state_dict())
+    assert twin(make_ids()).logits.equal(fresh(make_ids()).logits)
+
+
+def test_every_memory_of_a_per_loop_run_is_measured(home, capsys):
+    run = text_run(home, "per_loop")
+    assert main(["memory", str(run), "--chunks", "1", "0", "--limit", "3"]) == 0
+    table = capsys.readouterr().out
+    rows = lines(run / "memory.jsonl")
+    assert list(rows) == [("per_loop", 0), ("first", 0), ("last", 1), ("last", 0), ("mean", 1), ("mean", 0)]
+    assert [row["trained"] for row in rows.values()] == [True] + [False] * 5
+    # 2 loops of one layer; keys and values of 32 floats.
+    assert {key: row["kv_bytes"] for key, row in rows.items()} == {
+        key: 2 * 32 * 4 * (2 if key[0] == "per_loop" else 1) for key in rows
+    }
+    # One call is one chunk, in which a loop's queries see its own rows.
+    assert rows["last", 0]["loss"] == pytest.approx(rows["per_loop", 0]["loss"], abs=1e-6)
+    assert rows["last", 1]["loss"] != pytest.approx(rows["per_loop", 0]["loss"], abs=1e-6)
+    assert "per_loop*" in table
+    assert "written to" in table
+
+
+def test_a_line_is_the_loss_of_decoding(home):
+    """Token by token through a cache, against the line of chunk 1."""
+    run = text_run(home, "gated", "--model.kv_sharing=gated", "--model.prefill_chunk=8")
+    rows = lines(measure_memory(run, chunks=(1, 8), limit=2))
+    assert list(rows) == [("gated", 1), ("gated", 8)]
+    model, tokenizer = load_run_model(open_run(run))
+    blocks = run_blocks(open_run(run), tokenizer)["test"]
+    numbers = spread_blocks(len(blocks), 2)
+    expected = block_losses(model, blocks, numbers, [2])[2]
+    torch.testing.assert_close(torch.tensor(rows["gated", 8]["block_losses"]).double(), expected, **FP32)
+    chosen = blocks.rows(numbers)
+    with torch.inference_mode():
+        cache, logits = None, []
+        for token in chosen["input_ids"].split(1, dim=1):
+            output = model(token, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+    losses = torch.nn.functional.cross_entropy(
+        torch.cat(logits, 1).transpose(1, 2), chosen["shift_labels"], reduction="none"
+    ).mean(1)
+    torch.testing.assert_close(torch.tensor(rows["gated", 1]["block_losses"]), losses, **FP32)
+
+
+def test_hops_are_measured_by_accuracy(home):
+    run = trained(home, "smoke.yaml", "hops")
+    rows = lines(measure_memory(run, chunks=(1,), limit=8, loops=3))
+    assert {row["loops"] for row in rows.values()} == {3}
+    assert all(0 <= row["interval"][0] <= row["accuracy"] <= row["interval"][1] <= 1 for row in rows.values())
+    assert len({row["n"] for row in rows.values()}) == 1
+    # Without positions and with layers at the identity's start nothing else is the same by chance.
+    assert rows["per_loop", 0]["kv_bytes"] == 3 * rows["last", 1]["kv_bytes"]
+
+
+def test_a_run_without_a_measure_is_named(home, tmp_path, capfd):
+    (tmp_path / "recipe.yaml").write_text("data: {task: molecules}\n")
+    (tmp_path / "summary.json").write_text("{}")
+    assert main(["memory", str(tmp_path)]) == 2
+    assert "memories are measured on text, khop, composition" in capfd.readouterr().err

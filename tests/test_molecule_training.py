@@ -1,0 +1,123 @@
+"""Laws of training on molecules: a resumed run is the same, no part of a batch weighs more, the model is the one
+measured."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoTokenizer, GenerationConfig
+
+from data_builders import load_molecules
+from modeling_looped import LoopedForCausalLM
+from train import main, read_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "molecules" / "smoke_molecules.yaml"
+TOYS = f"--data.files=[{ROOT}/docs/molecules/toys.smi]"
+DROPOUT = "--model.residual_dropout=0.2"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """recipe("name", "--field=value", ...): the smoke recipe, with a cache of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return lambda name, *flags: read_recipe(RECIPE, [f"--output_dir={tmp_path}", TOYS, f"--name={name}", *flags])
+
+
+def rows(folder: Path, key: str = "loss") -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[key]) for row in lines if key in row]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
+    """Over the end of an epoch of nine steps, with spellings that change there."""
+    flags = (DROPOUT, "--data.spellings=2")
+    whole = main(recipe("whole", *flags))
+    main(recipe("parts", *flags))
+    for later in ("model", "checkpoints/step-000000030"):
+        (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
+    parts = main(recipe("parts", *flags))
+    for key in ("loss", "held_out", "held_out_at_loops", "tokens"):
+        assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key)
+    assert parts["held_out"] == whole["held_out"]
+    assert (whole["train_molecules"], whole["held_out_molecules"]) == (141, 17)
+    weights = [
+        LoopedForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_every_token_of_a_batch_weighs_alike(recipe, tmp_path):
+    """Micro-batches hold rows that are filled unevenly; their losses are of sums, not means of means."""
+    main(recipe("whole", "--optim.kind=adamw"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(recipe("parts", "--optim.kind=adamw", "--accumulation_steps=4"))
+    whole = [loss for _, loss in rows(tmp_path / "whole")]
+    assert [loss for _, loss in rows(tmp_path / "parts")] == pytest.approx(whole, abs=1e-5)
+
+
+def test_the_model_folder_alone_has_the_loss_the_run_measured(recipe, tmp_path):
+    """A naive twin: held-out molecules one by one, each with the model's own loss; and it writes without being told
+    how."""
+    summary = main(recipe("run"))
+    folder = tmp_path / "run" / "model"
+    model, tokenizer = LoopedForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    splits = load_molecules("files", recipe("run").data.files, **recipe("run").data.overrides)
+    held_out = splits["validation"]["text"][: summary["held_out_molecules"]]
+    for num_loops, expected in ({"3": summary["held_out"]} | summary["held_out_at_loops"]).items():
+        total = count = 0
+        for text in held_out:
+            ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+            total += model(ids, labels=ids, num_loops=int(num_loops)).loss.item() * (ids.numel() - 1)
+            count += ids.numel() - 1
+        assert expected["loss"] == pytest.approx(total / count, abs=1e-5)
+        assert count <= 300
+    assert not set(held_out) & set(splits["train"]["text"])
+    written = GenerationConfig.from_pretrained(folder)
+    assert (written.num_loops, written.temperature, written.top_k, written.max_new_tokens) == (3, 0.8, 40, 120)
+    assert (written.bos_token_id, written.eos_token_id, written.pad_token_id) == (1, 2, 0)
+    torch.manual_seed(0)
+    assert model.generate(num_return_sequences=2, max_new_tokens=5).shape[0] == 2
+
+
+def test_molecules_are_learnt(recipe):
+    """From the entropy of the vocabulary, ln 21, to near that of the toys, whose three parts are drawn alike."""
+    summary = main(recipe("run", "--max_steps=60", "--curriculum.check_every=1000", "--optim.lr=1e-2"))
+    assert summary["held_out"]["loss"] < 0.8 < 3.0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--data.vocab_size=300", r"data\.vocab_size is not for the task molecules"),
+        ("--data.pad_to=30", r"data\.pad_to is not for the task molecules"),
+        ("--curriculum.start_hops=1", r"curriculum\.start_hops is not for the task molecules"),
+        ("--data.sequence_length=null", r"data\.sequence_length must be set for the task molecules"),
+        ("--data.spellings=0", r"data\.spellings must be >= 1, got 0"),
+    ],
+)
+def test_a_field_of_another_task_raises(recipe, flag, message):
+    with pytest.raises(ValueError, match=message):
+        recipe("run", flag)
+
+
+@pytest.mark.parametrize("task", ["khop", "text"])
+def test_spellings_are_of_molecules(task):
+    smoke = ROOT / "recipes" / {"khop": "smoke.yaml", "text": "smoke_text.yaml"}[task]
+    with pytest.raises(ValueError, match=rf"data\.spellings is not for the task {task}"):
+        read_recipe(smoke, ["--data.spellings=2"])
+
+
+def test_rows_too_short_for_a_molecule_are_refused_before_training(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"sequence_length must be at least"):
+        main(recipe("run", "--data.sequence_length=8"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,0 +1,532 @@
+"""Publishing, against a Hub of our own that speaks the protocol (hub_server.py): what is sent, and what others get.
+
+The run is twenty steps of the smoke recipe. Fresh processes use the public settings of huggingface_hub: HF_ENDPOINT,
+HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_HUB_DISABLE_XET.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import jinja2
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
+
+import train
+from card_rules import card_problems
+from hub_server import TOKEN, USER, LocalHub
+from looplab import cards, publishing
+from looplab.cards import Names, model_card, render
+from looplab.cli import main
+from looplab.evaluation import load_run_model, load_run_task
+from looplab.publishing import publish
+from looplab.readers import READERS
+from looplab.runs import open_run
+from toys import write_pages
+
+# huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "publish.md").read_text()
+REPO = f"{USER}/tiny-khop"
+SHIPPED = {
+    "cache_looped.py",
+    "config.json",
+    "configuration_looped.py",
+    "connections_looped.py",
+    "generation_config.json",
+    "halting_looped.py",
+    "losses_looped.py",
+    "model.safetensors",
+    "modeling_looped.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder for runs, with a datasets cache of its own."""
+    folder = tmp_path_factory.mktemp("publishing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield folder
+
+
+def make_run(recipe: str, *flags: str) -> None:
+    train.main(train.read_recipe(ROOT / "recipes" / recipe, list(flags)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def hops(home):
+    """A run on chains with everything that belongs to it, and some that does not."""
+    make_run("smoke.yaml", f"--output_dir={home}")
+    run = home / "smoke"
+    assert main(["eval", str(run), "--loops", "1", "2", "5", "--max-loops", "6"]) == 0
+    assert main(["plot", str(run)]) == 0
+    for stray in ("notes.txt", "model/.env", "model/secret.py", "figures/me.png", "run.log"):
+        (run / stray).write_text("nobody's business")
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(home):
+    """A run on text files."""
+    write_pages(home / "pages")
+    splits = "{document_characters: 500, validation_share: 0.1, test_share: 0.1}"
+    flags = [f"--output_dir={home}", f"--data.files=['{home}/pages/*.txt']", "--data.vocab_size=280"]
+    make_run("smoke_text.yaml", *flags, f"--data.overrides={splits}")
+    assert main(["eval", str(home / "smoke_text")]) == 0
+    return home / "smoke_text"
+
+
+@pytest.fixture
+def run(hops, tmp_path):
+    """A copy of the run on chains, to change."""
+    return Path(shutil.copytree(hops, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+
+
+@pytest.fixture
+def hub(tmp_path):
+    hub = LocalHub(tmp_path / "hub")
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def api(hub):
+    return HfApi(endpoint=hub.url, token=TOKEN)
+
+
+def writes(hub: LocalHub) -> list[str]:
+    return [line for line in hub.requests if re.match("PUT|POST .*/(commit|create|collections)", line)]
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, flags=re.S)
+
+
+# ---- cards
+
+
+def test_every_task_that_has_a_reader_has_a_card():
+    assert set(cards.CARDS) == set(READERS)
+
+
+@pytest.mark.parametrize("which", ["hops", "text"])
+def test_a_card_says_what_the_files_of_the_run_say(which, request):
+    run = open_run(request.getfixturevalue(which))
+    card = str(model_card(run, Names(REPO, "mit", dataset_id=REPO, data_licence="mit")))
+    assert card_problems(card, "model") == []
+    summary, recipe = run.summary(), run.recipe()
+    facts = [f"{summary['parameters']:,}", summary["commit"], summary["hardware"]["cpu"], f"`{run.task()}`"]
+    facts += [f"{summary['steps']:,} of {recipe['batch_size']} rows", f"{summary['tokens']:,} tokens"]
+    low, high = run.trained_loops()
+    facts.append(f"Loops in training: {low} to {high}, {summary['trained_loops']['mean']:.1f} on average")
+    assert [fact for fact in facts if fact not in card] == []
+    if which == "hops":
+        assert f"Hops in training: 1 to {max(summary['trained_hops'])}." in card
+        assert card.count(f"{100 * run.evaluation()['chance']:.1f} %") == 2
+        for row in run.grid():
+            assert re.search(rf"\| {row['split_kind']} \| {row['hops']}\*? \|.* {100 * row['accuracy']:.1f} \|", card)
+    else:
+        for row in run.text():
+            assert f"| {row['perplexity']:.2f} | " in card
+            assert f"{row['perplexity']:.3f}".rstrip("0") in card
+
+
+@pytest.mark.parametrize("which", ["hops", "text"])
+def test_the_example_of_a_card_runs(which, request, capsys):
+    folder = request.getfixturevalue(which)
+    [block] = python_blocks(str(model_card(open_run(folder), Names(REPO, "mit"))))
+    exec(compile(block.replace(REPO, str(folder / "model")), "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_results_are_means_of_the_grid(hops):
+    run = open_run(hops)
+    results = model_card(run, Names(REPO, "mit")).data.eval_results
+    assert {(r.dataset_type, r.dataset_config, r.dataset_split) for r in results} == {("khop", "quickstart", "test")}
+    found = {(r.metric_args["split_kind"], r.metric_args["num_loops"]): r for r in results}
+    for loops in (1, 2, 5):
+        rows = [row for row in run.grid() if row["split_kind"] == "ood" and row["loops"] == loops]
+        mean = sum(row["accuracy"] for row in rows) / len(rows)
+        assert found["ood", loops].metric_value == pytest.approx(mean, abs=1e-4)
+        assert found["ood", loops].metric_args["hops"] == [4, 5, 6, 7, 8]
+
+
+def test_a_limited_evaluation_says_so(run):
+    (run / "evaluation.json").write_text(json.dumps({"chance": 0.125, "limit": 3}))
+    assert "Measured on at most 3 questions per hop count and kind" in str(
+        model_card(open_run(run), Names(REPO, "mit"))
+    )
+
+
+def test_a_value_that_a_template_lacks_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="'name' is undefined"):
+        render("model_card.md", metadata="license: mit")
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (lambda card: card.replace("license: mit", "license: my own"), "license 'my own' is not one of the Hub's"),
+        (lambda card: card.replace("value: 0.", "value: .nan # "), "no finite value"),
+        (lambda card: card + "{{ hops }}", "'{{' was left"),
+        (
+            lambda card: card.replace("pipeline_tag: text-generation", "pipeline_tag: thinking"),
+            "pipeline_tag 'thinking'",
+        ),
+        (lambda card: card.replace("---\n", "", 1), "there is no metadata block"),
+        (lambda card: card.replace(f"- {REPO}", "- a/b/c"), "datasets: Repo id"),
+    ],
+)
+def test_the_rules_find_what_is_wrong(hops, broken, problem):
+    card = str(model_card(open_run(hops), Names(REPO, "mit", dataset_id=REPO, data_licence="mit")))
+    assert any(problem in found for found in card_problems(broken(card), "model"))
+
+
+# ---- what is refused, and what is sent
+
+
+def test_a_dry_run_prints_every_file_and_sends_nothing(hops, hub, capsys):
+    quiet = HfApi(endpoint=hub.url, token=False)
+    assert publish(hops, REPO, dataset=True, space=True, private=True, dry_run=True, api=quiet) == {}
+    assert hub.requests == []
+    out = capsys.readouterr().out
+    assert f"{hub.url}/{REPO}  (private)" in out
+    assert f"{hub.url}/datasets/{REPO}  (private)" in out
+    for name in SHIPPED:
+        assert f"{(hops / 'model' / name).stat().st_size:>13,} {name}\n" in out
+    assert f"{(hops / 'grid.jsonl').stat().st_size:>13,} run/grid.jsonl\n" in out
+    assert "collection  tiny-khop  of these 3" in out
+    assert "once its settings have a secret HF_TOKEN" in out
+
+
+def test_what_was_announced_is_what_arrives_and_nothing_else(hops, hub, api, capsys):
+    commits = publish(hops, REPO, dataset=True, api=api)
+    out = capsys.readouterr().out
+    for kind in ("model", "dataset"):
+        files = hub.files(kind, REPO)
+        announced = re.findall(r"^ +([\d,]+) (\S+)$", out.split(f"\n{kind} ")[1].split(" bytes in ")[0], flags=re.M)
+        assert {path: len(content) for path, content in files.items() if path != ".gitattributes"} == {
+            path: int(size.replace(",", "")) for size, path in announced
+        }
+        assert card_problems(files["README.md"].decode(), kind) == []
+        assert hub.repositories[kind, REPO].commits[-1][0] == commits[kind]
+        assert len(hub.repositories[kind, REPO].commits) == 2  # what the Hub made, and ours: never half of it
+    files = hub.files("model", REPO)
+    records = {f"run/{name}" for name in publishing.RECORDS if (hops / name).exists()}
+    figures = {f"figures/{name}.png" for name in ("grid", "loops", "hops", "training")}
+    assert set(files) == SHIPPED | records | figures | {"README.md", ".gitattributes"}
+    assert files["model.safetensors"] == (hops / "model" / "model.safetensors").read_bytes()
+    linked = re.findall(r"\]\((figures/[^)]*)\)", files["README.md"].decode())
+    assert set(linked) == figures
+    [collection] = hub.collections.values()
+    assert [(item["type"], item["id"]) for item in collection["items"]] == [("dataset", REPO), ("model", REPO)]
+
+
+def test_the_space_is_the_page_and_names_the_published_model(hops, hub, api):
+    publish(hops, REPO, dataset=True, space=True, api=api)
+    files = hub.files("space", REPO)
+    assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt", "demo.json"}
+    assert files["app.py"] == (ROOT / "hub_cards" / "space" / "app.py").read_bytes()
+    assert json.loads(files["demo.json"])["hops"]["model"] == REPO
+    assert card_problems(files["README.md"].decode(), "space") == []
+    assert f"models:\n- {REPO}\n" in files["README.md"].decode()
+    [collection] = hub.collections.values()
+    assert [item["type"] for item in collection["items"]] == ["dataset", "model", "space"]
+
+
+def test_there_is_no_page_for_text(text, hub, api):
+    with pytest.raises(ValueError, match="the page shows hops and molecules"):
+        publish(text, REPO, space=True, api=api)
+    assert writes(hub) == []
+
+
+def test_publishing_again_changes_nothing(hops, hub, api):
+    first = publish(hops, REPO, dataset=True, space=True, api=api)
+    hub.requests.clear()
+    assert publish(hops, REPO, dataset=True, space=True, api=api) == first
+    assert not any(re.match("PUT|POST .*/commit/", line) for line in hub.requests)
+
+
+def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(run, hub, api):
+    """An old model.safetensors beside new shards would be what `from_pretrained` loads."""
+    publish(run, REPO, api=api)
+    others = {"LICENSE": b"mine", "adapters/mine.safetensors": b"mine"}
+    mine = [CommitOperationAdd(path, content) for path, content in others.items()]
+    api.create_commit(REPO, mine, commit_message="mine")
+    weights = load_file(run / "model" / "model.safetensors")
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for shard in set(names.values()):
+        tensors = {name: weights[name] for name in weights if names[name] == shard}
+        save_file(tensors, run / "model" / shard, metadata={"format": "pt"})
+    (run / "model" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (run / "model" / "model.safetensors").unlink()
+    (run / "figures" / "grid.png").unlink()
+    publish(run, REPO, api=api)
+    files = hub.files("model", REPO)
+    assert {path for path in files if path.endswith(".safetensors")} == {*names.values(), "adapters/mine.safetensors"}
+    assert "figures/grid.png" not in files
+    assert {path: files[path] for path in others} == others
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (lambda run: (run / "evaluation.json").unlink(), "has no evaluation.json: run `looped eval"),
+        (lambda run: (run / "grid.jsonl").unlink(), "has no grid.jsonl: run `looped eval"),
+        (lambda run: (run / "summary.json").unlink(), "the training has not finished"),
+        (lambda run: change_recipe(run, init_from="runs/other/model"), "name it by --license"),
+        (lambda run: change_recipe(run, task="chess"), "there is no task 'chess'"),
+    ],
+)
+def test_a_run_that_is_not_ready_is_refused_before_anything_is_sent(run, hub, api, breakage, message):
+    breakage(run)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        publish(run, REPO, dataset=True, api=api)
+    assert writes(hub) == []
+
+
+def change_recipe(run: Path, task: str | None = None, **values):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | values
+    recipe["data"]["task"] = task or recipe["data"]["task"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_text_is_not_published_under_a_licence_that_nobody_named(text, hub, api):
+    with pytest.raises(ValueError, match="name it by --dataset-license"):
+        publish(text, REPO, dataset=True, api=api)
+    assert hub.requests == []
+    publish(text, REPO, dataset=True, data_licence="cc0-1.0", api=api)
+    assert "license: cc0-1.0" in hub.files("dataset", REPO)["README.md"].decode()
+    assert "license: apache-2.0" in hub.files("model", REPO)["README.md"].decode()
+
+
+def test_no_token_and_a_wrong_one_are_one_sentence_before_any_work(hops, hub, monkeypatch):
+    monkeypatch.setattr(publishing, "get_token", lambda: None)
+    monkeypatch.setattr(publishing, "model_upload", lambda *_: pytest.fail("it worked before it asked for the token"))
+    with pytest.raises(ValueError, match="no token for the Hub: run `hf auth login`"):
+        publish(hops, REPO, api=HfApi(endpoint=hub.url))
+    assert hub.requests == []
+    with pytest.raises(ValueError, match="the Hub does not know this token"):
+        publish(hops, REPO, api=HfApi(endpoint=hub.url, token="wrong"))
+    with pytest.raises(ValueError, match="the token is for tester, team, and --repo-id names somebody"):
+        publish(hops, "somebody/khop", api=HfApi(endpoint=hub.url, token=TOKEN))
+    assert writes(hub) == []
+
+
+@pytest.mark.parametrize("repo_id", ["khop", "a/b/c", "me/k hop"])
+def test_a_repo_id_must_have_a_user(hops, api, hub, repo_id):
+    with pytest.raises(ValueError, match=r"must be USER/NAME|[Rr]epo id"):
+        publish(hops, repo_id, api=api)
+    assert hub.requests == []
+
+
+def test_what_is_private_never_goes_to_a_public_repository(hops, hub, api):
+    api.create_repo(REPO, repo_type="dataset")
+    with pytest.raises(ValueError, match=f"the dataset {REPO} exists and is public"):
+        publish(hops, REPO, dataset=True, private=True, api=api)
+    assert ("model", REPO) not in hub.repositories
+    publish(hops, f"{USER}/hidden", dataset=True, private=True, api=api)
+    assert all(hub.repositories[kind, f"{USER}/hidden"].private for kind in ("model", "dataset"))
+    with pytest.raises(HfHubHTTPError, match="404"):
+        HfApi(endpoint=hub.url, token=False).model_info(f"{USER}/hidden")
+
+
+# ---- accidents on the way
+
+
+def test_an_upload_that_broke_off_is_resumed_and_sends_nothing_twice(hops, hub, api):
+    hub.fail_once(r"POST /api/models/.*/commit/", "refuse")
+    with pytest.raises(HfHubHTTPError):
+        publish(hops, REPO, api=api)
+    assert set(hub.files("model", REPO)) == {".gitattributes"}  # not half of it
+    sent = [line for line in hub.requests if line.startswith("PUT")]
+    assert len(sent) == 5  # weights and four figures
+    hub.requests.clear()
+    publish(hops, REPO, api=api)
+    assert not [line for line in hub.requests if line.startswith("PUT")]
+    assert set(hub.files("model", REPO)) > SHIPPED
+
+
+def test_bytes_that_change_on_the_way_up_are_not_published(run, hub, api, monkeypatch):
+    """The file is rewritten between its hash and its sending, as a training that still runs would do."""
+    weights = run / "model" / "model.safetensors"
+    sent = HfApi.preupload_lfs_files
+
+    def late(self, *args, additions, **kwargs):
+        for addition in additions:
+            assert addition.upload_info.sha256
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        return sent(self, *args, additions=additions, **kwargs)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", late)
+    with pytest.raises(RuntimeError, match=r"Error while uploading 'model\.safetensors'"):
+        publish(run, REPO, api=api)
+    assert set(hub.files("model", REPO)) == {".gitattributes"}
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(hops):
+    with pytest.raises(ValueError, match=r"cannot be reached .*: run the same command again later"):
+        publish(hops, REPO, api=HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
+
+
+@pytest.fixture
+def published(hops, hub, api):
+    """The model of the run, and where it can be loaded from: keywords of huggingface_hub's downloads."""
+    publish(hops, REPO, api=api)
+    return hops / "model" / "model.safetensors"
+
+
+def test_a_download_that_breaks_off_is_completed(published, hub, tmp_path):
+    hub.fail_once(r"GET /cdn/", "break off")
+    got = hf_hub_download(REPO, "model.safetensors", endpoint=hub.url, cache_dir=tmp_path / "cache")
+    assert Path(got).read_bytes() == published.read_bytes()
+    assert len([line for line in hub.requests if line.startswith("GET /cdn/")]) == 2
+
+
+def test_a_download_of_another_size_raises_and_leaves_nothing(published, hub, tmp_path):
+    hub.fail_once(r"GET /cdn/", "shorten")
+    with pytest.raises(OSError, match="Consistency check failed"):
+        hf_hub_download(REPO, "model.safetensors", endpoint=hub.url, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+    got = hf_hub_download(REPO, "model.safetensors", endpoint=hub.url, cache_dir=tmp_path / "cache")
+    assert Path(got).read_bytes() == published.read_bytes()
+
+
+def test_a_flipped_bit_is_found_by_verification(published, hub, api, tmp_path):
+    """A download is compared by size, not by hash: that is what `hf cache verify` is for (docs/publish.md)."""
+    where = {"cache_dir": tmp_path / "cache"}
+    snapshot_download(REPO, endpoint=hub.url, **where)
+    assert api.verify_repo_checksums(REPO, **where).mismatches == []
+    shutil.rmtree(tmp_path / "cache")
+    hub.fail_once(r"GET /cdn/" + sha256(published), "flip")
+    snapshot_download(REPO, endpoint=hub.url, **where)
+    [wrong] = api.verify_repo_checksums(REPO, **where).mismatches
+    assert wrong["path"] == "model.safetensors"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- what others get
+
+
+def commands_of_the_guide(run: Path) -> list[list[str]]:
+    """The command lines of docs/publish.md, of this run and the user of the tests."""
+    lines = "".join(re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)).splitlines()
+    return [line.replace("runs/quickstart", str(run)).replace("user/khop", REPO).split() for line in lines]
+
+
+def test_the_guide_begins_with_commands_that_send_nothing(run, capsys):
+    for name, *arguments in commands_of_the_guide(run)[:3]:
+        assert name == "looped"
+        assert main(arguments) == 0
+    assert f"{run}: nothing is sent, this is what would be" in capsys.readouterr().out
+
+
+STRANGER = """
+import json, os, re, sys, warnings
+warnings.simplefilter("error")
+sys.path = [p for p in sys.path if "site-packages" in p or "lib/python" in p]  # no working folder, no checkout
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]  # nor an editable install
+repo, revision, code, *blocks = sys.argv[1:]
+from datasets import load_dataset
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+try:
+    import modeling_looped
+    raise SystemExit("the repository is importable: the test shows nothing")
+except ModuleNotFoundError:
+    pass
+pinned = {"revision": revision, "code_revision": code, "trust_remote_code": True}
+model = AutoModelForCausalLM.from_pretrained(repo, **pinned)
+tokenizer = AutoTokenizer.from_pretrained(repo, **pinned)
+batch = tokenizer(["e1 r1 r0", "e3 r1"], return_tensors="pt", padding=True)
+tokens = {n: model.generate(**batch, num_loops=n, max_new_tokens=2, do_sample=False).tolist() for n in (1, 3, 6)}
+data = load_dataset(repo, "quickstart")
+report = {"tokens": tokens, "rows": {name: len(rows) for name, rows in data.items()}, "row": data["test"][-1]}
+report["snapshot"] = sorted(os.listdir(snapshot_download(repo, revision=revision)))
+for block in blocks:
+    exec(compile(block, "block", "exec"), {})
+print(json.dumps(report))
+"""
+
+
+def settings_of(hub: LocalHub, home: Path) -> dict[str, str]:
+    """What a user sets for another Hub than huggingface.co, and for a home of the tests' own."""
+    settings = {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    return settings | {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+
+
+def finish(command: list[str], **more) -> str:
+    """What a command that must succeed prints."""
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **more)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def stranger(home: Path, hub: LocalHub, *arguments: str, **more: str) -> dict:
+    """What a fresh process without this repository gets: the last line it prints, and the lines before."""
+    output = finish([sys.executable, "-c", STRANGER, *arguments], cwd=home, env=settings_of(hub, home) | more)
+    *printed, report = output.strip().splitlines()
+    return json.loads(report) | {"printed": printed}
+
+
+@pytest.mark.slow
+def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub, api, tmp_path):
+    """By repo id, revision and code revision, as docs/publish.md and the model's card say; then without a network.
+
+    The newest commit of the model has code that does not run: who pinned the code does not meet it.
+    """
+    *_, command, verify = commands_of_the_guide(hops)
+    settings = settings_of(hub, tmp_path) | {"HF_TOKEN": TOKEN}
+    settings["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    printed = finish([sys.executable, "-m", "looplab.cli", *command[1:]], cwd=ROOT, env=settings)
+    revision = re.search(rf"model +{hub.url}/{REPO} at commit (\w+)", printed)[1]
+    broken = [CommitOperationAdd("modeling_looped.py", b"raise SystemExit('not this one')")]
+    newest = api.create_commit(REPO, broken, commit_message="break").oid
+
+    blocks = python_blocks(hub.files("model", REPO)["README.md"].decode())
+    pinned = f'trust_remote_code=True, revision="{revision}"'
+    blocks = [block.replace("trust_remote_code=True", pinned) for block in blocks]
+    blocks += [block.replace("user/khop", REPO).replace("COMMIT", revision) for block in python_blocks(GUIDE)]
+    report = stranger(tmp_path, hub, REPO, newest, revision, *blocks)
+
+    model, tokenizer = load_run_model(open_run(hops))
+    batch = tokenizer(["e1 r1 r0", "e3 r1"], return_tensors="pt", padding=True)
+    for num_loops in (1, 3, 6):
+        here = model.generate(**batch, num_loops=num_loops, max_new_tokens=2, do_sample=False)
+        assert report["tokens"][str(num_loops)] == here.tolist()
+    task = load_run_task(open_run(hops))
+    assert report["rows"] == {split: len(rows) for split, rows in task.items()}
+    assert report["row"] == task["test"][-1]
+    assert set(report["snapshot"]) >= SHIPPED
+    assert [line.split()[0] for line in report["printed"]] == ["1", "2", "5", "2", "8"]
+
+    hf = str(Path(sys.executable).with_name("hf"))
+    finish([hf, *verify[1:-1], verify[-1].replace("COMMIT", newest)], env=settings, cwd=tmp_path)
+    hub.close()
+    offline = stranger(tmp_path, hub, REPO, newest, revision, *blocks, HF_HUB_OFFLINE="1")
+    assert offline == report
+
+
+def test_the_card_of_the_hub_is_read_back_as_it_was_written(hops, hub, api):
+    publish(hops, REPO, api=api)
+    card = ModelCard(hub.files("model", REPO)["README.md"].decode())
+    assert card.data.to_dict() == model_card(open_run(hops), Names(REPO, "apache-2.0")).data.to_dict()

@@ -1,10 +1,12 @@
 # make quickstart: from nothing to a trained model, its accuracy grid and its pictures.
 # make test:       from nothing to a tested checkout; CI runs this.
+# make test-oldest, make test-newest: the tests on the oldest versions that pyproject.toml admits, and on the newest
+#                  there are, each in an environment of its own. Some GB: torch of PyPI comes with its CUDA libraries.
 PYTHON ?= python3
 RUN    ?= runs/quickstart
 BIN    := .venv/bin
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test test-oldest test-newest lint bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +27,17 @@ lint: .venv/installed
 
 test: lint
 	$(BIN)/pytest
+
+test-oldest: constraints-oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pytest
+
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet -e '.[dev]'
+	.venv-newest/bin/pip list | grep -iE '^(torch|transformers|datasets|accelerate|huggingface_hub) '
+	.venv-newest/bin/python -m pytest
 
 bench: .venv/installed
 	$(BIN)/looped bench --run $(RUN)

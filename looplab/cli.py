@@ -1,5 +1,5 @@
 """The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | demo | bench |
-convert | quantize | publish`.
+convert | quantize | publish | serve`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -203,6 +203,12 @@ def run_publish(arguments) -> None:
         licence=arguments.license,
         data_licence=arguments.dataset_license,
     )
+
+
+def run_serve(arguments) -> None:
+    from .serving import serve
+
+    serve(arguments.model, arguments.options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -413,6 +419,16 @@ def parser() -> argparse.ArgumentParser:
         "--dataset-license", metavar="ID", help="of the data (default: the model's, where a seed generates them)"
     )
     command.set_defaults(call=run_publish)
+
+    command = commands.add_parser("serve", help="an OpenAI-compatible server: `transformers serve` of a looped model")
+    command.add_argument("model", metavar="MODEL", help="a folder with a model and its tokenizer, or its Hub name")
+    command.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="options of `transformers serve`, such as --port 8000 --device cpu",
+    )
+    command.set_defaults(call=run_serve)
     return main_parser
 
 

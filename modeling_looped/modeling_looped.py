@@ -703,12 +703,37 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             model_kwargs["halting"] = rule
         return generation_config, model_kwargs
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, loops_of_calls=None, **kwargs):
-        # generate looks for inputs_embeds in this signature before it accepts them.
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, loops_of_calls=None, tokenizer=None, **kwargs
+    ):
+        # generate looks for inputs_embeds in this signature before it accepts them. The tokenizer, which stop strings
+        # need, it hands on to the model, as it does loops_of_calls.
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if self.config.prefill_chunk is not None and not is_row_mask(inputs.get("attention_mask")):
             inputs["attention_mask"] = kwargs.get("attention_mask")  # chunks cannot be cut from a prepared mask
         return inputs
+
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        """As in transformers, where every request runs `config.num_loops`, which the paged cache is sized by.
+
+        Raises:
+            ValueError: the generation config asks for another loop count, or for a halting rule; or `kv_sharing` keeps
+                something else of a token than the rows of one loop, which a paged cache cannot.
+        """
+        if self.config.kv_sharing not in ("per_loop", "first", "last"):
+            raise ValueError(
+                f"kv_sharing={self.config.kv_sharing!r} combines the rows of several loops, which the paged cache of "
+                "continuous batching does not: use generate."
+            )
+        stored = (self.generation_config if generation_config is None else generation_config).to_dict()
+        num_loops, halting = (stored.get(name) for name in LOOP_SETTINGS)
+        if num_loops not in (None, self.config.num_loops) or halting_rule(halting) is not None:
+            raise ValueError(
+                f"continuous batching runs config.num_loops={self.config.num_loops} for every token, but the "
+                f"generation config asks for num_loops={num_loops}, halting={halting!r}: load the model with "
+                "from_pretrained(..., num_loops=...) and leave both out of the generation config."
+            )
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         """Drafting: an early exit of the draft means fewer loops, also where the call names a loop count."""

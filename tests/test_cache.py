@@ -340,9 +340,10 @@ def test_generation_from_embeddings_equals_generation_from_ids(static):
 
 
 @torch.no_grad()
-def test_continuous_batching_finds_the_slot_of_every_loop():
+@pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last"])
+def test_continuous_batching_finds_the_slot_of_every_loop(kv_sharing):
     """Paged attention finds the slot by attention.layer_idx (trap 15)."""
-    model = make_model(attn="sdpa", num_loops=3, eos_token_id=49)
+    model = make_model(attn="sdpa", num_loops=3, eos_token_id=49, kv_sharing=kv_sharing)
     ids = make_ids(2, 6)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)[:, 6:]
     outputs = model.generate_batch(
@@ -353,3 +354,21 @@ def test_continuous_batching_finds_the_slot_of_every_loop():
     )
     generated = [output.generated_tokens for output in outputs.values()]
     assert sorted(generated) == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("settings", [{"num_loops": 2}, {"halting": "kl"}], ids=["num_loops", "halting"])
+def test_continuous_batching_refuses_loops_it_would_not_run(settings):
+    """It calls the model without arguments of its own: those of the generation config were silently ignored."""
+    model = make_model(num_loops=3)
+    with pytest.raises(ValueError, match=r"config\.num_loops=3 .* leave both out"):
+        model.generate_batch(inputs=[[3, 4]], generation_config=GenerationConfig(max_new_tokens=1, **settings))
+    model.generation_config = GenerationConfig(max_new_tokens=1, **settings)
+    with pytest.raises(ValueError, match=r"config\.num_loops=3 .* leave both out"):
+        model.init_continuous_batching()
+
+
+@pytest.mark.parametrize("kv_sharing", ["mean", "gated"])
+def test_continuous_batching_refuses_to_combine_loops(kv_sharing):
+    """The paged cache writes rows as they come: it would keep those of the last loop without a word."""
+    with pytest.raises(ValueError, match=f"kv_sharing='{kv_sharing}' .* use generate"):
+        make_model(kv_sharing=kv_sharing).init_continuous_batching()

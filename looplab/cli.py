@@ -179,7 +179,8 @@ def parser() -> argparse.ArgumentParser:
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
-        "eval", help="accuracy over loops x hops, to RUN/grid.jsonl and RUN/loops.jsonl; perplexity, to RUN/text.jsonl"
+        "eval",
+        help="accuracy over loops x hops, perplexity or molecules, to RUN/grid.jsonl, text.jsonl or molecules.jsonl",
     )
     command.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
     command.add_argument(
@@ -187,13 +188,17 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         nargs="+",
         metavar="R",
-        help="loop counts (default: 1 2 3 4 6 8 12 16; of text the model's own and the recipe's eval_loops)",
+        help="loop counts (default: 1 2 3 4 6 8 12 16; of text the model's own and the recipe's eval_loops; of "
+        "molecules 1 to twice the model's own)",
     )
     command.add_argument(
-        "--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind, or blocks of text"
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="at most N rows per hop count and split kind, blocks of text, or molecules (default: 10,000)",
     )
     command.add_argument(
-        "--max-loops", type=positive, metavar="R", help="follow held-out rows so far (default: 50; not for text)"
+        "--max-loops", type=positive, metavar="R", help="follow held-out rows so far (default: 50; only hops)"
     )
     command.add_argument("--max-hops", type=positive, metavar="K", help="test chains of up to K hops (khop only)")
     command.set_defaults(call=run_eval)
@@ -207,7 +212,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind")
     command.set_defaults(call=run_halting)
 
-    command = commands.add_parser("plot", help="heat map or perplexity, and training curves, to RUN/figures/*.png")
+    command = commands.add_parser(
+        "plot", help="heat map, perplexity or molecules, and training curves, to RUN/figures"
+    )
     command.add_argument(
         "runs", metavar="RUN", nargs="+", help="run folders; those of one recipe are also drawn as one"
     )
@@ -221,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("runs", metavar="RUN", nargs="+")
     command.add_argument(
-        "--against", metavar="GROUP", help="compare the other groups to this one, seed by seed (text only)"
+        "--against", metavar="GROUP", help="compare the other groups to this one, seed by seed (not for hops)"
     )
     command.set_defaults(call=run_table)
 

@@ -7,6 +7,8 @@ summary.json    what was reached                         at the end
 grid.jsonl      accuracy over loops x hops               `looped eval`
 loops.jsonl     held-out accuracy and margin, every loop `looped eval`
 text.jsonl      test perplexity by loops (task text)     `looped eval`
+molecules.jsonl validity and more by loops (molecules)   `looped eval`
+samples/        the molecules that were written          `looped eval`
 halting.jsonl   accuracy against loops, time saved       `looped halting`
 evaluation.json limit; chance level, or size of a model  `looped eval`
 snapshots/      the model at steps the recipe names      while training
@@ -62,6 +64,9 @@ class Run:
 
     def text(self) -> list[dict]:
         return self._parse("text.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+
+    def molecules(self) -> list[dict]:
+        return self._parse("molecules.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
 
     def halting(self) -> list[dict]:
         return self._parse("halting.jsonl", json_lines, f"run `looped halting {self.folder}` first.")

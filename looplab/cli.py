@@ -31,6 +31,7 @@ def run_eval(arguments) -> None:
         limit=arguments.limit,
         max_loops=arguments.max_loops,
         max_hops=arguments.max_hops,
+        masked=arguments.masked,
     )
     reader.show(run)
     print(f"\nwritten to {path}")
@@ -66,7 +67,20 @@ def run_table(arguments) -> None:
 
 def run_lens(arguments) -> None:
     from .mechanism import lens_run
+    from .readers import MoleculeReader, reader_of
+    from .runs import open_run
 
+    run = open_run(arguments.run)
+    if isinstance(reader_of([run]), MoleculeReader):
+        from .molecule_probes import probe_run
+
+        for option, value in {"--snapshot": arguments.snapshot, "--hops": arguments.hops}.items():
+            if value is not None:
+                raise ValueError(f"{option} is for tasks with hops, and {run.folder} is a run on molecules.")
+        if arguments.no_probes:
+            raise ValueError("--no-probes leaves nothing to do for a run on molecules.")
+        print(probe_run(run, num_loops=arguments.loops, limit=arguments.limit))
+        return
     paths = lens_run(
         arguments.run,
         snapshot=arguments.snapshot,
@@ -201,6 +215,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-loops", type=positive, metavar="R", help="follow held-out rows so far (default: 50; only hops)"
     )
     command.add_argument("--max-hops", type=positive, metavar="K", help="test chains of up to K hops (khop only)")
+    command.add_argument(
+        "--masked", type=positive, metavar="N", help="also write N molecules of prefixes that can be completed"
+    )
     command.set_defaults(call=run_eval)
 
     command = commands.add_parser("halting", help="what each halting rule saves, to RUN/halting.jsonl")
@@ -238,7 +255,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--hops", type=positive, metavar="K", help="default: the longest trained on, at most 4")
     command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
     command.add_argument(
-        "--limit", type=positive, default=300, metavar="N", help="chains per split kind (default: %(default)s)"
+        "--limit",
+        type=positive,
+        default=300,
+        metavar="N",
+        help="chains per split kind, or molecules (default: %(default)s)",
     )
     command.add_argument("--no-probes", action="store_true", help="skip the linear probes, most of the work")
     command.set_defaults(call=run_lens)

@@ -26,7 +26,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -44,6 +44,7 @@ from data_builders.molecules import rdkit_chem
 
 from .chemnet import frechet_distance, reference_statistics, statistics_of
 from .evaluation import load_run_model
+from .masking import ValidPrefix
 from .perplexity import count_parameters
 from .results import wilson_interval
 from .runs import Run, json_lines, open_run, to_json_lines, write_whole
@@ -104,7 +105,15 @@ def batch_seed(*parts) -> int:
 
 
 def sample_file(
-    path: Path, model, tokenizer, count: int, setting: Setting, num_loops: int, seed: int, bar: tqdm
+    path: Path,
+    model,
+    tokenizer,
+    count: int,
+    setting: Setting,
+    num_loops: int,
+    seed: int,
+    bar: tqdm,
+    logits_processor: LogitsProcessorList | None = None,
 ) -> list[dict]:
     """The first `count` samples of the file, which is written as far as it is short of them, batch by batch."""
     rows = json_lines(path.read_text()) if path.is_file() else []
@@ -112,7 +121,9 @@ def sample_file(
     bar.update(min(count, len(rows)))
     while len(rows) < count:
         part_seed = batch_seed(seed, setting.name, num_loops, len(rows) // BATCH)
-        rows += write_molecules(model, tokenizer, BATCH, setting, num_loops, part_seed)
+        rows += write_molecules(
+            model, tokenizer, BATCH, setting, num_loops, part_seed, logits_processor=logits_processor
+        )
         write_whole(path, to_json_lines(rows))
         bar.update(min(BATCH, count - (len(rows) - BATCH)))
     return rows[:count]
@@ -235,7 +246,11 @@ def run_molecules(run: Run) -> datasets.DatasetDict:
 
 
 def evaluate_molecules(
-    folder: str | Path, loops: Sequence[int] | None = None, limit: int | None = None, seed: int = 0
+    folder: str | Path,
+    loops: Sequence[int] | None = None,
+    limit: int | None = None,
+    masked: int | None = None,
+    seed: int = 0,
 ) -> Path:
     """Write RUN/samples/, RUN/molecules.jsonl and RUN/evaluation.json, see the module docstring; returns the second.
 
@@ -243,6 +258,8 @@ def evaluate_molecules(
         folder: a finished run on molecules.
         loops: loop counts; `default_loops` unless given. The model's own are always among them.
         limit: samples at the model's own loops, of each setting; 10,000 unless given. Others have 2,000 at most.
+        masked: also so many samples at the model's own loops with `masking.ValidPrefix`, a line with a setting of its
+            own.
 
     Raises:
         ValueError: no such run, it has not finished, its molecules have changed, rdkit is missing, or the model cannot
@@ -255,18 +272,21 @@ def evaluate_molecules(
     splits = run_molecules(run)
     own, count = model.config.num_loops, limit or SAMPLES
     counts = sorted({own, *(loops or default_loops(own))})
-    work = [(setting, own, count) for setting in SETTINGS]
-    work += [(SETTINGS[0], loop, min(count, LOOP_SAMPLES)) for loop in counts if loop != own]
+    work = [(setting, own, count, None) for setting in SETTINGS]
+    work += [(SETTINGS[0], loop, min(count, LOOP_SAMPLES), None) for loop in counts if loop != own]
+    if masked is not None:
+        processor = LogitsProcessorList([ValidPrefix(tokenizer)])
+        work.append((replace(SETTINGS[0], name=f"{SETTINGS[0].name}-masked"), own, masked, processor))
     forget_samples_of_another_model(run)
     test = PackedMolecules(splits["test"], tokenizer, run.recipe()["data"]["sequence_length"])
     # The largest first: one that the model cannot run is refused before any work.
     losses = {loop: loss_of_molecules(model, test, loop, LOSS_MOLECULES) for loop in reversed(counts)}
     reference = reference_statistics(splits["test"])
     rows = []
-    with tqdm(total=sum(number for *_, number in work), desc="sampling", unit="molecule", mininterval=1) as bar:
-        for setting, loop, number in work:
+    with tqdm(total=sum(number for _, _, number, _ in work), desc="sampling", unit="molecule", mininterval=1) as bar:
+        for setting, loop, number, processor in work:
             path = run.folder / "samples" / f"{setting.name}-loops{loop}.jsonl"
-            samples = sample_file(path, model, tokenizer, number, setting, loop, seed, bar)
+            samples = sample_file(path, model, tokenizer, number, setting, loop, seed, bar, processor)
             # A Gaussian of 512 dimensions needs more molecules than there are at most other loop counts.
             measured = measure(samples, splits["train"], reference if loop == own else None)
             rows.append({"setting": setting.name, "loops": loop, "loss": losses[loop]} | measured)

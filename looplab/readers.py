@@ -17,10 +17,15 @@ from .runs import Run
 class HopReader:
     """Runs on chains of hops."""
 
-    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops) -> Path:
-        """Write the files of `evaluation.evaluate_run`; None is its default."""
+    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
+        """Write the files of `evaluation.evaluate_run`; None is its default.
+
+        Raises:
+            ValueError: `masked` is given: there are no molecules to write.
+        """
         from .evaluation import MAX_LOOPS, evaluate_run
 
+        refuse_masked(run, masked)
         max_loops = MAX_LOOPS if max_loops is None else max_loops
         return evaluate_run(run.folder, loops=loops, limit=limit, max_loops=max_loops, max_hops=max_hops)
 
@@ -54,15 +59,16 @@ class HopReader:
 class TextReader:
     """Runs on text; the arguments mean what they do to `HopReader`."""
 
-    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops) -> Path:
+    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
         """Write the files of `perplexity.evaluate_text`.
 
         Raises:
-            ValueError: `max_loops` or `max_hops` is given: text has no chains to follow.
+            ValueError: `max_loops`, `max_hops` or `masked` is given: text has no chains to follow and no molecules.
         """
         from .perplexity import evaluate_text
 
         refuse_hop_options(run, max_loops, max_hops)
+        refuse_masked(run, masked)
         return evaluate_text(run.folder, loops=loops, limit=limit)
 
     def show(self, run: Run) -> None:
@@ -83,9 +89,9 @@ class TextReader:
 
 
 class MoleculeReader:
-    """Runs on molecules; `limit` counts samples, the other arguments mean what they do to `HopReader`."""
+    """Runs on molecules; `limit` and `masked` count samples, other arguments mean what they do to `HopReader`."""
 
-    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops) -> Path:
+    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
         """Write the files of `molecules.evaluate_molecules`.
 
         Raises:
@@ -94,7 +100,7 @@ class MoleculeReader:
         from .molecules import evaluate_molecules
 
         refuse_hop_options(run, max_loops, max_hops)
-        return evaluate_molecules(run.folder, loops=loops, limit=limit)
+        return evaluate_molecules(run.folder, loops=loops, limit=limit, masked=masked)
 
     def show(self, run: Run) -> None:
         from .molecule_results import molecules_text
@@ -119,6 +125,11 @@ def refuse_hop_options(run: Run, max_loops: int | None, max_hops: int | None) ->
             raise ValueError(
                 f"{option} is for tasks with hops, and {run.folder} is a run on {run.task()}: leave it out."
             )
+
+
+def refuse_masked(run: Run, masked: int | None) -> None:
+    if masked is not None:
+        raise ValueError(f"--masked is for molecules, and {run.folder} is a run on {run.task()}: leave it out.")
 
 
 Reader = HopReader | TextReader | MoleculeReader

@@ -13,6 +13,7 @@ halting.jsonl   accuracy against loops, time saved       `looped halting`
 evaluation.json limit; chance level, or size of a model  `looped eval`
 snapshots/      the model at steps the recipe names      while training
 lens*.jsonl     what states say and cause                `looped lens`
+probes.jsonl    what states say of a molecule's grammar  `looped lens`
 quantization.json  perplexity with weights of few bits   `looped quantize`
 model_int4/     that model, weights dequantised          `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`

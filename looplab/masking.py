@@ -2,7 +2,8 @@
 
 A token is taken out where the SMILES so far and that token cannot begin any molecule, `<eos>` where it is none yet.
 `partialsmiles` (O'Boyle; MIT) decides: it follows brackets, ring bonds, valences and the aromatic systems that are
-complete. A model masked like this is another model; what it writes is reported apart from the others.
+complete. It takes some strings that rdkit refuses, such as aromatic atoms outside of a ring. A model masked like this
+is another model; what it writes is reported apart from the others.
 
     model.generate(start, do_sample=True, logits_processor=LogitsProcessorList([ValidPrefix(tokenizer)]))
 """

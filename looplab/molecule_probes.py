@@ -6,7 +6,7 @@
     control          what its accuracy tells
     majority         always the commonest value
     shuffled         the probe's training labels in random order: what chance and imbalance alone give
-    embedding        the probe on the token's embedding: what the last token gives away (rotary positions are not in it)
+    embedding        the probe on the token's embedding: what the last token alone gives away
     random_init      the probe on the same pass of a model with random weights: what any network keeps of its input
 
 A high accuracy means little where the controls have it, too; `over_controls` is the accuracy less the best of them.

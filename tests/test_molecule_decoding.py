@@ -11,7 +11,7 @@ from data_builders import smiles_tokenizer
 from looplab.masking import ValidPrefix
 from looplab.molecule_probes import grammar, probe_grammar, probes_text, states_by_pass
 from looplab.molecules import SETTINGS, write_molecules
-from looplab.smiles import canonical_or_none
+from looplab.smiles import faults
 from toys import make_model
 
 SMILES = [
@@ -82,15 +82,19 @@ def test_rows_that_have_ended_and_unlikely_tokens(tokenizer):
     assert masked[1, vocabulary["C"]] == -20
 
 
-def test_a_random_model_writes_molecules_when_it_is_masked(model, tokenizer):
-    processor = LogitsProcessorList([ValidPrefix(tokenizer)])
-    masked = write_molecules(model, tokenizer, 12, SETTINGS[0], 2, seed=0, logits_processor=processor)
+def test_even_a_random_model_ends_where_it_may(model, tokenizer):
+    """At a molecule, or at a prefix that nothing can follow; and it writes other things unmasked."""
+    mask = ValidPrefix(tokenizer)
+    masked = write_molecules(
+        model, tokenizer, 12, SETTINGS[0], 2, seed=0, logits_processor=LogitsProcessorList([mask])
+    )
     plain = write_molecules(model, tokenizer, 12, SETTINGS[0], 2, seed=0)
     ended = [row["smiles"] for row in masked if row["finished"]]
     assert len(ended) > 3
-    valid = [smiles for smiles in ended if canonical_or_none(smiles)]
-    assert len(valid) >= 0.8 * len(ended)
-    assert not any(canonical_or_none(row["smiles"]) for row in plain if len(row["smiles"]) > 3)
+    for smiles in ended:
+        dead_end = not any(mask.may_follow(smiles, token) for token in range(len(tokenizer)))
+        assert dead_end or mask.may_follow(smiles, tokenizer.eos_token_id)
+    assert any({"brackets", "rings"} & set(faults(row["smiles"], row["finished"])) for row in plain)
 
 
 def test_without_partialsmiles_the_extra_is_named(tokenizer, monkeypatch):
@@ -119,7 +123,7 @@ def test_states_are_those_of_each_molecule_alone(model, tokenizer):
 
 
 def test_a_probe_finds_what_is_put_into_the_states_and_the_controls_do_not(model, tokenizer):
-    """A layer that writes the number of open branches into its output, on a path of its own."""
+    """A layer that writes the number of open branches into its output."""
     opens, closes = (tokenizer.get_vocab()[token] for token in "()")
     seen = {}
     model.model.register_forward_pre_hook(lambda m, a, k: seen.update(ids=k["input_ids"]), with_kwargs=True)
@@ -127,7 +131,7 @@ def test_a_probe_finds_what_is_put_into_the_states_and_the_controls_do_not(model
     def write_depth(layer, arguments, output):
         depth = ((seen["ids"] == opens).int() - (seen["ids"] == closes).int()).cumsum(1)
         output = output.clone()
-        output[..., 0] = 10.0 * depth
+        output[..., :4] = 10.0 * torch.nn.functional.one_hot(depth.clamp(0, 3).long(), 4)
         return output
 
     model.model.core[1].register_forward_hook(write_depth)

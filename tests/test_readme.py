@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import datasets
 import torch
 from families import make_frozen
 
@@ -50,6 +51,16 @@ def test_the_example_of_hyperloop_runs():
     names = {}
     exec(compile(block, "docs/hyperloop.md", "exec"), names)
     assert len(names["model"].model.connection.reads) == 3
+
+
+def test_the_example_of_molecules_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(ROOT)
+    [block] = blocks_of("molecules.md")
+    names = {}
+    exec(compile(block, "docs/molecules.md", "exec"), names)
+    assert 2.0 < names["loss"].item() < 5.0
+    assert names["written"].shape[1] > 1
 
 
 def test_named_files_exist():

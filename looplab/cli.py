@@ -31,6 +31,7 @@ def run_eval(arguments) -> None:
         limit=arguments.limit,
         max_loops=arguments.max_loops,
         max_hops=arguments.max_hops,
+        masked=arguments.masked,
     )
     reader.show(run)
     print(f"\nwritten to {path}")
@@ -66,7 +67,20 @@ def run_table(arguments) -> None:
 
 def run_lens(arguments) -> None:
     from .mechanism import lens_run
+    from .readers import MoleculeReader, reader_of
+    from .runs import open_run
 
+    run = open_run(arguments.run)
+    if isinstance(reader_of([run]), MoleculeReader):
+        from .molecule_probes import probe_run
+
+        for option, value in {"--snapshot": arguments.snapshot, "--hops": arguments.hops}.items():
+            if value is not None:
+                raise ValueError(f"{option} is for tasks with hops, and {run.folder} is a run on molecules.")
+        if arguments.no_probes:
+            raise ValueError("--no-probes leaves nothing to do for a run on molecules.")
+        print(probe_run(run, num_loops=arguments.loops, limit=arguments.limit))
+        return
     paths = lens_run(
         arguments.run,
         snapshot=arguments.snapshot,
@@ -216,7 +230,8 @@ def parser() -> argparse.ArgumentParser:
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
-        "eval", help="accuracy over loops x hops, to RUN/grid.jsonl and RUN/loops.jsonl; perplexity, to RUN/text.jsonl"
+        "eval",
+        help="accuracy over loops x hops, perplexity or molecules, to RUN/grid.jsonl, text.jsonl or molecules.jsonl",
     )
     command.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
     command.add_argument(
@@ -224,15 +239,22 @@ def parser() -> argparse.ArgumentParser:
         type=positive,
         nargs="+",
         metavar="R",
-        help="loop counts (default: 1 2 3 4 6 8 12 16; of text the model's own and the recipe's eval_loops)",
+        help="loop counts (default: 1 2 3 4 6 8 12 16; of text the model's own and the recipe's eval_loops; of "
+        "molecules 1 to twice the model's own)",
     )
     command.add_argument(
-        "--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind, or blocks of text"
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="at most N rows per hop count and split kind, blocks of text, or molecules (default: 10,000)",
     )
     command.add_argument(
-        "--max-loops", type=positive, metavar="R", help="follow held-out rows so far (default: 50; not for text)"
+        "--max-loops", type=positive, metavar="R", help="follow held-out rows so far (default: 50; only hops)"
     )
     command.add_argument("--max-hops", type=positive, metavar="K", help="test chains of up to K hops (khop only)")
+    command.add_argument(
+        "--masked", type=positive, metavar="N", help="also write N molecules of prefixes that can be completed"
+    )
     command.set_defaults(call=run_eval)
 
     command = commands.add_parser("halting", help="what each halting rule saves, to RUN/halting.jsonl")
@@ -267,7 +289,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--loops", type=positive, metavar="R", help="default: the model's own")
     command.set_defaults(call=run_memory)
 
-    command = commands.add_parser("plot", help="heat map or perplexity, and training curves, to RUN/figures/*.png")
+    command = commands.add_parser(
+        "plot", help="heat map, perplexity or molecules, and training curves, to RUN/figures"
+    )
     command.add_argument(
         "runs", metavar="RUN", nargs="+", help="run folders; those of one recipe are also drawn as one"
     )
@@ -281,7 +305,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("runs", metavar="RUN", nargs="+")
     command.add_argument(
-        "--against", metavar="GROUP", help="compare the other groups to this one, seed by seed (text only)"
+        "--against", metavar="GROUP", help="compare the other groups to this one, seed by seed (not for hops)"
     )
     command.set_defaults(call=run_table)
 
@@ -291,7 +315,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--hops", type=positive, metavar="K", help="default: the longest trained on, at most 4")
     command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
     command.add_argument(
-        "--limit", type=positive, default=300, metavar="N", help="chains per split kind (default: %(default)s)"
+        "--limit",
+        type=positive,
+        default=300,
+        metavar="N",
+        help="chains per split kind, or molecules (default: %(default)s)",
     )
     command.add_argument("--no-probes", action="store_true", help="skip the linear probes, most of the work")
     command.set_defaults(call=run_lens)

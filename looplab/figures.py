@@ -4,13 +4,15 @@ Each run's own go to RUN/figures/: grid.png and training.png (plots.py), and as 
 loops.png (of `looped eval`), halting.png (of `looped halting`), learning.png (composition). Several runs are grouped
 by recipe, and the figures of groups (curves.py) go to one folder, with the group in their names. Runs on text have
 their own (text_plots.py): training.png, and once evaluated perplexity.png; of groups held_out.png and perplexity.png.
+Runs on molecules (molecule_plots.py): training.png, validity.png, faults.png, molecules.png.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .curves import Group, halting_figure, hops_figure, learning_figure, loops_figure
-from .plots import heat_map, save, training_curves
+from .molecule_plots import faults_figure, molecules_picture, validity_figure
+from .plots import heat_map, save, training_curves, write_bytes
 from .runs import Run, open_run
 from .seeds import group_runs
 from .text_plots import held_out_figure, perplexity_figure, training_figure
@@ -44,7 +46,7 @@ def plot_text_runs(runs: Sequence[Run], output: str | Path | None = None) -> lis
     """As `plot_runs`, for runs on text; those that were not evaluated, or at one loop count, get no perplexity.png.
 
     Raises:
-        ValueError: a run has no held-out losses yet, or the runs of a group none after the same tokens.
+        ValueError: a run has no held-out losses yet, or the runs of a group none after the same steps.
     """
     paths = []
     for run in runs:
@@ -54,6 +56,37 @@ def plot_text_runs(runs: Sequence[Run], output: str | Path | None = None) -> lis
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)
         paths += [save(held_out_figure(groups), folder / "held_out.png"), *draw_perplexity(groups, folder)]
+    return paths
+
+
+def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
+    """As `plot_runs`, for runs on molecules; those that were not evaluated get training.png only.
+
+    Raises:
+        ValueError: a run has no held-out losses yet, or its samples are gone.
+    """
+    paths = []
+    for run in runs:
+        figures = run.folder / "figures"
+        paths.append(save(training_figure(run), figures / "training.png"))
+        if all_have([run], "molecules.jsonl"):
+            paths += draw_molecules([(run.name, [run])], figures)
+            paths.append(write_bytes(figures / "molecules.png", molecules_picture(run)))
+    if len(runs) > 1:
+        groups = list(group_runs(runs).items())
+        folder = groups_folder(runs, groups, output)
+        paths.append(save(held_out_figure(groups), folder / "held_out.png"))
+        if all_have(runs, "molecules.jsonl"):
+            paths += draw_molecules(groups, folder)
+    return paths
+
+
+def draw_molecules(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """validity.png, and faults.png of each group, with its name where there are several."""
+    paths = [save(validity_figure(groups), folder / "validity.png")]
+    for name, members in groups:
+        file = f"faults_{name}.png" if len(groups) > 1 else "faults.png"
+        paths.append(save(faults_figure(members, name), folder / file))
     return paths
 
 

@@ -35,6 +35,15 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def write_bytes(path: Path, picture: bytes) -> Path:
+    """Write a picture that is drawn already, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(picture)
+    temporary.replace(path)
+    return path
+
+
 def cells_of(run: Run) -> dict[tuple[int, str, int], dict]:
     """Rows of the grid by (hops, split kind, loops), without those the model was trained on beyond the facts."""
     return {(row["hops"], row["split_kind"], row["loops"]): row for row in run.grid() if row["split_kind"] != "train"}

@@ -1,8 +1,9 @@
 """How `looped eval`, `table` and `plot` read a run: chosen once, by its task.
 
-    reader        reads                      measures                       tables and draws
-    HopReader     khop, composition          accuracy over loops x hops     learnable depth, reach, heat maps
-    TextReader    text                       test perplexity by loops       perplexity, differences, loss over tokens
+    reader            reads                measures                      tables and draws
+    HopReader         khop, composition    accuracy over loops x hops    learnable depth, reach, heat maps
+    TextReader        text                 test perplexity by loops      perplexity, differences, loss over tokens
+    MoleculeReader    molecules            samples, validity by loops    validity and its kin, faults by loops
 
 A reader imports what a command needs when it is called, so that tables stay quick.
 """
@@ -16,10 +17,15 @@ from .runs import Run
 class HopReader:
     """Runs on chains of hops."""
 
-    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops) -> Path:
-        """Write the files of `evaluation.evaluate_run`; None is its default."""
+    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
+        """Write the files of `evaluation.evaluate_run`; None is its default.
+
+        Raises:
+            ValueError: `masked` is given: there are no molecules to write.
+        """
         from .evaluation import MAX_LOOPS, evaluate_run
 
+        refuse_masked(run, masked)
         max_loops = MAX_LOOPS if max_loops is None else max_loops
         return evaluate_run(run.folder, loops=loops, limit=limit, max_loops=max_loops, max_hops=max_hops)
 
@@ -63,17 +69,16 @@ class HopReader:
 class TextReader:
     """Runs on text; the arguments mean what they do to `HopReader`."""
 
-    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops) -> Path:
+    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
         """Write the files of `perplexity.evaluate_text`.
 
         Raises:
-            ValueError: `max_loops` or `max_hops` is given: text has no chains to follow.
+            ValueError: `max_loops`, `max_hops` or `masked` is given: text has no chains to follow and no molecules.
         """
         from .perplexity import evaluate_text
 
-        for option, value in {"--max-loops": max_loops, "--max-hops": max_hops}.items():
-            if value is not None:
-                raise ValueError(f"{option} is for tasks with hops, and {run.folder} is a run on text: leave it out.")
+        refuse_hop_options(run, max_loops, max_hops)
+        refuse_masked(run, masked)
         return evaluate_text(run.folder, loops=loops, limit=limit)
 
     def halting(self, run: Run, *, limit, max_loops, max_hops) -> tuple[Path, str]:
@@ -106,8 +111,57 @@ class TextReader:
         return plot_text_runs(runs, output)
 
 
-Reader = HopReader | TextReader
-READERS: dict[str, Reader] = {"khop": HopReader(), "composition": HopReader(), "text": TextReader()}
+class MoleculeReader:
+    """Runs on molecules; `limit` and `masked` count samples, other arguments mean what they do to `HopReader`."""
+
+    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
+        """Write the files of `molecules.evaluate_molecules`.
+
+        Raises:
+            ValueError: `max_loops` or `max_hops` is given.
+        """
+        from .molecules import evaluate_molecules
+
+        refuse_hop_options(run, max_loops, max_hops)
+        return evaluate_molecules(run.folder, loops=loops, limit=limit, masked=masked)
+
+    def show(self, run: Run) -> None:
+        from .molecule_results import molecules_text
+
+        print(f"\n{run.folder}\n{molecules_text(run)}")
+
+    def table(self, runs: Sequence[Run], against: str | None) -> str:
+        """A Markdown line per group of seeds, each also compared to the group `against` where it is given."""
+        from .molecule_results import molecules_table
+
+        return molecules_table(runs, against)
+
+    def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:
+        from .figures import plot_molecule_runs
+
+        return plot_molecule_runs(runs, output)
+
+
+def refuse_hop_options(run: Run, max_loops: int | None, max_hops: int | None) -> None:
+    for option, value in {"--max-loops": max_loops, "--max-hops": max_hops}.items():
+        if value is not None:
+            raise ValueError(
+                f"{option} is for tasks with hops, and {run.folder} is a run on {run.task()}: leave it out."
+            )
+
+
+def refuse_masked(run: Run, masked: int | None) -> None:
+    if masked is not None:
+        raise ValueError(f"--masked is for molecules, and {run.folder} is a run on {run.task()}: leave it out.")
+
+
+Reader = HopReader | TextReader | MoleculeReader
+READERS: dict[str, Reader] = {
+    "khop": HopReader(),
+    "composition": HopReader(),
+    "text": TextReader(),
+    "molecules": MoleculeReader(),
+}
 
 
 def reader_of(runs: Sequence[Run]) -> Reader:

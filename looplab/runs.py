@@ -7,11 +7,14 @@ summary.json    what was reached                         at the end
 grid.jsonl      accuracy over loops x hops               `looped eval`
 loops.jsonl     held-out accuracy and margin, every loop `looped eval`
 text.jsonl      test perplexity by loops (task text)     `looped eval`
+molecules.jsonl validity and more by loops (molecules)   `looped eval`
+samples/        the molecules that were written          `looped eval`
 halting.jsonl   accuracy against loops, time saved       `looped halting`
 evaluation.json limit; chance level, or size of a model  `looped eval`
 snapshots/      the model at steps the recipe names      while training
 lens*.jsonl     what states say and cause                `looped lens`
 memory.jsonl    value and bytes of each KV memory        `looped memory`
+probes.jsonl    what states say of a molecule's grammar  `looped lens`
 quantization.json  perplexity with weights of few bits   `looped quantize`
 model_int4/     that model, weights dequantised          `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`
@@ -66,6 +69,9 @@ class Run:
 
     def memory(self) -> list[dict]:
         return self._parse("memory.jsonl", json_lines, f"run `looped memory {self.folder}` first.")
+
+    def molecules(self) -> list[dict]:
+        return self._parse("molecules.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
 
     def halting(self) -> list[dict]:
         return self._parse("halting.jsonl", json_lines, f"run `looped halting {self.folder}` first.")

@@ -11,8 +11,8 @@
     aromaticity   an aromatic atom outside of a ring, or no way to place the     the repaired graph
                   double bonds of an aromatic ring
 
-A molecule may have several labels. The repaired string is the one without unmatched parentheses and ring bonds, so that
-a bracket does not hide a valence. `exclusive_class` is the order of SMolLM (arXiv 2605.06322), which stops at the
+A sample may have several labels. The repaired string is the one without unmatched parentheses and ring bonds, so
+that a bracket does not hide a valence. `exclusive_class` is the order of SMolLM (arXiv 2605.06322), which stops at the
 first fault: there valence errors can only appear once brackets and rings are right, whatever the model does.
 """
 

@@ -9,6 +9,7 @@ blocks, or none for held-out losses.
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from .curves import MARKS, PALETTE, Group, band_words, tidy
 from .plots import COLOURS, FRAME, Figure, colormaps
@@ -21,7 +22,8 @@ TOKENS_LABEL = "training tokens"
 
 
 def check_rows(run: Run) -> list[dict]:
-    """Rows of metrics.jsonl with a held-out loss, `tokens` added: batches are alike, so these follow from the step.
+    """Rows of metrics.jsonl with a held-out loss, `tokens` added: batches are alike, or on average so (molecules),
+    and these follow from the step.
 
     Raises:
         ValueError: there are none, or no training rows, yet.
@@ -76,12 +78,14 @@ def held_out_figure(groups: Sequence[Group]) -> Figure:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, runs) in enumerate(groups):
-        by_tokens = [{row["tokens"]: row["held_out"]["loss"] for row in check_rows(run)} for run in runs]
-        shared = sorted(set.intersection(*map(set, by_tokens)))
+        # By step: seeds draw molecules of other lengths.
+        by_step = [{row["step"]: row for row in check_rows(run)} for run in runs]
+        shared = sorted(set.intersection(*map(set, by_step)))
         if not shared:
-            raise ValueError(f"the runs of {name} have no check after the same tokens: wait, or plot them one by one.")
-        points = [t_interval([losses[tokens] for losses in by_tokens]) for tokens in shared]
-        draw_band(axes, shared, points, index, name, shaded=len(runs) > 1)
+            raise ValueError(f"the runs of {name} have no check after the same steps: wait, or plot them one by one.")
+        points = [t_interval([rows[step]["held_out"]["loss"] for rows in by_step]) for step in shared]
+        tokens = [fmean(rows[step]["tokens"] for rows in by_step) for step in shared]
+        draw_band(axes, tokens, points, index, name, shaded=len(runs) > 1)
     label_tokens(axes)
     tidy(axes, "held-out loss (nats per token)", TOKENS_LABEL)
     several = [group for group in groups if len(group[1]) > 1]

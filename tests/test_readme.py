@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -89,6 +90,16 @@ def test_the_examples_of_clients_run(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(names["program"].module()(ids), reloaded(ids, num_loops=2).logits, **FP32)
     [task] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/clients.md").read_text(), flags=re.S)
     assert yaml.safe_load(task)["doc_to_text"].endswith("<ans>")
+
+
+def test_the_example_of_molecules_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(ROOT)
+    [block] = blocks_of("molecules.md")
+    names = {}
+    exec(compile(block, "docs/molecules.md", "exec"), names)
+    assert 2.0 < names["loss"].item() < 5.0
+    assert names["written"].shape[1] > 1
 
 
 def test_named_files_exist():

@@ -1,0 +1,68 @@
+"""Frechet ChemNet distance (Preuer et al. 2018, arXiv 1803.09518): how far samples are from real molecules.
+
+    activations    (N, 512) of the last LSTM layer of ChemNet, whose weights come in the package fcd_torch (MIT)
+    statistics     their mean (512,) and covariance (512, 512)
+    distance       |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2))
+
+Only the network and its input encoding are the package's: its own distance relies on functions that numpy and scipy
+are removing. The distance depends on the number of molecules; compare equal numbers.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+REFERENCE = 10_000  # molecules of the test split
+BATCH = 256
+
+Statistics = tuple[np.ndarray, np.ndarray]
+
+
+def activations(smiles: Sequence[str]) -> np.ndarray:
+    """ChemNet's activations (N, 512) for canonical SMILES."""
+    from fcd_torch import FCD
+    from fcd_torch.utils import SmilesDataset
+
+    network, inputs = FCD(canonize=False).model, SmilesDataset(list(smiles), canonize=False)
+    parts = []
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(smiles), BATCH), desc="ChemNet", unit="batch", leave=False):
+            rows = [torch.as_tensor(inputs[i]) for i in range(start, min(start + BATCH, len(smiles)))]
+            parts.append(network(torch.stack(rows).transpose(1, 2).float()).numpy())
+    return np.concatenate(parts).astype(np.float64)
+
+
+def statistics_of(smiles: Sequence[str]) -> Statistics:
+    values = activations(smiles)
+    return values.mean(0), np.cov(values.T)
+
+
+def frechet_distance(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, other_cov: np.ndarray) -> float:
+    """The distance of two Gaussians. The trace of the root is taken of A^(1/2) B A^(1/2), which is symmetric and has
+    the eigenvalues of A B."""
+    values, vectors = np.linalg.eigh(cov)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ other_cov @ root).clip(0)).sum()
+    return float(((mean - other_mean) ** 2).sum() + np.trace(cov) + np.trace(other_cov) - 2 * cross)
+
+
+def reference_statistics(test: datasets.Dataset) -> Statistics | None:
+    """Those of a seeded sample of a test split from the `datasets` cache, kept beside its file; None without
+    fcd_torch, and of fewer than two molecules."""
+    if importlib.util.find_spec("fcd_torch") is None or len(test) < 2:
+        return None
+    path = Path(test.cache_files[0]["filename"]).parent / f"chemnet-{test._fingerprint}-{REFERENCE}.npz"
+    if not path.is_file():
+        numbers = np.random.default_rng(0).permutation(len(test))[:REFERENCE]
+        mean, cov = statistics_of(test.select(np.sort(numbers))["text"][:])
+        partial = path.with_name(path.name + ".partial.npz")
+        np.savez(partial, mean=mean, cov=cov)
+        shutil.move(partial, path)
+    with np.load(path) as kept:
+        return kept["mean"], kept["cov"]

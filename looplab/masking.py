@@ -1,0 +1,74 @@
+"""Decoding that only writes what can still become a molecule: `ValidPrefix`, a logits processor.
+
+A token is taken out where the SMILES so far and that token cannot begin any molecule, `<eos>` where it is none yet.
+`partialsmiles` (O'Boyle; MIT) decides: it follows brackets, ring bonds, valences and the aromatic systems that are
+complete. It takes some strings that rdkit refuses, such as aromatic atoms outside of a ring. A model masked like this
+is another model; what it writes is reported apart from the others.
+
+    model.generate(start, do_sample=True, logits_processor=LogitsProcessorList([ValidPrefix(tokenizer)]))
+"""
+
+from functools import lru_cache
+
+import torch
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+# Tokens less likely than this are left out unasked, unless nothing else is left: most of the 27 tokens of MOSES.
+LEAST = 1e-4
+PREFIXES = 100_000  # remembered
+
+
+class ValidPrefix(LogitsProcessor):
+    """Sets the logits of tokens that cannot follow to -inf, row by row.
+
+    Where nothing can follow, `<eos>` is left: the sample ends, and is not valid. Rows that have ended are left alone.
+
+    Args:
+        tokenizer: a `smiles_tokenizer`.
+        least: probability below which a token is left out unasked.
+
+    Raises:
+        ValueError: partialsmiles is not installed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, least: float = LEAST):
+        try:
+            import partialsmiles
+        except ImportError as error:
+            raise ValueError("this needs partialsmiles: pip install 'looped-transformers[molecules]'.") from error
+        self.least, self.eos = least, tokenizer.eos_token_id
+        self.words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        self.special = {tokenizer.pad_token_id, tokenizer.bos_token_id}
+
+        @lru_cache(PREFIXES)
+        def reads(smiles: str, partial: bool) -> bool:
+            try:
+                partialsmiles.ParseSmiles(smiles, partial=partial)
+            except partialsmiles.Error:
+                return False
+            return True
+
+        self._reads = reads
+
+    def may_follow(self, smiles: str, token: int) -> bool:
+        """Whether the token may come next; `<eos>` may where the SMILES is a molecule."""
+        if token in self.special:
+            return False
+        if token == self.eos:
+            return bool(smiles) and self._reads(smiles, False)
+        return self._reads(smiles + self.words[token], True)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """(B, T) ids that begin with `<bos>`, (B, V) logits -> (B, V) logits."""
+        masked = torch.full_like(scores, -torch.inf)
+        probabilities = scores.float().softmax(-1).tolist()
+        for row, ids in enumerate(input_ids.tolist()):
+            if self.eos in ids:
+                masked[row] = scores[row]
+                continue
+            smiles = "".join(self.words[i] for i in ids if i not in self.special)
+            likely = [i for i, share in enumerate(probabilities[row]) if share >= self.least]
+            kept = [i for i in likely if self.may_follow(smiles, i)]
+            kept = kept or [i for i in range(len(self.words)) if self.may_follow(smiles, i)] or [self.eos]
+            masked[row, kept] = scores[row, kept]
+        return masked

@@ -1,0 +1,116 @@
+"""Pictures of runs on molecules, as PNG.
+
+validity.png    validity and test loss over loops, those of the training shaded
+faults.png      share of samples with each fault, over loops: what a pass more puts right
+molecules.png   a grid of valid samples, drawn by rdkit (of single runs)
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from data_builders.molecules import rdkit_chem
+
+from .curves import Group, band_words, tidy
+from .plots import FRAME
+from .runs import Run, json_lines
+from .seeds import t_interval
+from .smiles import LABELS, canonical_or_none
+from .text_plots import draw_band
+
+FLOOR = 0.01  # % of the samples: where a fault that no sample has is drawn
+DRAWN = 20
+
+
+def by_loops(run: Run) -> dict[int, dict]:
+    """Loop count -> line of molecules.jsonl, of the first setting."""
+    first = run.evaluation()["settings"][0]["name"]
+    return {row["loops"]: row for row in run.molecules() if row["setting"] == first}
+
+
+def loop_axis(axes, counts: Sequence[int], runs: Sequence[Run]) -> None:
+    spans = {run.trained_loops() for run in runs}
+    if len(spans) == 1:
+        [(first, last)] = spans
+        axes.axvspan(first - 0.3, last + 0.3, color=FRAME, alpha=0.08, linewidth=0, label="loops in training")
+    axes.set_xticks(counts, counts)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def shared_counts(runs: Sequence[Run]) -> list[int]:
+    return sorted(set.intersection(*(set(by_loops(run)) for run in runs)))
+
+
+def validity_figure(groups: Sequence[Group]) -> Figure:
+    """Validity (%) above, test loss below, over loops: Wilson's interval of one run, t-intervals of seeds."""
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    counts = sorted({count for _, runs in groups for count in shared_counts(runs)})
+    for index, (name, runs) in enumerate(groups):
+        own = shared_counts(runs)
+        rows = [[by_loops(run)[count] for run in runs] for count in own]
+        if len(runs) == 1:
+            points = [
+                tuple(100 * v for v in (row["validity"]["share"], *row["validity"]["interval"])) for [row] in rows
+            ]
+        else:
+            points = [t_interval([100 * row["validity"]["share"] for row in members]) for members in rows]
+        draw_band(upper, own, points, index, name, shaded=True)
+        losses = [t_interval([row["loss"] for row in members]) for members in rows]
+        draw_band(lower, own, losses, index, name, shaded=len(runs) > 1)
+    for axes in (upper, lower):
+        loop_axis(axes, counts, [run for _, runs in groups for run in runs])
+    tidy(upper, "valid molecules (%)", "")
+    tidy(lower, "test loss (nats per token)", "loops at inference")
+    upper.set_ylim(-3, 103)
+    upper.set_title(band_words(groups, "95 % interval over one run's samples"), fontsize=9, color="0.3", loc="left")
+    upper.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
+def faults_figure(runs: Sequence[Run], name: str) -> Figure:
+    """Share of samples with each fault over loops, on a logarithmic scale, means over the runs."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes, counts = figure.add_subplot(), shared_counts(runs)
+    for index, label in enumerate(LABELS):
+        shares = [
+            sum(100 * by_loops(run)[count]["faults"][label]["share"] for run in runs) / len(runs) for count in counts
+        ]
+        if any(shares):
+            points = [(max(share, FLOOR),) * 3 for share in shares]
+            draw_band(axes, counts, points, index, label, shaded=False)
+    loop_axis(axes, counts, runs)
+    axes.set_yscale("log")
+    axes.set_ylim(FLOOR * 0.8, 130)
+    tidy(axes, "samples with the fault (%)", "loops at inference")
+    seeds = f", mean of {len(runs)} runs" if len(runs) > 1 else ""
+    axes.set_title(f"{name}{seeds}; a sample may have several; {FLOOR} stands for none", fontsize=9, loc="left")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def molecules_picture(run: Run) -> bytes:
+    """PNG of the first valid samples at the model's own loops, with their SMILES."""
+    rdkit_chem()
+    from rdkit import Chem
+    from rdkit.Chem.Draw import rdMolDraw2D
+
+    facts = run.evaluation()
+    path = run.folder / "samples" / f"{facts['settings'][0]['name']}-loops{facts['num_loops']}.jsonl"
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: run `looped eval {run.folder}` again.")
+    valid = []
+    for row in json_lines(path.read_text(encoding="utf-8")):
+        smiles = canonical_or_none(row["smiles"]) if row["finished"] else None
+        if smiles is not None:
+            valid.append(smiles)
+        if len(valid) == DRAWN:
+            break
+    columns, side = 5, 260
+    size = (columns * side, max(1, -(-len(valid) // columns)) * side)
+    drawing = rdMolDraw2D.MolDraw2DCairo(*size, side, side)
+    drawing.drawOptions().legendFontSize = 14
+    drawing.DrawMolecules([Chem.MolFromSmiles(smiles) for smiles in valid], legends=valid)
+    drawing.FinishDrawing()
+    return drawing.GetDrawingText()

@@ -1,0 +1,135 @@
+"""What a linear probe reads of a molecule's grammar from the state after each pass.
+
+    target           at every token read, `<bos>` included
+    bracket_depth    branches that are open
+    open_rings       ring bonds that are open
+    control          what its accuracy tells
+    majority         always the commonest value
+    shuffled         the probe's training labels in random order: what chance and imbalance alone give
+    embedding        the probe on the token's embedding: what the last token alone gives away
+    random_init      the probe on the same pass of a model with random weights: what any network keeps of its input
+
+A high accuracy means little where the controls have it, too; `over_controls` is the accuracy less the best of them.
+Probes are those of probes.py, on standardised states, fitted on 80 % of the molecules of the test split and measured
+on the others (SMolLM, arXiv 2605.06322, without controls). A row of RUN/probes.jsonl per pass, layer and target.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .evaluation import load_run_model
+from .molecules import run_molecules
+from .probes import probe_accuracy, random_twin
+from .recorder import record
+from .runs import Run, to_json_lines, write_whole
+from .smiles import RING
+
+ROWS = 100  # molecules that go through the model at once
+
+
+def grammar(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """(open branches, open ring bonds) before the first token and after each: T + 1 pairs."""
+    depth, rings, seen = 0, set(), [(0, 0)]
+    for token in tokens:
+        depth += {"(": 1, ")": -1}.get(token, 0)
+        if RING.fullmatch(token):
+            rings ^= {int(token.strip("%()"))}
+        seen.append((depth, len(rings)))
+    return seen
+
+
+def states_by_pass(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], pad: int, num_loops: int
+) -> dict[tuple[str, int, int], torch.Tensor]:
+    """States (tokens of all rows, D) of the embedding, ("embedding", 0, 0), and of every layer call.
+
+    Rows are filled up on the right, where no token of theirs looks.
+    """
+    parts = {}
+    for start in range(0, len(rows), ROWS):
+        chosen = rows[start : start + ROWS]
+        longest = max(map(len, chosen))
+        ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in chosen])
+        real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in chosen]).bool()
+        with torch.no_grad():
+            found = {("embedding", 0, 0): model.get_input_embeddings()(ids.to(model.device))}
+        found |= {tuple(call): state for call, state in record(model, ids, num_loops).states.items()}
+        for call, state in found.items():
+            parts.setdefault(call, []).append(state.float().cpu()[real])
+    return {call: torch.cat(states) for call, states in parts.items()}
+
+
+def probe_grammar(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    smiles: Sequence[str],
+    num_loops: int,
+    seed: int = 0,
+) -> list[dict]:
+    """The rows of probes.jsonl, see the module docstring.
+
+    Raises:
+        ValueError: fewer than ten molecules.
+    """
+    if len(smiles) < 10:
+        raise ValueError(f"probes need at least ten molecules, got {len(smiles)}.")
+    rows = [tokenizer(text)["input_ids"] for text in smiles]
+    pairs = [grammar(tokenizer.convert_ids_to_tokens(row[1:])) for row in rows]
+    owner = torch.tensor([i for i, row in enumerate(rows) for _ in row])
+    train = owner < int(0.8 * len(rows))
+    labels = torch.tensor([pair for each in pairs for pair in each])  # (N, 2)
+    shuffle = torch.randperm(int(train.sum()), generator=torch.Generator().manual_seed(seed))
+    states = states_by_pass(model, rows, tokenizer.pad_token_id, num_loops)
+    twins = states_by_pass(random_twin(model, seed), rows, tokenizer.pad_token_id, num_loops)
+
+    def accuracy(values: torch.Tensor, target: torch.Tensor, shuffled: bool = False) -> tuple[float, float]:
+        known = target[train][shuffle] if shuffled else target[train]
+        return probe_accuracy(values[train], known, values[~train], target[~train])
+
+    table = []
+    for index, name in enumerate(("bracket_depth", "open_rings")):
+        target = labels[:, index]
+        embedding, majority = accuracy(states["embedding", 0, 0], target)
+        for call in tqdm([call for call in states if call[0] != "embedding"], desc=f"probes, {name}", unit="probe"):
+            section, loop, layer = call
+            controls = {
+                "majority": majority,
+                "shuffled": accuracy(states[call], target, shuffled=True)[0],
+                "embedding": embedding,
+                "random_init": accuracy(twins[call], target)[0],
+            }
+            found = accuracy(states[call], target)[0]
+            table.append(
+                {"target": name, "section": section, "loop": loop, "layer": layer, "accuracy": found}
+                | controls
+                | {"over_controls": found - max(controls.values()), "n": int((~train).sum()), "molecules": len(rows)}
+            )
+    return table
+
+
+def probe_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
+    """Write RUN/probes.jsonl of `limit` test molecules and print it; returns the path.
+
+    Raises:
+        ValueError: the run has not finished, or its molecules have changed.
+    """
+    model, tokenizer = load_run_model(run)
+    test = run_molecules(run)["test"]
+    smiles = test.select(range(min(limit, len(test))))["text"][:]
+    rows = probe_grammar(model, tokenizer, smiles, num_loops or model.config.num_loops)
+    print(probes_text(rows))
+    return write_whole(run.folder / "probes.jsonl", to_json_lines(rows))
+
+
+def probes_text(rows: Sequence[dict]) -> str:
+    """The table in %, a line per target, pass and layer."""
+    columns = ("accuracy", "majority", "shuffled", "embedding", "random_init", "over_controls")
+    text = [f"{'target':<15}{'pass':>5}{'layer':>6}" + "".join(f"{name:>15}" for name in columns)]
+    for row in rows:
+        numbers = "".join(f"{100 * row[name]:15.1f}" for name in columns)
+        text.append(f"{row['target']:<15}{row['loop'] + 1:>5}{row['layer'] + 1:>6}{numbers}")
+    return "\n".join(text)

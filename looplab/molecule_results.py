@@ -1,0 +1,128 @@
+"""What the files of runs on molecules say: one run by setting and loops, and a Markdown table of groups of seeds.
+
+A group's number is its mean over seeds with [lowest, highest], in % where it is a share; 95 % t-intervals are over
+seeds (seeds.py). `--against` compares validity seed by seed. Wilson's intervals in the text of one run know the chance
+of its samples and not of its training.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+from .runs import Run
+from .seeds import group_runs, span, to_markdown
+from .smiles import EXCLUSIVE, LABELS
+from .text_results import by_seeds, interval
+
+SHARES = ("validity", "uniqueness", "novelty", "diversity")
+
+
+def own_row(run: Run, setting: str) -> dict:
+    """The line of molecules.jsonl of a setting at the model's own loop count."""
+    own = run.evaluation()["num_loops"]
+    for row in run.molecules():
+        if (row["setting"], row["loops"]) == (setting, own):
+            return row
+    raise ValueError(f"{run.folder}/molecules.jsonl has no line of {setting} at {own} loops: run `looped eval` again.")
+
+
+def settings_of(run: Run) -> list[str]:
+    return [setting["name"] for setting in run.evaluation()["settings"]]
+
+
+def percent(measured: dict) -> str:
+    """A share and its interval."""
+    if measured["share"] is None:
+        return "-"
+    low, high = (100 * bound for bound in measured["interval"])
+    return f"{100 * measured['share']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def molecules_text(run: Run) -> str:
+    """The measures of an evaluated run as text, a line per setting and loop count, then the faults."""
+    rows, (low, high) = run.molecules(), run.trained_loops()
+    columns = f"{'valid':>19}{'unique':>19}{'new':>19}{'diversity':>19}{'FCD':>7}"
+    text = [
+        "Shares in % with their 95 % interval; [ ] marks loop counts of the training; loss is nats per test token.",
+        f"{'setting':<12}{'loops':>6}{'samples':>9}{'loss':>8}{columns}",
+    ]
+    for row in rows:
+        loops = f"[{row['loops']}]" if low <= row["loops"] <= high else f"{row['loops']} "
+        shares = "".join(f"{percent(row[name]):>19}" for name in SHARES)
+        fcd = "-" if row["fcd"] is None else f"{row['fcd']:.2f}"
+        text.append(f"{row['setting']:<12}{loops:>6}{row['n']:>9,}{row['loss']:8.4f}{shares}{fcd:>7}")
+    text += [
+        "",
+        "Faults in % of the samples, of which one may have several; after | the one class SMolLM would give it.",
+    ]
+    classes = [name for name in EXCLUSIVE if name != "valid"]
+    names = "".join(f"{name:>12}" for name in LABELS) + " |" + "".join(f"{name:>9}" for name in classes)
+    text.append(f"{'setting':<12}{'loops':>6}{names}")
+    for row in rows:
+        found = "".join(f"{100 * row['faults'][label]['share']:12.2f}" for label in LABELS)
+        exclusive = "".join(f"{100 * row['exclusive'][name]['share']:9.2f}" for name in classes)
+        text.append(f"{row['setting']:<12}{row['loops']:>6}{found} |{exclusive}")
+    speed = run.evaluation()["speed"]
+    text.append(
+        f"\n{speed['molecules_per_second']:.0f} molecules per second in batches of {speed['batch']}, "
+        f"{speed['ratio']:.1f} times as many as without the KV cache."
+    )
+    return "\n".join(text)
+
+
+def molecules_table(runs: Sequence[Run], against: str | None = None) -> str:
+    """A line per group of runs; `against` names the group to which the others' validity is compared seed by seed.
+
+    Raises:
+        ValueError: a run was not evaluated, or there is no group `against`.
+    """
+    groups = group_runs(runs)
+    if against is not None and against not in groups:
+        nearest = difflib.get_close_matches(against, groups, n=1, cutoff=0)[0]
+        raise ValueError(f"no group is called {against!r}; did you mean {nearest!r}? There are {', '.join(groups)}.")
+    rows = []
+    for name, members in groups.items():
+        cells = {"runs": name, "seeds": str(len(members))} | measured_cells(members)
+        if against is not None and name != against:
+            cells |= difference_cells(groups[against], members, against)
+        rows.append(cells)
+    return to_markdown(rows)
+
+
+def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
+    """Size, loss, the measures of each setting, and training of a group."""
+    parameters = [run.evaluation()["parameters"]["all"] for run in runs]
+    summaries = [run.summary() for run in runs]
+    first = settings_of(runs[0])[0]
+    cells = {
+        "parameters": span(parameters),
+        "loops": span(run.evaluation()["num_loops"] for run in runs),
+        "test nats per token": span((own_row(run, first)["loss"] for run in runs), 4),
+    }
+    for setting in settings_of(runs[0]):
+        found = [own_row(run, setting) for run in runs]
+        for measure in SHARES:
+            values = [row[measure]["share"] for row in found]
+            cells[f"{setting}: {measure} %"] = span(values, 1, 100)
+            if measure == "validity":
+                cells[f"{setting}: 95 % t-interval"] = interval([100 * value for value in values], ".1f")
+        cells[f"{setting}: FCD"] = span((row["fcd"] for row in found), 2)
+    return cells | {
+        "training tokens": span(summary["tokens"] for summary in summaries),
+        "tokens/s": span(summary["tokens"] / summary["seconds"] for summary in summaries),
+    }
+
+
+def difference_cells(base: Sequence[Run], runs: Sequence[Run], against: str) -> dict[str, str]:
+    """Validity less that of the baseline's run of the same seeds, in points, per setting; - without common seeds."""
+    one, two = by_seeds(base), by_seeds(runs)
+    shared = [seeds for seeds in two if seeds in one]
+    cells = {}
+    for setting in settings_of(runs[0]):
+        points = [
+            100
+            * (own_row(two[seeds], setting)["validity"]["share"] - own_row(one[seeds], setting)["validity"]["share"])
+            for seeds in shared
+        ]
+        cells[f"{setting}: points of validity over {against}"] = span(points, 1)
+        cells[f"{setting}: their 95 % t-interval"] = interval(points, "+.1f") if points else "-"
+    return cells

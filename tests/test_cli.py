@@ -13,7 +13,7 @@ import train
 from looplab.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("eval", "halting", "plot", "table", "ask", "bench", "quantize")
+COMMANDS = ("eval", "halting", "plot", "table", "ask", "demo", "bench", "quantize")
 
 
 @pytest.fixture(scope="module")

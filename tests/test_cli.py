@@ -13,7 +13,7 @@ import train
 from looplab.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("eval", "halting", "plot", "table", "ask", "bench", "quantize", "publish", "memory")
+COMMANDS = ("eval", "halting", "plot", "table", "ask", "demo", "bench", "quantize", "publish", "memory")
 
 
 @pytest.fixture(scope="module")

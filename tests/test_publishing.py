@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from card_rules import card_problems
-from hub_server import TOKEN, USER, LocalHub
+from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
 from looplab import cards, publishing
 from looplab.cards import Names, model_card, render
 from looplab.cli import main
@@ -324,9 +325,27 @@ def test_no_token_and_a_wrong_one_are_one_sentence_before_any_work(hops, hub, mo
     assert hub.requests == []
     with pytest.raises(ValueError, match="the Hub does not know this token"):
         publish(hops, REPO, api=HfApi(endpoint=hub.url, token="wrong"))
+    with pytest.raises(ValueError, match="this token may only read"):
+        publish(hops, REPO, api=HfApi(endpoint=hub.url, token=READ_TOKEN))
     with pytest.raises(ValueError, match="the token is for tester, team, and --repo-id names somebody"):
         publish(hops, "somebody/khop", api=HfApi(endpoint=hub.url, token=TOKEN))
     assert writes(hub) == []
+
+
+def test_every_option_of_the_command_counts(hops, hub, monkeypatch, capfd):
+    monkeypatch.setattr(publishing, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
+    options = ["--dataset", "--space", "--private", "--license", "mit", "--dataset-license", "cc0-1.0"]
+    assert main(["publish", str(hops), "--repo-id", "team/khop", *options]) == 0
+    licences = {"model": "mit", "dataset": "cc0-1.0", "space": "apache-2.0"}
+    for kind, licence in licences.items():
+        assert hub.repositories[kind, "team/khop"].private
+        assert f"license: {licence}\n" in hub.files(kind, "team/khop")["README.md"].decode()
+    [collection] = hub.collections.values()
+    assert collection["private"]
+    capfd.readouterr()
+    assert main(["publish", str(hops), "--repo-id", "somebody/khop"]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("looped publish: the token is for tester, team, and --repo-id names somebody")
 
 
 @pytest.mark.parametrize("repo_id", ["khop", "a/b/c", "me/k hop"])

@@ -232,7 +232,6 @@ def check_private(api: HfApi, repo_id: str, kind: str) -> None:
 
 def model_upload(run: Run, names: Names) -> Upload:
     """The model repository; ValueError if the run has not finished, or was not evaluated."""
-    run.summary()  # says so if the training has not finished
     card = model_card(run, names)
     files = {path.name: path for path in model_files(run.model_folder())}
     files |= {f"run/{name}": run.folder / name for name in RECORDS if (run.folder / name).is_file()}

@@ -293,6 +293,7 @@ def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(r
         (lambda run: (run / "summary.json").unlink(), "the training has not finished"),
         (lambda run: change_recipe(run, init_from="runs/other/model"), "name it by --license"),
         (lambda run: change_recipe(run, task="chess"), "there is no task 'chess'"),
+        (lambda run: (run / "recipe.yaml").write_text("name: frozen"), "has no data.task"),
     ],
 )
 def test_a_run_that_is_not_ready_is_refused_before_anything_is_sent(run, hub, api, breakage, message):
@@ -309,11 +310,15 @@ def change_recipe(run: Path, task: str | None = None, **values):
 
 
 def test_text_is_not_published_under_a_licence_that_nobody_named(text, hub, api):
+    """Nor does its card say in which folder of this machine it lay."""
     with pytest.raises(ValueError, match="name it by --dataset-license"):
         publish(text, REPO, dataset=True, api=api)
     assert hub.requests == []
     publish(text, REPO, dataset=True, data_licence="cc0-1.0", api=api)
-    assert "license: cc0-1.0" in hub.files("dataset", REPO)["README.md"].decode()
+    card = hub.files("dataset", REPO)["README.md"].decode()
+    assert "license: cc0-1.0" in card
+    assert "| files | *.txt |" in card
+    assert str(text.parent) not in card
     assert "license: apache-2.0" in hub.files("model", REPO)["README.md"].decode()
 
 

@@ -85,8 +85,7 @@ class HopCard:
         """Mean accuracy over hop counts of every held-out kind, at the loops of the grid and the chosen ones."""
         facts, cells = depth_facts(run), {}
         for row in run.grid():
-            if row["split_kind"] not in ("atomic", "train"):
-                cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
+            cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
         results = []
         for kind, accuracy in facts["accuracy"].items():
             hops = sorted({count for line in cells[kind].values() for count in line})

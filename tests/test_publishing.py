@@ -202,6 +202,26 @@ def test_the_rules_find_what_is_wrong(hops, broken, problem):
 # ---- what is refused, and what is sent
 
 
+@pytest.mark.parametrize(
+    ("data", "made_from"),
+    [
+        ({"task": "khop", "config": "cpu"}, ("khop", "cpu", {"seed": 3})),
+        ({"task": "khop", "config": "cpu", "overrides": {"seed": 4}}, ("khop", "cpu", {"seed": 4})),
+        ({"task": "text"}, ("text", "corpus", {"seed": 3})),
+        ({"task": "text", "files": ["a.txt"]}, ("text", "files", {"seed": 3, "files": ["a.txt"]})),
+        (
+            {"task": "text", "overrides": {"dataset": {"path": "x"}}},
+            ("text", "files", {"seed": 3, "dataset": {"path": "x"}}),
+        ),
+        ({"task": "molecules", "config": "moses"}, ("molecules", "moses", {"seed": 3})),
+    ],
+)
+def test_published_data_are_those_of_the_recipe(tmp_path, data, made_from):
+    recipe = {"data": {"seed": 3, "config": "cpu", "overrides": {}, "files": None} | data}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert cards.run_data(open_run(tmp_path)) == made_from
+
+
 def test_a_dry_run_prints_every_file_and_sends_nothing(hops, hub, capsys):
     quiet = HfApi(endpoint=hub.url, token=False)
     assert publish(hops, REPO, dataset=True, space=True, private=True, dry_run=True, api=quiet) == {}
@@ -281,6 +301,7 @@ def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(r
     publish(run, REPO, api=api)
     files = hub.files("model", REPO)
     assert {path for path in files if path.endswith(".safetensors")} == {*names.values(), "adapters/mine.safetensors"}
+    assert "model.safetensors.index.json" in files
     assert "figures/grid.png" not in files
     assert {path: files[path] for path in others} == others
 

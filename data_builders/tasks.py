@@ -124,10 +124,17 @@ def _card(readme: Path | None, name: str, builder: DatasetBuilder) -> DatasetCar
         card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     else:
         card = DatasetCard.load(readme)
-    sizes = "".join(f"| {field} | {value} |\n" for field, value in _own_fields(builder.config).items())
+    sizes = "".join(f"| {field} | {_shown(value)} |\n" for field, value in _own_fields(builder.config).items())
     head = f"\n## {builder.config.name}\n\n{builder.config.description}\n\n"
     card.text += f"{head}| field | value |\n| --- | --- |\n{sizes}"
     return card
+
+
+def _shown(value):
+    """A field's value on a card, which others read: files without the folders of this machine."""
+    if isinstance(value, list):
+        return ", ".join(os.path.basename(path) if os.path.isabs(path) else path for path in value) or "none"
+    return value
 
 
 def _own_fields(config: BuilderConfig) -> dict:

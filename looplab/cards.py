@@ -85,8 +85,7 @@ class HopCard:
         """Mean accuracy over hop counts of every held-out kind, at the loops of the grid and the chosen ones."""
         facts, cells = depth_facts(run), {}
         for row in run.grid():
-            if row["split_kind"] not in ("atomic", "train"):
-                cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
+            cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
         results = []
         for kind, accuracy in facts["accuracy"].items():
             hops = sorted({count for line in cells[kind].values() for count in line})
@@ -257,14 +256,14 @@ def result(run: Run, names: Names, metric: str, name: str, value: float, argumen
 
 def run_data(run: Run) -> tuple[str, str, dict]:
     """Task, config and fields that `data_builders.task_builder` made the run's data from."""
-    data = run.recipe()["data"]
+    task, data = run.task(), run.recipe()["data"]
     overrides, config = {"seed": data["seed"]} | data["overrides"], data["config"]
     if data["files"] is not None or "dataset" in overrides:
         config = "files"
         overrides |= {} if data["files"] is None else {"files": data["files"]}
-    elif data["task"] == "text":
+    elif task == "text":
         config = "corpus"
-    return data["task"], config, overrides
+    return task, config, overrides
 
 
 def dataset_card(run: Run, names: Names, exported: DatasetCard, dataset: DatasetDict) -> DatasetCard:

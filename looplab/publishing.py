@@ -200,7 +200,7 @@ def names_of(run: Run, repo_id: str, dataset: bool, licence: str | None, data_li
 
 
 def check_access(api: HfApi, user: str) -> None:
-    """ValueError unless there is a token, and the Hub takes it for one of `user`'s."""
+    """ValueError unless there is a token that may write, and the Hub takes it for one of `user`'s."""
     if (api.token or get_token()) is None:
         raise ValueError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN; --dry-run needs none.")
     try:
@@ -209,6 +209,10 @@ def check_access(api: HfApi, user: str) -> None:
         if error.response.status_code != 401:
             raise
         raise ValueError("the Hub does not know this token: run `hf auth login` with a new one.") from error
+    if whoami.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(
+            "this token may only read: make one that may write at https://huggingface.co/settings/tokens."
+        )
     known = [whoami["name"], *(organisation["name"] for organisation in whoami.get("orgs", []))]
     if user not in known:
         raise ValueError(f"the token is for {', '.join(known)}, and --repo-id names {user}: change one of them.")
@@ -228,7 +232,6 @@ def check_private(api: HfApi, repo_id: str, kind: str) -> None:
 
 def model_upload(run: Run, names: Names) -> Upload:
     """The model repository; ValueError if the run has not finished, or was not evaluated."""
-    run.summary()  # says so if the training has not finished
     card = model_card(run, names)
     files = {path.name: path for path in model_files(run.model_folder())}
     files |= {f"run/{name}": run.folder / name for name in RECORDS if (run.folder / name).is_file()}

@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 from card_rules import card_problems
 
-TOKEN = "hf_token_of_the_tests"
+TOKEN, READ_TOKEN = "hf_token_of_the_tests", "hf_token_that_may_only_read"
 USER = "tester"
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 LARGE = (".safetensors", ".parquet", ".png", ".bin", ".arrow")  # as the Hub's own .gitattributes
@@ -172,9 +172,11 @@ class Handler(BaseHTTPRequestHandler):
     # ---- who, cards, repositories, collections
 
     def whoami(self):
-        if not self.known:
+        role = {f"Bearer {TOKEN}": "write", f"Bearer {READ_TOKEN}": "read"}.get(self.headers.get("Authorization"))
+        if role is None:
             return self.answer(401, {"error": "Invalid credentials"})
-        return self.answer(200, {"type": "user", "name": USER, "orgs": [{"name": "team"}], "auth": {}})
+        auth = {"type": "access_token", "accessToken": {"displayName": "tests", "role": role}}
+        return self.answer(200, {"type": "user", "name": USER, "orgs": [{"name": "team"}], "auth": auth})
 
     def validate(self):
         asked = json.loads(self.body)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from card_rules import card_problems
-from hub_server import TOKEN, USER, LocalHub
+from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
 from looplab import cards, publishing
 from looplab.cards import Names, model_card, render
 from looplab.cli import main
@@ -201,6 +202,26 @@ def test_the_rules_find_what_is_wrong(hops, broken, problem):
 # ---- what is refused, and what is sent
 
 
+@pytest.mark.parametrize(
+    ("data", "made_from"),
+    [
+        ({"task": "khop", "config": "cpu"}, ("khop", "cpu", {"seed": 3})),
+        ({"task": "khop", "config": "cpu", "overrides": {"seed": 4}}, ("khop", "cpu", {"seed": 4})),
+        ({"task": "text"}, ("text", "corpus", {"seed": 3})),
+        ({"task": "text", "files": ["a.txt"]}, ("text", "files", {"seed": 3, "files": ["a.txt"]})),
+        (
+            {"task": "text", "overrides": {"dataset": {"path": "x"}}},
+            ("text", "files", {"seed": 3, "dataset": {"path": "x"}}),
+        ),
+        ({"task": "molecules", "config": "moses"}, ("molecules", "moses", {"seed": 3})),
+    ],
+)
+def test_published_data_are_those_of_the_recipe(tmp_path, data, made_from):
+    recipe = {"data": {"seed": 3, "config": "cpu", "overrides": {}, "files": None} | data}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert cards.run_data(open_run(tmp_path)) == made_from
+
+
 def test_a_dry_run_prints_every_file_and_sends_nothing(hops, hub, capsys):
     quiet = HfApi(endpoint=hub.url, token=False)
     assert publish(hops, REPO, dataset=True, space=True, private=True, dry_run=True, api=quiet) == {}
@@ -280,6 +301,7 @@ def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(r
     publish(run, REPO, api=api)
     files = hub.files("model", REPO)
     assert {path for path in files if path.endswith(".safetensors")} == {*names.values(), "adapters/mine.safetensors"}
+    assert "model.safetensors.index.json" in files
     assert "figures/grid.png" not in files
     assert {path: files[path] for path in others} == others
 
@@ -292,6 +314,7 @@ def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(r
         (lambda run: (run / "summary.json").unlink(), "the training has not finished"),
         (lambda run: change_recipe(run, init_from="runs/other/model"), "name it by --license"),
         (lambda run: change_recipe(run, task="chess"), "there is no task 'chess'"),
+        (lambda run: (run / "recipe.yaml").write_text("name: frozen"), "has no data.task"),
     ],
 )
 def test_a_run_that_is_not_ready_is_refused_before_anything_is_sent(run, hub, api, breakage, message):
@@ -308,11 +331,15 @@ def change_recipe(run: Path, task: str | None = None, **values):
 
 
 def test_text_is_not_published_under_a_licence_that_nobody_named(text, hub, api):
+    """Nor does its card say in which folder of this machine it lay."""
     with pytest.raises(ValueError, match="name it by --dataset-license"):
         publish(text, REPO, dataset=True, api=api)
     assert hub.requests == []
     publish(text, REPO, dataset=True, data_licence="cc0-1.0", api=api)
-    assert "license: cc0-1.0" in hub.files("dataset", REPO)["README.md"].decode()
+    card = hub.files("dataset", REPO)["README.md"].decode()
+    assert "license: cc0-1.0" in card
+    assert "| files | *.txt |" in card
+    assert str(text.parent) not in card
     assert "license: apache-2.0" in hub.files("model", REPO)["README.md"].decode()
 
 
@@ -324,9 +351,27 @@ def test_no_token_and_a_wrong_one_are_one_sentence_before_any_work(hops, hub, mo
     assert hub.requests == []
     with pytest.raises(ValueError, match="the Hub does not know this token"):
         publish(hops, REPO, api=HfApi(endpoint=hub.url, token="wrong"))
+    with pytest.raises(ValueError, match="this token may only read"):
+        publish(hops, REPO, api=HfApi(endpoint=hub.url, token=READ_TOKEN))
     with pytest.raises(ValueError, match="the token is for tester, team, and --repo-id names somebody"):
         publish(hops, "somebody/khop", api=HfApi(endpoint=hub.url, token=TOKEN))
     assert writes(hub) == []
+
+
+def test_every_option_of_the_command_counts(hops, hub, monkeypatch, capfd):
+    monkeypatch.setattr(publishing, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
+    options = ["--dataset", "--space", "--private", "--license", "mit", "--dataset-license", "cc0-1.0"]
+    assert main(["publish", str(hops), "--repo-id", "team/khop", *options]) == 0
+    licences = {"model": "mit", "dataset": "cc0-1.0", "space": "apache-2.0"}
+    for kind, licence in licences.items():
+        assert hub.repositories[kind, "team/khop"].private
+        assert f"license: {licence}\n" in hub.files(kind, "team/khop")["README.md"].decode()
+    [collection] = hub.collections.values()
+    assert collection["private"]
+    capfd.readouterr()
+    assert main(["publish", str(hops), "--repo-id", "somebody/khop"]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("looped publish: the token is for tester, team, and --repo-id names somebody")
 
 
 @pytest.mark.parametrize("repo_id", ["khop", "a/b/c", "me/k hop"])
@@ -433,11 +478,12 @@ def commands_of_the_guide(run: Path) -> list[list[str]]:
     return [line.replace("runs/quickstart", str(run)).replace("user/khop", REPO).split() for line in lines]
 
 
-def test_the_guide_begins_with_commands_that_send_nothing(run, capsys):
-    for name, *arguments in commands_of_the_guide(run)[:3]:
-        assert name == "looped"
-        assert main(arguments) == 0
-    assert f"{run}: nothing is sent, this is what would be" in capsys.readouterr().out
+def test_the_guide_begins_with_commands_that_send_nothing(hops, capsys):
+    measure, draw, show = commands_of_the_guide(hops)[:3]
+    # The fixture has run these two.
+    assert [measure, draw] == [["looped", "eval", str(hops)], ["looped", "plot", str(hops)]]
+    assert main(show[1:]) == 0
+    assert f"{hops}: nothing is sent, this is what would be" in capsys.readouterr().out
 
 
 STRANGER = """

@@ -22,6 +22,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from data_builders.tasks import TAGS
 
 from .evaluation import first_question_beyond, line_order, load_run_task
+from .molecule_results import percent
 from .results import THRESHOLDS, depth_facts
 from .runs import Run
 from .seeds import to_markdown
@@ -34,6 +35,9 @@ FIGURES = {
     "loops": "Accuracy after every loop",
     "hops": "Accuracy by hops, at the loops chosen on the validation questions",
     "halting": "Accuracy against loops used, by halting rule",
+    "validity": "Validity, and loss on test molecules, by loops",
+    "faults": "What is wrong with the molecules, by loops",
+    "molecules": "Some valid molecules that the model wrote",
     "perplexity": "Perplexity on unseen documents, by loops",
     "learning": "Accuracy by kind of question, over training",
     "training": "Training: loss and held-out measure over time",
@@ -79,7 +83,7 @@ class HopCard:
     """Card of a model that follows chains."""
 
     template = "model_hops.md"
-    metric = "accuracy"
+    metrics = ("accuracy",)
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
         """Mean accuracy over hop counts of every held-out kind, at the loops of the grid and the chosen ones."""
@@ -131,7 +135,7 @@ class TextCard:
     """Card of a model of text."""
 
     template = "model_text.md"
-    metric = "perplexity"
+    metrics = ("perplexity",)
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
         """Perplexity at every loop count that was measured."""
@@ -169,10 +173,58 @@ class TextCard:
         }
 
 
-CARDS = {"khop": HopCard(), "composition": HopCard(), "text": TextCard()}
+class MoleculeCard:
+    """Card of a model that writes molecules."""
+
+    template = "model_molecules.md"
+    metrics = ("validity", "uniqueness", "novelty", "diversity", "fcd")
+
+    def results(self, run: Run, names: Names) -> list[EvalResult]:
+        """Every measure of every way of sampling, at every loop count."""
+        settings = {setting["name"]: setting for setting in run.evaluation()["settings"]}
+        results = []
+        for row in run.molecules():
+            setting = settings[row["setting"]]
+            arguments = {name: setting[name] for name in ("temperature", "top_k")}
+            arguments |= {"num_loops": row["loops"], "samples": row["n"]}
+            for metric in self.metrics:
+                value = row["fcd"] if metric == "fcd" else row[metric]["share"]
+                if value is not None:
+                    name = f"{metric.capitalize()}, {row['setting']}, {row['loops']} loops"
+                    results.append(result(run, names, metric, name, round(value, 4), arguments))
+        return results
+
+    def values(self, run: Run) -> dict:
+        """What `model_molecules.md` asks for beyond `common_values`."""
+        rows, summary, evaluation = run.molecules(), run.summary(), run.evaluation()
+        low, high = run.trained_loops()
+        titles = {"valid": "validity", "unique": "uniqueness", "new": "novelty", "diversity": "diversity"}
+        table = []
+        for row in rows:
+            cells = {"sampling": f"`{row['setting']}`", "samples": f"{row['n']:,}"}
+            cells["loops"] = f"[{row['loops']}]" if low <= row["loops"] <= high else str(row["loops"])
+            cells |= {title: percent(row[measure]) for title, measure in titles.items()}
+            table.append(cells | {"FCD": "-" if row["fcd"] is None else f"{row['fcd']:.2f}"})
+        return {
+            "parameters_layers": f"{evaluation['parameters']['layers']:,}",
+            "tokens": f"{summary['tokens']:,}",
+            "loops_shown": spread({row["loops"] for row in rows}),
+            "settings": {
+                setting["name"]: f"temperature {setting['temperature']}, "
+                + (f"the {setting['top_k']} most probable tokens" if setting["top_k"] else "all tokens")
+                for setting in evaluation["settings"]
+            },
+            "table": to_markdown(table),
+            "limit": evaluation["limit"],
+            "limit_of": "samples",
+        }
 
 
-def card_of(run: Run) -> HopCard | TextCard:
+CARDS = {"khop": HopCard(), "composition": HopCard(), "text": TextCard(), "molecules": MoleculeCard()}
+Card = HopCard | TextCard | MoleculeCard
+
+
+def card_of(run: Run) -> Card:
     """ValueError for a task without a card."""
     if run.task() not in CARDS:
         raise ValueError(f"{run.folder} is a run on {run.task()}: there are cards for {', '.join(CARDS)}.")
@@ -192,7 +244,7 @@ def model_card(run: Run, names: Names) -> ModelCard:
         pipeline_tag="text-generation",
         tags=["looped-transformers", "recurrent-depth", "custom_code", *TAGS[run.task()]],
         datasets=[names.dataset_id] if names.dataset_id else None,
-        metrics=[card.metric],
+        metrics=list(card.metrics),
         model_name=names.model_id.partition("/")[2],
         eval_results=card.results(run, names),
     )

@@ -42,6 +42,7 @@ RECORDS = (
     "grid.jsonl",
     "loops.jsonl",
     "text.jsonl",
+    "molecules.jsonl",
     "halting.jsonl",
     "quantization.json",
     "lens.jsonl",

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import train
 from card_rules import card_problems
 from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
-from looplab import cards, publishing
+from looplab import cards, molecules, publishing
 from looplab.cards import Names, model_card, render
 from looplab.cli import main
 from looplab.evaluation import load_run_model, load_run_task
@@ -93,6 +93,20 @@ def text(home):
     return home / "smoke_text"
 
 
+@pytest.fixture(scope="module")
+def smiles(home):
+    """A run on molecules, each of 20 samples at 1 and 3 loops."""
+    recipe, toys = "molecules/smoke_molecules.yaml", ROOT / "docs" / "molecules" / "toys.smi"
+    make_run(recipe, f"--output_dir={home}", "--name=smiles", "--optim.lr=1e-2", "--max_steps=60",
+             "--curriculum.check_every=1000", f"--data.files=[{toys}]")  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(molecules, "BATCH", 20)
+        patch.setattr(molecules, "MAX_TOKENS", 40)
+        patch.setattr(molecules, "reference_statistics", lambda test: None)
+        molecules.evaluate_molecules(home / "smiles", limit=20, loops=[1, 3])
+    return home / "smiles"
+
+
 @pytest.fixture
 def run(hops, tmp_path):
     """A copy of the run on chains, to change."""
@@ -126,11 +140,12 @@ def test_every_task_that_has_a_reader_has_a_card():
     assert set(cards.CARDS) == set(READERS)
 
 
-@pytest.mark.parametrize("which", ["hops", "text"])
+@pytest.mark.parametrize("which", ["hops", "text", "smiles"])
 def test_a_card_says_what_the_files_of_the_run_say(which, request):
     run = open_run(request.getfixturevalue(which))
     card = str(model_card(run, Names(REPO, "mit", dataset_id=REPO, data_licence="mit")))
     assert card_problems(card, "model") == []
+    results = ModelCard(card).data.eval_results
     summary, recipe = run.summary(), run.recipe()
     facts = [f"{summary['parameters']:,}", summary["commit"], summary["hardware"]["cpu"], f"`{run.task()}`"]
     facts += [f"{summary['steps']:,} of {recipe['batch_size']} rows", f"{summary['tokens']:,} tokens"]
@@ -142,13 +157,21 @@ def test_a_card_says_what_the_files_of_the_run_say(which, request):
         assert card.count(f"{100 * run.evaluation()['chance']:.1f} %") == 2
         for row in run.grid():
             assert re.search(rf"\| {row['split_kind']} \| {row['hops']}\*? \|.* {100 * row['accuracy']:.1f} \|", card)
+    elif which == "smiles":
+        found = {(r.metric_type, r.metric_args["temperature"], r.metric_args["num_loops"]): r for r in results}
+        for row in run.molecules():
+            temperature = {"T0.8-top40": 0.8, "T1.0": 1.0}[row["setting"]]
+            share = found["validity", temperature, row["loops"]]
+            assert share.metric_value == pytest.approx(row["validity"]["share"], abs=1e-4)
+            assert re.search(rf"`{row['setting']}` \|.* {100 * row['validity']['share']:.1f} \[", card)
+        assert "Measured on at most 20 samples" in card
     else:
         for row in run.text():
             assert f"| {row['perplexity']:.2f} | " in card
             assert f"{row['perplexity']:.3f}".rstrip("0") in card
 
 
-@pytest.mark.parametrize("which", ["hops", "text"])
+@pytest.mark.parametrize("which", ["hops", "text", "smiles"])
 def test_the_example_of_a_card_runs(which, request, capsys):
     folder = request.getfixturevalue(which)
     [block] = python_blocks(str(model_card(open_run(folder), Names(REPO, "mit"))))

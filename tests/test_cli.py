@@ -149,10 +149,8 @@ def test_bench_writes_every_kind_of_row(trained, tmp_path, capsys):
             assert row["fixed_layer_calls"] == row["rows"] * row["loops"]  # one core layer
             assert row["layer_calls"] == pytest.approx(row["rows"] * row["loops_used"])
     table = capsys.readouterr().out
-    assert all(
-        word in table
-        for word in ("GFLOP/s", "tokens/s", "bytes/token", "gated streams", "all accepted", "calls saved")
-    )
+    words = ("GFLOP/s", "tokens/s", "bytes/token", "gated streams", "all accepted", "calls saved")
+    assert all(word in table for word in words)
 
 
 def test_an_unknown_run_is_one_sentence_with_the_nearest_name(trained, capfd):

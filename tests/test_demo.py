@@ -160,7 +160,8 @@ def test_the_app_needs_no_more_than_its_requirements(runs):
         (["none"], "there is no run folder"),
     ],
 )
-def test_a_run_that_cannot_be_shown_is_refused(runs, capfd, names, problem):
+def test_a_run_that_cannot_be_shown_is_refused(runs, capfd, monkeypatch, names, problem):
+    monkeypatch.delattr(demo, "load_app")  # or a page that should not be there would be served for ever
     assert main(["demo", *(str(runs / name) for name in names)]) == 2
     assert problem in capfd.readouterr().err
 

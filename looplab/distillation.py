@@ -50,7 +50,8 @@ class InterpolatedLayer(RewritingDynamicLayer):
         own_keys, own_values = self.of_loops[self.loop].update(own_keys, own_values)
         self.loop += 1
         alpha = self.sharing.alpha
-        return torch.lerp(own_keys, keys, alpha), torch.lerp(own_values, values, alpha)
+        # Not lerp, which wants one precision: under autocast a cache promotes what it appends to.
+        return alpha * keys + (1 - alpha) * own_keys, alpha * values + (1 - alpha) * own_values
 
 
 class InterpolatedSharing(GatedSharing):

@@ -848,7 +848,7 @@ class ExitLoss(LabelLoss):
     def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
         return model(
             **rows, shift_labels=labels, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False,
-            **self.settings,
+            num_items_in_batch=1, **self.settings,
         ).loss  # fmt: skip
 
 

@@ -530,6 +530,17 @@ def test_an_exit_gate_is_trained_in_two_stages(text, tmp_path):
         main(text("third", gate + "exit_gate: true}", "--optim.label_smoothing=0.1"))
 
 
+@pytest.mark.parametrize("exit_loss", ["expected", "gate"])
+def test_micro_batches_of_an_exit_gate_are_one_batch(text, tmp_path, exit_loss):
+    """What is logged is a mean over labels, however an update is split; it was once divided by them twice."""
+    flags = ["--optim.kind=adamw", "--max_steps=3", f"--model.exit_loss={exit_loss}", "--model.exit_gate=true"]
+    main(text("whole", *flags))
+    main(text("split", *flags, "--accumulation_steps=4"))
+    whole, split = ([loss for _, loss in rows(tmp_path / name)] for name in ("whole", "split"))
+    assert split == pytest.approx(whole, abs=1e-5)
+    assert whole[0] == pytest.approx({"expected": 5.63, "gate": 0.7}[exit_loss], abs=0.5)  # ln 280; near even odds
+
+
 @torch.no_grad()
 def test_measured_exits_are_those_of_a_naive_sum():
     model = make_model(exit_gate=True, num_loops=3)
@@ -791,6 +802,7 @@ def test_the_interpolation_begins_at_the_teacher(text, tmp_path, precision, roun
     """In the first update alpha is 0: the student is the teacher, and only later there is something to learn. Under
     bf16 both memories once had different precisions, and could not be mixed."""
     main(text("first"))
+    AcceleratorState._reset_state(reset_partial_state=True)
     still = ("--optim.lr=0", "--optim.muon_lr=0", f"--precision={precision}")
     main(text("second", *distilled_from(tmp_path, "interpolation", *still)))
     losses = [loss for _, loss in rows(tmp_path / "second")]

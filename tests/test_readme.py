@@ -57,6 +57,11 @@ def test_the_example_of_hyperloop_runs():
     assert len(names["model"].model.connection.gates) == 3
 
 
+def test_the_example_of_melt_runs():
+    [block] = blocks_of("melt.md")
+    exec(compile(block, "docs/melt.md", "exec"), {})  # it checks itself
+
+
 def test_the_example_of_exits_and_drafts_runs(capsys):
     names = {}
     for block in blocks_of("exits.md"):

@@ -682,7 +682,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         if speculation is not None:
             return super().generate(**{**call, "custom_generate": speculation}, **settings)
         calls = []
-        outputs = super().generate(**call, **settings, loops_of_calls=calls)
+        # In place of the outer call's own, where a model drafts for itself.
+        outputs = super().generate(**call, **settings | {"loops_of_calls": calls})
         if type(outputs) is not GenerateDecoderOnlyOutput or any(
             len(call) != len(outputs.sequences) for call in calls
         ):

@@ -43,14 +43,17 @@ GUIDE = (ROOT / "docs" / "publish.md").read_text()
 REPO = f"{USER}/tiny-khop"
 SHIPPED = {
     "cache_looped.py",
+    "chunks_looped.py",
     "config.json",
     "configuration_looped.py",
     "connections_looped.py",
+    "gates_looped.py",
     "generation_config.json",
     "halting_looped.py",
     "losses_looped.py",
     "model.safetensors",
     "modeling_looped.py",
+    "speculation_looped.py",
     "tokenizer.json",
     "tokenizer_config.json",
 }

@@ -19,7 +19,7 @@ from .seeds import t_interval
 # Okabe and Ito, without the yellow that does not show on white and the vermilion that marks the training.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000")
 STYLES = ("-", "--", ":", "-.")
-MARKS = ("o", "s", "^", "D", "v", "P")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: no two of many lines are alike
 MOST_LINES = 6
 
 Group = tuple[str, Sequence[Run]]

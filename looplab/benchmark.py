@@ -180,15 +180,22 @@ def compared(
     pairs: Sequence[tuple[float, float]], amount: float, sides: tuple[str, str] = ("looped", "llama")
 ) -> dict:
     """`amount` per second of both sides, and first over second: the median of the pairs, with its range."""
-    ratios = [theirs / ours for ours, theirs in pairs]
     return {
         sides[0]: amount / median(ours for ours, _ in pairs),
         sides[1]: amount / median(theirs for _, theirs in pairs),
-        "ratio": median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "pairs": len(pairs),
+        **ratio_of(pairs),
     }
+
+
+def ratio_of(pairs: Sequence[tuple[float, float]]) -> dict:
+    """How many times as fast the first is as the second, of (first, second) seconds: median, range and pairs."""
+    ratios = [second / first for first, second in pairs]
+    return {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": len(ratios)}
+
+
+def ratio_text(row: dict) -> str:
+    """The ratio of a row that has what `ratio_of` gives."""
+    return f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
 
 
 def training_row(width: int, work: Workload, rounds: int, compiled: bool, peak: float) -> dict:
@@ -296,11 +303,11 @@ def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
             rule = {"rule": "kl_entropy", "kl_threshold": kl_threshold, "max_entropy": max_entropy}
             halted, fixed = call(loops, rule), call(loops, None)
             ours, theirs = once(halted), once(fixed)
-            ratios = [b / a for a, b in interleaved(halted, fixed, rounds)]
+            pairs = interleaved(halted, fixed, rounds)
             row = {"measure": "halting", "mode": f"kl < {kl_threshold}", "run": run.name, "loops": loops} | rule
             row |= ours | {"fixed_accuracy": theirs["accuracy"], "fixed_layer_calls": theirs["layer_calls"]}
             row |= {"layer_calls_saved": 1 - ours["layer_calls"] / theirs["layer_calls"], "rows": len(rows)}
-            row |= {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": rounds}
+            row |= ratio_of(pairs)
             results.append(row)
     return results
 
@@ -464,11 +471,8 @@ def bench_table(rows: Sequence[dict]) -> str:
         if row["measure"] not in ("training", "decode", "kv_bytes"):
             continue
         line = f"{row['measure']:<10} {row['mode']:<23}{row['width']:>6}{row['looped']:>10.0f}{row['llama']:>10.0f}"
-        line += f"  {row['ratio']:.2f}"
-        if "ratio_min" in row:
-            line += f" ({row['ratio_min']:.2f} - {row['ratio_max']:.2f}) {row['unit']}"
-        else:
-            line += f" {row['unit']}"
+        ratio = ratio_text(row) if "ratio_min" in row else f"{row['ratio']:.2f}"
+        line += f"  {ratio} {row['unit']}"
         if "gflops" in row:
             line += f"; {row['gflops']:.1f} GFLOP/s, {100 * row['of_peak']:.0f} % of peak"
         text.append(line)
@@ -480,7 +484,7 @@ def bench_table(rows: Sequence[dict]) -> str:
     for row in streams:
         text.append(
             f"{row['measure']:<10} {row['mode']:<23}{row['width']:>6}{row['hyper']:>10.0f}{row['plain']:>10.0f}"
-            f"  {row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f}) {row['unit']}"
+            f"  {ratio_text(row)} {row['unit']}"
         )
     drafts = [row for row in rows if row["measure"] == "speculation"]
     if drafts:
@@ -493,7 +497,7 @@ def bench_table(rows: Sequence[dict]) -> str:
         text.append(
             f"{row['mode']:<14}{row['width']:>6}{row['draft_loops']:>7}{row['num_loops']:>7}"
             f"{100 * row['acceptance']:>8.0f} %{row['per_call']:>13.2f}{100 * row['layer_calls']:>5.0f} %   "
-            f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
+            f"{ratio_text(row)}"
         )
     halting = [row for row in rows if row["measure"] == "halting"]
     if halting:
@@ -504,6 +508,6 @@ def bench_table(rows: Sequence[dict]) -> str:
         text.append(
             f"{row['mode']:<12}{row['loops']:>6}{row['loops_used']:>7.1f}{100 * row['layer_calls_saved']:>11.0f} %"
             f"{100 * row['accuracy']:>8.1f} %{100 * row['fixed_accuracy']:>6.1f} %   "
-            f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
+            f"{ratio_text(row)}"
         )
     return "\n".join(text)

@@ -16,7 +16,16 @@ from transformers.cache_utils import DynamicCache
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
-from .benchmark import Workload, build_pair, compared, interleaved, kv_bytes_per_token, model_sizes, training_step
+from .benchmark import (
+    Workload,
+    build_pair,
+    compared,
+    interleaved,
+    kv_bytes_per_token,
+    model_sizes,
+    ratio_text,
+    training_step,
+)
 
 SHARINGS = ("per_loop", "first", "last", "mean", "gated")
 
@@ -97,8 +106,7 @@ def context_lines(rows: Sequence[dict]) -> list[str]:
     for row in contexts:
         text.append(
             f"{row['mode']:<11}{row['row_loops']:>6}{row['context']:>9}{row['width']:>7}{row['kv_bytes']:>10.0f}"
-            f"{row['looped']:>9.1f}{row['llama']:>9.1f}  {row['ratio']:.2f} ({row['ratio_min']:.2f} - "
-            f"{row['ratio_max']:.2f}) {row['unit']}"
+            f"{row['looped']:>9.1f}{row['llama']:>9.1f}  {ratio_text(row)} {row['unit']}"
         )
     chunks = [row for row in rows if row["measure"] == "chunks"]
     if chunks:
@@ -106,7 +114,6 @@ def context_lines(rows: Sequence[dict]) -> list[str]:
     for row in chunks:
         text.append(
             f"{row['mode']:<11}{row['tokens']:>6} tokens{row['width']:>7} wide{row['gated']:>10.0f}"
-            f"{row['per_loop']:>10.0f}  {row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f}) "
-            f"{row['unit']}"
+            f"{row['per_loop']:>10.0f}  {ratio_text(row)} {row['unit']}"
         )
     return text

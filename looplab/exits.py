@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from .benchmark import entropy_bound, interleaved
+from .benchmark import entropy_bound, interleaved, ratio_of, ratio_text
 from .evaluation import load_run_model
 from .perplexity import run_blocks, spread_blocks
 from .runs import open_run, to_json_lines, write_whole
@@ -115,14 +114,11 @@ def exit_rows(model: PreTrainedModel, rows: dict, num_loops: int, rounds: int) -
                     once(halting)
                 counts.append((len(calls), sum(calls)))
             (calls, row_calls), (all_calls, all_row_calls) = counts
-            ratios = [
-                slow / fast
-                for fast, slow in interleaved(lambda rule=rule: once(rule), lambda: once(None), rounds, warmup=1)
-            ]
+            pairs = interleaved(lambda rule=rule: once(rule), lambda: once(None), rounds, warmup=1)
             results.append(
                 {"measure": "exit", **rule, "num_loops": num_loops, "batch": batch, **quality}
                 | {"layer_calls": calls / all_calls, "row_calls": row_calls / all_row_calls}
-                | {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": rounds}
+                | ratio_of(pairs)
             )
     return results
 
@@ -169,6 +165,6 @@ def exits_text(rows: list[dict]) -> str:
         text.append(
             f"{row['rule']:<12}{threshold:>10g}{row['batch']:>7}{row['loops']:>7.2f}{100 * row['layer_calls']:>6.0f} %"
             f"{100 * row['row_calls']:>9.0f} %{row['loss']:>8.3f}{100 * row['agreement']:>6.1f} %   "
-            f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
+            f"{ratio_text(row)}"
         )
     return "\n".join(text)

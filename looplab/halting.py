@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .benchmark import interleaved
+from .benchmark import interleaved, ratio_of
 from .evaluation import MAX_LOOPS, Group, groups_of, load_run_model, load_run_task, trace_groups
 from .results import ROUNDING, best_loops, fewest_near_best
 from .runs import open_run, to_json_lines, write_whole
@@ -145,15 +144,12 @@ def time_row(
             return call(model, inputs, which)
 
     halted, full = once(setting), once(fixed)
-    ratios = [slow / fast for fast, slow in interleaved(lambda: once(setting), lambda: once(fixed), rounds)]
+    pairs = interleaved(lambda: once(setting), lambda: once(fixed), rounds)
     return {
         "measure": "time",
         **setting.row(),
         "against": fixed.num_loops,
-        "ratio": median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "pairs": rounds,
+        **ratio_of(pairs),
         "rows": len(rows),
         "loops": float(halted.loops_used[:, -1].double().mean()),
         "accuracy": float((halted.logits[:, -1].argmax(-1).cpu() == answers).double().mean()),

@@ -20,13 +20,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_looped.configuration_looped import REWRITING_SHARINGS
+
 from .evaluation import groups_of, load_run_model, load_run_task
 from .perplexity import block_losses, run_blocks, spread_blocks, text_rows
 from .results import wilson_interval
 from .runs import Run, open_run, to_json_lines, write_whole
 
 SHARINGS = ("per_loop", "first", "last", "mean")
-CHUNKED = ("last", "mean", "gated")
 
 
 def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> PreTrainedModel:
@@ -48,7 +49,7 @@ def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, i
     own = model.config.kv_sharing
     sharings = [own] if own == "gated" else list(SHARINGS)
     lengths = [chunk or None for chunk in chunks]
-    return [(s, chunk) for s in sharings for chunk in (lengths if s in CHUNKED else [None])]
+    return [(s, chunk) for s in sharings for chunk in (lengths if s in REWRITING_SHARINGS else [None])]
 
 
 class TextMeasure:

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 
-from .cache_looped import readable, recent_rows, rewrite_recent
+from .cache_looped import ActiveCache, readable, recent_rows, rewrite_recent
 from .halting_looped import Decision
 
 # What engines with caches of their own pass through forward: they pack the tokens of several requests in one call.
@@ -54,6 +54,34 @@ class Call:
     decision: Decision
     generator: torch.Generator | None
     deciding: torch.Tensor | None = None
+
+
+@dataclass
+class CallContext:
+    """What every layer call of one forward shares; all of it follows the rows that still loop."""
+
+    attention_mask: torch.Tensor | None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    position_ids: torch.Tensor
+    past_key_values: Cache | ActiveCache | None
+
+    def keep(self, rows: torch.Tensor) -> "CallContext":
+        """The context of the (b,) `rows` of this one."""
+        if self.attention_mask is not None and not isinstance(self.attention_mask, torch.Tensor):
+            raise ValueError(
+                "rows cannot leave the batch under flex attention, whose block mask is fixed: use attn_implementation="
+                "'sdpa' or 'eager' with a num_loops per row or a halting rule."
+            )
+
+        def select(tensor):
+            return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
+
+        return replace(
+            self,
+            attention_mask=select(self.attention_mask),
+            position_embeddings=self.position_embeddings and tuple(map(select, self.position_embeddings)),
+            position_ids=select(self.position_ids),
+        )
 
 
 class LeftAligned:
@@ -109,7 +137,8 @@ class Chunks:
                 "or give calls of at most prefill_chunk tokens."
             )
         self.model, self.size, self.cut_gradients = model, size, cut_gradients
-        self.batch_size, self.num_tokens = call.embeds.shape[:2]
+        self.num_tokens = call.embeds.shape[1]
+        self.most_loops = call.num_loops if isinstance(call.num_loops, int) else int(call.num_loops.max())
         self.cache = DynamicCache(config=model.config) if call.past_key_values is None else call.past_key_values
         self.past = int(self.cache.get_seq_length())
         self.keeps_cache = call.past_key_values is not None
@@ -149,13 +178,15 @@ class Chunks:
                 f"requests ({engine[0]}) does not say: use generate."
             )
         recomputes = self.model.gradient_checkpointing and self.model.training and torch.is_grad_enabled()
-        run_one = self._run_recomputed if recomputes else self._run
         outputs, visits = [], []
         with layers_not_checkpointed(self.model):
             for start in range(0, self.num_tokens, self.size):
                 visited = []  # per loop: (b,) rows and their (b, C, D) states
                 chunk = self._chunk(start, min(start + self.size, self.num_tokens), visited)
-                outputs.append(run_one(chunk, visited, **kwargs))
+                if recomputes:
+                    outputs.append(self._run_recomputed(chunk, visited, **kwargs))
+                else:
+                    outputs.append(self.model.run_call(chunk, **kwargs))
                 visits.append(visited)
                 if self.cut_gradients:
                     self._cut()
@@ -185,24 +216,21 @@ class Chunks:
             deciding=deciding,
         )
 
-    def _run(self, chunk: Call, visited: list, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model.run_call(chunk, **kwargs)
-
     def _run_recomputed(self, chunk: Call, visited: list, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, keeping no activations but what goes in and out: the backward pass runs the chunk again.
+        """`run_call`, keeping no activations but what goes in and out: the backward pass runs the chunk again.
 
         The cache must not be written a second time then, so the chunk gets one of its own, and its rows come out.
         """
         if chunk.generator is not None:
             raise ValueError("gradient checkpointing cannot replay a generator: leave generator out.")
-        num_slots = self.model.sharing.slots.count(self._most_loops())
+        num_slots = self.model.sharing.slots.count(self.most_loops)
         filled = [layer for layer in self.cache.layers if layer.is_initialized]
         past = chain.from_iterable((layer.keys, layer.values) for layer in filled)
 
         def run(embeds: torch.Tensor, *past: torch.Tensor):
             cache = DynamicCache()
             cache.layers = [DynamicLayer() for _ in range(num_slots)]
-            self.model.sharing.open(cache, self._most_loops())
+            self.model.sharing.open(cache, self.most_loops)
             for layer, keys, values in zip(cache.layers, past[0::2], past[1::2], strict=False):
                 append(layer, keys, values)
             visited.clear()
@@ -215,14 +243,10 @@ class Chunks:
         hidden_states, loops_used, *rest = self.model._gradient_checkpointing_func(run, chunk.embeds, *past)
         visited[:] = [(rows, state) for (rows, _), state in zip(visited, rest, strict=False)]
         rest = rest[len(visited) :]
-        self.model.sharing.open(self.cache, self._most_loops())
+        self.model.sharing.open(self.cache, self.most_loops)
         for layer, keys, values in zip(self.cache.layers, rest[0::2], rest[1::2], strict=True):
             append(layer, keys, values)
         return hidden_states, loops_used
-
-    def _most_loops(self) -> int:
-        loops = self.call.num_loops
-        return loops if isinstance(loops, int) else int(loops.max())
 
     def _cut(self) -> None:
         for layer in self.cache.layers:

@@ -27,6 +27,10 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_looped.LoopedForSequenceClassification",
 }
 
+# KV sharings under which a loop rewrites the rows of the one before: tokens that are computed together see each other
+# in the loop under way, and otherwise than tokens of successive calls.
+REWRITING_SHARINGS = ("last", "mean", "gated")
+
 # What PreTrainedConfig accepts beside the declared fields: its own keyword arguments, what it writes into config.json,
 # and what quantisers and Trainer store there.
 BASE_ARGUMENTS = frozenset(
@@ -277,7 +281,7 @@ class LoopedConfig(PreTrainedConfig):
             return
         if isinstance(self.prefill_chunk, bool) or self.prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be an integer >= 1 or None, got {self.prefill_chunk!r}.")
-        if self.kv_sharing in ("per_loop", "first"):
+        if self.kv_sharing not in REWRITING_SHARINGS:
             raise ValueError(
                 f"prefill_chunk={self.prefill_chunk} has no meaning with kv_sharing={self.kv_sharing!r}, where every "
                 "chunk length gives the same output: leave it out. `generate(prefill_chunk_size=...)` saves memory."

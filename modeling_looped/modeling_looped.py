@@ -20,7 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -44,8 +44,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_looped import SHARINGS, ActiveCache, OwnInputs
-from .chunks_looped import Call, Chunks
-from .configuration_looped import LoopedConfig, too_many_loops
+from .chunks_looped import ENGINE_ARGUMENTS, Call, CallContext, Chunks
+from .configuration_looped import REWRITING_SHARINGS, LoopedConfig, too_many_loops
 from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
 from .gates_looped import KV_GATES, GateLinear
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
@@ -54,9 +54,8 @@ from .speculation_looped import self_speculation
 
 # What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
 # is not a parameter is a mistake.
-BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
-    "attention_instances", "block_table", "cache", "logits_indices", "logits_processor_args", "max_seqlen_k",
-    "max_seqlen_q", "read_index", "return_dict", "write_index",
+BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | ENGINE_ARGUMENTS | {
+    "logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q", "return_dict",
 }  # fmt: skip
 LOOP_SETTINGS = ("num_loops", "halting")
 GENERATION_SETTINGS = (*LOOP_SETTINGS, "draft_loops")  # what a generation config may hold beside those of transformers
@@ -373,34 +372,6 @@ class ExitGate(nn.Linear):
 POSITIONS = {"rope": LoopedRotaryEmbedding, "learned": LearnedPositions, "none": NoPositions}
 
 
-@dataclass
-class CallContext:
-    """What every layer call of one forward shares; all of it follows the rows that still loop."""
-
-    attention_mask: torch.Tensor | None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    position_ids: torch.Tensor
-    past_key_values: Cache | ActiveCache | None
-
-    def keep(self, rows: torch.Tensor) -> "CallContext":
-        """The context of the (b,) `rows` of this one."""
-        if self.attention_mask is not None and not isinstance(self.attention_mask, torch.Tensor):
-            raise ValueError(
-                "rows cannot leave the batch under flex attention, whose block mask is fixed: use attn_implementation="
-                "'sdpa' or 'eager' with a num_loops per row or a halting rule."
-            )
-
-        def select(tensor):
-            return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
-
-        return replace(
-            self,
-            attention_mask=select(self.attention_mask),
-            position_embeddings=self.position_embeddings and tuple(map(select, self.position_embeddings)),
-            position_ids=select(self.position_ids),
-        )
-
-
 @auto_docstring
 class LoopedPreTrainedModel(PreTrainedModel):
     config: LoopedConfig
@@ -540,10 +511,7 @@ class LoopedModel(LoopedPreTrainedModel):
         context, key_inputs = whole, self.sharing.inputs()
         for loop in range(active.num_loops):
             with torch.no_grad() if loop < call.first_grad_loop else nullcontext():
-                x, gates = self.connection.read(state, embeds, loop)
-                x = self._run(self.core, "core", x, context, key_inputs, loop, **kwargs)
-                x = self.loop_embedding(self.core_norm(x), loop)
-                state = self.connection.write(state, gates, x, loop)
+                state = self.run_loop(state, embeds, loop, context, key_inputs, **kwargs)
             rows = active.leave(loop, state, self.connection.close)
             if rows is not None:
                 state, embeds = state[rows], embeds[rows]
@@ -559,6 +527,13 @@ class LoopedModel(LoopedPreTrainedModel):
         if past_key_values is not None:
             self.sharing.close(past_key_values, active.loops_run, num_tokens)
         return self.norm(hidden_states), per_token(loops_used, batch_size, num_tokens, embeds.device)
+
+    def run_loop(self, state, embeds, loop: int, context, key_inputs, **kwargs) -> torch.Tensor:
+        """One loop: the state after it, from the state before it and the prelude's output (B, T, D)."""
+        x, gates = self.connection.read(state, embeds, loop)
+        x = self._run(self.core, "core", x, context, key_inputs, loop, **kwargs)
+        x = self.loop_embedding(self.core_norm(x), loop)
+        return self.connection.write(state, gates, x, loop)
 
     def _run(self, layers, section, hidden_states, context, key_inputs, loop=0, **kwargs):
         """One pass over the layers of a section: (B, T, D) -> (B, T, D)."""
@@ -738,7 +713,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         """Drafting: an early exit of the draft means fewer loops, also where the call names a loop count."""
-        if self.config.kv_sharing not in ("per_loop", "first"):
+        if self.config.kv_sharing in REWRITING_SHARINGS:
             raise ValueError(
                 f"kv_sharing={self.config.kv_sharing!r} cannot verify drafted tokens: several tokens in one call see "
                 "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "

@@ -25,14 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_causal_mask
 
 from .cache_looped import FirstInputs, OwnInputs, RewritingLayer
+from .chunks_looped import CallContext
+from .configuration_looped import REWRITING_SHARINGS
 
-# Policies under which tokens that are computed together get the rows that they would get one by one.
-VERIFIABLE_SHARINGS = ("per_loop", "first")
 OWN_INPUTS = OwnInputs()  # of prelude and coda
 
 
@@ -54,23 +53,13 @@ class SpeculativeGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 @dataclass
-class HalfContext:
-    """What the layer calls of one half share; the same words as `CallContext` of `modeling_looped.py`."""
-
-    attention_mask: torch.Tensor | None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    position_ids: torch.Tensor  # (1, T)
-    past_key_values: Cache
-
-
-@dataclass
 class Halfway:
     """Tokens after the loops of the draft: embeds (1, T, D), state (1, T, ...), and the context they were run in."""
 
     embeds: torch.Tensor
     state: torch.Tensor
     key_inputs: OwnInputs | FirstInputs
-    context: HalfContext
+    context: CallContext
 
 
 class Halves:
@@ -138,7 +127,7 @@ class Halves:
         self.length += num_kept
         self.position = self.position + num_kept
 
-    def context(self, embeds, position_ids, length: int, loop: int) -> HalfContext:
+    def context(self, embeds, position_ids, length: int, loop: int) -> CallContext:
         """That of the last tokens of the first `length`, for slots as long as those of core loop `loop`."""
         mask = self.attention_mask
         if mask is not None:
@@ -151,24 +140,22 @@ class Halves:
             position_ids=position_ids,
             layer_idx=self.slots.slot("core", 0, loop),
         )
-        return HalfContext(causal_mask, self.body.positions(embeds, position_ids), position_ids, self.cache)
+        return CallContext(causal_mask, self.body.positions(embeds, position_ids), position_ids, self.cache)
 
     def loop(self, state, embeds, key_inputs, context, loops: range) -> torch.Tensor:
-        body = self.body
         for loop in loops:
-            x, gates = body.connection.read(state, embeds, loop)
-            x = self.run(body.core, "core", x, context, key_inputs, loop)
-            x = body.loop_embedding(body.core_norm(x), loop)
-            state = body.connection.write(state, gates, x, loop)
+            self.layer_calls += len(self.body.core)
+            state = self.body.run_loop(state, embeds, loop, context, key_inputs)
         return state
 
-    def readout(self, state: torch.Tensor, context: HalfContext) -> torch.Tensor:
+    def readout(self, state: torch.Tensor, context: CallContext) -> torch.Tensor:
         hidden_states = self.run(self.body.coda, "coda", self.body.connection.close(state), context)
         return self.model.readout(hidden_states).float()
 
-    def run(self, layers, section, hidden_states, context, key_inputs=OWN_INPUTS, loop=0) -> torch.Tensor:
+    def run(self, layers, section, hidden_states, context) -> torch.Tensor:
+        """Prelude or coda."""
         self.layer_calls += len(layers)
-        return self.body._run(layers, section, hidden_states, context, key_inputs, loop)
+        return self.body._run(layers, section, hidden_states, context, OWN_INPUTS)
 
 
 class Text:
@@ -349,7 +336,7 @@ class SelfSpeculation:
         refusals = [
             (settings.num_beams != 1, f"num_beams={settings.num_beams} follows several texts: use num_beams=1"),
             (
-                sharing not in VERIFIABLE_SHARINGS,
+                sharing in REWRITING_SHARINGS,
                 f"kv_sharing={sharing!r} cannot verify drafted tokens: in one call they see other rows of each other "
                 "than in successive calls, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'",

@@ -18,7 +18,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -261,6 +262,21 @@ def kv_row(width: int, work: Workload, kv_sharing: str) -> dict:
     return row | {"looped": looped, "llama": llama, "ratio": looped / llama, "tokens": work.tokens}
 
 
+@contextmanager
+def counted_calls(model: PreTrainedModel) -> Iterator[list[int]]:
+    """A list that gets the rows of every call of a core layer."""
+    calls = []
+    hooks = [
+        layer.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
+        for layer in model.model.core
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
     """KL + entropy halting against fixed loops on one batch of the run's test rows, all hop counts mixed.
 
@@ -278,9 +294,6 @@ def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
     inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]), device=model.device)
     max_entropy = entropy_bound(model.config.vocab_size)
-    calls = []
-    for layer in model.model.core:
-        layer.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
 
     def call(loops: int, halting: dict | None) -> Callable:
         @torch.inference_mode()
@@ -290,8 +303,8 @@ def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
         return forward
 
     def once(forward: Callable) -> dict:
-        calls.clear()
-        output = forward()
+        with counted_calls(model) as calls:
+            output = forward()
         accuracy = (output.logits[:, -1].argmax(-1) == answers).float().mean().item()
         loops_used = output.loops_used[:, -1].float().mean().item()
         return {"accuracy": accuracy, "layer_calls": sum(calls), "loops_used": loops_used}

@@ -10,8 +10,6 @@ The prompt is run with all loops either way. A token that stopped early leaves i
 does; every one of them is measured alike. Layer calls are counted by hooks on the core's layers.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from .benchmark import entropy_bound, interleaved, ratio_of, ratio_text
+from .benchmark import counted_calls, entropy_bound, interleaved, ratio_of, ratio_text
 from .evaluation import load_run_model
 from .perplexity import run_blocks, spread_blocks
 from .runs import open_run, to_json_lines, write_whole
@@ -64,19 +62,6 @@ def decode(model: PreTrainedModel, rows: dict, num_loops: int, halting: dict | N
         said.append(logits.argmax(-1))
         loops.append(output.loops_used[:, -1])
     return Decoded(*(torch.stack(part, dim=1).cpu() for part in (losses, said, loops)))
-
-
-@contextmanager
-def counted_calls(model: PreTrainedModel) -> Iterator[list[int]]:
-    """A list that gets the rows of every call of a core layer."""
-    calls = []
-    hooks = [
-        layer.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
-        for layer in model.model.core
-    ]
-    yield calls
-    for hook in hooks:
-        hook.remove()
 
 
 def exit_rows(model: PreTrainedModel, rows: dict, num_loops: int, rounds: int) -> list[dict]:

@@ -5,11 +5,10 @@ seeds (seeds.py). `--against` compares validity seed by seed. Wilson's intervals
 of its samples and not of its training.
 """
 
-import difflib
 from collections.abc import Sequence
 
 from .runs import Run
-from .seeds import group_runs, span, to_markdown
+from .seeds import groups_against, span, to_markdown
 from .smiles import EXCLUSIVE, LABELS
 from .text_results import by_seeds, interval
 
@@ -75,10 +74,7 @@ def molecules_table(runs: Sequence[Run], against: str | None = None) -> str:
     Raises:
         ValueError: a run was not evaluated, or there is no group `against`.
     """
-    groups = group_runs(runs)
-    if against is not None and against not in groups:
-        nearest = difflib.get_close_matches(against, groups, n=1, cutoff=0)[0]
-        raise ValueError(f"no group is called {against!r}; did you mean {nearest!r}? There are {', '.join(groups)}.")
+    groups = groups_against(runs, against)
     rows = []
     for name, members in groups.items():
         cells = {"runs": name, "seeds": str(len(members))} | measured_cells(members)

@@ -5,6 +5,7 @@ t at 95 %, mean +- t(n - 1) * s / sqrt(n), which assumes that runs scatter norma
 4.30 says so. Accuracies near 0 or 1 do not scatter normally: tables give [lowest, highest] instead.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,19 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
             )
         named[name] = members
     return named
+
+
+def groups_against(runs: Sequence[Run], against: str | None) -> dict[str, list[Run]]:
+    """`group_runs`, of which the one called `against`, if given, is to be the baseline.
+
+    Raises:
+        ValueError: there is no such group (with the nearest name), or as `group_runs`.
+    """
+    groups = group_runs(runs)
+    if against is not None and against not in groups:
+        nearest = difflib.get_close_matches(against, groups, n=1, cutoff=0)[0]
+        raise ValueError(f"no group is called {against!r}; did you mean {nearest!r}? There are {', '.join(groups)}.")
+    return groups
 
 
 def recipe_key(run: Run) -> str:

@@ -7,12 +7,11 @@ A group's number is its mean over seeds with [lowest, highest]. Intervals are St
 of differences also the bootstrap over blocks, which knows the chance of the test text and not of training.
 """
 
-import difflib
 from collections.abc import Sequence
 from statistics import fmean
 
 from .runs import Run
-from .seeds import group_runs, span, t_interval, to_markdown
+from .seeds import groups_against, span, t_interval, to_markdown
 
 # Column -> the accounting of `perplexity.count_parameters`.
 PARAMETERS = {
@@ -68,10 +67,7 @@ def text_table(runs: Sequence[Run], against: str | None = None) -> str:
         ValueError: a run was not evaluated, quantization.json cannot be read, there is no group `against`, or paired
             runs were measured on different blocks.
     """
-    groups = group_runs(runs)
-    if against is not None and against not in groups:
-        nearest = difflib.get_close_matches(against, groups, n=1, cutoff=0)[0]
-        raise ValueError(f"no group is called {against!r}; did you mean {nearest!r}? There are {', '.join(groups)}.")
+    groups = groups_against(runs, against)
     rows = []
     for name, members in groups.items():
         cells = {"runs": name, "seeds": str(len(members))} | measured_cells(members) | quantized_cells(members)

@@ -484,19 +484,23 @@ def held_out_loss(
 
 @torch.no_grad()
 def held_out_exits(
-    accelerator: Accelerator, model: LoopedForCausalLM, blocks: TextBlocks, num_blocks: int, num_loops: int
+    accelerator: Accelerator,
+    model: LoopedForCausalLM,
+    held_out: TextBlocks | PackedMolecules,
+    number: int,
+    num_loops: int,
 ) -> dict[str, float]:
-    """Where the exit gate would leave, means over the tokens of the first `num_blocks` blocks; ranks share the work.
+    """Where the exit gate would leave, means over the tokens of the first `number` blocks or molecules; ranks share
+    the work.
 
     expected_loss (nats) of the loop a token leaves after, the mean loop, and the entropy (nats) of its distribution.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     model.eval()
-    share = torch.arange(num_blocks)[accelerator.process_index :: accelerator.num_processes]
-    num_rows = max(1, CHECKED_TOKENS // blocks.sequence_length)
-    for start in range(0, len(share), num_rows):
-        rows = {k: v.to(accelerator.device) for k, v in blocks.rows(share[start : start + num_rows]).items()}
-        gate_logits, losses = model.exits(rows["input_ids"], rows["shift_labels"], num_loops)  # (b, T, R)
+    share = torch.arange(number)[accelerator.process_index :: accelerator.num_processes]
+    for chosen in share.split(max(1, int(CHECKED_TOKENS / held_out.mean_length))):
+        rows = {name: value.to(accelerator.device) for name, value in held_out.rows(chosen).items()}
+        gate_logits, losses = model.exits(**rows, num_loops=num_loops)  # (b, T, R)
         p, loops = exit_distribution(gate_logits), torch.arange(1, num_loops + 1, device=gate_logits.device)
         each = torch.stack([(p * losses).sum(-1), (p * loops).sum(-1), torch.special.entr(p).sum(-1)])
         kept = rows["shift_labels"] != -100

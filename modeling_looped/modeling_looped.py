@@ -624,18 +624,26 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         )
 
     def exits(
-        self, input_ids: torch.LongTensor, shift_labels: torch.LongTensor, num_loops: int | None = None
+        self,
+        input_ids: torch.LongTensor,
+        shift_labels: torch.LongTensor,
+        num_loops: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate logits and cross-entropies (nats) of every loop, both (B, T, R), of a model with an exit gate.
 
-        `input_ids` and `shift_labels`, the next token's, are (B, T); what is -100 has no loss. `losses_looped.py` says
-        what to do with them.
+        `input_ids` and `shift_labels`, the next token's, are (B, T); what is -100 has no loss. `attention_mask` and
+        `position_ids` are those of `forward`: positions that begin anew hold the texts of a row apart.
+        `losses_looped.py` says what to do with the result. ValueError without an exit gate.
         """
-        assert isinstance(self.objective, ExpectedLoss)
+        if not isinstance(self.objective, ExpectedLoss):
+            raise ValueError("exits are read by an exit gate, which this model lacks: train with exit_gate=True.")
         states = self.objective.states()
         self.model(
-            input_ids=input_ids, num_loops=num_loops, use_cache=False, halting=Decision(None, visit=states.visit)
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, num_loops=num_loops,
+            use_cache=False, halting=Decision(None, visit=states.visit),
+        )  # fmt: skip
         gate_logits, losses = self.objective.read(self, states, shift_labels)
         return states.spread(gate_logits), states.spread(losses)
 

@@ -549,7 +549,7 @@ def test_measured_exits_are_those_of_a_naive_sum():
     labels = torch.where(ids % 5 == 0, -100, ids + 1)
 
     class Blocks:
-        sequence_length = 12
+        mean_length = 12
 
         def rows(self, numbers):
             return {"input_ids": ids[numbers], "shift_labels": labels[numbers]}

@@ -70,13 +70,15 @@ MOST_LOOPS_SHOWN = 5
 class Names:
     """What a card calls things: the repositories (None where there is none) and the licences, as the Hub spells them.
 
-    The licence of the data may be another one than the model's.
+    The licence of the data may be another one than the model's. `base_model` is the model on the Hub that the run
+    started from.
     """
 
     model_id: str
     licence: str
     dataset_id: str | None = None
     data_licence: str | None = None
+    base_model: str | None = None
 
 
 class HopCard:
@@ -240,6 +242,7 @@ def model_card(run: Run, names: Names) -> ModelCard:
     card = card_of(run)
     metadata = ModelCardData(
         license=names.licence,
+        base_model=names.base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["looped-transformers", "recurrent-depth", "custom_code", *TAGS[run.task()]],

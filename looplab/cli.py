@@ -216,6 +216,7 @@ def run_publish(arguments) -> None:
         dry_run=arguments.dry_run,
         licence=arguments.license,
         data_licence=arguments.dataset_license,
+        base_model=arguments.base_model,
     )
 
 
@@ -445,6 +446,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--license", metavar="ID", help="of the model, such as mit (default: apache-2.0)")
     command.add_argument(
         "--dataset-license", metavar="ID", help="of the data (default: the model's, where a seed generates them)"
+    )
+    command.add_argument(
+        "--base-model", metavar="USER/NAME", help="on the Hub, that the run started from: the card links to it"
     )
     command.set_defaults(call=run_publish)
 

@@ -119,6 +119,7 @@ def publish(
     dry_run: bool = False,
     licence: str | None = None,
     data_licence: str | None = None,
+    base_model: str | None = None,
     api: HfApi | None = None,
 ) -> dict[str, str]:
     """Upload a run, and print what goes where; returns kind -> commit, of each repository.
@@ -131,6 +132,7 @@ def publish(
         dry_run: print only. No network, no token.
         licence: of the model, an identifier of the Hub; apache-2.0 unless given.
         data_licence: of the data; generated data have the model's unless given.
+        base_model: "USER/NAME" of the model whose weights the run started from; the Hub shows it.
         api: the Hub to use; the one of huggingface_hub's settings (HF_ENDPOINT, HF_TOKEN) unless given.
 
     Raises:
@@ -142,7 +144,7 @@ def publish(
     """
     run, api = open_run(folder), api or HfApi()
     user = user_of(repo_id)
-    names = names_of(run, repo_id, dataset, licence, data_licence)
+    names = names_of(run, repo_id, dataset, licence, data_licence, base_model)
     kinds = ["model", *["dataset"] * dataset, *["space"] * space]
     try:
         if not dry_run:
@@ -169,26 +171,33 @@ def publish(
     return commits
 
 
-def user_of(repo_id: str) -> str:
+def user_of(repo_id: str, option: str = "--repo-id") -> str:
     """USER of "USER/NAME"."""
     validate_repo_id(repo_id)
     user, slash, _ = repo_id.partition("/")
     if not slash:
-        raise ValueError(f"--repo-id must be USER/NAME, got {repo_id!r}: put your user name on the Hub before it.")
+        raise ValueError(f"{option} must be USER/NAME, got {repo_id!r}: put the user's name on the Hub before it.")
     return user
 
 
-def names_of(run: Run, repo_id: str, dataset: bool, licence: str | None, data_licence: str | None) -> Names:
-    """Repositories and licences of a publication; ValueError for a licence that must be given and is not."""
+def names_of(
+    run: Run, repo_id: str, dataset: bool, licence: str | None, data_licence: str | None, base_model: str | None
+) -> Names:
+    """Repositories and licences of a publication; ValueError for a licence that must be given and is not, and for a
+    base model that cannot be."""
     task, config, _ = run_data(run)
     start = run.recipe()["init_from"]
     if licence is None and start is not None:
         raise ValueError(
             f"{run.folder} started from the weights of {start}, whose licence binds it: name it by --license."
         )
+    if base_model is not None:
+        user_of(base_model, "--base-model")
+        if start is None:
+            raise ValueError(f"{run.folder} started from no other weights: leave --base-model out.")
     licence = licence or "apache-2.0"
     if not dataset:
-        return Names(repo_id, licence)
+        return Names(repo_id, licence, base_model=base_model)
     if data_licence is None:
         # What a seed generates is nobody else's; text and molecules are.
         data_licence = licence if isinstance(reader_of([run]), HopReader) else DATA_LICENCES.get((task, config))
@@ -197,7 +206,7 @@ def names_of(run: Run, repo_id: str, dataset: bool, licence: str | None, data_li
             f"--dataset would publish the {task} that {run.folder} was trained on, under a licence that is not known "
             "here: name it by --dataset-license, or leave --dataset out."
         )
-    return Names(repo_id, licence, repo_id, data_licence)
+    return Names(repo_id, licence, repo_id, data_licence, base_model)
 
 
 def check_access(api: HfApi, user: str) -> None:

@@ -23,7 +23,7 @@ TASKS = {"text-generation", "text-classification", "token-classification", "ques
 SIZES = {"n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"}
 COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 KNOWN = {
-    "model": {"license", "library_name", "pipeline_tag", "tags", "datasets", "metrics", "model-index"},
+    "model": {"license", "base_model", "library_name", "pipeline_tag", "tags", "datasets", "metrics", "model-index"},
     "dataset": {"license", "pretty_name", "task_categories", "size_categories", "tags", "configs"},
     "space": {
         "title", "emoji", "colorFrom", "colorTo", "sdk", "sdk_version", "app_file", "license", "models", "datasets",

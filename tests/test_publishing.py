@@ -350,6 +350,17 @@ def test_a_run_that_is_not_ready_is_refused_before_anything_is_sent(run, hub, ap
     assert writes(hub) == []
 
 
+def test_a_model_links_to_the_one_it_started_from(hops, hub, api):
+    change_recipe(hops, init_from="runs/other/model")
+    publish(hops, REPO, licence="mit", base_model="user/other", api=api)
+    assert ModelCard(hub.files("model", REPO)["README.md"].decode()).data.base_model == "user/other"
+    with pytest.raises(ValueError, match="--base-model must be USER/NAME, got 'other'"):
+        publish(hops, REPO, licence="mit", base_model="other", dry_run=True)
+    change_recipe(hops, init_from=None)
+    with pytest.raises(ValueError, match="started from no other weights: leave --base-model out"):
+        publish(hops, REPO, base_model="user/other", dry_run=True)
+
+
 def change_recipe(run: Path, task: str | None = None, **values):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | values
     recipe["data"]["task"] = task or recipe["data"]["task"]

@@ -52,7 +52,7 @@ def test_variants_export(fields):
 
 @torch.no_grad()
 # The slot of a layer call is written on its attention module, and the tracer says that it saw that.
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+@pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects:UserWarning")
 def test_a_decoding_step_exports_with_its_static_cache():
     """The exported step, run token by token, is the uncached run: every loop has found its slots in the graph."""
     model = make_model(num_loops=2)

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.cache_looped import CACHE_NAME
 
 from .evaluation import load_run_model, load_run_task
 from .perplexity import run_blocks, spread_blocks
@@ -252,7 +253,7 @@ def decode_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
 @torch.inference_mode()
 def kv_bytes_per_token(model: PreTrainedModel, tokens: int) -> float:
     """Bytes of all cache tensors after `tokens` tokens, per token."""
-    cache = model.eval()(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    cache = model.eval()(torch.ones(1, tokens, dtype=torch.long), use_cache=True)[CACHE_NAME]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / tokens
 
 

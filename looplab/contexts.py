@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.cache_looped import CACHE_NAME
 
 from .benchmark import (
     Workload,
@@ -33,7 +34,7 @@ SHARINGS = ("per_loop", "first", "last", "mean", "gated")
 def filled_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
     """The model's own cache, every slot of it filled with random rows of `tokens` tokens."""
     cache = DynamicCache(config=model.config)
-    model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)  # puts the layers of its policy in
+    model(torch.ones(1, 1, dtype=torch.long), **{CACHE_NAME: cache})  # puts the layers of its policy in
     draw = torch.Generator().manual_seed(0)
     for layer in cache.layers:
         shape = (*layer.keys.shape[:2], tokens, layer.keys.shape[-1])
@@ -51,7 +52,7 @@ def step_at(model: PreTrainedModel, context: int, steps: int) -> Callable[[], No
     @torch.inference_mode()
     def decode() -> None:
         for _ in range(steps):
-            model(token, past_key_values=cache, logits_to_keep=1)
+            model(token, **{CACHE_NAME: cache}, logits_to_keep=1)
             cache.crop(-1)
 
     return decode

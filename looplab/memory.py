@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_looped.cache_looped import CACHE_NAME
 from modeling_looped.configuration_looped import REWRITING_SHARINGS
 
 from .evaluation import groups_of, load_run_model, load_run_task
@@ -40,7 +41,7 @@ def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> P
 
 def kv_bytes(model: PreTrainedModel) -> int:
     """Bytes of keys and values per token, from a cache that two tokens filled."""
-    cache = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    cache = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)[CACHE_NAME]
     return sum(rows.nbytes for layer in cache.layers for rows in (layer.keys, layer.values)) // 2
 
 

@@ -24,10 +24,26 @@ d head size.
 """
 
 import copy
+from dataclasses import fields
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What models, their outputs and generate call the KV cache: transformers 5.24 renamed it from `past_key_values`. Calls
+# of transformers go by this name; forward takes both. Since then an attention layer writes an engine's cache itself,
+# too; before, the attention function did.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = CACHE_NAMES[any(field.name == "cache" for field in fields(BaseModelOutputWithPast))]
+LAYERS_WRITE_ENGINE_CACHES = CACHE_NAME == "cache"
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache given under either of its names; ValueError for two."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of the KV cache: give one of them.")
+    return cache if past_key_values is None else past_key_values
 
 
 def recent_rows(layer: DynamicLayer | StaticLayer, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -158,7 +158,7 @@ class LoopedConfig(PreTrainedConfig):
     """
 
     model_type = "looped"
-    keys_to_ignore_at_inference = ["past_key_values", "loops_used"]  # noqa: RUF012 (an annotation would make it a field)
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "loops_used"]  # noqa: RUF012 (an annotation would make it a field)
     vocab_size: int = positive_int(default=32000)
     hidden_size: int = positive_int(default=768)
     intermediate_size: int = positive_int(default=2048)

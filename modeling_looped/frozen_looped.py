@@ -42,7 +42,7 @@ AUTO_MAP = {
     "AutoConfig": "frozen_looped.FrozenLoopedConfig",
     "AutoModelForCausalLM": "frozen_looped.FrozenLoopedForCausalLM",
 }
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+CACHE_ARGUMENTS = ("past_key_values", "cache", "layer_past")
 TWO_SOURCES = "sdpa_two_sources"
 QUERY_BLOCK = 128
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")

@@ -43,7 +43,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_looped import SHARINGS, ActiveCache, OwnInputs
+from .cache_looped import CACHE_NAME, LAYERS_WRITE_ENGINE_CACHES, SHARINGS, ActiveCache, OwnInputs, one_cache
 from .chunks_looped import ENGINE_ARGUMENTS, Call, CallContext, Chunks
 from .configuration_looped import REWRITING_SHARINGS, LoopedConfig, too_many_loops
 from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
@@ -75,6 +75,8 @@ FORWARD_DOCSTRING = r"""
             padding excluded, and a row stops when all of them agree.
         generator (`torch.Generator`, *optional*):
             Seed of `state_init="normal"`, see `connections_looped.py`.
+        cache (`Cache`, *optional*):
+            The same as `past_key_values`: its name in transformers from 5.24 on.
 
         Raises `ValueError` for a loop count, mask, token id or halting rule that does not fit, `TypeError` for an
         unknown keyword.
@@ -234,6 +236,8 @@ class LoopedAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        elif LAYERS_WRITE_ENGINE_CACHES and kwargs.get("cache") is not None:
+            key, value = kwargs.pop("cache").update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
@@ -457,9 +461,14 @@ class LoopedModel(LoopedPreTrainedModel):
         cut_chunks: bool = False,
         halting: str | dict | FixedRule | Decision | None = None,
         generator: torch.Generator | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> LoopedModelOutput:
         refuse_unknown(kwargs)
+        if cache is None or isinstance(cache, Cache):
+            past_key_values = one_cache(past_key_values, cache)
+        else:  # an engine's, see ENGINE_ARGUMENTS
+            kwargs["cache"] = cache
         batch_size, num_tokens = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values)
         num_loops = check_loops(
             self.config.num_loops if num_loops is None else num_loops, batch_size, self.config.max_num_loops
@@ -481,20 +490,16 @@ class LoopedModel(LoopedPreTrainedModel):
         else:
             hidden_states, loops_used = Chunks(self, call, self.config.prefill_chunk, cut_chunks).run(**kwargs)
         return LoopedModelOutput(
-            last_hidden_state=hidden_states, past_key_values=past_key_values, loops_used=loops_used
+            last_hidden_state=hidden_states,
+            loops_used=loops_used,
+            **{CACHE_NAME: past_key_values},  # pyright: ignore[reportArgumentType]
         )
 
     def run_call(self, call: Call, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """One call, or one chunk of it: the (B, T, D) that the head reads, and the loops run for each token (B, T)."""
         embeds, position_ids, past_key_values = call.embeds, call.position_ids, call.past_key_values
         batch_size, num_tokens = embeds.shape[:2]
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=embeds,
-            attention_mask=call.attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = create_causal_mask(self.config, embeds, call.attention_mask, past_key_values, position_ids)
         active = ActiveRows(call.num_loops, call.decision)
         if active.tracks_rows:
             active.open(real_tokens(call.attention_mask, embeds) if call.deciding is None else call.deciding)
@@ -588,6 +593,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         cut_chunks: bool = False,
         halting: str | dict | FixedRule | None = None,
         generator: torch.Generator | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> LoopedCausalLMOutput:
         shift_labels = kwargs.pop("shift_labels", None)
@@ -598,6 +604,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             num_loops=num_loops,
@@ -617,10 +624,10 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         return LoopedCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loops_used=outputs.loops_used,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def exits(

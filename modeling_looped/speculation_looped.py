@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_causal_mask
 
-from .cache_looped import FirstInputs, OwnInputs, RewritingLayer
+from .cache_looped import CACHE_NAME, CACHE_NAMES, FirstInputs, OwnInputs, RewritingLayer, one_cache
 from .chunks_looped import CallContext
 from .configuration_looped import REWRITING_SHARINGS
 
@@ -132,13 +132,9 @@ class Halves:
         mask = self.attention_mask
         if mask is not None:
             mask = F.pad(mask, (0, length - mask.shape[1]), value=1)
+        layer_idx = self.slots.slot("core", 0, loop)
         causal_mask = create_causal_mask(
-            config=self.model.config,
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            position_ids=position_ids,
-            layer_idx=self.slots.slot("core", 0, loop),
+            self.model.config, embeds, mask, self.cache, position_ids, layer_idx=layer_idx
         )
         return CallContext(causal_mask, self.body.positions(embeds, position_ids), position_ids, self.cache)
 
@@ -264,7 +260,7 @@ class SelfSpeculation:
             ValueError: a setting that speculation cannot honour, before anything is run.
         """
         num_loops = self.check(model, input_ids, generation_config, model_kwargs)
-        cache, attention_mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+        cache, attention_mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
         text = Text(
             input_ids,
             Sampling() if generation_config.do_sample else Greedy(),
@@ -300,7 +296,7 @@ class SelfSpeculation:
         new_tokens = text.length - input_ids.shape[1]
         return SpeculativeGenerateOutput(
             **text.recorded(),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             loops_used=torch.full((1, new_tokens), num_loops, device=text.ids.device),
             drafted=torch.tensor(drafted),
             accepted=torch.tensor(accepted),
@@ -332,7 +328,7 @@ class SelfSpeculation:
         config, sharing = model.config, model.config.kv_sharing
         num_loops = model_kwargs.get("num_loops")
         num_loops = config.num_loops if num_loops is None else int(num_loops) if input_ids.shape[0] == 1 else num_loops
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         refusals = [
             (settings.num_beams != 1, f"num_beams={settings.num_beams} follows several texts: use num_beams=1"),
             (
@@ -381,7 +377,7 @@ class SelfSpeculation:
 
 def prefill(model, input_ids, num_loops, chunk_size, model_kwargs) -> torch.Tensor:
     """(1, V) logits after the prompt, all loops; of a prompt that is partly in the cache, the rest is run."""
-    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    cache, mask = model_kwargs[CACHE_NAME], model_kwargs.get("attention_mask")
     positions, embeds = model_kwargs["position_ids"], model_kwargs.get("inputs_embeds")
     name, prompt = ("input_ids", input_ids) if embeds is None else ("inputs_embeds", embeds)
     past = int(cache.get_seq_length())
@@ -430,7 +426,7 @@ def self_speculation(model, call: dict, settings: dict) -> SelfSpeculation | Non
     for other in ("custom_generate", "assistant_model", "synced_gpus"):
         if call.get(other):
             raise ValueError(f"draft_loops={draft_loops} is a decoding method of its own: leave {other} out.")
-    cache = settings.get("past_key_values")
+    cache = one_cache(*(settings.get(name) for name in CACHE_NAMES))
     if settings.get("position_ids") is not None and cache is not None and cache.get_seq_length():
         raise ValueError(
             f"draft_loops={draft_loops} counts positions itself after tokens of a cache: leave position_ids out."

@@ -11,7 +11,7 @@ from transformers import (
     StaticCache,
 )
 
-from modeling_looped.cache_looped import RewritingDynamicLayer
+from modeling_looped.cache_looped import CACHE_NAME, RewritingDynamicLayer
 from toys import FP32, KV_SHARINGS, make_ids, make_model, open_gates
 
 every_sharing = pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
@@ -181,7 +181,7 @@ def test_generate_is_the_same_through_every_cache(kv_sharing, num_loops):
     assert model.generate(ids, cache_implementation="static", **kwargs).equal(expected)
     for make in CACHES.values():
         cache = make(model.config)
-        output = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **kwargs)
+        output = model.generate(ids, **{CACHE_NAME: cache}, return_dict_in_generate=True, **kwargs)
         assert output.sequences.equal(expected)
         assert output.past_key_values is cache
 
@@ -289,6 +289,22 @@ def test_a_cache_of_another_policy_is_refused():
     cache = model(make_ids(), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="Start from an empty DynamicCache"):
         shared(make_ids(), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_forward_takes_the_cache_by_both_its_names():
+    """transformers 5.24 renamed it, and generate with it; what somebody wrote for either goes on working."""
+    model, ids = make_model(), make_ids()
+    whole = model(ids, use_cache=True)
+    for name in ("past_key_values", "cache"):
+        for part in (model, model.model):
+            cache = DynamicCache(config=model.config)
+            first = part(ids[:, :3], **{name: cache})
+            assert first[CACHE_NAME] is first.past_key_values is cache
+            rest = part(ids[:, 3:], **{name: cache})[0]
+            torch.testing.assert_close(rest, part(ids)[0][:, 3:], **FP32)
+    with pytest.raises(ValueError, match="two names of the KV cache: give one"):
+        model(ids, past_key_values=whole.past_key_values, cache=whole.past_key_values)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from modeling_looped import frozen_looped
+from modeling_looped.cache_looped import CACHE_NAME
 from modeling_looped.frozen_looped import METHODS, attach, default_window, detach, looped
 from toys import FP32, make_model
 
@@ -51,7 +52,7 @@ def in_chunks(model, ids, sizes, cache, **kwargs):
     parts, start = [], 0
     for size in sizes:
         end = start + size
-        part = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, **kwargs)
+        part = model(ids[:, start:end], attention_mask=mask[:, :end], **{CACHE_NAME: cache}, use_cache=True, **kwargs)
         parts.append(part.logits)
         start = end
     return torch.cat(parts, 1)
@@ -182,7 +183,7 @@ def token_by_token(model, ids, window, num_loops, beta, write):
 
         def stack(x, layers, rope=rope):
             for layer in layers:
-                x = layer(x, position_embeddings=rope, attention_mask=None, past_key_values=cache)
+                x = layer(x, position_embeddings=rope, attention_mask=None, **{CACHE_NAME: cache})
             return x
 
         def evaluate(x):
@@ -211,7 +212,7 @@ def test_one_call_equals_the_token_by_token_twin_that_crops_and_writes_apart(att
     cache = DynamicCache(config=model.config)
     with looped(model, WINDOW, num_loops):
         torch.testing.assert_close(logits_of(model, ids, use_cache=False), expected, **close)
-        torch.testing.assert_close(logits_of(model, ids, past_key_values=cache), expected, **close)
+        torch.testing.assert_close(logits_of(model, ids, **{CACHE_NAME: cache}), expected, **close)
     for ours, twin in zip(cache.layers, entries.layers, strict=True):
         torch.testing.assert_close(ours.keys, twin.keys, **close)
         torch.testing.assert_close(ours.values, twin.values, **close)
@@ -237,7 +238,7 @@ def test_cache_last_is_the_twin_that_writes_the_last_state(static):
     with looped(model, WINDOW, 3, cache="last"):
         torch.testing.assert_close(in_chunks(model, ids, [1] * 9, cache), expected, **F64)
         uncached = logits_of(model, ids, use_cache=False)
-        one_call = logits_of(model, ids, past_key_values=DynamicCache(config=model.config))
+        one_call = logits_of(model, ids, **{CACHE_NAME: DynamicCache(config=model.config)})
         assert torch.equal(uncached, one_call), "a prompt's own logits do not read what it leaves"
     for ours, twin in zip(cache.layers, entries.layers, strict=True):
         torch.testing.assert_close(ours.keys[:, :, :9], twin.keys, **F64)
@@ -332,9 +333,9 @@ def test_a_prompt_in_chunks_equals_one_call_without_a_cache(family, attn, static
 def test_the_cache_holds_one_entry_per_layer_and_token_and_the_base_models_up_to_the_window(prefill):
     model, ids = make_frozen("qwen3", dtype=torch.float32), make_tokens()
     base, cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    logits_of(model, ids, past_key_values=base)
+    logits_of(model, ids, **{CACHE_NAME: base})
     with looped(model, WINDOW, 4, prefill=prefill):
-        logits_of(model, ids, past_key_values=cache)
+        logits_of(model, ids, **{CACHE_NAME: cache})
     for index, (ours, theirs) in enumerate(zip(cache.layers, base.layers, strict=True)):
         assert ours.keys.shape == theirs.keys.shape
         assert torch.equal(ours.keys, theirs.keys) == (index <= WINDOW[1])
@@ -402,10 +403,10 @@ def test_a_second_turn_on_the_same_cache_equals_a_fresh_run():
     model, ids, more = make_frozen("qwen3"), make_tokens(), make_tokens(tokens=4, seed=2)
     with looped(model, WINDOW, 3):
         cache = DynamicCache(config=model.config)
-        first = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        first = model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=3, do_sample=False)
         turn = torch.cat([first, more], 1)
         fresh = model.generate(turn, max_new_tokens=5, do_sample=False)
-        assert torch.equal(model.generate(turn, past_key_values=cache, max_new_tokens=5, do_sample=False), fresh)
+        assert torch.equal(model.generate(turn, **{CACHE_NAME: cache}, max_new_tokens=5, do_sample=False), fresh)
 
 
 def test_a_cropped_cache_goes_on_like_a_fresh_one():
@@ -415,7 +416,7 @@ def test_a_cropped_cache_goes_on_like_a_fresh_one():
         cache = DynamicCache(config=model.config)
         in_chunks(model, ids, [9], cache)
         cache.crop(-3)
-        rest = model(ids[:, 6:], past_key_values=cache).logits
+        rest = model(ids[:, 6:], **{CACHE_NAME: cache}).logits
     torch.testing.assert_close(rest, expected[:, 6:], **F64)
 
 
@@ -424,7 +425,7 @@ def test_a_plain_dynamic_cache_and_assisted_decoding_work():
     with looped(model, WINDOW, 3):
         expected = model.generate(ids, max_new_tokens=6, do_sample=False)
         assert torch.equal(
-            model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=DynamicCache()), expected
+            model.generate(ids, max_new_tokens=6, do_sample=False, **{CACHE_NAME: DynamicCache()}), expected
         )
         assert torch.equal(
             model.generate(ids, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2), expected
@@ -501,7 +502,7 @@ def test_decode_modes_hold_in_a_hand_written_loop():
             )
             cache, fed = DynamicCache(config=model.config), ids
             for step in range(5):
-                logits = logits_of(model, fed, past_key_values=cache)[:, -1]
+                logits = logits_of(model, fed, **{CACHE_NAME: cache})[:, -1]
                 torch.testing.assert_close(logits.float(), expected.logits[step], **FP32)
                 fed = logits.argmax(-1, keepdim=True)
 
@@ -706,7 +707,7 @@ def test_cache_last_refuses_rows_it_cannot_overwrite():
     model = make_frozen("mistral")
     cache = DynamicCache(config=model.config)
     with looped(model, WINDOW, cache="last"), pytest.raises(ValueError, match="cache='last' overwrites rows"):
-        model(make_tokens(), past_key_values=cache)
+        model(make_tokens(), **{CACHE_NAME: cache})
 
 
 def test_attaching_twice_and_detaching_twice_raise():

@@ -15,6 +15,7 @@ from looplab.memory import measure_memory, with_memory
 from looplab.perplexity import block_losses, run_blocks, spread_blocks
 from looplab.runs import open_run
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.cache_looped import CACHE_NAME
 from toys import FP32, KV_SHARINGS, make_ids, make_model, write_pages
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -91,8 +92,8 @@ def test_a_line_is_the_loss_of_decoding(home):
     with torch.inference_mode():
         cache, logits = None, []
         for token in chosen["input_ids"].split(1, dim=1):
-            output = model(token, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(token, **{CACHE_NAME: cache}, use_cache=True)
+            cache = output[CACHE_NAME]
             logits.append(output.logits)
     losses = torch.nn.functional.cross_entropy(
         torch.cat(logits, 1).transpose(1, 2), chosen["shift_labels"], reduction="none"

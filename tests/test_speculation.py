@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, S
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_looped.cache_looped import CACHE_NAME
 from toys import FP32, count_layer_calls, make_ids, make_model
 
 # All drafts are of three tokens, however unsure.
@@ -125,11 +126,11 @@ def test_a_cache_goes_on_with_the_whole_text_or_with_new_tokens(kv_sharing):
 
     def turns(first, then, **given):
         cache = DynamicCache()
-        text = model.generate(ids, past_key_values=cache, max_new_tokens=6, **first)
+        text = model.generate(ids, **{CACHE_NAME: cache}, max_new_tokens=6, **first)
         text = torch.cat([text, more], dim=1)
         new = text[:, cache.get_seq_length() :] if given else text
         given = {"attention_mask": torch.ones_like(text)} if given else {}
-        answer = model.generate(new, past_key_values=cache, max_new_tokens=6, **given, **then)
+        answer = model.generate(new, **{CACHE_NAME: cache}, max_new_tokens=6, **given, **then)
         return answer[:, -6:]
 
     draft = {"draft_loops": 1, **FORCED}
@@ -146,7 +147,7 @@ def test_slots_of_loops_that_are_not_asked_for_stay_level():
     def turns(**draft):
         cache, text = DynamicCache(), ids
         for settings in ({"num_loops": 5}, draft, {"num_loops": 5}):
-            text = model.generate(text, past_key_values=cache, max_new_tokens=5, **settings)
+            text = model.generate(text, **{CACHE_NAME: cache}, max_new_tokens=5, **settings)
         assert len({int(layer.get_seq_length()) for layer in cache.layers}) == 1
         return text
 
@@ -367,14 +368,14 @@ def test_other_drafters_and_caches_are_refused():
         model.generate(ids, draft_loops=1, max_new_tokens=4, assistant_model=make_model())
     with pytest.raises(ValueError, match="StaticCache"):
         model.generate(
-            ids, draft_loops=1, max_new_tokens=4, past_key_values=StaticCache(config=model.config, max_cache_len=16)
+            ids, draft_loops=1, max_new_tokens=4, **{CACHE_NAME: StaticCache(config=model.config, max_cache_len=16)}
         )
     cache = DynamicCache()
-    model.generate(ids, max_new_tokens=4, past_key_values=cache)
+    model.generate(ids, max_new_tokens=4, **{CACHE_NAME: cache})
     with pytest.raises(ValueError, match="nothing is left of the prompt"):
-        model.generate(ids, draft_loops=1, max_new_tokens=4, past_key_values=cache)
+        model.generate(ids, draft_loops=1, max_new_tokens=4, **{CACHE_NAME: cache})
     with pytest.raises(ValueError, match="leave position_ids out"):
-        model.generate(ids, draft_loops=1, max_new_tokens=4, past_key_values=cache, position_ids=torch.arange(5)[None])
+        model.generate(ids, draft_loops=1, max_new_tokens=4, **{CACHE_NAME: cache}, position_ids=torch.arange(5)[None])
 
 
 def test_loops_of_the_one_row_may_be_a_tensor():

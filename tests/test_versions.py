@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 def direct_requirements() -> dict[str, Requirement]:
     """Name -> requirement, of the project and all its extras but itself."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    texts = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    requirements = [Requirement(text) for text in texts]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    requirements = [Requirement(text) for group in groups for text in group]
     return {canonicalize_name(r.name): r for r in reversed(requirements) if r.name != project["name"]}
 
 

@@ -75,8 +75,10 @@ FORWARD_DOCSTRING = r"""
             padding excluded, and a row stops when all of them agree.
         generator (`torch.Generator`, *optional*):
             Seed of `state_init="normal"`, see `connections_looped.py`.
+        past_key_values (`Cache`, *optional*):
+            Keys and values of earlier calls, which this one goes on from and adds to; a new `DynamicCache` if not given.
         cache (`Cache`, *optional*):
-            The same as `past_key_values`: its name in transformers from 5.24 on.
+            The same: its name in transformers from 5.24 on.
 
         Raises `ValueError` for a loop count, mask, token id or halting rule that does not fit, `TypeError` for an
         unknown keyword.

@@ -1,13 +1,13 @@
 """How many loops the tokens of a molecule need: what `looped halting RUN` does for the task molecules.
 
 RUN/halting.jsonl has rows of three measures; `rule` with its thresholds and `num_loops` name the setting, see
-`exits.rules`, and the rule `fixed` is a fixed loop count, which a rule must beat at as many loops.
+`exits.exit_settings`, and the rule `fixed` is a fixed loop count, which a rule must beat at as many loops.
 
     exit      held-out molecules, teacher-forced from `<bos>` to `<eos>`, one row per setting and batch size: the
               fields of `exits.exit_rows`. A complete molecule leaves the batch, so that no padding is run or counted
     kind      the same tokens, one row per rule and kind of the token that is predicted (`smiles.KINDS`): kind, tokens,
               and loss, full_loss, agreement and loops of these tokens. Each rule is at the threshold with the fewest
-              loops of those that cost at most 0.01 nats per token, or else at the one that costs the least
+              loops of those at most 0.01 nats per token above the best fixed count, or else at the nearest to it
     sample    molecules that `generate` writes with T 0.8 and top-k 40, one row per setting, all with the same random
               numbers:
 
@@ -29,7 +29,7 @@ In `generate` a molecule that is complete stays in the batch until all are, as i
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from statistics import fmean, median
 
@@ -44,7 +44,17 @@ from data_builders.molecules import rdkit_chem
 from .benchmark import counted_calls, interleaved, ratio_of, ratio_text
 from .chemnet import Statistics, frechet_distance, reference_statistics, statistics_of
 from .evaluation import load_run_model
-from .exits import BATCHES, IGNORED, decode, exit_rows, exit_settings, exits_text, quality_of, threshold_text
+from .exits import (
+    BATCHES,
+    IGNORED,
+    between_counts,
+    decode,
+    exit_rows,
+    exit_settings,
+    exits_text,
+    quality_of,
+    threshold_text,
+)
 from .halting import Setting
 from .molecules import SETTINGS, batch_seed, run_molecules, samples_of, share, write_tokens
 from .perplexity import spread_blocks
@@ -53,10 +63,15 @@ from .smiles import KINDS, canonical_or_none, token_kinds
 
 SAMPLES = 1000  # of each setting
 HELD_OUT = 200  # molecules that are decoded
-TIMED = {1: 2, 100: 1}  # molecules of a batch -> batches of a timed turn
+TIMED = (1, 100)  # molecules of a batch
 PARTS = 500  # samples that are written at once
 SLACK = 0.01  # nats per token
 DRAWN = SETTINGS[0]
+THRESHOLDS = {  # fewer than for text, since each is sampled: minutes on one core
+    "kl_entropy": (1.0, 0.1, 0.01),
+    "latent": (0.5, 0.3, 0.2, 0.1),
+    "q_exit": (0.1, 0.3, 0.5, 0.7, 0.9),
+}
 
 
 def molecule_rows(molecules: PackedMolecules, numbers: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict:
@@ -71,9 +86,10 @@ def molecule_rows(molecules: PackedMolecules, numbers: torch.Tensor, tokenizer: 
 
 def cheapest(rows: Sequence[dict]) -> list[dict]:
     """Of the exit rows of each rule but `fixed`, the one that the rows of measure kind are about."""
+    best = min(row["loss"] if row["rule"] == "fixed" else row["full_loss"] for row in rows)
 
     def rank(row):
-        cost = row["loss"] - row["full_loss"]
+        cost = row["loss"] - best
         return (0.0 if cost <= SLACK else cost, row["loops"])
 
     names = dict.fromkeys(row["rule"] for row in rows if row["rule"] != "fixed")
@@ -152,7 +168,7 @@ def distance_to(reference: Statistics | None, smiles: Sequence[str]) -> float | 
 
 @dataclass(frozen=True)
 class Pace:
-    """A turn of sampling: what a molecule and a step of `generate` took, and the calls of core layers per step."""
+    """One batch: what a molecule and a step of `generate` took, and the calls of core layers per step."""
 
     seconds_per_molecule: float
     seconds_per_step: float
@@ -161,16 +177,15 @@ class Pace:
 
 
 def pace(model, tokenizer, setting: Setting, batch: int, seed: int) -> Pace:
-    """One turn: `TIMED` batches."""
-    seconds, steps = 0.0, 0
+    """Write `batch` molecules."""
     with counted_calls(model) as calls:
-        for turn in range(TIMED[batch]):
-            drawn = batch_seed("pace", seed, turn)
-            began = time.perf_counter()
-            output = write_tokens(model, tokenizer, batch, DRAWN, setting.num_loops, drawn, halting=setting.halting)
-            seconds += time.perf_counter() - began
-            steps += output.sequences.shape[1] - 1
-    return Pace(seconds / (batch * TIMED[batch]), seconds / steps, len(calls) / steps, sum(calls) / steps)
+        began = time.perf_counter()
+        output = write_tokens(
+            model, tokenizer, batch, DRAWN, setting.num_loops, batch_seed("pace", seed), halting=setting.halting
+        )
+        seconds = time.perf_counter() - began
+    steps = output.sequences.shape[1] - 1
+    return Pace(seconds / batch, seconds / steps, len(calls) / steps, sum(calls) / steps)
 
 
 def timed_row(model, tokenizer, setting: Setting, full: Setting, batch: int, rounds: int) -> dict:
@@ -191,14 +206,6 @@ def timed_row(model, tokenizer, setting: Setting, full: Setting, batch: int, rou
         "layer_calls": fmean(turn.calls for turn in ours) / fmean(turn.calls for turn in theirs),
         "row_calls": fmean(turn.row_calls for turn in ours) / fmean(turn.row_calls for turn in theirs),
     } | ratio_of([(our.seconds_per_step, their.seconds_per_step) for our, their in pairs])
-
-
-def between_counts(fixed: dict[int, float], loops: float) -> float:
-    """What fixed loop counts have, at a mean of `loops`: on the straight line between the counts beside it."""
-    for (low, one), (high, two) in pairwise(sorted(fixed.items())):
-        if low <= loops <= high:
-            return one + (two - one) * (loops - low) / (high - low)
-    raise ValueError(f"{loops} loops are not between {min(fixed)} and {max(fixed)}.")
 
 
 def exits_of_molecules(
@@ -222,8 +229,7 @@ def exits_of_molecules(
     model, tokenizer = load_run_model(run)
     model.eval()
     num_loops = model.config.num_loops if num_loops is None else num_loops
-    if num_loops < 2:
-        raise ValueError(f"{run.folder} has {num_loops} loop, and none to leave: measure a run with more.")
+    settings = exit_settings(model, num_loops, THRESHOLDS)
     splits = run_molecules(run)
     test = PackedMolecules(splits["test"], tokenizer, run.recipe()["data"]["sequence_length"])
     number = SAMPLES if limit is None else limit
@@ -231,11 +237,11 @@ def exits_of_molecules(
     if len(numbers) < max(BATCHES):
         raise ValueError(f"there are {len(numbers)} test molecules, and a batch takes {max(BATCHES)}: use more data.")
     rows = {name: part.to(model.device) for name, part in molecule_rows(test, numbers, tokenizer).items()}
-    exits = exit_rows(model, rows, 0, num_loops, rounds)
+    exits = exit_rows(model, rows, 0, num_loops, settings, rounds)
     kinds = kind_rows(model, tokenizer, rows, [setting_of(row) for row in cheapest(exits)], num_loops)
     reference, full, samples = reference_statistics(splits["test"]), Setting(None, num_loops), []
     of_test = distance_to(reference, splits["test"].select(range(min(number, len(test))))["text"][:])
-    for setting in tqdm([*exit_settings(model, num_loops), full], desc="sampling", unit="rule"):
+    for setting in tqdm([*settings, full], desc="sampling", unit="rule"):
         row = sample_row(model, tokenizer, setting, number, reference) | {"fcd_of_test": of_test}
         row["timed"] = [timed_row(model, tokenizer, setting, full, batch, rounds) for batch in TIMED]
         samples.append(row)

@@ -5,7 +5,7 @@ import torch
 
 from looplab import exits
 from looplab.benchmark import CONFIDENCE, QUICK, accepted_row, speculation_row
-from looplab.exits import counted_calls, decode, exit_rows, exits_text
+from looplab.exits import counted_calls, decode, exit_rows, exit_settings, exits_text
 from toys import FP32, make_ids, make_model
 
 PROMPT, DECODED = 4, 6
@@ -43,10 +43,9 @@ def test_decoded_losses_with_all_loops_are_those_of_one_call():
 
 def test_every_rule_is_measured_at_both_batch_sizes(monkeypatch):
     monkeypatch.setattr(exits, "BATCHES", (1, 2))
-    for name in ("KL", "CHANGE", "SHARE"):
-        monkeypatch.setattr(exits, name, vars(exits)[name][:1])
     model, rows = make_model(exit_gate=True), make_rows(3)
-    results = exit_rows(model, rows, PROMPT, num_loops=3, rounds=1)
+    settings = exit_settings(model, 3, {name: values[:1] for name, values in exits.THRESHOLDS.items()})
+    results = exit_rows(model, rows, PROMPT, 3, settings, rounds=1)
     assert [(row["rule"], row["num_loops"], row["batch"]) for row in results] == [
         (rule, loops, batch)
         for rule, loops in (("kl_entropy", 3), ("latent", 3), ("q_exit", 3), ("fixed", 1), ("fixed", 2))
@@ -57,6 +56,7 @@ def test_every_rule_is_measured_at_both_batch_sizes(monkeypatch):
         assert row["tokens"] == 3 * DECODED
         if row["rule"] == "fixed":
             assert row["layer_calls"] == row["row_calls"] == row["loops"] / 3
+            assert row["fixed_loss"] == row["loss"]
     with counted_calls(model) as calls:
         decode(model, {name: values[:1] for name, values in rows.items()}, PROMPT, 3, {"rule": "q_exit", "q": 0.1})
     prompt = 2 * 3

@@ -83,3 +83,13 @@ def test_a_row_of_speculation_counts_what_generate_reports():
         len(output.drafted) for output in outputs
     )  # the prompt gives the first token
     assert row["layer_calls"] == sum(output.layer_calls for output in outputs) / (2 * 5 * 2 * 3)
+
+
+def test_a_text_that_may_end_is_as_long_as_it_is():
+    """The law above counts six tokens after each prompt; here the third one of a greedy text ends it."""
+    model, prompts = make_model(), make_ids(1, 4, seed=7)
+    first, second, end = model.generate(prompts, max_new_tokens=3, num_loops=3)[0, 4:].tolist()
+    assert end not in (first, second)
+    settings = {"draft_loops": 1, "num_loops": 3, CONFIDENCE: 0.0, "eos_token_id": end, "pad_token_id": 0}
+    assert speculation_row(model, prompts, 6, 1, ends=True, **settings)["tokens"] == 3
+    assert speculation_row(model, prompts, 6, 1, **settings)["tokens"] == 6

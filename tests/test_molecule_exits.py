@@ -153,7 +153,7 @@ def test_the_cheapest_threshold_is_within_a_hundredth_of_a_nat_of_the_best_fixed
         return {"rule": "q_exit", "q": q, "loss": loss, "full_loss": 1.0, "loops": loops, "num_loops": 8}
 
     rows = [row(0.1, 1.2, 1.0), row(0.5, 0.909, 3.0), row(0.7, 0.89, 4.0), row(0.9, 1.0, 7.0)]
-    fixed = [row(None, loss, loops) | {"rule": "fixed"} for loss, loops in ((1.1, 1), (0.9, 3))]
+    fixed = [row(None, loss, loops) | {"rule": "fixed"} for loss, loops in ((1.3, 1), (0.9, 3))]
     assert cheapest([*rows, *fixed]) == [rows[1]]
     assert cheapest([rows[0], row(0.2, 1.1, 2.0), *fixed]) == [row(0.2, 1.1, 2.0)]  # the nearest
     assert setting_of(rows[1]) == Setting({"rule": "q_exit", "q": 0.5}, 8)

@@ -240,7 +240,7 @@ def exits_of_molecules(
     exits = exit_rows(model, rows, 0, num_loops, settings, rounds)
     kinds = kind_rows(model, tokenizer, rows, [setting_of(row) for row in cheapest(exits)], num_loops)
     reference, full, samples = reference_statistics(splits["test"]), Setting(None, num_loops), []
-    of_test = distance_to(reference, splits["test"].select(range(min(number, len(test))))["text"][:])
+    of_test = distance_to(reference, splits["test"].select(spread_blocks(len(test), number).tolist())["text"][:])
     for setting in tqdm([*settings, full], desc="sampling", unit="rule"):
         row = sample_row(model, tokenizer, setting, number, reference) | {"fcd_of_test": of_test}
         row["timed"] = [timed_row(model, tokenizer, setting, full, batch, rounds) for batch in TIMED]

@@ -6,8 +6,8 @@
     hyper      training step of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
     context    decoding at long contexts, and chunks: training with gated KV, see `contexts.py`
     halting    layer calls and wall time of the KL + entropy rule against fixed loops, on a trained run
-    speculation  decoding with `draft_loops` against plain decoding, batch 1, new tokens/s: on a trained run on text,
-               and where every draft is accepted because loops change nothing, which is as fast as it gets
+    speculation  decoding with `draft_loops` against plain decoding, batch 1, new tokens/s: on a trained run on text or
+               molecules, and where every draft is accepted because loops change nothing, which is as fast as it gets
 
 Both models run the same matrix products on the same tokens; the looped one has num_core_layers layers of weights,
 Llama num_loops times as many. They are timed in turn (A B A B ...) in one process, so that what else the machine does
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -28,14 +29,19 @@ import numpy as np
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from data_builders import PackedMolecules
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
 
 from .evaluation import load_run_model, load_run_task
+from .molecules import SETTINGS, run_molecules
 from .perplexity import run_blocks, spread_blocks
-from .runs import open_run, write_whole
+from .runs import Run, open_run, write_whole
+
+CONFIDENCE = "assistant_confidence_threshold"
+CONFIDENCES = (0.4, 0.8)  # that of transformers, and one under which drafts are surer, and shorter
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Workload:
     prompt: int = 16
     new_tokens: int = 64
     prompts: int = 4
+    molecules: int = 16  # that are written
+    molecule_prompt: int = 5  # tokens, `<bos>` among them
     matmul: int = 1536
     rows_per_hop: int = 64
     steps: int = 8  # decoded at each context
@@ -57,7 +65,17 @@ class Workload:
 
 
 QUICK = Workload(
-    vocab=64, batch=2, tokens=8, prompt=4, new_tokens=4, prompts=1, matmul=64, rows_per_hop=4, steps=1, chunks=(4,)
+    vocab=64,
+    batch=2,
+    tokens=8,
+    prompt=4,
+    new_tokens=4,
+    prompts=1,
+    molecules=1,
+    matmul=64,
+    rows_per_hop=4,
+    steps=1,
+    chunks=(4,),
 )
 
 
@@ -171,11 +189,20 @@ def seconds(action: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(first: Callable, second: Callable, rounds: int, warmup: int = 2) -> list[tuple[float, float]]:
-    """Seconds of (first, second), timed in turn `rounds` times after `warmup` untimed turns (which also compile)."""
+def seconds_per_unit(action: Callable[[], float]) -> float:
+    """Seconds over what `action` says it did."""
+    start = time.perf_counter()
+    amount = action()
+    return (time.perf_counter() - start) / amount
+
+
+def interleaved(
+    first: Callable, second: Callable, rounds: int, warmup: int = 2, timed: Callable = seconds
+) -> list[tuple[float, float]]:
+    """`timed` of (first, second), in turn `rounds` times after `warmup` untimed turns (which also compile)."""
     for _ in range(warmup):
         first(), second()
-    return [(seconds(first), seconds(second)) for _ in range(rounds)]
+    return [(timed(first), timed(second)) for _ in range(rounds)]
 
 
 def compared(
@@ -332,38 +359,49 @@ def entropy_bound(vocab_size: int) -> float:
 
 
 @torch.inference_mode()
-def speculation_row(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, rounds: int, **settings) -> dict:
+def speculation_row(
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, rounds: int, ends: bool = False, **settings
+) -> dict:
     """Speculative over plain decoding of exactly `new_tokens` after each of `prompts` (N, T), one by one.
 
+    assistant_confidence_threshold, draft_loops, num_loops: of the speculative side
     acceptance     share of the drafted tokens that were accepted
     per_call       tokens per verification
-    layer_calls    of speculation, as a share of those of plain decoding
+    layer_calls    of speculation, as a share of those of plain decoding of as many tokens
+    tokens         written per prompt, mean
 
     Args:
+        ends: a text may also end before, by its `eos_token_id`; the ratio is of tokens per second either way.
         settings: of the speculative side; those but `draft_loops` are also the plain side's.
     """
     model.eval()
-    exactly = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "return_dict_in_generate": True}
-    plain = exactly | {name: value for name, value in settings.items() if name != "draft_loops"}
+    length = {"max_new_tokens": new_tokens, "return_dict_in_generate": True}
+    settings |= length if ends else length | {"min_new_tokens": new_tokens}
+    plain = {name: value for name, value in settings.items() if name != "draft_loops"}
 
     def decode(settings: dict) -> list:
         return [model.generate(ids, attention_mask=torch.ones_like(ids), **settings) for ids in prompts.split(1)]
 
-    outputs = decode(exactly | settings)
+    def written(outputs: list) -> int:
+        return sum(output.sequences.shape[1] - prompts.shape[1] for output in outputs)
+
+    outputs = decode(settings)
     drafted, accepted, verified = (sum(counts) for counts in zip(*map(tallies, outputs), strict=True))
     config, loops = model.config, settings["num_loops"]
     calls = config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * loops
-    pairs = interleaved(lambda: decode(exactly | settings), lambda: decode(plain), rounds, warmup=1)
+    pairs = interleaved(
+        lambda: written(decode(settings)), lambda: written(decode(plain)), rounds, warmup=1, timed=seconds_per_unit
+    )
     return {
         "measure": "speculation",
         "unit": "tokens/s",
-        **{name: settings[name] for name in ("draft_loops", "num_loops")},
+        **{name: settings[name] for name in ("draft_loops", "num_loops", CONFIDENCE)},
         "acceptance": accepted / drafted,
         "per_call": (accepted + verified) / verified,
-        "layer_calls": sum(o.layer_calls for o in outputs) / (calls * (new_tokens - 1) * len(outputs)),
-        **compared(pairs, new_tokens * len(prompts), ("speculative", "plain")),
+        "layer_calls": sum(o.layer_calls for o in outputs) / (calls * (written(outputs) - len(outputs))),
+        **compared(pairs, 1, ("speculative", "plain")),
         "batch": 1,
-        "tokens": new_tokens,
+        "tokens": written(outputs) / len(outputs),
     }
 
 
@@ -378,28 +416,43 @@ def accepted_row(width: int, work: Workload, rounds: int) -> dict:
         **model_sizes(width, work), num_core_layers=work.layers, num_loops=2 * work.loops, residual_init="zero"
     )
     prompts = torch.randint(1, work.vocab, (1, work.prompt), generator=torch.Generator().manual_seed(0))
-    settings = {"draft_loops": 1, "num_loops": 2 * work.loops, "num_assistant_tokens": 8}
-    row = speculation_row(
-        LoopedForCausalLM(config), prompts, work.new_tokens, rounds, assistant_confidence_threshold=0.0, **settings
-    )
+    settings = {"draft_loops": 1, "num_loops": 2 * work.loops, "num_assistant_tokens": 8, CONFIDENCE: 0.0}
+    row = speculation_row(LoopedForCausalLM(config), prompts, work.new_tokens, rounds, **settings)
     return {"mode": "all accepted", "width": width} | row
 
 
 def speculation_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
-    """Greedy and sampled text of a run on text at its largest trained loop count, after prompts of its test split."""
+    """Greedy and sampled text, or molecules, of a run at its largest trained loop count, after prompts of its test
+    split; molecules are sampled as `molecules.SETTINGS[0]` says, and end where they end."""
     run = open_run(folder)
     model, tokenizer = load_run_model(run)
-    blocks = run_blocks(run, tokenizer)["test"]
-    prompts = blocks.rows(spread_blocks(len(blocks), work.prompts))["input_ids"][:, : work.prompt].to(model.device)
-    loops = run.trained_loops()[1]
+    loops, molecules = run.trained_loops()[1], run.task() == "molecules"
+    prompts = (molecule_prompts if molecules else text_prompts)(run, tokenizer, work).to(model.device)
+    drawn = {"temperature": SETTINGS[0].temperature, "top_k": SETTINGS[0].top_k} if molecules else {}
     results = []
-    for do_sample in (False, True):
-        for draft_loops in (count for count in (1, 2, 4) if count < loops):
-            settings = {"draft_loops": draft_loops, "num_loops": loops, "do_sample": do_sample}
-            row = speculation_row(model, prompts, work.new_tokens, rounds, **settings)
-            mode = "sampled" if do_sample else "greedy"
-            results.append({"mode": mode, "run": run.name, "width": model.config.hidden_size} | row)
+    for do_sample, draft_loops, sure in product((False, True), (1, 2, 4), CONFIDENCES):
+        if draft_loops >= loops:
+            continue
+        settings = {"draft_loops": draft_loops, "num_loops": loops, CONFIDENCE: sure}
+        settings |= {"do_sample": True, **drawn} if do_sample else {"do_sample": False}
+        row = speculation_row(model, prompts, work.new_tokens, rounds, ends=molecules, **settings)
+        mode = "sampled" if do_sample else "greedy"
+        results.append({"mode": mode, "run": run.name, "width": model.config.hidden_size} | row)
     return results
+
+
+def text_prompts(run: Run, tokenizer: PreTrainedTokenizerBase, work: Workload) -> torch.Tensor:
+    """(prompts, prompt) tokens of the test split of a run on text."""
+    blocks = run_blocks(run, tokenizer)["test"]
+    return blocks.rows(spread_blocks(len(blocks), work.prompts))["input_ids"][:, : work.prompt]
+
+
+def molecule_prompts(run: Run, tokenizer: PreTrainedTokenizerBase, work: Workload) -> torch.Tensor:
+    """(molecules, molecule_prompt): `<bos>` and the first tokens of molecules of the test split."""
+    test = PackedMolecules(run_molecules(run)["test"], tokenizer, run.recipe()["data"]["sequence_length"])
+    begun = work.molecule_prompt - 1
+    numbers = spread_blocks(len(test), work.molecules).tolist()
+    return torch.tensor([[tokenizer.bos_token_id, *test.tokens(number)[:begun].tolist()] for number in numbers])
 
 
 def matmul_peak(size: int) -> float:
@@ -438,7 +491,7 @@ def bench(
     Args:
         widths: hidden sizes; a head is 64 wide.
         rounds: timed pairs per ratio.
-        run: a trained run for the halting rows or, where it is one on text, for those of speculation.
+        run: a trained run for the halting rows or, where it is one on text or molecules, for those of speculation.
         compiled: also the rows with torch.compile, which take minutes to compile.
         quick: tiny sizes and two rounds, to see that it works.
         contexts: measure these instead: decoding after so many tokens with each KV sharing, and training in chunks.
@@ -458,7 +511,7 @@ def bench(
     plan += [lambda w=w, c=c: [hyper_row(w, work, rounds, c)] for w in widths for c in modes]
     plan += [lambda w=w: [accepted_row(w, work, rounds)] for w in widths]
     if run is not None:
-        measured = speculation_rows if open_run(run).task() == "text" else halting_rows
+        measured = speculation_rows if open_run(run).task() in ("text", "molecules") else halting_rows
         plan.append(lambda: measured(run, work, rounds))
     if contexts:
         plan = memory_plan(widths, work, rounds, contexts, memory_loops)
@@ -505,11 +558,11 @@ def bench_table(rows: Sequence[dict]) -> str:
         text.append(
             "\nself-speculation against plain decoding, batch 1; calls: of layers, as a share of plain decoding's"
         )
-        columns = f"{'text':<14}{'width':>6}{'draft':>7}{'loops':>7}{'accepted':>10}{'tokens/call':>13}{'calls':>7}"
-        text.append(f"{columns}   ratio of tokens/s")
+        columns = f"{'text':<14}{'width':>6}{'draft':>7}{'loops':>7}{'sure':>6}{'accepted':>10}{'tokens/call':>13}"
+        text.append(f"{columns}{'calls':>7}   ratio of tokens/s")
     for row in drafts:
         text.append(
-            f"{row['mode']:<14}{row['width']:>6}{row['draft_loops']:>7}{row['num_loops']:>7}"
+            f"{row['mode']:<14}{row['width']:>6}{row['draft_loops']:>7}{row['num_loops']:>7}{row[CONFIDENCE]:>6}"
             f"{100 * row['acceptance']:>8.0f} %{row['per_call']:>13.2f}{100 * row['layer_calls']:>5.0f} %   "
             f"{ratio_text(row)}"
         )

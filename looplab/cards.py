@@ -36,6 +36,7 @@ FIGURES = {
     "hops": "Accuracy by hops, at the loops chosen on the validation questions",
     "halting": "Accuracy against loops used, by halting rule",
     "validity": "Validity, and loss on test molecules, by loops",
+    "exits": "Validity against mean loops of a token: halting rules, and fixed loop counts",
     "faults": "What is wrong with the molecules, by loops",
     "molecules": "Some valid molecules that the model wrote",
     "perplexity": "Perplexity on unseen documents, by loops",

@@ -264,11 +264,14 @@ def parser() -> argparse.ArgumentParser:
         "--max-loops",
         type=positive,
         metavar="R",
-        help="the largest budget (default: 50; of text, all loops: the model's own)",
+        help="the largest budget (default: 50; of text and molecules, all loops: the model's own)",
     )
     command.add_argument("--max-hops", type=positive, metavar="K", help="chains of up to K hops (khop only)")
     command.add_argument(
-        "--limit", type=positive, metavar="N", help="at most N rows per hop count and split kind, or rows of text"
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="at most N rows per hop count and split kind, rows of text, or molecules of a setting (default: 1,000)",
     )
     command.set_defaults(call=run_halting)
 
@@ -378,7 +381,7 @@ def parser() -> argparse.ArgumentParser:
         "--rounds", type=positive, default=7, metavar="N", help="interleaved pairs (default: %(default)s)"
     )
     command.add_argument(
-        "--run", metavar="RUN", help="also measure halting, or speculation on text, on this trained run"
+        "--run", metavar="RUN", help="also measure halting, or speculation on text or molecules, on this trained run"
     )
     command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
     command.add_argument(

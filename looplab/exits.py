@@ -1,16 +1,19 @@
 """What leaving the loop early saves a run on text, and costs it: `looped halting RUN` writes RUN/halting.jsonl.
 
-    for every rule and threshold:
-        quality    held-out text is decoded token by token through the KV cache, teacher-forced: nats per token, how
+    for every rule and threshold, and for every fixed loop count, which a rule must beat:
+        quality    held-out rows are decoded token by token through the KV cache, teacher-forced: nats per token, how
                    often the likeliest token is that of all loops, mean loops of a token
         time       the same tokens, with the rule and with all loops in turn, in batches of 1 and 16 rows: rows that
                    are done leave the batch, and a loop that none is left in is not run
 
-The prompt is run with all loops either way. A token that stopped early leaves in the cache what `kv_sharing` says it
-does; every one of them is measured alike. Layer calls are counted by hooks on the core's layers.
+The prompt of a text is run with all loops, or the fixed count. A token that stopped early leaves in the cache what
+`kv_sharing` says it does; every one of them is measured alike. Layer calls are counted by hooks on the core's layers.
+Runs on molecules: molecule_exits.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,92 +23,140 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .benchmark import counted_calls, entropy_bound, interleaved, ratio_of, ratio_text
 from .evaluation import load_run_model
+from .halting import Setting
 from .perplexity import run_blocks, spread_blocks
 from .runs import open_run, to_json_lines, write_whole
 
-PROMPT, DECODED = 32, 32  # tokens of a row
+PROMPT, DECODED = 32, 32  # tokens of a row of text
+IGNORED = -100  # label of what pads a row on the right
 BATCHES = (1, 16)
-KL = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # nats
-CHANGE = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
-SHARE = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
+THRESHOLDS = {
+    "kl_entropy": (1.0, 0.3, 0.1, 0.03, 0.01, 0.003),  # nats
+    "latent": (0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
+    "q_exit": (0.1, 0.3, 0.5, 0.7, 0.9, 0.99),
+}
 
 
-def rules(model: PreTrainedModel) -> list[dict]:
-    """Every rule with its thresholds, as `forward` takes them."""
+def exit_settings(model: PreTrainedModel, num_loops: int, thresholds: dict[str, Sequence[float]]) -> list[Setting]:
+    """Every rule of `thresholds` that the model has, with at most `num_loops` loops, then the fixed counts below.
+
+    Raises:
+        ValueError: there is only one loop.
+    """
+    if num_loops < 2:
+        raise ValueError(f"num_loops={num_loops} leaves no loop out: exits are measured with 2 or more.")
     bound = entropy_bound(model.config.vocab_size)
-    settings = [{"rule": "kl_entropy", "kl_threshold": kl, "max_entropy": bound} for kl in KL]
-    settings += [{"rule": "latent", "threshold": change} for change in CHANGE]
-    settings += [{"rule": "q_exit", "q": share} for share in SHARE if model.config.exit_gate]
-    return settings
+    rules = [{"rule": "kl_entropy", "kl_threshold": kl, "max_entropy": bound} for kl in thresholds["kl_entropy"]]
+    rules += [{"rule": "latent", "threshold": change} for change in thresholds["latent"]]
+    rules += [{"rule": "q_exit", "q": q} for q in thresholds["q_exit"] if model.config.exit_gate]
+    return [Setting(rule, num_loops) for rule in rules] + [Setting(None, fixed) for fixed in range(1, num_loops)]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Rows decoded token by token: `losses` and `said` (likeliest token), `loops`, each (N, DECODED)."""
+    """Rows decoded token by token, each (N, T): `losses`, `said` (likeliest token) and `loops`; `real` has a label."""
 
     losses: torch.Tensor
     said: torch.Tensor
     loops: torch.Tensor
+    real: torch.Tensor
 
 
 @torch.inference_mode()
-def decode(model: PreTrainedModel, rows: dict, num_loops: int, halting: dict | None) -> Decoded:
-    """Teacher-forced decoding of `input_ids` (N, PROMPT + DECODED) with `shift_labels` of the same shape."""
-    ids, labels = rows["input_ids"], rows["shift_labels"][:, PROMPT:]
+def decode(model: PreTrainedModel, rows: dict, prompt: int, num_loops: int, halting: dict | None) -> Decoded:
+    """Teacher-forced decoding of `input_ids` (N, prompt + T), in which `shift_labels` of the same shape come next.
+
+    Labels at the end of a row may be -100: the row is shorter, and leaves the batch where they begin.
+    """
+    ids, labels = rows["input_ids"], rows["shift_labels"][:, prompt:]
+    real = labels != IGNORED
+    lengths = real.sum(1)
+    losses, said, loops = (torch.zeros(labels.shape, dtype=dtype) for dtype in (torch.float32, torch.long, torch.long))
     cache = DynamicCache()
-    model(ids[:, :PROMPT], past_key_values=cache, use_cache=True, num_loops=num_loops, logits_to_keep=1)
-    losses, said, loops = [], [], []
-    for token, label in zip(ids[:, PROMPT:].split(1, dim=1), labels.unbind(1), strict=True):
+    if prompt:
+        model(ids[:, :prompt], past_key_values=cache, use_cache=True, num_loops=num_loops, logits_to_keep=1)
+    left = torch.arange(len(ids), device=ids.device)
+    for step in range(int(lengths.max())):
+        going = lengths[left] > step
+        if not going.all():
+            left = left[going]
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+        token = ids[left, prompt + step].unsqueeze(1)
         output = model(token, past_key_values=cache, use_cache=True, num_loops=num_loops, halting=halting)
-        logits = output.logits[:, -1].float()
-        losses.append(F.cross_entropy(logits, label, reduction="none"))
-        said.append(logits.argmax(-1))
-        loops.append(output.loops_used[:, -1])
-    return Decoded(*(torch.stack(part, dim=1).cpu() for part in (losses, said, loops)))
+        logits, rows_left = output.logits[:, -1].float(), left.cpu()
+        losses[rows_left, step] = F.cross_entropy(logits, labels[left, step], reduction="none").cpu()
+        said[rows_left, step] = logits.argmax(-1).cpu()
+        loops[rows_left, step] = output.loops_used[:, -1].cpu()
+    return Decoded(losses, said, loops, real.cpu())
 
 
-def exit_rows(model: PreTrainedModel, rows: dict, num_loops: int, rounds: int) -> list[dict]:
-    """A row of halting.jsonl per rule, threshold and batch size.
+def quality_of(decoded: Decoded, full: Decoded, chosen: torch.Tensor) -> dict:
+    """loss, full_loss, agreement and loops, see `exit_rows`, over the tokens of `chosen` (N, T) bool."""
+    return {
+        "loss": float(decoded.losses[chosen].double().mean()),
+        "full_loss": float(full.losses[chosen].double().mean()),
+        "agreement": float((decoded.said == full.said)[chosen].double().mean()),
+        "loops": float(decoded.loops[chosen].double().mean()),
+        "tokens": int(chosen.sum()),
+    }
 
+
+def exit_rows(
+    model: PreTrainedModel, rows: dict, prompt: int, num_loops: int, settings: Sequence[Setting], rounds: int
+) -> list[dict]:
+    """A row of halting.jsonl per setting and batch size, against `num_loops` loops.
+
+    rule, its thresholds  `fixed` for a fixed count
+    num_loops             the most loops of a token; those of a fixed count
     loss, full_loss       nats per token with the rule, and with all loops
     agreement             share of the tokens whose likeliest one is that of all loops
     loops                 mean of the decoded tokens
+    fixed_loss            nats per token at as many loops, on the straight lines between the fixed counts
     layer_calls           calls of core layers as a share of those of all loops; row_calls: each times its rows
     ratio                 seconds of all loops over seconds with the rule, median (ratio_min, ratio_max) of pairs
 
+    Quality is that of all rows, time and calls those of the first `batch`.
+
     Args:
-        rows: `input_ids` and `shift_labels` (N, PROMPT + DECODED), N >= 16.
+        rows: `input_ids` and `shift_labels` (N, prompt + T), N >= 16, see `decode`.
+        prompt: tokens of a row that are not decoded.
+        settings: among them the fixed counts below `num_loops`, as in `exit_settings`.
     """
-    full = decode(model, rows, num_loops, None)
+    full = decode(model, rows, prompt, num_loops, None)
     results = []
-    for rule in tqdm(rules(model), desc="exits", unit="rule"):
-        halted = decode(model, rows, num_loops, rule)
-        quality = {
-            "loss": float(halted.losses.double().mean()),
-            "full_loss": float(full.losses.double().mean()),
-            "agreement": float((halted.said == full.said).double().mean()),
-            "loops": float(halted.loops.double().mean()),
-            "tokens": halted.loops.numel(),
-        }
+    for setting in tqdm(settings, desc="exits", unit="rule"):
+        quality = quality_of(decode(model, rows, prompt, setting.num_loops, setting.halting), full, full.real)
         for batch in BATCHES:
             some = {name: values[:batch] for name, values in rows.items()}
 
-            def once(halting, some=some):
-                return decode(model, some, num_loops, halting)
+            def once(which: Setting, some=some):
+                return decode(model, some, prompt, which.num_loops, which.halting)
 
             counts = []
-            for halting in (rule, None):
+            for which in (setting, Setting(None, num_loops)):
                 with counted_calls(model) as calls:
-                    once(halting)
+                    once(which)
                 counts.append((len(calls), sum(calls)))
             (calls, row_calls), (all_calls, all_row_calls) = counts
-            pairs = interleaved(lambda rule=rule: once(rule), lambda: once(None), rounds, warmup=1)
+            pairs = interleaved(
+                lambda setting=setting: once(setting), lambda: once(Setting(None, num_loops)), rounds, warmup=0
+            )
             results.append(
-                {"measure": "exit", **rule, "num_loops": num_loops, "batch": batch, **quality}
+                {"measure": "exit", **setting.row(), "batch": batch, **quality}
                 | {"layer_calls": calls / all_calls, "row_calls": row_calls / all_row_calls}
                 | ratio_of(pairs)
             )
-    return results
+    fixed = {row["num_loops"]: row["loss"] for row in results if row["rule"] == "fixed"}
+    fixed[num_loops] = results[0]["full_loss"]
+    return [row | {"fixed_loss": between_counts(fixed, row["loops"])} for row in results]
+
+
+def between_counts(fixed: dict[int, float], loops: float) -> float:
+    """What fixed loop counts have, at a mean of `loops`: on the straight line between the counts beside it."""
+    for (low, one), (high, two) in pairwise(sorted(fixed.items())):
+        if low <= loops <= high:
+            return one + (two - one) * (loops - low) / (high - low)
+    raise ValueError(f"{loops} loops are not between {min(fixed)} and {max(fixed)}.")
 
 
 def exits_run(folder: str | Path, num_loops: int | None = None, limit: int | None = None, rounds: int = 5) -> Path:
@@ -118,7 +169,8 @@ def exits_run(folder: str | Path, num_loops: int | None = None, limit: int | Non
         rounds: timed pairs.
 
     Raises:
-        ValueError: no such run, it has not finished, its text has changed, its blocks are too short, or too few rows.
+        ValueError: no such run, it has not finished, its text has changed, its blocks are too short, there are too
+            few rows, or only one loop.
     """
     run = open_run(folder)
     model, tokenizer = load_run_model(run)
@@ -133,23 +185,29 @@ def exits_run(folder: str | Path, num_loops: int | None = None, limit: int | Non
     if len(numbers) < max(BATCHES):
         raise ValueError(f"there are {len(numbers)} rows of test text, and a batch takes {max(BATCHES)}: allow more.")
     rows = {name: value[:, : PROMPT + DECODED].to(model.device) for name, value in blocks.rows(numbers).items()}
-    results = exit_rows(model, rows, model.config.num_loops if num_loops is None else num_loops, rounds)
+    num_loops = model.config.num_loops if num_loops is None else num_loops
+    results = exit_rows(model, rows, PROMPT, num_loops, exit_settings(model, num_loops, THRESHOLDS), rounds)
     return write_whole(run.folder / "halting.jsonl", to_json_lines(results))
 
 
-def exits_text(rows: list[dict]) -> str:
-    """The rows as a table."""
+def exits_text(rows: Sequence[dict]) -> str:
+    """The rows of measure exit as a table."""
     first = rows[0]
+    columns = f"{'batch':>7}{'loops':>7}{'calls':>8}{'row calls':>11}{'nats':>8}{'fixed':>8}{'agree':>8}"
     text = [
-        f"{first['num_loops']} loops: {first['full_loss']:.3f} nats per token, {first['tokens']} tokens decoded",
-        f"{'rule':<12}{'threshold':>10}{'batch':>7}{'loops':>7}{'calls':>8}{'row calls':>11}{'nats':>8}{'agree':>8}"
-        "   speed (all loops / rule)",
+        f"{first['num_loops']} loops: {first['full_loss']:.3f} nats per token, {first['tokens']} tokens decoded; "
+        "fixed: of fixed counts at as many loops",
+        f"{'rule':<12}{'threshold':>10}{columns}   speed (all loops / rule)",
     ]
     for row in rows:
-        threshold = row.get("kl_threshold", row.get("threshold", row.get("q")))
         text.append(
-            f"{row['rule']:<12}{threshold:>10g}{row['batch']:>7}{row['loops']:>7.2f}{100 * row['layer_calls']:>6.0f} %"
-            f"{100 * row['row_calls']:>9.0f} %{row['loss']:>8.3f}{100 * row['agreement']:>6.1f} %   "
-            f"{ratio_text(row)}"
+            f"{row['rule']:<12}{threshold_text(row):>10}{row['batch']:>7}{row['loops']:>7.2f}"
+            f"{100 * row['layer_calls']:>6.0f} %{100 * row['row_calls']:>9.0f} %"
+            f"{row['loss']:>8.3f}{row['fixed_loss']:>8.3f}{100 * row['agreement']:>6.1f} %   {ratio_text(row)}"
         )
     return "\n".join(text)
+
+
+def threshold_text(row: dict) -> str:
+    """The threshold of a row's rule; of a fixed count, that."""
+    return f"{row.get('kl_threshold', row.get('threshold', row.get('q', row['num_loops']))):g}"

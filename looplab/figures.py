@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .curves import Group, halting_figure, hops_figure, learning_figure, loops_figure
-from .molecule_plots import faults_figure, molecules_picture, validity_figure
+from .molecule_plots import exits_figure, faults_figure, molecules_picture, validity_figure
 from .plots import heat_map, save, training_curves, write_bytes
 from .runs import Run, open_run
 from .seeds import group_runs
@@ -60,7 +60,7 @@ def plot_text_runs(runs: Sequence[Run], output: str | Path | None = None) -> lis
 
 
 def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
-    """As `plot_runs`, for runs on molecules; those that were not evaluated get training.png only.
+    """As `plot_runs`, for runs on molecules: of what was not measured there is no picture.
 
     Raises:
         ValueError: a run has no held-out losses yet, or its samples are gone.
@@ -72,6 +72,8 @@ def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) ->
         if all_have([run], "molecules.jsonl"):
             paths += draw_molecules([(run.name, [run])], figures)
             paths.append(write_bytes(figures / "molecules.png", molecules_picture(run)))
+        if all_have([run], "halting.jsonl"):
+            paths.append(save(exits_figure(run), figures / "exits.png"))
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)

@@ -2,6 +2,7 @@
 
 validity.png    validity and test loss over loops, those of the training shaded
 faults.png      share of samples with each fault, over loops: what a pass more puts right
+exits.png       validity over mean loops: halting rules against fixed loop counts (of single runs)
 molecules.png   a grid of valid samples, drawn by rdkit (of single runs)
 """
 
@@ -87,6 +88,26 @@ def faults_figure(runs: Sequence[Run], name: str) -> Figure:
     seeds = f", mean of {len(runs)} runs" if len(runs) > 1 else ""
     axes.set_title(f"{name}{seeds}; a sample may have several; {FLOOR} stands for none", fontsize=9, loc="left")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def exits_figure(run: Run) -> Figure:
+    """Validity (%) over mean loops per token: a line per halting rule, and that of fixed loop counts, to be beaten."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    samples = [row for row in run.halting() if row["measure"] == "sample"]
+    rules = ["fixed", *dict.fromkeys(row["rule"] for row in samples if row["rule"] != "fixed")]
+    for index, rule in enumerate(rules):
+        rows = sorted((row for row in samples if row["rule"] == rule), key=lambda row: row["loops"])
+        points = [
+            tuple(100 * share for share in (row["validity"]["share"], *row["validity"]["interval"])) for row in rows
+        ]
+        label = "fixed counts" if rule == "fixed" else rule
+        draw_band(axes, [row["loops"] for row in rows], points, index, label, shaded=rule == "fixed")
+    tidy(axes, "valid molecules (%)", "mean loops per token")
+    number = samples[0]["n"]
+    axes.set_title(f"{run.name}; band: 95 % interval of {number:,} samples", fontsize=9, color="0.3", loc="left")
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
 

@@ -75,7 +75,6 @@ def default_loops(own: int) -> list[int]:
     return sorted({*range(1, own + 1), *(own * more // 4 for more in (5, 6, 8))}) if own > 1 else [1]
 
 
-@torch.inference_mode()
 def write_molecules(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,14 +86,36 @@ def write_molecules(
     logits_processor: LogitsProcessorList | None = None,
 ) -> list[dict]:
     """`count` samples {"smiles", "finished"}, a function of the seed; the random state outside is as it was."""
+    output = write_tokens(model, tokenizer, count, setting, num_loops, seed, use_cache, logits_processor)
+    return samples_of(output.sequences, tokenizer)
+
+
+@torch.inference_mode()
+def write_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    setting: Setting,
+    num_loops: int,
+    seed: int,
+    use_cache: bool = True,
+    logits_processor: LogitsProcessorList | None = None,
+    halting: dict | None = None,
+):
+    """What `generate` returns for `count` samples: sequences (count, 1 + T) from `<bos>`, loops_used (count, T)."""
     start = torch.full((count, 1), tokenizer.bos_token_id, device=model.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        rows = model.generate(
+        return model.generate(
             start, attention_mask=torch.ones_like(start), do_sample=True, temperature=setting.temperature,
             top_k=setting.top_k, top_p=1.0, max_new_tokens=MAX_TOKENS, num_loops=num_loops, use_cache=use_cache,
-            logits_processor=logits_processor,
-        )[:, 1:]  # fmt: skip
+            logits_processor=logits_processor, halting=halting, return_dict_in_generate=True,
+        )  # fmt: skip
+
+
+def samples_of(sequences: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """{"smiles", "finished"} of each of the sequences (N, 1 + T), which begin with `<bos>`."""
+    rows = sequences[:, 1:]
     finished = (rows == tokenizer.eos_token_id).any(1).tolist()
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return [{"smiles": text, "finished": ended} for text, ended in zip(texts, finished, strict=True)]

@@ -89,8 +89,7 @@ class TextReader:
         """
         from .exits import exits_run, exits_text
 
-        if max_hops is not None:
-            raise ValueError(f"--max-hops is for tasks with hops, and {run.folder} is a run on text: leave it out.")
+        refuse_hop_options(run, None, max_hops)
         path = exits_run(run.folder, num_loops=max_loops, limit=limit)
         return path, exits_text(run.halting())
 
@@ -124,6 +123,18 @@ class MoleculeReader:
 
         refuse_hop_options(run, max_loops, max_hops)
         return evaluate_molecules(run.folder, loops=loops, limit=limit, masked=masked)
+
+    def halting(self, run: Run, *, limit, max_loops, max_hops) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `molecule_exits.exits_of_molecules`; returns it and what it says.
+
+        Raises:
+            ValueError: `max_hops` is given.
+        """
+        from .molecule_exits import exits_of_molecules, molecule_exits_text
+
+        refuse_hop_options(run, None, max_hops)
+        path = exits_of_molecules(run.folder, num_loops=max_loops, limit=limit)
+        return path, molecule_exits_text(run.halting())
 
     def show(self, run: Run) -> None:
         from .molecule_results import molecules_text

@@ -9,7 +9,7 @@ loops.jsonl     held-out accuracy and margin, every loop `looped eval`
 text.jsonl      test perplexity by loops (task text)     `looped eval`
 molecules.jsonl validity and more by loops (molecules)   `looped eval`
 samples/        the molecules that were written          `looped eval`
-halting.jsonl   accuracy against loops, time saved       `looped halting`
+halting.jsonl   quality against loops, time saved        `looped halting`
 evaluation.json limit; chance level, or size of a model  `looped eval`
 snapshots/      the model at steps the recipe names      while training
 lens*.jsonl     what states say and cause                `looped lens`

@@ -26,6 +26,7 @@ from data_builders.tokenizers import SMILES_TOKEN
 TOKEN = re.compile(SMILES_TOKEN)
 RING = re.compile(r"[0-9]|%[0-9]{2}|%\([0-9]+\)")
 LABELS = ("truncated", "empty", "brackets", "rings", "syntax", "valence", "aromaticity")
+KINDS = ("atom", "bond", "branch open", "branch close", "ring open", "ring close", "end")
 EXCLUSIVE = ("valid", "bracket", "ring", "valence", "other")
 
 # What rdkit calls the problems of a graph.
@@ -71,6 +72,21 @@ def unmatched(tokens: Sequence[str]) -> tuple[set[int], set[int]]:
         elif token[0].isalpha() or token[0] in "[*":
             atoms += 1
     return branches | set(open_branches), rings | {start for start, _ in open_rings.values()}
+
+
+def token_kinds(tokens: Sequence[str]) -> list[str]:
+    """The one of `KINDS` of each token, and of the end after them; the dot between molecules counts as a bond."""
+    kinds, rings = [], set()
+    for token in tokens:
+        if token in "()":
+            kinds.append("branch open" if token == "(" else "branch close")
+        elif RING.fullmatch(token):
+            number = int(token.strip("%()"))
+            kinds.append("ring close" if number in rings else "ring open")
+            rings ^= {number}
+        else:
+            kinds.append("atom" if token[0].isalpha() or token[0] in "[*" else "bond")
+    return [*kinds, "end"]
 
 
 def faults(smiles: str, finished: bool = True) -> list[str]:

@@ -4,16 +4,11 @@ import pytest
 import torch
 
 from looplab import exits
-from looplab.benchmark import QUICK, accepted_row, speculation_row
-from looplab.exits import counted_calls, decode, exit_rows, exits_text
+from looplab.benchmark import CONFIDENCE, QUICK, accepted_row, speculation_row
+from looplab.exits import counted_calls, decode, exit_rows, exit_settings, exits_text
 from toys import FP32, make_ids, make_model
 
 PROMPT, DECODED = 4, 6
-
-
-@pytest.fixture(autouse=True)
-def short_rows(monkeypatch):
-    monkeypatch.setattr(exits, "PROMPT", PROMPT)
 
 
 def make_rows(count: int) -> dict:
@@ -26,10 +21,10 @@ def test_a_row_is_decoded_as_it_would_be_alone(kv_sharing):
     """Rows that halt leave the batch, whatever a token keeps in the cache."""
     model = make_model(kv_sharing=kv_sharing)
     rows, rule = make_rows(3), {"rule": "latent", "threshold": 0.5}
-    together = decode(model, rows, 4, rule)
+    together = decode(model, rows, PROMPT, 4, rule)
     assert len(together.loops.unique()) > 1
     for index in range(3):
-        alone = decode(model, {name: value[index : index + 1] for name, value in rows.items()}, 4, rule)
+        alone = decode(model, {name: value[index : index + 1] for name, value in rows.items()}, PROMPT, 4, rule)
         assert torch.equal(alone.loops[0], together.loops[index])
         torch.testing.assert_close(alone.losses[0], together.losses[index], **FP32)
 
@@ -41,25 +36,29 @@ def test_decoded_losses_with_all_loops_are_those_of_one_call():
     losses = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), rows["shift_labels"][:, PROMPT:], reduction="none"
     )
-    decoded = decode(model, rows, 3, None)
+    decoded = decode(model, rows, PROMPT, 3, None)
     torch.testing.assert_close(decoded.losses, losses, **FP32)
     assert torch.equal(decoded.said, logits.argmax(-1))
 
 
 def test_every_rule_is_measured_at_both_batch_sizes(monkeypatch):
     monkeypatch.setattr(exits, "BATCHES", (1, 2))
-    for name in ("KL", "CHANGE", "SHARE"):
-        monkeypatch.setattr(exits, name, vars(exits)[name][:1])
     model, rows = make_model(exit_gate=True), make_rows(3)
-    results = exit_rows(model, rows, num_loops=3, rounds=1)
-    assert [(row["rule"], row["batch"]) for row in results] == [
-        (rule, batch) for rule in ("kl_entropy", "latent", "q_exit") for batch in (1, 2)
+    settings = exit_settings(model, 3, {name: values[:1] for name, values in exits.THRESHOLDS.items()})
+    results = exit_rows(model, rows, PROMPT, 3, settings, rounds=1)
+    assert [(row["rule"], row["num_loops"], row["batch"]) for row in results] == [
+        (rule, loops, batch)
+        for rule, loops in (("kl_entropy", 3), ("latent", 3), ("q_exit", 3), ("fixed", 1), ("fixed", 2))
+        for batch in (1, 2)
     ]
     for row in results:
         assert 1 / 3 <= row["row_calls"] <= row["layer_calls"] <= 1
         assert row["tokens"] == 3 * DECODED
+        if row["rule"] == "fixed":
+            assert row["layer_calls"] == row["row_calls"] == row["loops"] / 3
+            assert row["fixed_loss"] == row["loss"]
     with counted_calls(model) as calls:
-        decode(model, {name: values[:1] for name, values in rows.items()}, 3, {"rule": "q_exit", "q": 0.1})
+        decode(model, {name: values[:1] for name, values in rows.items()}, PROMPT, 3, {"rule": "q_exit", "q": 0.1})
     prompt = 2 * 3
     assert (len(calls) - prompt) / (DECODED * 2 * 3 + prompt) < 1  # it halts early here
     assert len(exits_text(results).splitlines()) == 2 + len(results)
@@ -73,7 +72,7 @@ def test_where_loops_change_nothing_all_drafts_are_accepted():
 
 def test_a_row_of_speculation_counts_what_generate_reports():
     model, prompts = make_model(), make_ids(2, 4)
-    settings = {"draft_loops": 1, "num_loops": 3, "num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0}
+    settings = {"draft_loops": 1, "num_loops": 3, "num_assistant_tokens": 3, CONFIDENCE: 0.0}
     row = speculation_row(model, prompts, 6, 1, **settings)
     outputs = [
         model.generate(ids, max_new_tokens=6, return_dict_in_generate=True, **settings) for ids in prompts.split(1)
@@ -84,3 +83,13 @@ def test_a_row_of_speculation_counts_what_generate_reports():
         len(output.drafted) for output in outputs
     )  # the prompt gives the first token
     assert row["layer_calls"] == sum(output.layer_calls for output in outputs) / (2 * 5 * 2 * 3)
+
+
+def test_a_text_that_may_end_is_as_long_as_it_is():
+    """The law above counts six tokens after each prompt; here the third one of a greedy text ends it."""
+    model, prompts = make_model(), make_ids(1, 4, seed=7)
+    first, second, end = model.generate(prompts, max_new_tokens=3, num_loops=3)[0, 4:].tolist()
+    assert end not in (first, second)
+    settings = {"draft_loops": 1, "num_loops": 3, CONFIDENCE: 0.0, "eos_token_id": end, "pad_token_id": 0}
+    assert speculation_row(model, prompts, 6, 1, ends=True, **settings)["tokens"] == 3
+    assert speculation_row(model, prompts, 6, 1, **settings)["tokens"] == 6

@@ -1,0 +1,288 @@
+"""How many loops the tokens of a molecule need: what `looped halting RUN` does for the task molecules.
+
+RUN/halting.jsonl has rows of three measures; `rule` with its thresholds and `num_loops` name the setting, see
+`exits.exit_settings`, and the rule `fixed` is a fixed loop count, which a rule must beat at as many loops.
+
+    exit      held-out molecules, teacher-forced from `<bos>` to `<eos>`, one row per setting and batch size: the
+              fields of `exits.exit_rows`. A complete molecule leaves the batch, so that no padding is run or counted
+    kind      the same tokens, one row per rule and kind of the token that is predicted (`smiles.KINDS`): kind, tokens,
+              and loss, full_loss, agreement and loops of these tokens. Each rule is at the threshold with the fewest
+              loops of those at most 0.01 nats per token above the best fixed count, or else at the nearest to it
+    sample    molecules that `generate` writes with T 0.8 and top-k 40, one row per setting, all with the same random
+              numbers:
+
+    n                     molecules
+    validity              {"share", "interval"} as in `molecules.measure`
+    fixed_validity        share at the same mean loops, on the straight lines between the fixed counts
+    fcd, fcd_of_test      distance to 10,000 test molecules of the valid ones, and of n test molecules: the fewer
+                          they are the larger it is, so compare equal n. None without fcd_torch
+    loops, tokens         mean over the tokens up to `<eos>` and with it; how many these are
+    timed                 for batches of 1 and of 100 molecules, against all loops in turn: batch;
+                          molecules_per_second, full_molecules_per_second, medians over the rounds;
+                          ratio (ratio_min, ratio_max): seconds per step of `generate` with all loops over those with
+                          the rule, which does not depend on how long the written molecules happened to be;
+                          layer_calls, row_calls: per step, as a share of those of all loops
+
+In `generate` a molecule that is complete stays in the batch until all are, as it does in use.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import PackedMolecules
+from data_builders.molecules import rdkit_chem
+
+from .benchmark import counted_calls, interleaved, ratio_of, ratio_text
+from .chemnet import Statistics, frechet_distance, reference_statistics, statistics_of
+from .evaluation import load_run_model
+from .exits import (
+    BATCHES,
+    IGNORED,
+    between_counts,
+    decode,
+    exit_rows,
+    exit_settings,
+    exits_text,
+    quality_of,
+    threshold_text,
+)
+from .halting import Setting
+from .molecules import SETTINGS, batch_seed, run_molecules, samples_of, share, write_tokens
+from .perplexity import spread_blocks
+from .runs import open_run, to_json_lines, write_whole
+from .smiles import KINDS, canonical_or_none, token_kinds
+
+SAMPLES = 1000  # of each setting
+HELD_OUT = 200  # molecules that are decoded
+TIMED = (1, 100)  # molecules of a batch
+PARTS = 500  # samples that are written at once
+SLACK = 0.01  # nats per token
+DRAWN = SETTINGS[0]
+THRESHOLDS = {  # fewer than for text, since each is sampled: minutes on one core
+    "kl_entropy": (1.0, 0.1, 0.01),
+    "latent": (0.5, 0.3, 0.2, 0.1),
+    "q_exit": (0.1, 0.3, 0.5, 0.7, 0.9),
+}
+
+
+def molecule_rows(molecules: PackedMolecules, numbers: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Molecules `numbers` (N,), one to a row: `input_ids` from `<bos>`, `shift_labels` to `<eos>`, then -100."""
+    labels = [torch.from_numpy(molecules.tokens(number)).long() for number in numbers.tolist()]
+    ids = [torch.cat([row.new_tensor([tokenizer.bos_token_id]), row[:-1]]) for row in labels]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "shift_labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def cheapest(rows: Sequence[dict]) -> list[dict]:
+    """Of the exit rows of each rule but `fixed`, the one that the rows of measure kind are about."""
+    best = min(row["loss"] if row["rule"] == "fixed" else row["full_loss"] for row in rows)
+
+    def rank(row):
+        cost = row["loss"] - best
+        return (0.0 if cost <= SLACK else cost, row["loops"])
+
+    names = dict.fromkeys(row["rule"] for row in rows if row["rule"] != "fixed")
+    return [min((row for row in rows if row["rule"] == name), key=rank) for name in names]
+
+
+def setting_of(row: dict) -> Setting:
+    """The setting of a row of halting.jsonl."""
+    thresholds = {key: row[key] for key in ("rule", "kl_threshold", "max_entropy", "threshold", "q") if key in row}
+    return Setting(None if row["rule"] == "fixed" else thresholds, row["num_loops"])
+
+
+def kind_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: dict,
+    settings: Sequence[Setting],
+    num_loops: int,
+) -> list[dict]:
+    """A row of measure kind per setting and kind that occurs; `rows` as `decode` takes them, without a prompt."""
+    kinds = torch.full(rows["shift_labels"].shape, -1)
+    for row, labels in enumerate(rows["shift_labels"]):
+        found = token_kinds(tokenizer.convert_ids_to_tokens(labels[labels != IGNORED][:-1]))
+        kinds[row, : len(found)] = torch.tensor([KINDS.index(kind) for kind in found])
+    full = decode(model, rows, 0, num_loops, None)
+    results = []
+    for setting in settings:
+        halted = decode(model, rows, 0, setting.num_loops, setting.halting)
+        for index in kinds[kinds >= 0].unique().tolist():
+            quality = quality_of(halted, full, kinds == index)
+            results.append({"measure": "kind", **setting.row(), "kind": KINDS[index], **quality})
+    return results
+
+
+def loops_of_tokens(output, eos: int) -> torch.Tensor:
+    """(tokens,) loops of the tokens of all samples of a `generate` output, up to `<eos>` and with it."""
+    ends = output.sequences[:, 1:] == eos
+    return output.loops_used[ends.int().cumsum(1) - ends.int() == 0].cpu()
+
+
+def sample_row(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    number: int,
+    reference: Statistics | None,
+) -> dict:
+    """n, validity, fcd, loops and tokens of `number` molecules; every setting draws the same random numbers."""
+    samples, loops = [], []
+    for part, size in enumerate(torch.arange(number).split(PARTS)):
+        output = write_tokens(
+            model, tokenizer, len(size), DRAWN, setting.num_loops, batch_seed("exits", part), halting=setting.halting
+        )
+        samples += samples_of(output.sequences, tokenizer)
+        loops.append(loops_of_tokens(output, tokenizer.eos_token_id))
+    canonical = [canonical_or_none(sample["smiles"]) if sample["finished"] else None for sample in samples]
+    valid = [smiles for smiles in canonical if smiles is not None]
+    loops = torch.cat(loops)
+    return {
+        "measure": "sample",
+        **setting.row(),
+        "n": len(samples),
+        "validity": share(len(valid), len(samples)),
+        "fcd": distance_to(reference, valid),
+        "loops": float(loops.double().mean()),
+        "tokens": len(loops),
+    }
+
+
+def distance_to(reference: Statistics | None, smiles: Sequence[str]) -> float | None:
+    """The Frechet ChemNet distance of canonical SMILES; None without a reference, and of fewer than two."""
+    if reference is None or len(smiles) < 2:
+        return None
+    return frechet_distance(*reference, *statistics_of(smiles))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """One batch: what a molecule and a step of `generate` took, and the calls of core layers per step."""
+
+    seconds_per_molecule: float
+    seconds_per_step: float
+    calls: float
+    row_calls: float
+
+
+def pace(model, tokenizer, setting: Setting, batch: int, seed: int) -> Pace:
+    """Write `batch` molecules."""
+    with counted_calls(model) as calls:
+        began = time.perf_counter()
+        output = write_tokens(
+            model, tokenizer, batch, DRAWN, setting.num_loops, batch_seed("pace", seed), halting=setting.halting
+        )
+        seconds = time.perf_counter() - began
+    steps = output.sequences.shape[1] - 1
+    return Pace(seconds / batch, seconds / steps, len(calls) / steps, sum(calls) / steps)
+
+
+def timed_row(model, tokenizer, setting: Setting, full: Setting, batch: int, rounds: int) -> dict:
+    """The cell of `timed`, see the module docstring: every round has other random numbers, the same for both."""
+    seeds = count(), count()
+    pairs = interleaved(
+        lambda: pace(model, tokenizer, setting, batch, next(seeds[0])),
+        lambda: pace(model, tokenizer, full, batch, next(seeds[1])),
+        rounds,
+        warmup=0,
+        timed=lambda turn: turn(),
+    )
+    ours, theirs = zip(*pairs, strict=True)
+    return {
+        "batch": batch,
+        "molecules_per_second": 1 / median(turn.seconds_per_molecule for turn in ours),
+        "full_molecules_per_second": 1 / median(turn.seconds_per_molecule for turn in theirs),
+        "layer_calls": fmean(turn.calls for turn in ours) / fmean(turn.calls for turn in theirs),
+        "row_calls": fmean(turn.row_calls for turn in ours) / fmean(turn.row_calls for turn in theirs),
+    } | ratio_of([(our.seconds_per_step, their.seconds_per_step) for our, their in pairs])
+
+
+def exits_of_molecules(
+    folder: str | Path, num_loops: int | None = None, limit: int | None = None, rounds: int = 3
+) -> Path:
+    """Write RUN/halting.jsonl, see the module docstring.
+
+    Args:
+        folder: a finished run on molecules.
+        num_loops: all loops; the model's own unless given.
+        limit: so many samples of each setting, 1,000 unless given, and at most as many held-out molecules, 16 to 200.
+        rounds: timed pairs.
+
+    Raises:
+        ValueError: no such run, it has not finished, its molecules have changed, rdkit is missing, there is only one
+            loop, or the test split is too small.
+    """
+    rdkit_chem()
+    run = open_run(folder)
+    run.summary()  # says so if the training has not finished
+    model, tokenizer = load_run_model(run)
+    model.eval()
+    num_loops = model.config.num_loops if num_loops is None else num_loops
+    settings = exit_settings(model, num_loops, THRESHOLDS)
+    splits = run_molecules(run)
+    test = PackedMolecules(splits["test"], tokenizer, run.recipe()["data"]["sequence_length"])
+    number = SAMPLES if limit is None else limit
+    numbers = spread_blocks(len(test), max(max(BATCHES), min(number, HELD_OUT)))
+    if len(numbers) < max(BATCHES):
+        raise ValueError(f"there are {len(numbers)} test molecules, and a batch takes {max(BATCHES)}: use more data.")
+    rows = {name: part.to(model.device) for name, part in molecule_rows(test, numbers, tokenizer).items()}
+    exits = exit_rows(model, rows, 0, num_loops, settings, rounds)
+    kinds = kind_rows(model, tokenizer, rows, [setting_of(row) for row in cheapest(exits)], num_loops)
+    reference, full, samples = reference_statistics(splits["test"]), Setting(None, num_loops), []
+    of_test = distance_to(reference, splits["test"].select(spread_blocks(len(test), number).tolist())["text"][:])
+    for setting in tqdm([*settings, full], desc="sampling", unit="rule"):
+        row = sample_row(model, tokenizer, setting, number, reference) | {"fcd_of_test": of_test}
+        row["timed"] = [timed_row(model, tokenizer, setting, full, batch, rounds) for batch in TIMED]
+        samples.append(row)
+    fixed = {row["num_loops"]: row["validity"]["share"] for row in samples if row["rule"] == "fixed"}
+    for row in samples:
+        row["fixed_validity"] = between_counts(fixed, row["loops"])
+    return write_whole(run.folder / "halting.jsonl", to_json_lines([*exits, *kinds, *samples]))
+
+
+def molecule_exits_text(rows: Sequence[dict]) -> str:
+    """The rows of halting.jsonl as three tables."""
+    by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("exit", "kind", "sample")}
+    text = [exits_text(by_measure["exit"]), "", "Loops by what is predicted, and what the rule costs there (nats):"]
+    kinds = by_measure["kind"]
+    names = [kind for kind in KINDS if any(row["kind"] == kind for row in kinds)]
+    text.append(f"{'rule':<12}{'threshold':>10}" + "".join(f"{name:>16}" for name in names))
+    for rule in dict.fromkeys(row["rule"] for row in kinds):
+        cells = {row["kind"]: row for row in kinds if row["rule"] == rule}
+        first = next(iter(cells.values()))
+        shown = (f"{cell['loops']:.2f} {cell['loss'] - cell['full_loss']:+.3f}" for cell in map(cells.get, names))
+        text.append(f"{rule:<12}{threshold_text(first):>10}" + "".join(f"{cell:>16}" for cell in shown))
+    samples = by_measure["sample"]
+    of_test = samples[0]["fcd_of_test"]
+    of_test = "not measured: it needs fcd_torch" if of_test is None else f"of as many test molecules {of_test:.2f}"
+    text += [
+        "",
+        f"{samples[0]['n']:,} molecules of each setting; valid in % with Wilson's interval, beside fixed counts at as "
+        f"many loops; FCD {of_test}",
+        f"{'rule':<12}{'threshold':>10}{'loops':>7}{'valid':>19}{'fixed':>7}{'FCD':>7}"
+        + "".join(f"   batch {batch}: calls, molecules/s, speed " for batch in TIMED),
+    ]
+    for row in samples:
+        low, high = (100 * bound for bound in row["validity"]["interval"])
+        valid = f"{100 * row['validity']['share']:.1f} [{low:.1f}, {high:.1f}]"
+        fcd = "-" if row["fcd"] is None else f"{row['fcd']:.2f}"
+        timed = "".join(
+            f"{100 * cell['layer_calls']:>8.0f} %{cell['molecules_per_second']:>8.1f}   {ratio_text(cell):<19}"
+            for cell in row["timed"]
+        )
+        text.append(
+            f"{row['rule']:<12}{threshold_text(row):>10}{row['loops']:>7.2f}{valid:>19}"
+            f"{100 * row['fixed_validity']:>7.1f}{fcd:>7}{timed}"
+        )
+    return "\n".join(text)

@@ -76,7 +76,8 @@ FORWARD_DOCSTRING = r"""
         generator (`torch.Generator`, *optional*):
             Seed of `state_init="normal"`, see `connections_looped.py`.
         past_key_values (`Cache`, *optional*):
-            Keys and values of earlier calls, which this one goes on from and adds to; a new `DynamicCache` if not given.
+            Keys and values of earlier calls, from which this one goes on and to which it adds; a new `DynamicCache` if
+            not given.
         cache (`Cache`, *optional*):
             The same: its name in transformers from 5.24 on.
 

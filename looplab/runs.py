@@ -15,6 +15,8 @@ snapshots/      the model at steps the recipe names      while training
 lens*.jsonl     what states say and cause                `looped lens`
 memory.jsonl    value and bytes of each KV memory        `looped memory`
 probes.jsonl    what states say of a molecule's grammar  `looped lens`
+ablations.jsonl what a molecule loses with each head     `looped lens`
+readouts.jsonl  each pass read by a head of its own      `looped lens`
 quantization.json  perplexity with weights of few bits   `looped quantize`
 model_int4/     that model, weights dequantised          `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`

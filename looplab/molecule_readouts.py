@@ -70,7 +70,7 @@ def fit_head(features: torch.Tensor, labels: torch.Tensor, size: int) -> tuple[t
         return value
 
     search.step(loss)
-    return weight.detach() @ whiten.T, float(loss())
+    return weight.detach() @ whiten.T, loss().item()
 
 
 def with_head(model: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:

@@ -75,6 +75,12 @@ class Run:
     def molecules(self) -> list[dict]:
         return self._parse("molecules.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
 
+    def ablations(self) -> list[dict]:
+        return self._parse("ablations.jsonl", json_lines, f"run `looped lens {self.folder}` first.")
+
+    def readouts(self) -> list[dict]:
+        return self._parse("readouts.jsonl", json_lines, f"run `looped lens {self.folder}` first.")
+
     def halting(self) -> list[dict]:
         return self._parse("halting.jsonl", json_lines, f"run `looped halting {self.folder}` first.")
 

@@ -72,14 +72,15 @@ def run_lens(arguments) -> None:
 
     run = open_run(arguments.run)
     if isinstance(reader_of([run]), MoleculeReader):
+        from .molecule_ablations import ablate_run
         from .molecule_probes import probe_run
+        from .molecule_readouts import readouts_run
 
         for option, value in {"--snapshot": arguments.snapshot, "--hops": arguments.hops}.items():
             if value is not None:
                 raise ValueError(f"{option} is for tasks with hops, and {run.folder} is a run on molecules.")
-        if arguments.no_probes:
-            raise ValueError("--no-probes leaves nothing to do for a run on molecules.")
-        print(probe_run(run, num_loops=arguments.loops, limit=arguments.limit))
+        for measure in (*[probe_run] * (not arguments.no_probes), ablate_run, readouts_run):
+            print(measure(run, num_loops=arguments.loops, limit=arguments.limit))
         return
     paths = lens_run(
         arguments.run,
@@ -313,7 +314,11 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(call=run_table)
 
-    command = commands.add_parser("lens", help="where a chain's entities are readable and causal, to RUN/lens.jsonl")
+    command = commands.add_parser(
+        "lens",
+        help="where a chain's entities are readable and causal, to RUN/lens.jsonl; "
+        "of molecules RUN/probes.jsonl, ablations.jsonl and readouts.jsonl",
+    )
     command.add_argument("run", metavar="RUN")
     command.add_argument("--snapshot", metavar="step-N", help="a folder of RUN/snapshots, or 'all': over training")
     command.add_argument("--hops", type=positive, metavar="K", help="default: the longest trained on, at most 4")

@@ -4,14 +4,22 @@ Each run's own go to RUN/figures/: grid.png and training.png (plots.py), and as 
 loops.png (of `looped eval`), halting.png (of `looped halting`), learning.png (composition). Several runs are grouped
 by recipe, and the figures of groups (curves.py) go to one folder, with the group in their names. Runs on text have
 their own (text_plots.py): training.png, and once evaluated perplexity.png; of groups held_out.png and perplexity.png.
-Runs on molecules (molecule_plots.py): training.png, validity.png, faults.png, molecules.png.
+Runs on molecules (molecule_plots.py): training.png, validity.png, faults.png, molecules.png, and once `looped lens`
+ran ablations.png and readouts.png.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .curves import Group, halting_figure, hops_figure, learning_figure, loops_figure
-from .molecule_plots import exits_figure, faults_figure, molecules_picture, validity_figure
+from .molecule_plots import (
+    ablations_figure,
+    exits_figure,
+    faults_figure,
+    molecules_picture,
+    readouts_figure,
+    validity_figure,
+)
 from .plots import heat_map, save, training_curves, write_bytes
 from .runs import Run, open_run
 from .seeds import group_runs
@@ -74,6 +82,10 @@ def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) ->
             paths.append(write_bytes(figures / "molecules.png", molecules_picture(run)))
         if all_have([run], "halting.jsonl"):
             paths.append(save(exits_figure(run), figures / "exits.png"))
+        if all_have([run], "ablations.jsonl"):
+            paths.append(save(ablations_figure(run.ablations(), run.name), figures / "ablations.png"))
+        if all_have([run], "readouts.jsonl"):
+            paths.append(save(readouts_figure(run.readouts(), run.name), figures / "readouts.png"))
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)

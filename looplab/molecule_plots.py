@@ -4,16 +4,21 @@ validity.png    validity and test loss over loops, those of the training shaded
 faults.png      share of samples with each fault, over loops: what a pass more puts right
 exits.png       validity over mean loops: halting rules against fixed loop counts (of single runs)
 molecules.png   a grid of valid samples, drawn by rdkit (of single runs)
+ablations.png   what each attention head's output is worth at each pass (of single runs)
+readouts.png    each pass read by the model's own head and by one fitted for it (of single runs)
 """
 
 from collections.abc import Sequence
 
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from data_builders.molecules import rdkit_chem
 
 from .curves import Group, band_words, tidy
+from .lens_plots import call_labels, name_lines, ordered, panel_grid
+from .molecule_ablations import SHOWN, VALUES, cell_of
 from .plots import FRAME
 from .runs import Run, json_lines
 from .seeds import t_interval
@@ -108,6 +113,54 @@ def exits_figure(run: Run) -> Figure:
     number = samples[0]["n"]
     axes.set_title(f"{run.name}; band: 95 % interval of {number:,} samples", fontsize=9, color="0.3", loc="left")
     axes.legend(frameon=False, fontsize=9, loc="lower right")
+    return figure
+
+
+def ablations_figure(rows: Sequence[dict], name: str) -> Figure:
+    """Heads x layer calls: a line of panels per measure of `SHOWN`, a column per value put in, of one run's lines."""
+    heads = sorted({row["head"] for row in rows})
+    calls, cells = ordered(cell_of(row)[:3] for row in rows), {cell_of(row): row for row in rows}
+    figure, panels = panel_grid(list(SHOWN), VALUES, 0.8 + 0.52 * len(calls), 0.55 + 0.3 * len(heads))
+    for (title, shown), across in zip(SHOWN.items(), panels, strict=True):
+        changes = {cell: shown(row)[0]["change"] * shown(row)[1] for cell, row in cells.items()}
+        largest = max(map(abs, changes.values())) or 1.0
+        for value, axes in zip(VALUES, across, strict=True):
+            table = [[changes[*call, head, value] for call in calls] for head in heads]
+            # Most of what there is to see is ten times smaller than the first pass.
+            norm = SymLogNorm(largest / 30, vmin=-largest, vmax=largest)
+            axes.imshow(table, cmap="PuOr_r", norm=norm, aspect="auto")
+            axes.tick_params(length=0)
+            for y, line in enumerate(table):
+                for x, change in enumerate(line):
+                    colour = "white" if abs(norm(change) - 0.5) > 0.37 else "black"
+                    text = f"{change:+.1f}" if largest > 20 else f"{change:+.3f}"
+                    axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=6.5)
+            axes.set_xticks(range(len(calls)), call_labels(calls), fontsize=7, rotation=90 if len(calls) > 12 else 0)
+            axes.set_title(f"{title}, by {value}", fontsize=8)
+        name_lines(across, "head", [str(head + 1) for head in heads])
+    figure.suptitle(
+        f"{name}: change with the output of one attention head replaced; the scale of colours is logarithmic",
+        fontsize=10,
+    )
+    return figure
+
+
+def readouts_figure(rows: Sequence[dict], name: str) -> Figure:
+    """Validity above, test loss below, over passes, with 95 % intervals: own head and fresh head of one run."""
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    counts = ordered(row["loops"] for row in rows)
+    for index, (head, label) in enumerate((("own", "the model's own head"), ("fresh", "a head fitted for the pass"))):
+        own = [row for row in rows if row["head"] == head]
+        valid = [[100 * v for v in (row["validity"]["share"], *row["validity"]["interval"])] for row in own]
+        draw_band(upper, counts, valid, index, label, shaded=True)
+        draw_band(lower, counts, [(row["loss"], *row["loss_interval"]) for row in own], index, label, shaded=True)
+    lower.set_xticks(counts, counts)
+    tidy(upper, "valid molecules (%)", "")
+    tidy(lower, "test loss (nats per token)", "passes")
+    upper.set_ylim(-3, 103)
+    upper.set_title(f"{name}, {rows[0]['n']} samples each", fontsize=9, loc="left")
+    upper.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -23,6 +23,7 @@ what ships: the model is loaded from `RUN/model` with that folder's own code.
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -36,11 +37,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules, load_molecules
 from data_builders.molecules import rdkit_chem
+from data_builders.packing import IGNORED
 
 from .chemnet import frechet_distance, reference_statistics, statistics_of
 from .evaluation import load_run_model
@@ -234,6 +237,48 @@ def loss_of_molecules(model: PreTrainedModel, molecules: PackedMolecules, num_lo
     return total / count
 
 
+class HeldOut:
+    """Molecules whose every token a model predicts, one to a row: `nats` of each, in the order of the molecules.
+
+    labels (M,): the tokens, `<eos>` included. owner (M,): the molecule that each belongs to.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, smiles: Sequence[str], rows: int = 100):
+        texts = [torch.tensor(tokenizer(text)["input_ids"]) for text in smiles]  # they begin with <bos>
+        labels = [F.pad(text[1:], (0, 1), value=tokenizer.eos_token_id) for text in texts]
+        self.labels = torch.cat(labels)
+        self.owner = torch.repeat_interleave(torch.tensor([len(text) for text in texts]))
+        self.batches = [
+            # No token looks at what is filled up on the right.
+            (
+                pad_sequence(texts[start : start + rows], True, tokenizer.pad_token_id),
+                pad_sequence(labels[start : start + rows], True, IGNORED),
+            )
+            for start in range(0, len(texts), rows)
+        ]
+
+    @torch.inference_mode()
+    def nats(self, model: PreTrainedModel, num_loops: int) -> torch.Tensor:
+        """(M,) cross-entropy of each token."""
+        parts = []
+        for ids, labels in self.batches:
+            logits = model(ids.to(model.device), num_loops=num_loops, use_cache=False).logits
+            real = labels >= 0
+            parts.append(F.cross_entropy(logits[real.to(model.device)].float().cpu(), labels[real], reduction="none"))
+        return torch.cat(parts)
+
+    def mean_of(self, values: torch.Tensor, chosen: torch.Tensor) -> tuple[float, list[float]]:
+        """Mean of the `chosen` (M,) of the values (M,), and its 95 % interval over molecules; of none, nan."""
+        if not chosen.any():
+            return math.nan, [math.nan] * 2
+        molecules = int(self.owner.max()) + 1
+        mean = values[chosen].mean()
+        # How far each molecule pulls the ratio of sums, to first order.
+        pulls = torch.zeros(molecules).index_add(0, self.owner[chosen], values[chosen] - mean)
+        half = 1.96 * float(pulls.std()) * molecules**0.5 / int(chosen.sum())
+        return float(mean), [float(mean) - half, float(mean) + half]
+
+
 def cache_speed(model, tokenizer, num_loops: int, count: int = 100) -> dict:
     """Molecules per second with and without the KV cache: the same `count` molecules, in one batch."""
     seconds = {}
@@ -324,9 +369,19 @@ def evaluate_molecules(
     return write_whole(run.folder / "molecules.jsonl", to_json_lines(rows))
 
 
+def weights_digest(run: Run) -> str:
+    return hashlib.sha256((run.model_folder() / "model.safetensors").read_bytes()).hexdigest()
+
+
+def rows_on_file(path: Path, facts: dict) -> list[dict]:
+    """The lines of the file that were measured under the same facts, to go on from."""
+    rows = json_lines(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [row for row in rows if facts.items() <= row.items()]
+
+
 def forget_samples_of_another_model(run: Run) -> None:
     """Delete samples that the weights in RUN/model did not write."""
-    weights = hashlib.sha256((run.model_folder() / "model.safetensors").read_bytes()).hexdigest()
+    weights = weights_digest(run)
     folder = run.folder / "samples"
     written = folder / "model.json"
     if written.is_file() and json.loads(written.read_text())["sha256"] == weights:

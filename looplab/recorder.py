@@ -6,10 +6,12 @@
 
     with edit(model, ("core", 2, 0), change, positions=[1]):
         model(input_ids)                                   change: (B, K, D) -> (B, K, D) replaces that output
+    with edit_head(model, ("core", 2, 0), head, change):   the same of one attention head, (B, T, d)
 
 A core layer is one module that runs once per loop, so a call is named (section, loop, layer), all counted from 0;
 prelude and coda have loop 0. Works on every LoopedForCausalLM, also one loaded through the code saved beside its
-weights. Legend: B rows, T tokens, K edited positions, D hidden size, V vocabulary.
+weights. Legend: B rows, T tokens, K edited positions, D hidden size, H heads, d head size, V
+vocabulary.
 """
 
 from collections import Counter
@@ -20,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -126,8 +129,7 @@ def edit(
 
     with watching(model, visit):
         yield
-    if not reached:
-        raise ValueError(f"no forward reached {tuple(call)}: run the model inside the block, with enough loops.")
+    check_reached(reached, call)
 
 
 def check_call(config: PreTrainedConfig, call: LayerCall) -> None:
@@ -140,29 +142,108 @@ def check_call(config: PreTrainedConfig, call: LayerCall) -> None:
 
 
 @contextmanager
+def edit_head(
+    model: PreTrainedModel,
+    call: tuple[str, int, int],
+    head: int,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[None]:
+    """Within the block, every forward continues from `change(output)` in place of what one attention head puts out.
+
+    The output is that head's slice in `call`, before the output projection; other passes of its layer keep theirs.
+
+    Args:
+        head: counted from 0.
+        change: (B, T, d) -> (B, T, d), or what spreads to that shape.
+
+    Raises:
+        ValueError: the model has no such call or head, or no forward reached the call.
+    """
+    call = LayerCall(*call)
+    check_call(model.config, call)
+    if not 0 <= head < model.config.num_attention_heads:
+        raise ValueError(f"there is no head {head}: the model has {model.config.num_attention_heads}, counted from 0.")
+    reached = False
+
+    def visit(current: LayerCall, outputs: torch.Tensor) -> torch.Tensor | None:
+        nonlocal reached
+        if current != call:
+            return None
+        reached = True
+        outputs = outputs.clone()
+        outputs[:, :, head] = change(outputs[:, :, head])
+        return outputs
+
+    with watching_heads(model, visit):
+        yield
+    check_reached(reached, call)
+
+
+def check_reached(reached: bool, call: LayerCall) -> None:
+    if not reached:
+        raise ValueError(f"no forward reached {tuple(call)}: run the model inside the block, with enough loops.")
+
+
+@contextmanager
 def watching(
     model: PreTrainedModel, visit: Callable[[LayerCall, torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
     """Within the block, `visit(call, output)` sees every layer call and returns a new output, or None to keep it."""
-    loops: Counter[nn.Module] = Counter()  # times each layer has run in the forward under way
 
-    def hook_of(section: str, index: int) -> Callable:
+    def attach(layer: nn.Module, next_call: Callable[[], LayerCall]) -> RemovableHandle:
         def hook(layer: nn.Module, arguments: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple | None:
-            call = LayerCall(section, loops[layer], index)
-            loops[layer] += 1
+            call = next_call()
             if isinstance(output, torch.Tensor):
                 return visit(call, output)
             hidden_states, latent = output  # of a layer with a KV gate
             changed = visit(call, hidden_states)
             return None if changed is None else (changed, latent)
 
-        return hook
+        return layer.register_forward_hook(hook)
+
+    with hooked(model, attach):
+        yield
+
+
+@contextmanager
+def watching_heads(
+    model: PreTrainedModel, visit: Callable[[LayerCall, torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+    """As `watching`, for what attention puts out before its output projection: (B, T, H, d), a slice per head."""
+
+    def attach(layer: nn.Module, next_call: Callable[[], LayerCall]) -> RemovableHandle:
+        def hook(projection: nn.Module, arguments: tuple) -> tuple | None:
+            changed = visit(next_call(), arguments[0].unflatten(-1, (-1, layer.self_attn.head_dim)))
+            return None if changed is None else (changed.flatten(-2),)
+
+        return layer.self_attn.o_proj.register_forward_pre_hook(hook)
+
+    with hooked(model, attach):
+        yield
+
+
+@contextmanager
+def hooked(
+    model: PreTrainedModel, attach: Callable[[nn.Module, Callable[[], LayerCall]], RemovableHandle]
+) -> Iterator[None]:
+    """Within the block, every layer has the hook that `attach(layer, next_call)` puts on it.
+
+    next_call: what the hook asks once per run of its layer; it says which call that is.
+    """
+    loops: Counter[nn.Module] = Counter()  # times each layer has run in the forward under way
+
+    def counter(section: str, index: int, layer: nn.Module) -> Callable[[], LayerCall]:
+        def next_call() -> LayerCall:
+            loops[layer] += 1
+            return LayerCall(section, loops[layer] - 1, index)
+
+        return next_call
 
     base = model.model
     sections = {"prelude": base.prelude, "core": base.core, "coda": base.coda}
     handles = [base.register_forward_pre_hook(lambda module, arguments: loops.clear())]
     handles += [
-        layer.register_forward_hook(hook_of(section, index))
+        attach(layer, counter(section, index, layer))
         for section, layers in sections.items()
         for index, layer in enumerate(layers)
     ]

@@ -31,6 +31,30 @@ def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, fl
     return max(0.0, min(accuracy, centre - half)), min(1.0, max(accuracy, centre + half))
 
 
+def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
+    """The 95 % interval of the share of `after` less that of `before`, in the same trials (Newcombe 1998, method 10).
+
+    It joins Wilson's intervals of the two shares by their correlation, and is not empty where no trial changed.
+    """
+    n = len(before)
+    (first, low, high), (second, lower, higher) = (
+        (share, *wilson_interval(share, n)) for share in (sum(before) / n, sum(after) / n)
+    )
+    both = sum(b and a for b, a in zip(before, after, strict=True))
+    # both x neither - only one x only the other, with Newcombe's correction of a positive one
+    excess = both * (n - sum(before) - sum(after) + both) - (sum(before) - both) * (sum(after) - both)
+    if excess > 0:
+        excess = max(excess - n / 2, 0)
+    spread = math.sqrt(sum(before) * (n - sum(before)) * sum(after) * (n - sum(after)))
+    phi = excess / spread if spread else 0.0
+
+    def half(one: float, two: float) -> float:
+        return math.sqrt(max(one * one - 2 * phi * one * two + two * two, 0.0))
+
+    change = second - first
+    return change - half(second - lower, high - first), change + half(higher - second, first - low)
+
+
 def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:
     """Largest hop count such that it and all smaller ones reach `threshold` with `loops` loops (0: none does).
 

@@ -15,6 +15,8 @@ snapshots/      the model at steps the recipe names      while training
 lens*.jsonl     what states say and cause                `looped lens`
 memory.jsonl    value and bytes of each KV memory        `looped memory`
 probes.jsonl    what states say of a molecule's grammar  `looped lens`
+ablations.jsonl what a molecule loses with each head     `looped lens`
+readouts.jsonl  each pass read by a head of its own      `looped lens`
 quantization.json  perplexity with weights of few bits   `looped quantize`
 model_int4/     that model, weights dequantised          `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`
@@ -72,6 +74,12 @@ class Run:
 
     def molecules(self) -> list[dict]:
         return self._parse("molecules.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+
+    def ablations(self) -> list[dict]:
+        return self._parse("ablations.jsonl", json_lines, f"run `looped lens {self.folder}` first.")
+
+    def readouts(self) -> list[dict]:
+        return self._parse("readouts.jsonl", json_lines, f"run `looped lens {self.folder}` first.")
 
     def halting(self) -> list[dict]:
         return self._parse("halting.jsonl", json_lines, f"run `looped halting {self.folder}` first.")

@@ -1,0 +1,192 @@
+"""What a run on molecules loses when the output of one attention head is taken away at one pass.
+
+    value   what stands in for the head's output, before the output projection
+    zero    nothing (SMolLM, arXiv 2605.06322); a value that the model has never seen there
+    mean    its mean over the tokens of validation molecules: what it says of this token is gone, its size is not
+
+Every cell (layer call x head x value) writes the same samples, with the same random numbers, as the intact model, and
+predicts the tokens of the same test molecules. The latter is without sampling noise and tells more:
+
+    loss        nats per token, and of the tokens of one kind: `)`, which closes a branch; ring digits; all others
+    shares      of the samples: validity, each of `faults` and of `exclusive` (smiles.py)
+
+RUN/ablations.jsonl has a line per cell: section, loop, layer, head, value; loss {kind: {"nats", "change",
+"interval"}}, validity, faults {label: ...} and exclusive {class: ...}, each {"share", "change", "interval"}. A change
+is that from the intact model, with a 95 % interval of the paired difference: of nats over molecules, of shares
+Newcombe's. Each line also has what it was measured under (weights, num_loops, molecules, setting); started again, it
+goes on with the cells that are missing.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders.molecules import rdkit_chem
+
+from .evaluation import load_run_model
+from .molecules import SETTINGS, HeldOut, rows_on_file, run_molecules, weights_digest, write_molecules
+from .recorder import LayerCall, edit_head, layer_calls, watching_heads
+from .results import paired_interval
+from .runs import Run, to_json_lines, write_whole
+from .smiles import EXCLUSIVE, LABELS, RING, canonical_or_none, exclusive_class, faults
+
+VALUES = ("zero", "mean")
+KINDS = ("all", "close", "ring", "other")
+
+
+def mean_outputs(model: PreTrainedModel, molecules: HeldOut, num_loops: int) -> dict[LayerCall, torch.Tensor]:
+    """Layer call -> mean output (H, d) of its attention heads over all tokens."""
+    sums = {}
+    with torch.inference_mode():
+        for ids, labels in molecules.batches:
+            real = (labels >= 0).to(model.device)
+
+            def add(call: LayerCall, outputs: torch.Tensor, real: torch.Tensor = real) -> None:
+                sums[call] = sums.get(call, 0) + outputs[real].sum(0)
+
+            with watching_heads(model, add):
+                model(ids.to(model.device), num_loops=num_loops, use_cache=False)
+    return {call: total / len(molecules.labels) for call, total in sums.items()}
+
+
+def token_kinds(tokenizer: PreTrainedTokenizerBase, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Kind -> which of the labels (M,) are of it."""
+    tokens = tokenizer.convert_ids_to_tokens(labels.tolist())
+    close = torch.tensor([token == ")" for token in tokens])
+    ring = torch.tensor([RING.fullmatch(token) is not None for token in tokens])
+    return {"all": torch.ones_like(close), "close": close, "ring": ring, "other": ~(close | ring)}
+
+
+def labels_of(samples: Sequence[dict]) -> dict[str, dict[str, list[bool]]]:
+    """Group -> label -> which samples have it."""
+    valid = [row["finished"] and canonical_or_none(row["smiles"]) is not None for row in samples]
+    found = [faults(row["smiles"], row["finished"]) for row in samples]
+    classes = [exclusive_class(row["smiles"]) for row in samples]
+    return {
+        "validity": {"validity": valid},
+        "faults": {label: [label in own for own in found] for label in LABELS},
+        "exclusive": {name: [name == own for own in classes] for name in EXCLUSIVE},
+    }
+
+
+def changed_share(before: Sequence[bool], after: Sequence[bool]) -> dict:
+    change = (sum(after) - sum(before)) / len(after)
+    return {"share": sum(after) / len(after), "change": change, "interval": list(paired_interval(before, after))}
+
+
+def ablation_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Sequence[str],
+    validation: Sequence[str],
+    num_loops: int,
+    done: Sequence[dict] = (),
+    keep: Callable[[list[dict]], object] = lambda rows: None,
+) -> list[dict]:
+    """The lines of ablations.jsonl, see the module docstring; as many samples as `test` has molecules.
+
+    Args:
+        test: SMILES whose tokens are predicted. validation: those of which means are taken.
+        done: lines that are there already.
+        keep: called with all lines so far after every cell.
+    """
+    molecules = HeldOut(tokenizer, test)
+    means = mean_outputs(model, HeldOut(tokenizer, validation), num_loops)
+    kinds = token_kinds(tokenizer, molecules.labels)
+
+    def measure() -> tuple[torch.Tensor, dict]:
+        samples = write_molecules(model, tokenizer, len(test), SETTINGS[0], num_loops, seed=0)
+        return molecules.nats(model, num_loops), labels_of(samples)
+
+    rows = list(done)
+    known = {cell_of(row) for row in rows}
+    cells = [
+        (call, head, value)
+        for value in VALUES
+        for call in layer_calls(model.config, num_loops)
+        for head in range(model.config.num_attention_heads)
+        if (*call, head, value) not in known
+    ]
+    intact, labels = measure() if cells else (None, None)
+    for call, head, value in tqdm(cells, desc="heads taken away", unit="cell"):
+        mean = means[call][head]
+        with edit_head(model, call, head, torch.zeros_like if value == "zero" else mean.expand_as):
+            nats, found = measure()
+        loss = {}
+        for kind, chosen in kinds.items():
+            change, interval = molecules.mean_of(nats - intact, chosen)
+            loss[kind] = {"nats": molecules.mean_of(nats, chosen)[0], "change": change, "interval": interval}
+        shares = {
+            group: {label: changed_share(labels[group][label], after) for label, after in by_label.items()}
+            for group, by_label in found.items()
+        }
+        shares["validity"] = shares["validity"]["validity"]
+        rows.append({**call._asdict(), "head": head, "value": value, "loss": loss} | shares)
+        keep(rows)
+    return rows
+
+
+def cell_of(row: dict) -> tuple:
+    return row["section"], row["loop"], row["layer"], row["head"], row["value"]
+
+
+def ablate_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
+    """Write RUN/ablations.jsonl, of `limit` test molecules and samples, and print it; returns the path.
+
+    Raises:
+        ValueError: the run has not finished, its molecules have changed, or rdkit is missing.
+    """
+    rdkit_chem()
+    model, tokenizer = load_run_model(run)
+    model.eval()
+    splits = run_molecules(run)
+    test, validation = (splits[name].select(range(min(limit, len(splits[name]))))["text"][:] for name in
+                        ("test", "validation"))  # fmt: skip
+    num_loops = num_loops or model.config.num_loops
+    path = run.folder / "ablations.jsonl"
+    facts = {"weights": weights_digest(run), "num_loops": num_loops, "molecules": len(test)}
+    facts |= {"setting": SETTINGS[0].name}
+
+    def keep(rows: list[dict]) -> None:
+        write_whole(path, to_json_lines(row | facts for row in rows))
+
+    rows = ablation_rows(model, tokenizer, test, validation, num_loops, rows_on_file(path, facts), keep)
+    print(ablations_text(rows))
+    return path
+
+
+# What tables and pictures show: title -> a line's change and its interval, in the unit of the title.
+SHOWN = {
+    "nats per token": lambda row: (row["loss"]["all"], 1),
+    "nats per token that closes a branch": lambda row: (row["loss"]["close"], 1),
+    "points of samples with brackets wrong": lambda row: (row["faults"]["brackets"], 100),
+    "points of valid samples": lambda row: (row["validity"], 100),
+}
+
+
+def ablations_text(rows: Sequence[dict]) -> str:
+    """Changes by layer call (down) and head (across), a table per measure and value; * where the interval has no 0."""
+    heads = sorted({row["head"] for row in rows})
+    calls = list(dict.fromkeys(cell_of(row)[:3] for row in rows))
+    by_cell = {cell_of(row): row for row in rows}
+    text = []
+    for title, shown in SHOWN.items():
+        text.append(f"\nChange in {title}, with the output of one head replaced; * its 95 % interval is without 0.")
+        replaced = "".join(f"{f'by {value}':<{13 * len(heads)}}" for value in VALUES)
+        text.append(f"{'':<25}{replaced}".rstrip())
+        text.append(
+            f"{'section':<9}{'pass':>6}{'layer':>7}" + "".join(f"{f'head {head + 1}':>13}" for head in heads) * 2
+        )
+        for call in calls:
+            section, loop, layer = call
+            numbers = ""
+            for value in VALUES:
+                for head in heads:
+                    change, scale = shown(by_cell[(*call, head, value)])
+                    mark = "*" if change["interval"][0] > 0 or change["interval"][1] < 0 else " "
+                    numbers += f"{scale * change['change']:+12.{1 if scale == 100 else 4}f}{mark}"
+            text.append(f"{section:<9}{loop + 1:>6}{layer + 1:>7}{numbers}".rstrip())
+    return "\n".join(text)

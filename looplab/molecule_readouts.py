@@ -1,0 +1,157 @@
+"""Each pass of a run on molecules read by a head that was fitted for it, beside the head of the model.
+
+The model's own head, which is its embedding as well, was trained for the last pass alone: that it reads little of an
+earlier state may be its fault and not the state's. So a fresh linear head without bias is fitted on what the head
+reads after p passes, for p = 1 .. num_loops (SMolLM, arXiv 2605.06322); nothing else of the model changes.
+
+    fit       300,000 tokens of training molecules, drawn by a seed; cross-entropy, from zero, by L-BFGS on whitened
+              features. It is convex; what the paper has (AdamW 1e-3, 5 epochs) stops far from its minimum here.
+    loss      nats per token of test molecules
+    samples   written by `generate`, the head in place of lm_head and num_loops = p: the same seeds for both heads
+
+RUN/readouts.jsonl has a line per pass and head (own | fresh): loops, head, loss, loss_interval (over molecules), the
+fields of `molecules.measure`; fit_loss and fit_tokens, the end of the fit, None of the own head. Each line also has
+what it was measured under (weights, molecules, setting); started again, it goes on with the passes that are missing.
+"""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import PackedMolecules
+from data_builders.molecules import rdkit_chem
+
+from .evaluation import load_run_model
+from .molecule_results import percent
+from .molecules import SETTINGS, HeldOut, measure, rows_on_file, run_molecules, weights_digest, write_molecules
+from .runs import Run, to_json_lines, write_whole
+
+FIT_TOKENS = 300_000
+ITERATIONS = 60
+
+
+@torch.no_grad()
+def features_of(
+    model: PreTrainedModel, molecules: PackedMolecules, num_loops: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head reads of every token after `num_loops` passes, (M, D) on the CPU, and the next tokens (M,)."""
+    features, labels = [], []
+    for numbers in torch.arange(len(molecules)).split(256):
+        rows = {name: value.to(model.device) for name, value in molecules.rows(numbers).items()}
+        following = rows.pop("shift_labels")
+        read = model.model(**rows, num_loops=num_loops, use_cache=False).last_hidden_state
+        features.append(read[following >= 0].float().cpu())
+        labels.append(following[following >= 0].cpu())
+    return torch.cat(features), torch.cat(labels)
+
+
+def fit_head(features: torch.Tensor, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, float]:
+    """The linear head (`size`, D) without bias that predicts `labels` (M,) of `features` (M, D), and its loss.
+
+    Directions in which features hardly vary would take thousands of steps: each is scaled to mean square 1 first, but
+    for those a million times weaker than the strongest.
+    """
+    squares, directions = torch.linalg.eigh((features.T @ features / len(features)).double())
+    whiten = (directions * squares.clamp_min(1e-6 * squares.max()).rsqrt()).float()
+    whitened = features @ whiten
+    weight = torch.zeros(size, features.shape[1], requires_grad=True)
+    search = torch.optim.LBFGS([weight], max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        search.zero_grad()
+        value = F.cross_entropy(F.linear(whitened, weight), labels)
+        value.backward()
+        return value
+
+    search.step(loss)
+    return weight.detach() @ whiten.T, loss().item()
+
+
+def with_head(model: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:
+    """A copy of the model whose head is `weight` (V, D) and no longer its embedding."""
+    twin = copy.deepcopy(model)
+    twin.config.tie_word_embeddings = False
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    head.weight = nn.Parameter(weight.clone())
+    twin.lm_head = head.to(model.device, model.dtype)
+    return twin.eval()
+
+
+def readout_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    molecules: HeldOut,
+    fit: PackedMolecules,
+    train,
+    num_loops: int,
+    samples: int,
+) -> list[dict]:
+    """The lines of one pass: own head, fresh head."""
+    everything = torch.ones_like(molecules.labels, dtype=torch.bool)
+    features, labels = features_of(model, fit, num_loops)
+    weight, fit_loss = fit_head(features, labels, model.config.vocab_size)
+    rows = []
+    for head, reader in (("own", model), ("fresh", with_head(model, weight))):
+        loss, interval = molecules.mean_of(molecules.nats(reader, num_loops), everything)
+        written = write_molecules(reader, tokenizer, samples, SETTINGS[0], num_loops, seed=0)
+        row = {"loops": num_loops, "head": head, "loss": loss, "loss_interval": interval} | measure(written, train)
+        fitted = head == "fresh"
+        rows.append(row | {"fit_loss": fit_loss if fitted else None, "fit_tokens": len(labels) if fitted else None})
+    return rows
+
+
+def readouts_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
+    """Write RUN/readouts.jsonl, of `limit` test molecules and twice as many samples, and print it; returns the path.
+
+    Raises:
+        ValueError: the run has not finished, its molecules have changed, or rdkit is missing.
+    """
+    rdkit_chem()
+    model, tokenizer = load_run_model(run)
+    model.eval()
+    splits = run_molecules(run)
+    test = splits["test"].select(range(min(limit, len(splits["test"]))))["text"][:]
+    path = run.folder / "readouts.jsonl"
+    facts = {"weights": weights_digest(run), "molecules": len(test), "setting": SETTINGS[0].name, "limit": limit}
+    rows = rows_on_file(path, facts)
+    done = {row["loops"] for row in rows}
+    passes = [count for count in range(1, (num_loops or model.config.num_loops) + 1) if count not in done]
+    if passes:
+        molecules, fit = HeldOut(tokenizer, test), fit_molecules(run, splits["train"], tokenizer)
+    for count in tqdm(passes, desc="a head for each pass", unit="pass"):
+        rows += readout_rows(model, tokenizer, molecules, fit, splits["train"], count, 2 * limit)
+        write_whole(path, to_json_lines(row | facts for row in rows))
+    print(readouts_text(rows))
+    return path
+
+
+def fit_molecules(run: Run, train, tokenizer: PreTrainedTokenizerBase) -> PackedMolecules:
+    """Training molecules of about FIT_TOKENS tokens, or all."""
+    numbers = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    length = run.recipe()["data"]["sequence_length"]
+    mean = PackedMolecules(train.select(numbers[:1000]), tokenizer, length).mean_length
+    return PackedMolecules(train.select(numbers[: int(FIT_TOKENS / mean)]), tokenizer, length)
+
+
+def readouts_text(rows: Sequence[dict]) -> str:
+    """A line per pass: loss and validity with the own head and with the fresh one."""
+    by_head = {(row["loops"], row["head"]): row for row in rows}
+    counts = sorted({row["loops"] for row in rows})
+    n = rows[0]["n"]
+    text = [
+        f"\nEach pass read by the model's own head and by one fitted for it; {n} samples, 95 % intervals.",
+        f"{'passes':>6}{'own loss':>12}{'fresh':>9}{'own valid %':>22}{'fresh':>22}",
+    ]
+    for count in counts:
+        own, fresh = by_head[count, "own"], by_head[count, "fresh"]
+        text.append(
+            f"{count:>6}{own['loss']:12.4f}{fresh['loss']:9.4f}"
+            f"{percent(own['validity']):>22}{percent(fresh['validity']):>22}"
+        )
+    return "\n".join(text)

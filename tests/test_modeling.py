@@ -148,6 +148,20 @@ def test_a_saved_or_pickled_model_is_the_same_model(shape, tmp_path):
         torch.testing.assert_close(twin(ids).logits, model(ids).logits, **FP32)
 
 
+@pytest.mark.parametrize("shape", ["plain", "ouro", "exit"])
+@pytest.mark.parametrize("vocab_size", [43, 61])
+def test_a_resized_vocabulary_is_trained(shape, vocab_size):
+    """The loss kept the vocabulary size that it was made with: added tokens broke training, and nothing else."""
+    model, ids = make_model(**SHAPES[shape]), make_ids() % 43
+    model.resize_token_embeddings(vocab_size)
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    assert output.logits.shape[-1] == len(model.get_input_embeddings().weight.grad) == vocab_size
+    if shape != "exit":  # whose loss is that of all loops
+        by_hand = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        torch.testing.assert_close(output.loss, by_hand, **FP32)
+
+
 def test_embedding_std_is_the_one_asked_for():
     model = make_model(vocab_size=2000, embedding_init_std=1.0)
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(1.0, abs=0.05)

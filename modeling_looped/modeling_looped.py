@@ -86,7 +86,8 @@ class LoopedModelOutput(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` plus the loops run.
 
     `hidden_states` and `attentions` have one entry per layer call, in the order of the calls; entries of a loop hold
-    the rows that were still looping.
+    the rows that were still looping. A call that `prefill_chunk` cuts has those of one chunk after the other, with
+    padding on the left moved to the end.
 
     Args:
         loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.

@@ -121,7 +121,8 @@ class Chunks:
         cut_gradients: no gradient goes through the rows of earlier chunks.
 
     Raises:
-        ValueError: a prepared mask, an engine's cache, or labels together with a halting rule.
+        ValueError: a prepared mask, an engine's cache, several sequences in a row, or labels together with a halting
+            rule.
     """
 
     def __init__(self, model, call: Call, size: int, cut_gradients: bool):
@@ -130,6 +131,11 @@ class Chunks:
             raise ValueError(
                 f"prefill_chunk={size} cuts this call, which needs a (batch, tokens) attention_mask or none: "
                 "give the mask of real tokens instead of a prepared one, or calls of at most prefill_chunk tokens."
+            )
+        if mask is None and bool((call.position_ids.diff(dim=1) != 1).any()):
+            raise ValueError(
+                f"prefill_chunk={size} cuts this call, and its position_ids start anew within a row: sequences packed "
+                "into one row would see each other. Give each a row of its own, or calls of prefill_chunk tokens."
             )
         if call.decision.rule is not None and call.decision.visit is not None:
             raise ValueError(

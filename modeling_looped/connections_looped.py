@@ -260,8 +260,17 @@ class StaticWrite(Scalars):
         return torch.addcmul(mixed, writing.unsqueeze(-1), output.to(state.dtype).unsqueeze(-2))
 
 
-# Which of the parameters that are held belong to a loop: its own, or those of all.
-GATES_OF_LOOP = {"per_loop": lambda loop: loop, "shared": lambda loop: 0}
+def own_gates(loop: int) -> int:
+    """Which of the gates that are held belong to a loop: its own."""
+    return loop
+
+
+def gates_of_all(loop: int) -> int:
+    """The same in every loop."""
+    return 0
+
+
+GATES_OF_LOOP = {"per_loop": own_gates, "shared": gates_of_all}  # named functions: a model that holds one is pickled
 
 
 class HyperConnection(PlainConnection):
@@ -406,7 +415,8 @@ class NormalStart(EmbeddingsStart):
 
     def __init__(self, config):
         self.std = config.state_init_std
-        self.seed, self.table = 0, torch.empty(0, config.hidden_size)  # the noise drawn last, (positions, D)
+        # The noise drawn last, (positions, D): always on the CPU, also where a model is built on the meta device.
+        self.seed, self.table = 0, torch.empty(0, config.hidden_size, device="cpu")
 
     def __call__(self, embeds, position_ids, generator, training):
         if training:
@@ -421,8 +431,8 @@ class NormalStart(EmbeddingsStart):
         if seed != self.seed:
             self.seed, self.table = seed, self.table[:0]
         while len(self.table) < num_positions:
-            block = torch.Generator().manual_seed((seed * 1_000_003 + len(self.table)) % 2**63)
-            drawn = torch.randn(self.block, self.table.shape[1], generator=block)
+            block = torch.Generator("cpu").manual_seed((seed * 1_000_003 + len(self.table)) % 2**63)
+            drawn = torch.randn(self.block, self.table.shape[1], generator=block, device="cpu")
             self.table = torch.cat([self.table, drawn])
         return self.table
 

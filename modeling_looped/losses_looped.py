@@ -113,7 +113,7 @@ class LastLoopLoss:
     """Cross-entropy of the logits that are returned."""
 
     def __init__(self, config):
-        self.vocab_size = config.vocab_size
+        pass
 
     def states(self) -> LoopStates | None:
         """Where the forward pass shall note what it passes through."""
@@ -121,7 +121,7 @@ class LastLoopLoss:
 
     def __call__(self, model, logits, states, labels=None, shift_labels=None, **kwargs) -> torch.Tensor:
         return model.loss_function(
-            logits=logits, labels=labels, vocab_size=self.vocab_size, shift_labels=shift_labels, **kwargs
+            logits=logits, labels=labels, vocab_size=model.config.vocab_size, shift_labels=shift_labels, **kwargs
         )
 
 
@@ -129,7 +129,6 @@ class ExpectedLoss(LastLoopLoss):
     """Ouro's stage 1 objective; not the loss of mixed logits, which the released file computes."""
 
     def __init__(self, config):
-        super().__init__(config)
         self.entropy_weight = config.exit_entropy_weight
 
     def states(self) -> LoopStates:

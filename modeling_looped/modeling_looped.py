@@ -91,7 +91,8 @@ class LoopedModelOutput(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` plus the loops run.
 
     `hidden_states` and `attentions` have one entry per layer call, in the order of the calls; entries of a loop hold
-    the rows that were still looping.
+    the rows that were still looping. A call that `prefill_chunk` cuts has those of one chunk after the other, with
+    padding on the left moved to the end.
 
     Args:
         loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.
@@ -729,17 +730,26 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             )
         return super().init_continuous_batching(generation_config, *args, **kwargs)
 
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
-        """Drafting: an early exit of the draft means fewer loops, also where the call names a loop count."""
+    def _get_candidate_generator(self, generation_config, *args, model_kwargs, assistant_model=None, **kwargs):
+        """Drafting: another model that drafts has a depth of its own, or none, and an early exit of this one means
+        fewer loops, also where the call names a loop count."""
         if self.config.kv_sharing in REWRITING_SHARINGS:
             raise ValueError(
                 f"kv_sharing={self.config.kv_sharing!r} cannot verify drafted tokens: several tokens in one call see "
                 "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'."
             )
-        candidates = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        if assistant_model is not None:
+            own = (*LOOP_SETTINGS, "generator", "loops_of_calls")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        candidates = super()._get_candidate_generator(
+            generation_config, *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
         if generation_config.assistant_early_exit is not None:
             candidates.assistant_kwargs["num_loops"] = self.config.loops_of(generation_config.assistant_early_exit)
+        elif assistant_model is not None:
+            for name in LOOP_SETTINGS:  # what it does not find in the call, it takes from its own generation config
+                vars(candidates.generation_config).pop(name, None)
         return candidates
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):

@@ -7,6 +7,8 @@ from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     QuantizedCache,
     StaticCache,
 )
@@ -342,6 +344,29 @@ def test_prompt_lookup_and_few_loop_drafts_are_lossless(kv_sharing):
         assert model.generate(ids, assistant_early_exit=4, num_loops=4, **kwargs).equal(expected)
         assert model.config.num_loops == 4
         assert depths == {2, 4}  # drafts of two loops, verification with four
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drafter", ["llama", "looped"])
+@pytest.mark.parametrize("stored", [False, True])
+def test_another_model_drafts_at_its_own_depth(drafter, stored):
+    """transformers hands the arguments of the call and its generation config on to the model that drafts: a plain one
+    refused num_loops, and a looped one ran as many loops as the model it drafts for."""
+    model, assistant = make_model(num_loops=4), make_model(num_loops=4, seed=1)
+    depths = set()
+    assistant.model.register_forward_pre_hook(lambda m, args, kw: depths.add(kw["num_loops"]), with_kwargs=True)
+    assistant.generation_config.num_loops = 2
+    if drafter == "llama":
+        sizes = {name: getattr(model.config, name) for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+        assistant = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32, num_hidden_layers=1)).eval()
+    ids = make_ids(1)
+    kwargs = {"max_new_tokens": 6, "do_sample": False}
+    if stored:
+        model.generation_config.num_loops, model.generation_config.halting = 5, "latent"
+    else:
+        kwargs |= {"num_loops": 5, "halting": "latent", "generator": torch.Generator().manual_seed(0)}
+    assert model.generate(ids, assistant_model=assistant, **kwargs).equal(model.generate(ids, **kwargs))
+    assert depths == ({2} if drafter == "looped" else set())
 
 
 @torch.no_grad()

@@ -241,6 +241,18 @@ def test_a_prepared_mask_and_an_engine_are_refused():
         make_config(kv_sharing="last", prefill_chunk=0)
 
 
+def test_sequences_packed_into_a_row_are_refused():
+    """Within one chunk the causal mask keeps them apart; through the cache between chunks they saw each other."""
+    ids, packed = make_ids(1, 7), torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    model = make_model(kv_sharing="last", prefill_chunk=3)
+    with pytest.raises(ValueError, match="position_ids start anew within a row"):
+        model(ids, position_ids=packed, use_cache=False)
+    model(ids, position_ids=torch.arange(2, 9)[None])
+    whole = make_model(kv_sharing="last", prefill_chunk=7)
+    logits = whole(ids, position_ids=packed, use_cache=False).logits
+    torch.testing.assert_close(logits[:, 4:], whole(ids[:, 4:]).logits, **FP32)
+
+
 # Rows of different depth
 
 

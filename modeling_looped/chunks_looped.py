@@ -3,6 +3,8 @@
     for chunk in chunks of `prefill_chunk` tokens, counted from a row's first real token of the call:
         run it as a call of its own, through one cache
 
+Sequences packed into a row, where positions begin anew, are counted from their own first token: each becomes a row.
+
 Where a token has one KV row for all loops (`last`, `mean`, `gated`), tokens of one chunk see each other in the loop
 under way and earlier chunks in their final form. How long chunks are is therefore part of what the model computes:
 with `prefill_chunk=1` a whole sequence is computed as decoding would compute it. Training goes through the same
@@ -106,9 +108,48 @@ class LeftAligned:
         """(B, T, ...), or of some rows (b, T, ...), to where they were."""
         return self._select(values, self.inverse if rows is None else self.inverse[rows]) if self.turned else values
 
+    def shown(self, rows: torch.Tensor) -> torch.Tensor:
+        """The numbers of what `back` returns of some rows."""
+        return rows
+
     def _select(self, values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         values = values.expand(len(order), *values.shape[1:])
         return values[torch.arange(len(order), device=order.device).unsqueeze(1), order]
+
+
+class Unpacked:
+    """Sequences packed into rows, each as a row of its own: N rows of L tokens, a shorter one with what follows it.
+
+    No token of a sequence sees what follows it. As in transformers, one begins wherever positions do not go on.
+
+    Args:
+        position_ids: (B, T).
+    """
+
+    turned = True
+
+    def __init__(self, position_ids: torch.Tensor):
+        self.shape = position_ids.shape
+        begins = torch.ones_like(position_ids, dtype=torch.bool)
+        begins[:, 1:] = position_ids.diff(dim=1) != 1
+        first = begins.flatten().nonzero().squeeze(1)  # (N,) among all B T tokens
+        tokens = torch.arange(begins.numel(), device=begins.device)
+        self.sequence = begins.flatten().cumsum(0) - 1  # (B T,)
+        self.place = tokens - first[self.sequence]
+        longest = torch.arange(int(self.place.max()) + 1, device=begins.device)
+        self.order = (first.unsqueeze(1) + longest).clamp(max=len(tokens) - 1)  # (N, L)
+
+    def turn(self, values: torch.Tensor) -> torch.Tensor:
+        """(B or 1, T, ...) -> (N, L, ...)."""
+        return values.expand(*self.shape, *values.shape[2:]).flatten(0, 1)[self.order]
+
+    def back(self, values: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, L, ...) -> (B, T, ...); `rows` are all of them, since all run alike."""
+        return values[self.sequence, self.place].unflatten(0, self.shape)
+
+    def shown(self, rows: torch.Tensor) -> torch.Tensor:
+        """The numbers of what `back` returns."""
+        return torch.arange(self.shape[0], device=rows.device)
 
 
 class Chunks:
@@ -121,8 +162,8 @@ class Chunks:
         cut_gradients: no gradient goes through the rows of earlier chunks.
 
     Raises:
-        ValueError: a prepared mask, an engine's cache, several sequences in a row, or labels together with a halting
-            rule.
+        ValueError: a prepared mask, an engine's cache, several sequences in a row with a cache, a halting rule or
+            loops per row, or labels together with a halting rule.
     """
 
     def __init__(self, model, call: Call, size: int, cut_gradients: bool):
@@ -132,10 +173,12 @@ class Chunks:
                 f"prefill_chunk={size} cuts this call, which needs a (batch, tokens) attention_mask or none: "
                 "give the mask of real tokens instead of a prepared one, or calls of at most prefill_chunk tokens."
             )
-        if mask is None and bool((call.position_ids.diff(dim=1) != 1).any()):
+        packed = mask is None and bool((call.position_ids.diff(dim=1) != 1).any())
+        several = call.past_key_values is not None or call.decision.rule is not None
+        if packed and (several or not isinstance(call.num_loops, int)):
             raise ValueError(
-                f"prefill_chunk={size} cuts this call, and its position_ids start anew within a row: sequences packed "
-                "into one row would see each other. Give each a row of its own, or calls of prefill_chunk tokens."
+                "position_ids start anew within a row: sequences packed into one row take use_cache=False, no halting "
+                "rule and one num_loops for all. Give each a row of its own."
             )
         if call.decision.rule is not None and call.decision.visit is not None:
             raise ValueError(
@@ -143,32 +186,32 @@ class Chunks:
                 "or give calls of at most prefill_chunk tokens."
             )
         self.model, self.size, self.cut_gradients = model, size, cut_gradients
-        self.num_tokens = call.embeds.shape[1]
         self.most_loops = call.num_loops if isinstance(call.num_loops, int) else int(call.num_loops.max())
         self.cache = DynamicCache(config=model.config) if call.past_key_values is None else call.past_key_values
         self.past = int(self.cache.get_seq_length())
         self.keeps_cache = call.past_key_values is not None
         real = call.embeds.new_ones(call.embeds.shape[:2], dtype=torch.bool)
         if mask is not None:
-            real = mask[:, -self.num_tokens :].bool()
-        self.rows = LeftAligned(real)
+            real = mask[:, -real.shape[1] :].bool()
+        self.rows = Unpacked(call.position_ids.expand(real.shape)) if packed else LeftAligned(real)
         if mask is not None:
-            mask = torch.cat([mask[:, : -self.num_tokens], self.rows.turn(mask[:, -self.num_tokens :])], dim=1)
+            mask = torch.cat([mask[:, : -real.shape[1]], self.rows.turn(mask[:, -real.shape[1] :])], dim=1)
         self.call = replace(
             call,
             embeds=self.rows.turn(call.embeds),
             attention_mask=mask,
             position_ids=self.rows.turn(call.position_ids),
             past_key_values=self.cache,
-            deciding=self.rows.turn(real & self._asked(call.decision, real.device)),
+            deciding=self.rows.turn(real & self._asked(call.decision, real.shape[1], real.device)),
         )
+        self.num_tokens = self.call.embeds.shape[1]
 
-    def _asked(self, decision: Decision, device) -> torch.Tensor:
+    def _asked(self, decision: Decision, num_tokens: int, device) -> torch.Tensor:
         """(T,) bool: the tokens that a halting rule is read at."""
-        asked = torch.zeros(self.num_tokens, dtype=torch.bool, device=device)
+        asked = torch.zeros(num_tokens, dtype=torch.bool, device=device)
         if decision.rule is None:
             return asked
-        tokens = torch.arange(self.num_tokens, device=device).view(1, -1, 1)
+        tokens = torch.arange(num_tokens, device=device).view(1, -1, 1)
         return asked.index_fill(0, slice_logits_to_keep(tokens, decision.logits_to_keep).flatten(), True)
 
     def run(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,7 +306,7 @@ class Chunks:
         for of_loop in zip(*visits, strict=True):
             rows = of_loop[0][0]
             states = self.rows.back(torch.cat([state for _, state in of_loop], dim=1), rows)
-            visit(rows, slice_logits_to_keep(states, self.call.decision.logits_to_keep))
+            visit(self.rows.shown(rows), slice_logits_to_keep(states, self.call.decision.logits_to_keep))
 
 
 def append(layer: object, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -241,16 +241,44 @@ def test_a_prepared_mask_and_an_engine_are_refused():
         make_config(kv_sharing="last", prefill_chunk=0)
 
 
-def test_sequences_packed_into_a_row_are_refused():
-    """Within one chunk the causal mask keeps them apart; through the cache between chunks they saw each other."""
-    ids, packed = make_ids(1, 7), torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
-    model = make_model(kv_sharing="last", prefill_chunk=3)
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+SEQUENCES = [(0, 0, 4), (0, 4, 7), (0, 7, 9), (1, 0, 9)]  # row, begin, end
+
+
+@torch.no_grad()
+@rewriting
+@pytest.mark.parametrize("chunk", [1, 3, 8, 16])
+def test_a_packed_sequence_is_what_it_is_alone(kv_sharing, chunk):
+    """Within one chunk the causal mask keeps sequences apart; through the cache between chunks they saw each other."""
+    model, ids = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=chunk)), make_ids(2, 9)
+    logits = model(ids, position_ids=PACKED, use_cache=False).logits
+    for row, begin, end in SEQUENCES:
+        alone = model(ids[row : row + 1, begin:end]).logits
+        torch.testing.assert_close(logits[row : row + 1, begin:end], alone, **FP32)
+    torch.testing.assert_close(model(ids, position_ids=PACKED[1:] + 2).logits, model(ids).logits, **FP32)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_of_packed_sequences_is_that_of_each_alone(checkpointing):
+    model, ids = make_melt(exit_gate=True, prefill_chunk=3).train(), make_ids(2, 9)
+    with torch.no_grad():
+        model.model.exit_gate.weight.normal_()
+    labels = ids.roll(-1, 1).where(PACKED.roll(-1, 1) != 0, -100)  # the last token of a sequence predicts nothing
+    losses, kept = [], []
+    for row, begin, end in SEQUENCES:
+        losses.append(model(ids[row : row + 1, begin:end], labels=ids[row : row + 1, begin:end]).loss)
+        kept.append(end - begin - 1)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    loss = model(ids, position_ids=PACKED, shift_labels=labels, use_cache=False).loss
+    torch.testing.assert_close(loss, (torch.stack(losses) * torch.tensor(kept)).sum() / sum(kept), **FP32)
+
+
+@pytest.mark.parametrize("asked", [{"use_cache": True}, {"halting": "kl"}, {"num_loops": torch.tensor([2, 1])}])
+def test_packed_sequences_are_refused_what_needs_rows(asked):
+    model, ids = make_model(kv_sharing="last", prefill_chunk=3), make_ids(2, 9)
     with pytest.raises(ValueError, match="position_ids start anew within a row"):
-        model(ids, position_ids=packed, use_cache=False)
-    model(ids, position_ids=torch.arange(2, 9)[None])
-    whole = make_model(kv_sharing="last", prefill_chunk=7)
-    logits = whole(ids, position_ids=packed, use_cache=False).logits
-    torch.testing.assert_close(logits[:, 4:], whole(ids[:, 4:]).logits, **FP32)
+        model(ids, position_ids=PACKED, **{"use_cache": False, **asked})
 
 
 # Rows of different depth

@@ -241,6 +241,23 @@ def test_a_prepared_mask_and_an_engine_are_refused():
         make_config(kv_sharing="last", prefill_chunk=0)
 
 
+@torch.no_grad()
+def test_decoding_in_a_static_cache_keeps_its_shapes():
+    """A mask that grew with every token made a compiled decoding compile again for each; only a call that is cut needs
+    the mask of real tokens."""
+    model, ids = open_gates(make_model(kv_sharing="gated", prefill_chunk=3)), make_ids()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda m, args, kw: shapes.append(kw["attention_mask"].shape), with_kwargs=True
+    )
+    kwargs = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    static = model.generate(ids, cache_implementation="static", **kwargs)
+    assert shapes == [(3, 7)] + [(3, 1, 1, 11)] * 4
+    assert static.equal(model.generate(ids, **kwargs))
+
+
 def test_sequences_packed_into_a_row_are_refused():
     """Within one chunk the causal mask keeps them apart; through the cache between chunks they saw each other."""
     ids, packed = make_ids(1, 7), torch.tensor([[0, 1, 2, 3, 0, 1, 2]])

@@ -704,7 +704,9 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         # generate looks for inputs_embeds in this signature before it accepts them. The tokenizer, which stop strings
         # need, it hands on to the model, as it does loops_of_calls.
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if self.config.prefill_chunk is not None and not is_row_mask(inputs.get("attention_mask")):
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        is_cut = self.config.prefill_chunk is not None and tokens.shape[1] > self.config.prefill_chunk
+        if is_cut and not is_row_mask(inputs.get("attention_mask")):
             inputs["attention_mask"] = kwargs.get("attention_mask")  # chunks cannot be cut from a prepared mask
         return inputs
 

@@ -241,6 +241,23 @@ def test_a_prepared_mask_and_an_engine_are_refused():
         make_config(kv_sharing="last", prefill_chunk=0)
 
 
+@torch.no_grad()
+def test_decoding_in_a_static_cache_keeps_its_shapes():
+    """A mask that grew with every token made a compiled decoding compile again for each; only a call that is cut needs
+    the mask of real tokens."""
+    model, ids = open_gates(make_model(kv_sharing="gated", prefill_chunk=3)), make_ids()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda m, args, kw: shapes.append(kw["attention_mask"].shape), with_kwargs=True
+    )
+    kwargs = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    static = model.generate(ids, cache_implementation="static", **kwargs)
+    assert shapes == [(3, 7)] + [(3, 1, 1, 11)] * 4
+    assert static.equal(model.generate(ids, **kwargs))
+
+
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
 SEQUENCES = [(0, 0, 4), (0, 4, 7), (0, 7, 9), (1, 0, 9)]  # row, begin, end
 

@@ -754,10 +754,13 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
                 vars(candidates.generation_config).pop(name, None)
         return candidates
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *, num_new_tokens=1, **kwargs):
         if "loops_of_calls" in model_kwargs:  # decoding loops of other libraries call this as well
-            model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:])
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+            # A call that verifies a draft makes several tokens, all of them at its depth.
+            model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:].expand(-1, num_new_tokens))
+        return super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+        )
 
 
 class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPreTrainedModel):

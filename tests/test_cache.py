@@ -337,7 +337,9 @@ def test_prompt_lookup_and_few_loop_drafts_are_lossless(kv_sharing):
             model.generate(ids, prompt_lookup_num_tokens=2, **kwargs)
         return
     expected = model.generate(ids, **kwargs)
-    assert model.generate(ids, prompt_lookup_num_tokens=2, **kwargs).equal(expected)
+    drafted = model.generate(ids, prompt_lookup_num_tokens=2, return_dict_in_generate=True, **kwargs)
+    assert drafted.sequences.equal(expected)
+    assert drafted.loops_used.equal(torch.full((1, 8), 4))  # one for each token, not for each call
     if kv_sharing == "per_loop":
         depths = set()
         model.model.register_forward_pre_hook(lambda m, args, kw: depths.add(kw["num_loops"]), with_kwargs=True)

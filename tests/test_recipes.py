@@ -160,9 +160,9 @@ def test_the_models_of_molecules_have_their_sizes(file):
     with torch.device("meta"):
         model = LoopedForCausalLM(LoopedConfig(vocab_size=MOSES_TOKENS, **recipe.model))
     known = [size for name, size in MOLECULE_PARAMETERS.items() if file.stem.startswith(name)]
-    gate = width + 1 if model.config.exit_gate else 0
+    gates = (width + 1) * model.config.exit_gate + (2 * width**2 + width) * (model.config.kv_sharing == "gated")
     for size in known:
-        assert model.num_parameters() == size + MOSES_TOKENS * width + gate
+        assert model.num_parameters() == size + MOSES_TOKENS * width + gates
     if file.stem in MOLECULE_PARAMETERS:
         name = int(file.stem.split("_")[1].removesuffix("k"))
         assert all((known[0] + width * tokens) // 1000 == name for tokens in (69, 70, 71))

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
+from data_builders.packing import IGNORED
+
 from .benchmark import counted_calls, entropy_bound, interleaved, ratio_of, ratio_text
 from .evaluation import load_run_model
 from .halting import Setting
@@ -28,7 +30,6 @@ from .perplexity import run_blocks, spread_blocks
 from .runs import open_run, to_json_lines, write_whole
 
 PROMPT, DECODED = 32, 32  # tokens of a row of text
-IGNORED = -100  # label of what pads a row on the right
 BATCHES = (1, 16)
 THRESHOLDS = {
     "kl_entropy": (1.0, 0.3, 0.1, 0.03, 0.01, 0.003),  # nats

@@ -40,13 +40,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
 from data_builders.molecules import rdkit_chem
+from data_builders.packing import IGNORED
 
 from .benchmark import counted_calls, interleaved, ratio_of, ratio_text
 from .chemnet import Statistics, frechet_distance, reference_statistics, statistics_of
 from .evaluation import load_run_model
 from .exits import (
     BATCHES,
-    IGNORED,
     between_counts,
     decode,
     exit_rows,

@@ -112,9 +112,6 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
 class LastLoopLoss:
     """Cross-entropy of the logits that are returned."""
 
-    def __init__(self, config):
-        pass
-
     def states(self) -> LoopStates | None:
         """Where the forward pass shall note what it passes through."""
         return None
@@ -183,4 +180,4 @@ EXIT_LOSSES = {"expected": ExpectedLoss, "gate": GateLoss}
 
 def make_loss(config) -> LastLoopLoss:
     """The objective of `labels` that a configuration asks for."""
-    return EXIT_LOSSES[config.exit_loss](config) if config.exit_gate else LastLoopLoss(config)
+    return EXIT_LOSSES[config.exit_loss](config) if config.exit_gate else LastLoopLoss()

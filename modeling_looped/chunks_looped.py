@@ -117,21 +117,26 @@ class LeftAligned:
         return values[torch.arange(len(order), device=order.device).unsqueeze(1), order]
 
 
+def begins_of(position_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: where a sequence begins, which as in transformers is wherever positions do not go on."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    return begins
+
+
 class Unpacked:
     """Sequences packed into rows, each as a row of its own: N rows of L tokens, a shorter one with what follows it.
 
-    No token of a sequence sees what follows it. As in transformers, one begins wherever positions do not go on.
+    No token of a sequence sees what follows it.
 
     Args:
-        position_ids: (B, T).
+        begins: (B, T) bool, see `begins_of`.
     """
 
     turned = True
 
-    def __init__(self, position_ids: torch.Tensor):
-        self.shape = position_ids.shape
-        begins = torch.ones_like(position_ids, dtype=torch.bool)
-        begins[:, 1:] = position_ids.diff(dim=1) != 1
+    def __init__(self, begins: torch.Tensor):
+        self.shape = begins.shape
         first = begins.flatten().nonzero().squeeze(1)  # (N,) among all B T tokens
         tokens = torch.arange(begins.numel(), device=begins.device)
         self.sequence = begins.flatten().cumsum(0) - 1  # (B T,)
@@ -157,8 +162,7 @@ class Chunks:
 
     Args:
         model: a LoopedModel.
-        call: of more than `size` tokens.
-        size: tokens of a chunk.
+        call: of more tokens than `prefill_chunk`.
         cut_gradients: no gradient goes through the rows of earlier chunks.
 
     Raises:
@@ -166,16 +170,17 @@ class Chunks:
             loops per row, or labels together with a halting rule.
     """
 
-    def __init__(self, model, call: Call, size: int, cut_gradients: bool):
-        mask = call.attention_mask
+    def __init__(self, model, call: Call, cut_gradients: bool):
+        mask, size = call.attention_mask, model.config.prefill_chunk
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2):
             raise ValueError(
                 f"prefill_chunk={size} cuts this call, which needs a (batch, tokens) attention_mask or none: "
                 "give the mask of real tokens instead of a prepared one, or calls of at most prefill_chunk tokens."
             )
-        packed = mask is None and bool((call.position_ids.diff(dim=1) != 1).any())
-        several = call.past_key_values is not None or call.decision.rule is not None
-        if packed and (several or not isinstance(call.num_loops, int)):
+        begins = begins_of(call.position_ids)
+        packed = mask is None and bool(begins[:, 1:].any())
+        needs_rows = call.past_key_values is not None or call.decision.rule is not None
+        if packed and (needs_rows or not isinstance(call.num_loops, int)):
             raise ValueError(
                 "position_ids start anew within a row: sequences packed into one row take use_cache=False, no halting "
                 "rule and one num_loops for all. Give each a row of its own."
@@ -193,7 +198,7 @@ class Chunks:
         real = call.embeds.new_ones(call.embeds.shape[:2], dtype=torch.bool)
         if mask is not None:
             real = mask[:, -real.shape[1] :].bool()
-        self.rows = Unpacked(call.position_ids.expand(real.shape)) if packed else LeftAligned(real)
+        self.rows = Unpacked(begins.expand(real.shape)) if packed else LeftAligned(real)
         if mask is not None:
             mask = torch.cat([mask[:, : -real.shape[1]], self.rows.turn(mask[:, -real.shape[1] :])], dim=1)
         self.call = replace(

@@ -489,15 +489,19 @@ class LoopedModel(LoopedPreTrainedModel):
         call = Call(
             embeds, attention_mask, position_ids, past_key_values, num_loops, first_grad_loop, halting, generator
         )
-        if self.config.prefill_chunk is None or num_tokens <= self.config.prefill_chunk:
-            hidden_states, loops_used = self.run_call(call, **kwargs)
+        if self.is_cut(num_tokens):
+            hidden_states, loops_used = Chunks(self, call, cut_chunks).run(**kwargs)
         else:
-            hidden_states, loops_used = Chunks(self, call, self.config.prefill_chunk, cut_chunks).run(**kwargs)
+            hidden_states, loops_used = self.run_call(call, **kwargs)
         return LoopedModelOutput(
             last_hidden_state=hidden_states,
             loops_used=loops_used,
             **{CACHE_NAME: past_key_values},  # pyright: ignore[reportArgumentType]
         )
+
+    def is_cut(self, num_tokens: int) -> bool:
+        """Whether a call of so many tokens is run chunk by chunk."""
+        return self.config.prefill_chunk is not None and num_tokens > self.config.prefill_chunk
 
     def run_call(self, call: Call, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """One call, or one chunk of it: the (B, T, D) that the head reads, and the loops run for each token (B, T)."""
@@ -705,8 +709,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         # need, it hands on to the model, as it does loops_of_calls.
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        is_cut = self.config.prefill_chunk is not None and tokens.shape[1] > self.config.prefill_chunk
-        if is_cut and not is_row_mask(inputs.get("attention_mask")):
+        if self.model.is_cut(tokens.shape[1]) and not is_row_mask(inputs.get("attention_mask")):
             inputs["attention_mask"] = kwargs.get("attention_mask")  # chunks cannot be cut from a prepared mask
         return inputs
 

@@ -24,9 +24,10 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import train
 from data_builders import train_byte_bpe
+from looplab.recipe import RecipeLoader, build_recipe
 from modeling_looped import LoopedForCausalLM
 from toys import make_model, write_pages
-from train import RecipeLoader, build_recipe, lr_factor, main, read_recipe
+from train import lr_factor, main, read_recipe
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "recipes" / "smoke.yaml"

@@ -38,7 +38,8 @@ from modeling_looped.cache_looped import CACHE_NAME
 from .evaluation import load_run_model, load_run_task
 from .molecules import SETTINGS, run_molecules
 from .perplexity import run_blocks, spread_blocks
-from .runs import Run, open_run, write_whole
+from .runs import Run, open_run
+from .writing import write_whole
 
 CONFIDENCE = "assistant_confidence_threshold"
 CONFIDENCES = (0.4, 0.8)  # that of transformers, and one under which drafts are surer, and shorter

@@ -9,7 +9,7 @@ are removing. The distance depends on the number of molecules; compare equal num
 """
 
 import importlib.util
-import shutil
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+
+from .writing import write_whole
 
 REFERENCE = 10_000  # molecules of the test split
 BATCH = 256
@@ -61,8 +63,8 @@ def reference_statistics(test: datasets.Dataset) -> Statistics | None:
     if not path.is_file():
         numbers = np.random.default_rng(0).permutation(len(test))[:REFERENCE]
         mean, cov = statistics_of(test.select(np.sort(numbers))["text"][:])
-        partial = path.with_name(path.name + ".partial.npz")
-        np.savez(partial, mean=mean, cov=cov)
-        shutil.move(partial, path)
+        kept = io.BytesIO()
+        np.savez(kept, mean=mean, cov=cov)
+        write_whole(path, kept.getvalue())
     with np.load(path) as kept:
         return kept["mean"], kept["cov"]

@@ -111,7 +111,8 @@ def run_harness(arguments) -> None:
 
     from .evaluation import load_model
     from .harness import accuracies, score
-    from .runs import to_json_lines, write_whole
+    from .runs import to_json_lines
+    from .writing import write_whole
 
     # It warns of what is on purpose here: a model already loaded, data of our own.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

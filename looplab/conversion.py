@@ -7,9 +7,7 @@ Ouro is a looped model already: it only changes its names (`ouro.py`), and its t
 
 import copy
 import importlib.util
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.frozen_looped import default_window
 
 from .ouro import check_tokenizer, ouro_config, ouro_generation_settings, ouro_weights
+from .writing import whole_folder
 
 logger = logging.get_logger(__name__)
 
@@ -343,32 +342,12 @@ def load_source(source: str, config: PreTrainedConfig, gguf_file: str | None) ->
     return model
 
 
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write to, which gets that name when all went well and is deleted otherwise.
-
-    Raises:
-        ValueError: the target exists, or a conversion to it runs.
-    """
-    partial = target.with_name(target.name + ".partial")
-    if target.exists():
-        raise ValueError(f"{target} exists: name a new folder, or delete it.")
-    if partial.exists():
-        raise ValueError(f"{partial} is there from a conversion that runs or was cut short: delete it if none runs.")
-    try:
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def convert_ouro(source: str, target: Path, fields: dict, num_loops: int | None) -> Conversion:
     """Write a published Ouro checkpoint as a looped model, bit for bit; see `convert`."""
     config = ouro_config(fields)
     if num_loops is not None:
         config.num_loops = num_loops
-    with new_folder(target) as partial:
+    with whole_folder(target) as partial:
         weights = ouro_weights(source)
         dtypes = {tensor.dtype for tensor in weights.values()}
         if len(dtypes) > 1:
@@ -430,7 +409,7 @@ def convert(
     num_loops = 1 if num_loops is None else num_loops
     looped_config(config, core, num_loops)  # refuses before gigabytes are read
 
-    with new_folder(target) as partial:
+    with whole_folder(target) as partial:
         model = load_source(source, config, gguf_file)
         to_looped(model, core, num_loops).save_pretrained(partial)
         if gguf_file is not None or has_tokenizer(source):

@@ -28,6 +28,8 @@ from tqdm.auto import tqdm
 
 from data_builders.text import CORPUS
 
+from .writing import whole_folder, write_whole
+
 # Below this many characters a paragraph is a heading, a menu entry or a line of a table.
 SHORTEST = 60
 # Share of letters, spaces and the punctuation of sentences; code and tables have less.
@@ -75,15 +77,12 @@ def fetch_corpus(output: str | Path | None = None) -> Path:
             "in the recipe's data.files."
         )
     names = package_names()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        partial = Path(temporary, folder.name)
+    with whole_folder(folder) as new, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".packages-") as packages:
         records = []
         for source, name in tqdm(list(zip(SOURCES, names, strict=True)), desc="Fetch", unit="package"):
-            records.append(fetch_source(source, name, partial / name, Path(temporary, "packages")))
+            records.append(fetch_source(source, name, new / name, Path(packages)))
         text = json.dumps({"sources": records, "bytes": sum(record["bytes"] for record in records)}, indent=2)
-        (partial / "sources.json").write_text(text + "\n")
-        partial.rename(folder)
+        write_whole(new / "sources.json", text + "\n")
     return folder
 
 

@@ -23,7 +23,8 @@ from huggingface_hub import SpaceCard, SpaceCardData
 from .evaluation import load_run_task
 from .halting import ENTROPY
 from .readers import READERS, HopReader
-from .runs import Run, open_run, write_whole
+from .runs import Run, open_run
+from .writing import write_whole
 
 TEMPLATES = Path(__file__).parents[1] / "hub_cards" / "space"
 GRADIO = "6.31.0"  # what a Space installs: the version the page is tested with

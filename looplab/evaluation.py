@@ -26,8 +26,9 @@ from data_builders import load_task
 
 from .readers import HopReader, reader_of
 from .results import THRESHOLDS, hops_solved, wilson_interval
-from .runs import AGAIN, Run, open_run, to_json_lines, write_whole
+from .runs import AGAIN, Run, open_run, to_json_lines
 from .traces import Trace, joined, trace
+from .writing import write_whole
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_LOOPS = 50  # how far overthinking is followed

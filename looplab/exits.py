@@ -27,7 +27,8 @@ from .benchmark import counted_calls, entropy_bound, interleaved, ratio_of, rati
 from .evaluation import load_run_model
 from .halting import Setting
 from .perplexity import run_blocks, spread_blocks
-from .runs import open_run, to_json_lines, write_whole
+from .runs import open_run, to_json_lines
+from .writing import write_whole
 
 PROMPT, DECODED = 32, 32  # tokens of a row of text
 BATCHES = (1, 16)

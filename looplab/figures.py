@@ -1,11 +1,11 @@
 """Which figures a set of runs gets, and where: what `looped plot RUN...` draws.
 
-Each run's own go to RUN/figures/: grid.png and training.png (plots.py), and as far as it has the files, hops.png and
-loops.png (of `looped eval`), halting.png (of `looped halting`), learning.png (composition). Several runs are grouped
-by recipe, and the figures of groups (curves.py) go to one folder, with the group in their names. Runs on text have
-their own (text_plots.py): training.png, and once evaluated perplexity.png; of groups held_out.png and perplexity.png.
-Runs on molecules (molecule_plots.py): training.png, validity.png, faults.png, molecules.png, and once `looped lens`
-ran ablations.png and readouts.png.
+Each run's own go to RUN/figures/, or where --output says of a run alone: grid.png and training.png (plots.py), and as
+far as it has the files, hops.png and loops.png (of `looped eval`), halting.png (of `looped halting`), learning.png
+(composition). Several runs are grouped by recipe, and the figures of groups (curves.py) go to one folder, with the
+group in their names. Runs on text have their own (text_plots.py): training.png, and once evaluated perplexity.png; of
+groups held_out.png and perplexity.png. Runs on molecules (molecule_plots.py): training.png, validity.png, faults.png,
+molecules.png, and once `looped lens` ran ablations.png and readouts.png.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +20,19 @@ from .molecule_plots import (
     readouts_figure,
     validity_figure,
 )
-from .plots import heat_map, save, training_curves, write_bytes
+from .plots import heat_map, save, training_curves
 from .runs import Run, open_run
 from .seeds import group_runs
 from .text_plots import held_out_figure, perplexity_figure, training_figure
+from .writing import below, write_whole
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
     """Draw every run, and groups of seeds where there are several runs; returns the PNG paths.
 
     Args:
-        output: folder for the figures of several runs, `figures/<groups>` beside the first run unless given.
+        output: folder for the figures of one run, or for those that show several together; unless given RUN/figures,
+            or `figures/<groups>` beside the first run.
 
     Raises:
         ValueError: no such run, it has not been evaluated, or the runs were evaluated on different grids.
@@ -38,7 +40,7 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -
     runs = [open_run(folder) for folder in folders]
     paths = []
     for run in runs:
-        figures = run.folder / "figures"
+        figures = own_folder(run, runs, output)
         paths += [save(heat_map([run]), figures / "grid.png"), save(training_curves(run), figures / "training.png")]
         paths += draw([(run.name, [run])], lambda kind, _, figures=figures: figures / f"{kind}.png")
     if len(runs) > 1:
@@ -58,8 +60,9 @@ def plot_text_runs(runs: Sequence[Run], output: str | Path | None = None) -> lis
     """
     paths = []
     for run in runs:
-        paths.append(save(training_figure(run), run.folder / "figures" / "training.png"))
-        paths += draw_perplexity([(run.name, [run])], run.folder / "figures")
+        figures = own_folder(run, runs, output)
+        paths.append(save(training_figure(run), figures / "training.png"))
+        paths += draw_perplexity([(run.name, [run])], figures)
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)
@@ -75,11 +78,11 @@ def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) ->
     """
     paths = []
     for run in runs:
-        figures = run.folder / "figures"
+        figures = own_folder(run, runs, output)
         paths.append(save(training_figure(run), figures / "training.png"))
         if all_have([run], "molecules.jsonl"):
             paths += draw_molecules([(run.name, [run])], figures)
-            paths.append(write_bytes(figures / "molecules.png", molecules_picture(run)))
+            paths.append(write_whole(figures / "molecules.png", molecules_picture(run)))
         if all_have([run], "halting.jsonl"):
             paths.append(save(exits_figure(run), figures / "exits.png"))
         if all_have([run], "ablations.jsonl"):
@@ -111,9 +114,15 @@ def draw_perplexity(groups: Sequence[Group], folder: Path) -> list[Path]:
     return [] if figure is None else [save(figure, folder / "perplexity.png")]
 
 
+def own_folder(run: Run, runs: Sequence[Run], output: str | Path | None) -> Path:
+    """Where a run's own figures go: `output` for a run that is drawn alone, otherwise RUN/figures."""
+    return below(run.folder, "figures") if output is None or len(runs) > 1 else Path(output)
+
+
 def groups_folder(runs: Sequence[Run], groups: Sequence[Group], output: str | Path | None) -> Path:
     """`output`, or figures/<groups> beside the first run."""
-    return Path(output or runs[0].folder.parent / "figures" / "_and_".join(name for name, _ in groups))
+    names = "_and_".join(name for name, _ in groups)
+    return below(runs[0].folder.parent, "figures", names) if output is None else Path(output)
 
 
 def draw(groups: Sequence[Group], path: Callable[[str, str], Path]) -> list[Path]:

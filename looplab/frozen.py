@@ -33,7 +33,8 @@ from data_builders import TextBlocks, load_task
 from modeling_looped import FrozenLoopedConfig, default_window, looped
 from modeling_looped.frozen_looped import decoder_layers
 
-from .runs import to_json_lines, write_whole
+from .runs import to_json_lines
+from .writing import below, write_whole
 
 STAGES = ("profile", "sweep", "confirm", "cost")
 SPLITS = {"sweep": "validation", "confirm": "test"}
@@ -390,6 +391,7 @@ def study(path: str | Path, stages: Sequence[str] = STAGES) -> Path:
     from .plots import save
 
     recipe = read_recipe(path)
+    figures = below(recipe.folder, "figures")
     kept = recipe.folder / "recipe.yaml"
     fixed = {name: value for name, value in asdict(recipe).items() if name not in ("grid", "controls", "output_dir")}
     if kept.exists() and yaml.safe_load(kept.read_text(encoding="utf-8")) != fixed:
@@ -405,7 +407,7 @@ def study(path: str | Path, stages: Sequence[str] = STAGES) -> Path:
         runs[stage](recipe, model, tokenizer)
     profile, sweep = (read_rows(recipe.folder / f"{stage}.jsonl") for stage in ("profile", "sweep"))
     if profile:
-        save(profile_figure(profile), recipe.folder / "figures" / "profile.png")
+        save(profile_figure(profile), figures / "profile.png")
     for task in {row["task"] for row in sweep if row["name"] != str(BASE)}:
-        save(sweep_figure(gains(sweep, task), task), recipe.folder / "figures" / f"sweep_{task}.png")
+        save(sweep_figure(gains(sweep, task), task), figures / f"sweep_{task}.png")
     return write_whole(recipe.folder / "report.md", report(recipe))

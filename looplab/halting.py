@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .benchmark import interleaved, ratio_of
 from .evaluation import MAX_LOOPS, Group, groups_of, load_run_model, load_run_task, trace_groups
 from .results import ROUNDING, best_loops, fewest_near_best
-from .runs import open_run, to_json_lines, write_whole
+from .runs import open_run, to_json_lines
 from .traces import Trace
+from .writing import write_whole
 
 POINT = 0.01  # of accuracy that a rule may lose at any hop count
 SOLVABLE = 0.6

@@ -19,7 +19,8 @@ from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, pa
 from .lens_plots import lens_figures, stages_figure
 from .plots import save
 from .probes import probe_path
-from .runs import Run, open_run, to_json_lines, write_whole
+from .runs import Run, open_run, to_json_lines
+from .writing import below, write_whole
 
 LIMIT = 300  # chains per split kind
 PROBE_ROWS = 3000  # training chains of a probe
@@ -55,7 +56,7 @@ def lens_run(
     run = open_run(folder)
     task = load_run_task(run)
     hops = min(max(task["train"]["hops"][:]), DEEPEST) if hops is None else hops
-    figures = run.folder / "figures"
+    figures = below(run.folder, "figures")
     if snapshot == "all":
         rows = []
         for step, path in tqdm(snapshots_of(run).items(), desc="snapshots", unit="snapshot"):

@@ -26,7 +26,8 @@ from modeling_looped.configuration_looped import REWRITING_SHARINGS
 from .evaluation import groups_of, load_run_model, load_run_task
 from .perplexity import block_losses, run_blocks, spread_blocks, text_rows
 from .results import wilson_interval
-from .runs import Run, open_run, to_json_lines, write_whole
+from .runs import Run, open_run, to_json_lines
+from .writing import write_whole
 
 SHARINGS = ("per_loop", "first", "last", "mean")
 

@@ -30,8 +30,9 @@ from .evaluation import load_run_model
 from .molecules import SETTINGS, HeldOut, rows_on_file, run_molecules, weights_digest, write_molecules
 from .recorder import LayerCall, edit_head, layer_calls, watching_heads
 from .results import paired_interval
-from .runs import Run, to_json_lines, write_whole
+from .runs import Run, to_json_lines
 from .smiles import EXCLUSIVE, LABELS, RING, canonical_or_none, exclusive_class, faults
+from .writing import write_whole
 
 VALUES = ("zero", "mean")
 KINDS = ("all", "close", "ring", "other")

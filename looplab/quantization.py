@@ -23,19 +23,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 from typing import Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from data_builders import TextBlocks
 
 from .evaluation import load_run_model
 from .perplexity import block_losses, run_blocks
-from .runs import open_run, write_whole
+from .runs import open_run
+from .writing import below, whole_folder, write_whole
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3, step 3)
 TOKENS_AT_ONCE = 2048  # that go through the model in one call
@@ -315,6 +315,7 @@ def quantize_run(
     """
     check_settings(bits, group, method)
     run = open_run(folder)
+    target = below(run.folder, f"model_int{bits}")
     task = run.recipe()["data"]["task"]
     if task != "text":
         raise ValueError(
@@ -332,8 +333,9 @@ def quantize_run(
     settings = {"bits": bits, "group": group, "method": method}
     linears = quantize_model(model, batches, num_loops, **settings)
     losses["after"] = block_losses(model, text["test"], every_block, [num_loops])[num_loops]
-    target = run.folder / f"model_int{bits}"
-    save_folder(model, tokenizer, target)
+    with whole_folder(target, replace=True) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
     report = {
         "model": target.name,
         **settings,
@@ -349,16 +351,6 @@ def quantize_run(
         "block_losses": {when: values.tolist() for when, values in losses.items()},
     }
     return write_whole(run.folder / "quantization.json", json.dumps(report, indent=1) + "\n")
-
-
-def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write `folder` under another name, then rename; one that is there is replaced."""
-    partial = folder.with_name(folder.name + ".partial")
-    rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def quantization_text(report: dict) -> str:

@@ -133,12 +133,3 @@ def json_lines(text: str) -> list[dict]:
 
 def to_json_lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write `text` beside `path`, then rename: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path

@@ -1,0 +1,103 @@
+"""Files and folders that appear whole or not at all, and only where they were asked for.
+
+    write_whole(path, content)       a file: written beside, then renamed
+    with whole_folder(path) as new:  a folder: filled beside, then renamed
+    below(folder, "figures")         a folder inside the one that the user named, and not behind a link
+
+Whoever reads, or starts again after a kill, sees the old file or the new one, never half of it, and two writers of one
+name do not mix. A link in the place of a file is replaced; what it points to keeps its bytes. A link in the place of a
+folder is refused: what lies behind it is somebody else's.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+def partial_of(path: Path) -> Path:
+    """A name beside `path` that nobody else has: `.NAME.xxxxxxxx.partial`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Make `content` (text as UTF-8) the file `path`, and its folders where they are missing; returns `path`.
+
+    Raises:
+        ValueError: `path` is a folder, a device or a pipe.
+        OSError: of the disk.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file: name another one, or move it away.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    try:
+        with open(partial, "xb") as file:  # x: never through a link
+            file.write(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder beside `path` to write to, which gets that name when all went well and is removed otherwise.
+
+    Args:
+        replace: a folder of that name gives way at the end; otherwise it is refused at the beginning.
+
+    Raises:
+        ValueError: there is something at `path`, and it is not a folder to replace.
+    """
+    check_folder(path)
+    if path.exists() and not replace:
+        raise ValueError(f"{path} exists: name a new folder, or delete it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = partial_of(path), partial_of(path)
+    partial.mkdir()
+    try:
+        yield partial
+        if replace and path.exists():
+            path.rename(old)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def below(folder: Path, *names: str) -> Path:
+    """`folder`/`names`; `folder` itself may be a link, since the user named it.
+
+    Raises:
+        ValueError: a folder on the way from `folder` is a link or a file.
+    """
+    path = folder
+    for name in names:
+        path = path / name
+        check_folder(path)
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """ValueError if there is something at `path` that is not a folder in its own right."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, where nothing of ours belongs: remove the link.")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is not a folder: move it away.")
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`; only where nobody writes at the moment."""
+    for left in folder.glob(f".*{PARTIAL}"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()

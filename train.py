@@ -28,6 +28,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, get_int_from_env, set_seed
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -59,6 +60,7 @@ from data_builders import (
     load_text,
 )
 from looplab.distillation import Distillation, interpolated
+from looplab.mistakes import Parser, run_command
 from looplab.recipe import Optim, Recipe, field_names, flatten, read_recipe
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
@@ -810,12 +812,14 @@ def main(recipe: Recipe) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="fields: " + " ".join(f"--{name}" for name in field_names()),
         allow_abbrev=False,
     )
     parser.add_argument("recipe", help="YAML file of the fields below")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake, too")
     arguments, flags = parser.parse_known_args()
-    main(read_recipe(arguments.recipe, flags))
+    rank = get_int_from_env(["LOCAL_RANK"], 0)
+    sys.exit(run_command("train.py", lambda: main(read_recipe(arguments.recipe, flags)), arguments.debug, rank))

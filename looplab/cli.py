@@ -7,16 +7,40 @@ Nothing heavy is imported before the arguments are parsed.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .mistakes import Parser, run_command
 
 
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return value
+@dataclass(frozen=True)
+class Whole:
+    """The range of an option that takes an integer, both ends inclusive, and of those the multiples of `step`."""
+
+    lowest: int = 1
+    highest: int = 10**9
+    step: int = 1
+
+    def __call__(self, text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = self.lowest - 1
+        if not self.lowest <= value <= self.highest or value % self.step:
+            kind = "an integer" if self.step == 1 else f"a multiple of {self.step}"
+            raise argparse.ArgumentTypeError(f"must be {kind} from {self.lowest} to {self.highest}, got {text!r}")
+        return value
+
+
+COUNT = Whole()
+LOOPS = Whole(highest=10_000)
+HOPS = Whole(highest=1_000)
+
+
+def named(text: str) -> str:
+    """A file, folder or name, which must not be empty: an unset variable of the shell is not the current folder."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a name, got {text!r}")
+    return text
 
 
 def run_eval(arguments) -> None:
@@ -109,8 +133,8 @@ def run_harness(arguments) -> None:
     import logging
     from pathlib import Path
 
-    from .evaluation import load_model
     from .harness import accuracies, score
+    from .loading import load_model
     from .runs import to_json_lines
     from .writing import write_whole
 
@@ -229,7 +253,9 @@ def run_serve(arguments) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    main_parser = argparse.ArgumentParser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
+    main_parser = Parser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
+    debug = {"action": "store_true", "help": "show the traceback of a mistake, too"}
+    main_parser.add_argument("--debug", **debug)
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -239,7 +265,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
     command.add_argument(
         "--loops",
-        type=positive,
+        type=LOOPS,
         nargs="+",
         metavar="R",
         help="loop counts (default: 1 2 3 4 6 8 12 16; of text the model's own and the recipe's eval_loops; of "
@@ -247,16 +273,16 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--limit",
-        type=positive,
+        type=COUNT,
         metavar="N",
         help="at most N rows per hop count and split kind, blocks of text, or molecules (default: 10,000)",
     )
     command.add_argument(
-        "--max-loops", type=positive, metavar="R", help="follow held-out rows so far (default: 50; only hops)"
+        "--max-loops", type=LOOPS, metavar="R", help="follow held-out rows so far (default: 50; only hops)"
     )
-    command.add_argument("--max-hops", type=positive, metavar="K", help="test chains of up to K hops (khop only)")
+    command.add_argument("--max-hops", type=HOPS, metavar="K", help="test chains of up to K hops (khop only)")
     command.add_argument(
-        "--masked", type=positive, metavar="N", help="also write N molecules of prefixes that can be completed"
+        "--masked", type=COUNT, metavar="N", help="also write N molecules of prefixes that can be completed"
     )
     command.set_defaults(call=run_eval)
 
@@ -264,14 +290,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN")
     command.add_argument(
         "--max-loops",
-        type=positive,
+        type=LOOPS,
         metavar="R",
         help="the largest budget (default: 50; of text and molecules, all loops: the model's own)",
     )
-    command.add_argument("--max-hops", type=positive, metavar="K", help="chains of up to K hops (khop only)")
+    command.add_argument("--max-hops", type=HOPS, metavar="K", help="chains of up to K hops (khop only)")
     command.add_argument(
         "--limit",
-        type=positive,
+        type=COUNT,
         metavar="N",
         help="at most N rows per hop count and split kind, rows of text, or molecules of a setting (default: 1,000)",
     )
@@ -283,16 +309,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="a run on text or hops")
     command.add_argument(
         "--chunks",
-        type=int,
+        type=Whole(0),
         nargs="+",
         default=(1, 0),
         metavar="C",
         help="tokens of a chunk; 1 is decoding, 0 one call (default: 1 0)",
     )
-    command.add_argument(
-        "--limit", type=positive, metavar="N", help="at most N blocks, or rows per hop count and kind"
-    )
-    command.add_argument("--loops", type=positive, metavar="R", help="default: the model's own")
+    command.add_argument("--limit", type=COUNT, metavar="N", help="at most N blocks, or rows per hop count and kind")
+    command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     command.set_defaults(call=run_memory)
 
     command = commands.add_parser(
@@ -302,7 +326,10 @@ def parser() -> argparse.ArgumentParser:
         "runs", metavar="RUN", nargs="+", help="run folders; those of one recipe are also drawn as one"
     )
     command.add_argument(
-        "--output", metavar="FOLDER", help="for the figures of several runs (default: figures/NAMES beside the first)"
+        "--output",
+        metavar="FOLDER",
+        help="for the figures of one run (default: RUN/figures), or those that show several together (default: "
+        "figures/NAMES beside the first)",
     )
     command.set_defaults(call=run_plot)
 
@@ -311,7 +338,9 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("runs", metavar="RUN", nargs="+")
     command.add_argument(
-        "--against", metavar="GROUP", help="compare the other groups to this one, seed by seed (not for hops)"
+        "--against",
+        metavar="GROUP",
+        help="compare the other groups to this one, seed by seed (not for hops)",
     )
     command.set_defaults(call=run_table)
 
@@ -322,11 +351,11 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("run", metavar="RUN")
     command.add_argument("--snapshot", metavar="step-N", help="a folder of RUN/snapshots, or 'all': over training")
-    command.add_argument("--hops", type=positive, metavar="K", help="default: the longest trained on, at most 4")
-    command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
+    command.add_argument("--hops", type=HOPS, metavar="K", help="default: the longest trained on, at most 4")
+    command.add_argument("--loops", type=LOOPS, metavar="R", help="default: those of the model's configuration")
     command.add_argument(
         "--limit",
-        type=positive,
+        type=COUNT,
         default=300,
         metavar="N",
         help="chains per split kind, or molecules (default: %(default)s)",
@@ -348,8 +377,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--split", choices=["validation", "test"], default="validation", help="default: %(default)s, to choose by"
     )
-    command.add_argument("--limit", type=positive, metavar="N", help="the first N items; their order is random")
-    command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: %(default)s choices")
+    command.add_argument("--limit", type=COUNT, metavar="N", help="the first N items; their order is random")
+    command.add_argument(
+        "--batch-size", type=Whole(highest=4096), default=8, metavar="N", help="default: %(default)s choices"
+    )
     command.add_argument("--output", metavar="FILE", help="JSON lines, one per item, to compare models by")
     command.set_defaults(call=run_harness)
 
@@ -368,26 +399,31 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN")
     command.add_argument(
         "question",
+        type=str,
         metavar="QUESTION",
         nargs="?",
         help='an entity and relations, such as "e3 r1 r2" (default: a test question one hop beyond the training)',
     )
-    command.add_argument("--loops", type=positive, nargs="+", default=[1, 2, 4, 8, 16], metavar="R")
+    command.add_argument("--loops", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="R")
     command.set_defaults(call=run_ask)
 
     command = commands.add_parser("demo", help="a page with a loop slider, on this machine (needs the extra demo)")
     command.add_argument("runs", metavar="RUN", nargs="+", help="a run on hops, on molecules, or one of each")
-    command.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860")
+    command.add_argument(
+        "--port", type=Whole(highest=65_535), metavar="N", help="default: the first free one from 7860"
+    )
     command.set_defaults(call=run_demo)
 
     command = commands.add_parser("bench", help="speed and memory against an unrolled Llama, to OUTPUT/bench.jsonl")
     command.add_argument("--output", default="runs/bench", metavar="FOLDER", help="default: %(default)s")
-    command.add_argument("--widths", type=positive, nargs="+", default=[64, 256, 512], metavar="D")
+    command.add_argument("--widths", type=Whole(64, 65_536, 64), nargs="+", default=[64, 256, 512], metavar="D")
     command.add_argument(
-        "--rounds", type=positive, default=7, metavar="N", help="interleaved pairs (default: %(default)s)"
+        "--rounds", type=Whole(highest=10_000), default=7, metavar="N", help="interleaved pairs (default: %(default)s)"
     )
     command.add_argument(
-        "--run", metavar="RUN", help="also measure halting, or speculation on text or molecules, on this trained run"
+        "--run",
+        metavar="RUN",
+        help="also measure halting, or speculation on text or molecules, on this trained run",
     )
     command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
     command.add_argument(
@@ -395,14 +431,14 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--contexts",
-        type=positive,
+        type=COUNT,
         nargs="+",
         default=(),
         metavar="S",
         help="instead: decoding after S tokens with each KV sharing, and training in chunks",
     )
     command.add_argument(
-        "--memory-loops", type=positive, nargs="+", default=(4, 8), metavar="R", help="of --contexts (default: 4 8)"
+        "--memory-loops", type=LOOPS, nargs="+", default=(4, 8), metavar="R", help="of --contexts (default: 4 8)"
     )
     command.set_defaults(call=run_bench)
 
@@ -413,13 +449,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")
     command.add_argument(
         "--core",
-        type=int,
+        type=Whole(0),
         nargs=2,
         metavar=("A", "B"),
         help="first and last layer that loop, counted from 0 (default: four around 0.48 of the depth)",
     )
     command.add_argument(
-        "--loops", type=positive, metavar="K", help="loops by default (default: 1, the source; Ouro's own)"
+        "--loops", type=LOOPS, metavar="K", help="loops by default (default: 1, the source; Ouro's own)"
     )
     command.add_argument("--gguf-file", metavar="NAME", help="the gguf file to read in SOURCE")
     command.set_defaults(call=run_convert)
@@ -429,18 +465,18 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("run", metavar="RUN")
     command.add_argument(
-        "--bits", type=positive, default=4, metavar="N", help="2 to 16 per weight (default: %(default)s)"
+        "--bits", type=Whole(2, 16), default=4, metavar="N", help="2 to 16 per weight (default: %(default)s)"
     )
     command.add_argument(
-        "--group", type=positive, default=128, metavar="N", help="weights that share a scale (default: %(default)s)"
+        "--group", type=COUNT, default=128, metavar="N", help="weights that share a scale (default: %(default)s)"
     )
     command.add_argument(
         "--method", choices=("gptq", "nearest"), default="gptq", help="default: %(default)s, calibrated over all loops"
     )
     command.add_argument(
-        "--calibration-rows", type=positive, default=128, metavar="N", help="of training text (default: %(default)s)"
+        "--calibration-rows", type=COUNT, default=128, metavar="N", help="of training text (default: %(default)s)"
     )
-    command.add_argument("--loops", type=positive, metavar="R", help="default: those of the model's configuration")
+    command.add_argument("--loops", type=LOOPS, metavar="R", help="default: those of the model's configuration")
     command.set_defaults(call=run_quantize)
 
     command = commands.add_parser("publish", help="a run to the Hugging Face Hub, with a card and its records")
@@ -454,10 +490,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="print what would be sent, without network or token")
     command.add_argument("--license", metavar="ID", help="of the model, such as mit (default: apache-2.0)")
     command.add_argument(
-        "--dataset-license", metavar="ID", help="of the data (default: the model's, where a seed generates them)"
+        "--dataset-license",
+        metavar="ID",
+        help="of the data (default: the model's, where a seed generates them)",
     )
     command.add_argument(
-        "--base-model", metavar="USER/NAME", help="on the Hub, that the run started from: the card links to it"
+        "--base-model",
+        metavar="USER/NAME",
+        help="on the Hub, that the run started from: the card links to it",
     )
     command.set_defaults(call=run_publish)
 
@@ -470,18 +510,19 @@ def parser() -> argparse.ArgumentParser:
         help="options of `transformers serve`, such as --port 8000 --device cpu",
     )
     command.set_defaults(call=run_serve)
+
+    for command in commands.choices.values():
+        command.register("type", None, named)  # of what has no type of its own
+        command.add_argument("--debug", default=argparse.SUPPRESS, **debug)
+        command.set_defaults(parser=command)
     return main_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 with one sentence on stderr for what the user can mend."""
-    arguments = parser().parse_args(argv)
-    try:
-        arguments.call(arguments)
-    except (ValueError, OSError) as error:
-        print(f"looped {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run one command; returns the exit status, see `mistakes.py`."""
+    arguments, unknown = parser().parse_known_args(argv)
+    arguments.parser.refuse_unknown(unknown)
+    return run_command(arguments.parser.prog, lambda: arguments.call(arguments), arguments.debug)
 
 
 if __name__ == "__main__":

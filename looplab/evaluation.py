@@ -6,7 +6,7 @@
     loops.jsonl  every loop x held-out hops       accuracy, mean margin, first correct loop; validation and test
 
 Protocol of Loop, Think & Generalize (arXiv 2604.07822): accuracy per hop count while the loops at inference
-are swept. What is evaluated is what ships: the model is loaded from `RUN/model` with that folder's own code.
+are swept. What is evaluated is what ships: the weights in `RUN/model`, loaded by `loading.py`.
 """
 
 import json
@@ -18,12 +18,12 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import load_task
 
+from .loading import load_model
 from .readers import HopReader, reader_of
 from .results import THRESHOLDS, hops_solved, wilson_interval
 from .runs import AGAIN, Run, open_run, to_json_lines
@@ -143,24 +143,9 @@ def load_run_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The saved model of a finished run, see `load_model`.
 
     Raises:
-        ValueError: there is no model yet, or its weights are damaged.
+        ValueError: there is no model yet, or it is damaged.
     """
     return load_model(run.model_folder(), AGAIN)
-
-
-def load_model(folder: Path, remedy: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model saved at `folder`, through the code beside it, on the accelerator if there is one; its tokenizer.
-
-    Raises:
-        ValueError: the weights are damaged; `remedy` says what to do.
-    """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged ({error}); {remedy}") from error
-    # The tokenizer needs no code of ours, but AutoTokenizer reads the model's config first.
-    return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 def evaluate_run(

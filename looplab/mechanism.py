@@ -14,9 +14,10 @@ import datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import load_model, load_run_task
+from .evaluation import load_run_task
 from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
 from .lens_plots import lens_figures, stages_figure
+from .loading import load_model
 from .plots import save
 from .probes import probe_path
 from .runs import Run, open_run, to_json_lines

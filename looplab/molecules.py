@@ -18,7 +18,7 @@ fcd          Frechet ChemNet distance to 10,000 molecules of the test split (Pre
              network from the package fcd_torch; None where that is not installed
 
 Shares have Wilson's interval, taking uniqueness as a share too; diversity that of a U-statistic. What is evaluated is
-what ships: the model is loaded from `RUN/model` with that folder's own code.
+what ships: the weights in `RUN/model`, loaded by `loading.py`.
 """
 
 import hashlib

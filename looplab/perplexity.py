@@ -9,7 +9,7 @@
                  block_losses in the order of the blocks: runs with the same digest may be compared block by block
     evaluation.json  limit, num_loops (the model's own) and parameters, see `count_parameters`
 
-What is evaluated is what ships: the model is loaded from `RUN/model` with that folder's own code.
+What is evaluated is what ships: the weights in `RUN/model`, loaded by `loading.py`.
 """
 
 import hashlib

@@ -192,4 +192,4 @@ def test_a_loop_count_below_one_is_refused_before_any_work(trained, capfd):
     with pytest.raises(SystemExit) as end:
         main(["eval", str(trained), "--loops", "0"])
     assert end.value.code == 2
-    assert "must be an integer >= 1, got '0'" in capfd.readouterr().err
+    assert "must be an integer from 1 to 10000, got '0'" in capfd.readouterr().err

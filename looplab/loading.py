@@ -1,0 +1,97 @@
+"""A saved model, loaded whole, by this package's classes, and without running code that lies in its folder.
+
+transformers would fill missing tensors with random numbers and warn; here that is refused. Looped models load by the
+classes of `modeling_looped`, which are registered when it is imported, not by the copy of them beside the weights
+(tests/test_remote_code.py holds the two equal). Other models load if transformers knows them; code of their own runs
+only where the user asked for it by --trust-remote-code.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import modeling_looped  # noqa: F401 (registers its classes)
+
+from .mistakes import sentence
+
+
+def load_model(
+    folder: Path, remedy: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal LM saved at `folder`, on the accelerator if there is one, in evaluation mode; its tokenizer.
+
+    Args:
+        remedy: what to do where the folder is damaged.
+        trust_remote_code: run the folder's own code, of a model that neither this package nor transformers knows.
+
+    Raises:
+        ValueError: a file is missing or damaged, weights and configuration do not fit, or the model needs code of its
+            own and `trust_remote_code` is False.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    with blaming(folder, remedy):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_whole(report)
+        # The tokenizer needs no code of ours, but AutoTokenizer reads the model's config first.
+        return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def check_whole(report: dict, may_lack: str | None = None) -> None:
+    """Every tensor of the model came from its file, and none of the file was left.
+
+    Args:
+        report: what `from_pretrained(output_loading_info=True)` says.
+        may_lack: part of the names of tensors that may be missing.
+
+    Raises:
+        ValueError: with the names of the tensors.
+    """
+    missing = [name for name in report["missing_keys"] if may_lack is None or may_lack not in name]
+    mismatched = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
+    for what, names in (
+        ("lacks", missing),
+        ("has too much", report["unexpected_keys"]),
+        ("has in another shape", mismatched),
+    ):
+        if names:
+            raise ValueError(
+                f"its weights do not fit its config.json: the file {what} {', '.join(sorted(names)[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            )
+
+
+@contextmanager
+def blaming(folder: str | Path, remedy: str) -> Iterator[None]:
+    """What fails inside is the fault of the files in `folder`: they may be wrong in more ways than can be listed.
+
+    Raises:
+        ValueError: one sentence with the folder, what failed, and `remedy`.
+    """
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # what transformers warns about is an error here
+    logging.disable_progress_bar()
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged ({error}); {remedy}") from error
+    except (MemoryError, torch.OutOfMemoryError):  # not the folder's fault
+        raise
+    except Exception as error:
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"the model in {folder} needs Python code of its own, which is not run unasked: read it, and if you "
+                "trust it use a command that has --trust-remote-code."
+            ) from error
+        said = (sentence(error) or f"{type(error).__name__} {error}").rstrip(".")
+        raise ValueError(f"{folder} cannot be loaded: {said}; {remedy}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

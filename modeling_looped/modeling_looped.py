@@ -18,6 +18,7 @@ size, H heads, d head size, V vocabulary.
 import difflib
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ from .speculation_looped import self_speculation
 BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | ENGINE_ARGUMENTS | {
     "logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q", "return_dict",
 }  # fmt: skip
+OPENING = threading.Lock()  # held while a model gets attentions for more slots
 LOOP_SETTINGS = ("num_loops", "halting")
 GENERATION_SETTINGS = (*LOOP_SETTINGS, "draft_loops")  # what a generation config may hold beside those of transformers
 FORWARD_DOCSTRING = r"""
@@ -193,51 +195,34 @@ class LoopedGatedMLP(LoopedMLP):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class LoopedAttention(nn.Module):
-    """Llama's attention, except that its KV slot changes from call to call and keys may come from another input.
+class SlotAttention(nn.Module):
+    """The attention of one KV slot, without parameters: caches, paged attention and serving engines find the slot here.
 
-    `layer_idx` is the slot of the call in progress: caches, paged attention and serving engines all read it here.
+    A layer runs it with a different one in every loop. Nothing is written to it after it was made, so that several
+    threads can run one model at different loop counts.
     """
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: LoopedConfig, slot: int):
         super().__init__()
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None  # both filled by the configuration
         self.config = config
-        self.layer_idx = 0
+        self.layer_idx = slot
         self.is_causal = True
-        self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
 
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = make_output_projection(config, queries, config.attention_bias)
-        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
-        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
-
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        key_value_states: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) -> (B, T, D); keys and values come from `key_value_states` (B, T, D) where given."""
-        input_shape = hidden_states.shape[:-1]
-        source = hidden_states if key_value_states is None else key_value_states
-        heads = (-1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, d)
-        key = self.k_norm(self.k_proj(source).unflatten(-1, heads)).transpose(1, 2)
-        value = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)
-
-        if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        """Queries (B, H, T, d), keys and values (B, K, T, d) of this call -> (B, T, H, d), and the weights if asked."""
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         elif LAYERS_WRITE_ENGINE_CACHES and kwargs.get("cache") is not None:
@@ -247,7 +232,7 @@ class LoopedAttention(nn.Module):
             self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
             eager_attention_forward,
         )
-        output, weights = attention_interface(
+        return attention_interface(
             self,
             query,
             key,
@@ -257,15 +242,78 @@ class LoopedAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class LoopedAttention(nn.Module):
+    """Llama's attention, except that every loop has a KV slot of its own and keys may come from another input.
+
+    The projections are those of all loops; `attentions` holds one attention for every slot of the layer.
+
+    Args:
+        section, index: which layer this is, see `KVSlots.slot`.
+    """
+
+    def __init__(self, config: LoopedConfig, section: str = "core", index: int = 0):
+        super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None  # both filled by the configuration
+        self.config, self.section, self.index = config, section, index
+        # Under the names that tools look for in an attention of transformers.
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = make_output_projection(config, queries, config.attention_bias)
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
+        self.attentions = nn.ModuleList()
+        self.open_slots(config.num_loops)
+
+    def open_slots(self, num_loops: int) -> None:
+        """Have an attention for the slot of every loop. They are only ever added, by one thread at a time."""
+        slots = self.config.kv_slots()
+        needed = num_loops if self.section == "core" and slots.per_loop else 1
+        if len(self.attentions) < needed:
+            with OPENING:
+                for loop in range(len(self.attentions), needed):
+                    attention = SlotAttention(self.config, slots.slot(self.section, self.index, loop))
+                    self.attentions.append(attention.train(self.training))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention: SlotAttention | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) -> (B, T, D); keys and values come from `key_value_states` (B, T, D) where given.
+
+        `attention` is the one of the slot, by default of the layer's first. It is an argument, and not the loop's
+        number, so that a compiled layer is the same code in every loop.
+        """
+        attention = self.attentions[0] if attention is None else attention  # pyright: ignore[reportAssignmentType]
+        source = hidden_states if key_value_states is None else key_value_states
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, d)
+        key = self.k_norm(self.k_proj(source).unflatten(-1, heads)).transpose(1, 2)
+        value = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        output, weights = attention(query, key, value, **kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class LoopedLayer(GradientCheckpointingLayer):
     """Pre-norm layer; with `norm_placement="sandwich"` each sublayer's output is normalised as well (Ouro)."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: LoopedConfig, section: str = "core", index: int = 0):
         super().__init__()
-        self.self_attn = LoopedAttention(config)
+        self.self_attn = LoopedAttention(config, section, index)
         self.mlp = LoopedGatedMLP(config) if config.gated_mlp else LoopedMLP(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
@@ -296,8 +344,8 @@ class LoopedLayer(GradientCheckpointingLayer):
 class GatedLoopedLayer(LoopedLayer):
     """A core layer whose keys and values come from a latent that a gate carries from loop to loop (MELT)."""
 
-    def __init__(self, config: LoopedConfig):
-        super().__init__(config)
+    def __init__(self, config: LoopedConfig, section: str = "core", index: int = 0):
+        super().__init__(config, section, index)
         self.kv_gate = KV_GATES[config.kv_gate](config)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -422,10 +470,10 @@ class LoopedModel(LoopedPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.positions = POSITIONS[config.position_embedding](config)
         self.dropout = make_dropout(config.embedding_dropout)
-        self.prelude = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_prelude_layers)])
         core_layer = GatedLoopedLayer if config.kv_sharing == "gated" else LoopedLayer
-        self.core = nn.ModuleList([core_layer(config) for _ in range(config.num_core_layers)])
-        self.coda = nn.ModuleList([LoopedLayer(config) for _ in range(config.num_coda_layers)])
+        self.prelude = nn.ModuleList([LoopedLayer(config, "prelude", i) for i in range(config.num_prelude_layers)])
+        self.core = nn.ModuleList([core_layer(config, "core", i) for i in range(config.num_core_layers)])
+        self.coda = nn.ModuleList([LoopedLayer(config, "coda", i) for i in range(config.num_coda_layers)])
         self.connection = CONNECTIONS[config.loop_connection](config)
         self.loop_embedding = LOOP_EMBEDDINGS[config.loop_embedding](config)
         self.start = STARTS[config.state_init](config)
@@ -509,6 +557,8 @@ class LoopedModel(LoopedPreTrainedModel):
         batch_size, num_tokens = embeds.shape[:2]
         causal_mask = create_causal_mask(self.config, embeds, call.attention_mask, past_key_values, position_ids)
         active = ActiveRows(call.num_loops, call.decision)
+        for layer in self.core:
+            layer.self_attn.open_slots(active.num_loops)
         if active.tracks_rows:
             active.open(real_tokens(call.attention_mask, embeds) if call.deciding is None else call.deciding)
         if past_key_values is not None:
@@ -550,13 +600,14 @@ class LoopedModel(LoopedPreTrainedModel):
 
     def _run(self, layers, section, hidden_states, context, key_inputs, loop=0, **kwargs):
         """One pass over the layers of a section: (B, T, D) -> (B, T, D)."""
+        per_loop = section == "core" and self.sharing.slots.per_loop
         for index, layer in enumerate(layers):
-            layer.self_attn.layer_idx = self.sharing.slots.slot(section, index, loop)
             hidden_states = key_inputs.run(
                 layer,
                 index,
                 hidden_states,
                 loop,
+                attention=layer.self_attn.attentions[loop if per_loop else 0],
                 attention_mask=context.attention_mask,
                 position_embeddings=context.position_embeddings,
                 position_ids=context.position_ids,

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceClassification
 from modeling_looped.connections_looped import NormalStart
+from modeling_looped.modeling_looped import SlotAttention
 from toys import BF16, FP32, KV_SHARINGS, count_layer_calls, make_config, make_ids, make_model
 
 SHAPES = {
@@ -310,16 +311,24 @@ def test_every_layer_call_is_recorded():
     assert [state is None for state in shared] == [True] * 6 + [False]  # counted by layer calls, not by KV slots
 
 
-def test_layer_calls_carry_their_slot():
-    """Serving engines find the slot by the attention's layer_idx, not through the cache: loops that overwrite one
-    index turn their output into garbage without an error (trap 15)."""
-    model = make_model(num_prelude_layers=1, num_coda_layers=1)
-    seen = []
-    for section in (model.model.prelude, model.model.core, model.model.coda):
-        for layer in section:
-            layer.self_attn.register_forward_pre_hook(lambda module, args: seen.append(module.layer_idx))
-    model(make_ids(), num_loops=3)
-    assert sorted(seen) == list(range(2 + 3 * 2))
+@pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
+def test_every_slot_has_one_attention(kv_sharing):
+    """Serving engines find a slot by the index of its attention, and map each index to one module when they load: loops
+    that share an index turn their output into garbage without an error (trap 15)."""
+    model = make_model(kv_sharing=kv_sharing, num_prelude_layers=1, num_coda_layers=1)
+    keys = set(model.state_dict())
+    called = []
+    for num_loops in (3, 5, 2):
+        called.clear()
+        model(make_ids(), num_loops=num_loops)
+        attentions = [module for module in model.modules() if isinstance(module, SlotAttention)]
+        assert sorted(module.layer_idx for module in attentions) == list(range(len(attentions)))
+        assert len(attentions) >= model.config.kv_slots().count(num_loops)
+        for module in attentions:
+            module.register_forward_pre_hook(lambda module, args: called.append(module.layer_idx))
+        model(make_ids(), num_loops=num_loops)
+        assert set(called) == set(range(model.config.kv_slots().count(num_loops)))
+    assert set(model.state_dict()) == keys
 
 
 def test_bf16_stays_near_fp32():

@@ -277,7 +277,7 @@ class LoopedAttention(nn.Module):
         slots = self.config.kv_slots()
         needed = num_loops if self.section == "core" and slots.per_loop else 1
         if len(self.attentions) < needed:
-            with OPENING:
+            with nullcontext() if torch.compiler.is_compiling() else OPENING:  # a lock cannot be traced
                 for loop in range(len(self.attentions), needed):
                     attention = SlotAttention(self.config, slots.slot(self.section, self.index, loop))
                     self.attentions.append(attention.train(self.training))

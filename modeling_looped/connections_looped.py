@@ -376,7 +376,8 @@ class SinusoidalLoopEmbedding(nn.Module):
 
     def forward(self, output: torch.Tensor, loop: int) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
-        channels = torch.arange(len(self.height), device=output.device)
+        # In float32 whatever the default dtype of the moment.
+        channels = torch.arange(len(self.height), device=output.device, dtype=torch.float32)
         angles = loop * 10_000.0 ** (-(channels // 2 * 2) / len(self.height))
         waves = torch.where(channels % 2 == 0, angles.sin(), angles.cos())
         return output + (self.height * waves).to(output.dtype)
@@ -414,27 +415,31 @@ class NormalStart(EmbeddingsStart):
     block = 64  # positions drawn from one seed
 
     def __init__(self, config):
-        self.std = config.state_init_std
-        # The noise drawn last, (positions, D): always on the CPU, also where a model is built on the meta device.
-        self.seed, self.table = 0, torch.empty(0, config.hidden_size, device="cpu")
+        self.std, self.hidden_size = config.state_init_std, config.hidden_size
+        self.drawn = (0, self._empty())  # seed and noise drawn last; replaced as one, since threads share it
 
     def __call__(self, embeds, position_ids, generator, training):
         if training:
             noise = torch.randn(embeds.shape, generator=generator, device=embeds.device, dtype=torch.float32)
         else:
             seed = 0 if generator is None else generator.initial_seed()
-            noise = self._rows(int(position_ids.max()) + 1, seed).to(embeds.device)[position_ids].expand(embeds.shape)
+            noise = self._noise(int(position_ids.max()) + 1, seed).to(embeds.device)[position_ids].expand(embeds.shape)
         return (self.std * noise).to(embeds.dtype)
 
-    def _rows(self, num_positions: int, seed: int) -> torch.Tensor:
-        """At least `num_positions` rows of noise; each block has a seed of its own, so that more only append."""
-        if seed != self.seed:
-            self.seed, self.table = seed, self.table[:0]
-        while len(self.table) < num_positions:
-            block = torch.Generator("cpu").manual_seed((seed * 1_000_003 + len(self.table)) % 2**63)
-            drawn = torch.randn(self.block, self.table.shape[1], generator=block, device="cpu")
-            self.table = torch.cat([self.table, drawn])
-        return self.table
+    def _noise(self, num_positions: int, seed: int) -> torch.Tensor:
+        """At least `num_positions` rows, (positions, D); each block has its own seed, so that more only append."""
+        drawn_seed, table = self.drawn
+        table = table if seed == drawn_seed else self._empty()
+        while len(table) < num_positions:
+            block = torch.Generator("cpu").manual_seed((seed * 1_000_003 + len(table)) % 2**63)
+            rows = torch.randn(self.block, self.hidden_size, generator=block, device="cpu", dtype=torch.float32)
+            table = torch.cat([table, rows])
+        self.drawn = (seed, table)
+        return table
+
+    def _empty(self) -> torch.Tensor:
+        # On the CPU and in float32 whatever the defaults of the moment, such as those a model is loaded under.
+        return torch.empty(0, self.hidden_size, device="cpu", dtype=torch.float32)
 
 
 STARTS = {"embeddings": EmbeddingsStart, "zeros": ZerosStart, "normal": NormalStart}

@@ -17,6 +17,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
+from .depth_looped import SavedDepth
+
 logger = logging.get_logger(__name__)
 
 # One repository serves every Auto class, whichever class was saved.
@@ -103,7 +105,7 @@ class KVSlots:
 
 
 @strict
-class LoopedConfig(PreTrainedConfig):
+class LoopedConfig(SavedDepth, PreTrainedConfig):
     r"""
     Configuration of [`LoopedModel`]. Sizes use the words of `LlamaConfig`; what is new:
 
@@ -215,8 +217,17 @@ class LoopedConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    def __new__(cls, *args, **fields):
+        config = super().__new__(cls)
+        # Both are said: only here can a loop count that was given be told from the default.
+        vars(config)["_says_depth_twice"] = {"num_loops", "num_hidden_layers"} <= set(fields)
+        return config
+
     def __post_init__(self, **kwargs):
+        said_twice = vars(self).pop("_says_depth_twice")
         self._refuse_unknown(kwargs)
+        if said_twice:
+            self._refuse_contradiction(self.num_loops, kwargs["num_hidden_layers"])
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -245,6 +256,24 @@ class LoopedConfig(PreTrainedConfig):
             nearest = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"the fields are {sorted(known)}"
             raise ValueError(f"LoopedConfig has no field {name!r} (value {arguments[name]!r}); {hint}")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; keywords that are fields go before the dict."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        if {"num_loops", "num_hidden_layers"} <= set(kwargs):
+            config = loaded[0] if isinstance(loaded, tuple) else loaded
+            config._refuse_contradiction(kwargs["num_loops"], kwargs["num_hidden_layers"])
+        return loaded
+
+    def _refuse_contradiction(self, num_loops: int, num_hidden_layers: int):
+        """The number of layers is derived from the loops: whoever says both has to mean one depth."""
+        count = self.kv_slots().count(num_loops)
+        if num_hidden_layers != count:
+            raise ValueError(
+                f"num_hidden_layers={num_hidden_layers} contradicts num_loops={num_loops}, which has {count}: leave "
+                "num_hidden_layers out, it is derived."
+            )
 
     def validate_sizes(self):
         """Pairs of sizes that must fit together; run by `@strict` after construction and before saving."""

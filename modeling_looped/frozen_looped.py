@@ -38,6 +38,8 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from .depth_looped import SavedDepth, count_to_save, generation_count, mark_saved_settings
+
 AUTO_MAP = {
     "AutoConfig": "frozen_looped.FrozenLoopedConfig",
     "AutoModelForCausalLM": "frozen_looped.FrozenLoopedForCausalLM",
@@ -117,7 +119,7 @@ def at_least_one(value: int):
 
 
 @strict
-class FrozenLoopedConfig(PreTrainedConfig):
+class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
     r"""
     How a frozen model is looped; saved, it names the base model and holds no weights.
 
@@ -801,9 +803,9 @@ class FrozenLooped:
     def _prepare_generation_config(self, generation_config, **kwargs):
         """num_loops is a model argument: a generation config that knows it must not swallow the call's own."""
         num_loops = kwargs.pop("num_loops", None)
+        default = generation_count(self.loop.config, generation_config, self.generation_config)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        stored = check_loops(generation_config.to_dict().get("num_loops"), self.loop.config.num_loops)
-        model_kwargs["num_loops"] = check_loops(num_loops, stored)
+        model_kwargs["num_loops"] = check_loops(num_loops, check_loops(default, self.loop.config.num_loops))
         return generation_config, model_kwargs
 
     def save_pretrained(
@@ -841,6 +843,9 @@ class FrozenLooped:
         config.save_pretrained(save_directory, push_to_hub, **kwargs)
         # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
         fields = self.generation_config.to_diff_dict()
+        count = count_to_save(self.loop.config, self.generation_config)
+        if count is not None:
+            fields["num_loops"] = count
         fields.pop("_from_model_config", None)
         GenerationConfig(**fields).save_pretrained(save_directory)
 
@@ -901,11 +906,15 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
             config.base_model, *args, revision=config.base_revision or "main", **kwargs
         )
         model, *loading_info = loaded if isinstance(loaded, tuple) else (loaded,)
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared)
-        except OSError as error:
-            if GENERATION_CONFIG_NAME not in str(error):
-                raise
+        if kwargs.get("generation_config") is None:
+            try:
+                saved = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared)
+            except OSError as error:
+                if GENERATION_CONFIG_NAME not in str(error):
+                    raise
+            else:
+                model.generation_config = saved
+                mark_saved_settings(saved)
         Loop(model, config).attach()  # pyright: ignore[reportArgumentType]
         return (model, *loading_info) if loading_info else model
 

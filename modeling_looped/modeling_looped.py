@@ -16,12 +16,14 @@ size, H heads, d head size, V vocabulary.
 """
 
 import difflib
+import functools
 import inspect
 import math
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -48,6 +50,7 @@ from .cache_looped import CACHE_NAME, LAYERS_WRITE_ENGINE_CACHES, SHARINGS, Acti
 from .chunks_looped import ENGINE_ARGUMENTS, Call, CallContext, Chunks
 from .configuration_looped import REWRITING_SHARINGS, LoopedConfig, too_many_loops
 from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
+from .depth_looped import asked_count, count_to_save, generation_count, mark_saved_settings
 from .gates_looped import KV_GATES, GateLinear
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
 from .losses_looped import ExpectedLoss, make_loss
@@ -58,6 +61,7 @@ from .speculation_looped import self_speculation
 BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | ENGINE_ARGUMENTS | {
     "logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q", "return_dict",
 }  # fmt: skip
+Section = Literal["prelude", "core", "coda"]
 OPENING = threading.Lock()  # held while a model gets attentions for more slots
 LOOP_SETTINGS = ("num_loops", "halting")
 GENERATION_SETTINGS = (*LOOP_SETTINGS, "draft_loops")  # what a generation config may hold beside those of transformers
@@ -196,7 +200,7 @@ class LoopedGatedMLP(LoopedMLP):
 
 
 class SlotAttention(nn.Module):
-    """The attention of one KV slot, without parameters: caches, paged attention and serving engines find the slot here.
+    """The attention of one KV slot, without parameters: caches, paged attention and engines find the slot here.
 
     A layer runs it with a different one in every loop. Nothing is written to it after it was made, so that several
     threads can run one model at different loop counts.
@@ -222,7 +226,7 @@ class SlotAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Queries (B, H, T, d), keys and values (B, K, T, d) of this call -> (B, T, H, d), and the weights if asked."""
+        """Queries (B, H, T, d), keys and values (B, K, T, d) -> (B, T, H, d), and the attention weights or None."""
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         elif LAYERS_WRITE_ENGINE_CACHES and kwargs.get("cache") is not None:
@@ -253,11 +257,12 @@ class LoopedAttention(nn.Module):
         section, index: which layer this is, see `KVSlots.slot`.
     """
 
-    def __init__(self, config: LoopedConfig, section: str = "core", index: int = 0):
+    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
         super().__init__()
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None  # both filled by the configuration
-        self.config, self.section, self.index = config, section, index
+        self.config, self.index = config, index
+        self.section: Section = section
         # Under the names that tools look for in an attention of transformers.
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -295,7 +300,7 @@ class LoopedAttention(nn.Module):
         `attention` is the one of the slot, by default of the layer's first. It is an argument, and not the loop's
         number, so that a compiled layer is the same code in every loop.
         """
-        attention = self.attentions[0] if attention is None else attention  # pyright: ignore[reportAssignmentType]
+        attend = self.attentions[0] if attention is None else attention
         source = hidden_states if key_value_states is None else key_value_states
         heads = (-1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, d)
@@ -304,14 +309,14 @@ class LoopedAttention(nn.Module):
 
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        output, weights = attention(query, key, value, **kwargs)
+        output, weights = attend(query, key, value, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class LoopedLayer(GradientCheckpointingLayer):
     """Pre-norm layer; with `norm_placement="sandwich"` each sublayer's output is normalised as well (Ouro)."""
 
-    def __init__(self, config: LoopedConfig, section: str = "core", index: int = 0):
+    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
         super().__init__()
         self.self_attn = LoopedAttention(config, section, index)
         self.mlp = LoopedGatedMLP(config) if config.gated_mlp else LoopedMLP(config)
@@ -344,7 +349,7 @@ class LoopedLayer(GradientCheckpointingLayer):
 class GatedLoopedLayer(LoopedLayer):
     """A core layer whose keys and values come from a latent that a gate carries from loop to loop (MELT)."""
 
-    def __init__(self, config: LoopedConfig, section: str = "core", index: int = 0):
+    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
         super().__init__(config, section, index)
         self.kv_gate = KV_GATES[config.kv_gate](config)
 
@@ -425,6 +430,30 @@ class ExitGate(nn.Linear):
         return super().forward(hidden_states).squeeze(-1).float()
 
 
+def count_from_the_last_call(forward: Callable) -> Callable:
+    """Let negative `output_hidden_states` count back from the last layer call that was made.
+
+    Transformers counts them by the configuration, and how often the core runs is said by the call, or by a rule. All
+    states are kept while such a call runs.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        selected = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        selected = [selected] if isinstance(selected, int) else selected
+        if not selected or all(index >= 0 for index in selected):  # True and False count as 1 and 0
+            return forward(self, *args, **kwargs)
+        outputs = forward(self, *args, **kwargs | {"output_hidden_states": True, "return_dict": True})
+        count = len(outputs.hidden_states)
+        kept = {index % count for index in selected if -count <= index < count}
+        outputs.hidden_states = tuple(
+            state if index in kept else None for index, state in enumerate(outputs.hidden_states)
+        )
+        return outputs if kwargs.get("return_dict", self.config.return_dict) else outputs.to_tuple()
+
+    return wrapper
+
+
 POSITIONS = {"rope": LoopedRotaryEmbedding, "learned": LearnedPositions, "none": NoPositions}
 
 
@@ -455,11 +484,23 @@ class LoopedPreTrainedModel(PreTrainedModel):
         if isinstance(module, (*INITIALIZED, ExitGate, GateLinear)):
             module.initialize()
 
+    @classmethod
+    def from_pretrained(cls, *args, generation_config=None, **kwargs):
+        """As in transformers; `num_loops=...` is the depth of `forward` and `generate` (`depth_looped.py`)."""
+        loaded = super().from_pretrained(*args, generation_config=generation_config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.can_generate() and generation_config is None:
+            mark_saved_settings(model.generation_config)
+        return loaded
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, except that loop settings put into the derived generation config survive a reload."""
         if self.can_generate() and any(name in self.generation_config.to_dict() for name in GENERATION_SETTINGS):
             # Marked as derived from the model config, its custom fields would be dropped on load.
             self.generation_config._from_model_config = False
+            count = count_to_save(self.config, self.generation_config)
+            if count is not None:
+                self.generation_config.num_loops = count
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -497,6 +538,7 @@ class LoopedModel(LoopedPreTrainedModel):
         gate = self.exit_gate
         return None if gate is None else lambda state: gate(self.norm(state))
 
+    @count_from_the_last_call
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring(custom_args=FORWARD_DOCSTRING)
@@ -558,7 +600,7 @@ class LoopedModel(LoopedPreTrainedModel):
         causal_mask = create_causal_mask(self.config, embeds, call.attention_mask, past_key_values, position_ids)
         active = ActiveRows(call.num_loops, call.decision)
         for layer in self.core:
-            layer.self_attn.open_slots(active.num_loops)
+            cast(LoopedLayer, layer).self_attn.open_slots(active.num_loops)
         if active.tracks_rows:
             active.open(real_tokens(call.attention_mask, embeds) if call.deciding is None else call.deciding)
         if past_key_values is not None:
@@ -742,10 +784,14 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
     def _prepare_generation_config(self, generation_config, **kwargs):
         """Loop settings are model arguments: a generation config that knows them must not swallow the call's own."""
         asked = {name: kwargs.pop(name, None) for name in LOOP_SETTINGS}
+        given = generation_config
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        stored = generation_config.to_dict()
+        stored = {
+            "num_loops": generation_count(self.config, given, self.generation_config),
+            "halting": generation_config.to_dict().get("halting"),
+        }
         for name, value in asked.items():
-            value = stored.get(name) if value is None else value
+            value = stored[name] if value is None else value
             if value is not None:
                 model_kwargs[name] = value
         rule = halting_rule(model_kwargs.pop("halting", None))  # built once: raises before any work, not per token
@@ -776,8 +822,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
                 f"kv_sharing={self.config.kv_sharing!r} combines the rows of several loops, which the paged cache of "
                 "continuous batching does not: use generate."
             )
-        stored = (self.generation_config if generation_config is None else generation_config).to_dict()
-        num_loops, halting = (stored.get(name) for name in LOOP_SETTINGS)
+        num_loops = asked_count(generation_config, self.generation_config)
+        halting = (self.generation_config if generation_config is None else generation_config).to_dict().get("halting")
         if num_loops not in (None, self.config.num_loops) or halting_rule(halting) is not None:
             raise ValueError(
                 f"continuous batching runs config.num_loops={self.config.num_loops} for every token, but the "

@@ -10,6 +10,7 @@ from families import make_frozen, make_tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modeling_looped.frozen_looped import FrozenLoopedForCausalLM, attach, detach, looped
+from toys import shipped_with
 
 STRANGER = """
 import sys, warnings
@@ -44,7 +45,7 @@ def test_a_saved_loop_holds_no_weights_and_loads_as_the_same_model(base, tmp_pat
     settings = {"window": (2, 4), "num_loops": 4, "method": "heun", "beta": 0.25, "decode": 2, "prefill": "iterated"}
     attach(base, **settings).save_pretrained(folder)
     files = {path.name for path in folder.iterdir()}
-    assert files == {"config.json", "generation_config.json", "frozen_looped.py"}
+    assert files == {"config.json", "generation_config.json"} | shipped_with("frozen_looped")
     saved = json.loads((folder / "config.json").read_text())
     assert saved["base_model"] == str(tmp_path / "base")
     assert saved["window"] == [2, 4]
@@ -145,5 +146,5 @@ def test_a_stranger_loads_a_saved_loop(base, tmp_path):
     assert {path.name for path in (tmp_path / "saved" / "again").iterdir()} == {
         "config.json",
         "generation_config.json",
-        "frozen_looped.py",
+        *shipped_with("frozen_looped"),
     }

@@ -313,8 +313,8 @@ def test_every_layer_call_is_recorded():
 
 @pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
 def test_every_slot_has_one_attention(kv_sharing):
-    """Serving engines find a slot by the index of its attention, and map each index to one module when they load: loops
-    that share an index turn their output into garbage without an error (trap 15)."""
+    """Serving engines find a slot by the index of its attention, and map each index to one module when they load:
+    loops that share an index turn their output into garbage without an error (trap 15)."""
     model = make_model(kv_sharing=kv_sharing, num_prelude_layers=1, num_coda_layers=1)
     keys = set(model.state_dict())
     called = []

@@ -33,7 +33,7 @@ from looplab.evaluation import load_run_model, load_run_task
 from looplab.publishing import publish
 from looplab.readers import READERS
 from looplab.runs import open_run
-from toys import write_pages
+from toys import shipped_with, write_pages
 
 # huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -41,19 +41,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload ra
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "publish.md").read_text()
 REPO = f"{USER}/tiny-khop"
-SHIPPED = {
-    "cache_looped.py",
-    "chunks_looped.py",
+SHIPPED = shipped_with("configuration_looped", "modeling_looped") | {
     "config.json",
-    "configuration_looped.py",
-    "connections_looped.py",
-    "gates_looped.py",
     "generation_config.json",
-    "halting_looped.py",
-    "losses_looped.py",
     "model.safetensors",
-    "modeling_looped.py",
-    "speculation_looped.py",
     "tokenizer.json",
     "tokenizer_config.json",
 }

@@ -1,7 +1,11 @@
 """Toys that all tests share: tiny configurations of every kind, and one tolerance per precision."""
 
+import ast
+from pathlib import Path
+
 import torch
 
+import modeling_looped
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 # Written once for the suite, never loosened (fp32 rounding over a few layers; bf16 has 8 bits).
@@ -87,3 +91,18 @@ def write_pages(folder, pages: int = 40, seed: int = 0) -> list[str]:
         lines = [" ".join(words[i] for i in row) + f", on page {page}." for row in chosen]
         (folder / f"page{page:03}.txt").write_text("\n\n".join(lines) + "\n")
     return [str(folder / "*.txt")]
+
+
+def shipped_with(*modules: str) -> set[str]:
+    """Files that a saved model ships: these modules of modeling_looped and all that they import of it."""
+    folder, files = Path(modeling_looped.__file__).parent, set()
+    waiting = [f"{module}.py" for module in modules]
+    while waiting:
+        file = waiting.pop()
+        if file not in files:
+            files.add(file)
+            imports = [
+                n for n in ast.walk(ast.parse((folder / file).read_text("utf-8"))) if isinstance(n, ast.ImportFrom)
+            ]
+            waiting += [f"{node.module}.py" for node in imports if node.level == 1]
+    return files

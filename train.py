@@ -670,7 +670,7 @@ def main(recipe: Recipe) -> dict:
     accelerator.wait_for_everyone()
 
     # Data: what the task trains and measures on.
-    depth = DepthSampler(seed=recipe.seed, **{k: v for k, v in asdict(recipe.depth).items() if v is not None})
+    depth = recipe.depth.sampler(recipe.seed)
     task = TASKS[recipe.data.task](recipe, depth, accelerator)
 
     # Model: the same weights on every rank; after that each rank has its own dropout.

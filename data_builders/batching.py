@@ -23,6 +23,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from .fields import Range
 from .hop_rows import stream
 
 # Nodes of the Gauss-Hermite rule over the log-normal rate; 64 give the mean to about 1e-12 for sigma <= 1.
@@ -30,6 +31,9 @@ NODES = 64
 
 # Steps whose depths, or hop counts, are drawn at once.
 CHUNK = 4096
+
+# The most loops that a step may draw: the distribution has an entry for each number of loops.
+MOST_LOOPS = 10_000
 
 
 class DepthSampler:
@@ -67,19 +71,24 @@ class DepthSampler:
             "poisson": ["rate" if mean is None else "mean", "minimum", "maximum"],
             "lognormal_poisson": ["rate" if mean is None else "mean", "minimum", "maximum", "sigma"],
         }
+        ranges = dict.fromkeys(("mean", "minimum", "maximum"), Range(at_most=MOST_LOOPS))
+        # The quadrature has too few nodes for a larger sigma.
+        ranges |= {"rate": Range(above=0, at_most=MOST_LOOPS), "sigma": Range(above=0, at_most=4)}
         if kind not in takes:
             raise ValueError(f"kind must be one of {', '.join(takes)}, got {kind!r}.")
         for name, value in given.items():
             if (value is not None) != (name in takes[kind]):
                 raise ValueError(f"depth {kind} takes {', '.join(takes[kind])}; {name} is {value}.")
+            if value is not None:
+                ranges[name].check(name, value)
+        Range(at_least=0, whole=True).check("seed", seed)
         if kind == "fixed":
             minimum = maximum = mean
         if minimum != int(minimum) or maximum != int(maximum) or not 1 <= minimum <= maximum:
-            raise ValueError(f"loops must be whole numbers with 1 <= minimum <= maximum, got {minimum} and {maximum}.")
-        if sigma is not None and sigma <= 0:
-            raise ValueError(f"sigma must be > 0, got {sigma}; for a fixed rate use kind poisson.")
-        if rate is not None and rate <= 0:
-            raise ValueError(f"rate must be > 0, got {rate}.")
+            said = "mean: " if kind == "fixed" else ""
+            raise ValueError(
+                f"{said}loops must be whole numbers with 1 <= minimum <= maximum, got {minimum} and {maximum}."
+            )
         self.kind, self.seed = kind, seed
         self.depths = np.arange(int(minimum), int(maximum) + 1)
         if kind in ("fixed", "uniform"):
@@ -101,6 +110,8 @@ class DepthSampler:
 
     def _clipped_poisson(self, rate: float, sigma: float) -> np.ndarray:
         """Probability of each depth; sigma 0 is the plain Poisson."""
+        if len(self.depths) == 1:
+            return np.ones(1)
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES if sigma else 1)
         rates = rate * np.exp(sigma * nodes - sigma**2 / 2)  # their mean is `rate`
         counts = np.arange(self.depths[-1])

@@ -16,7 +16,8 @@ from functools import cached_property
 import datasets
 import numpy as np
 
-from .hop_rows import FEATURES, check_counts, hop_tables, source_hash, stream
+from .fields import check_fields, number
+from .hop_rows import FEATURES, hop_tables, source_hash, stream
 
 VERSION = datasets.Version("1.1.0")
 
@@ -26,15 +27,15 @@ class CompositionConfig(datasets.BuilderConfig):
     """Sizes of the graph and of the splits; any field may be given to `Composition` or `load_task` by name."""
 
     version: datasets.Version = VERSION
-    num_entities: int = 2_000
-    num_relations: int = 200
-    out_degree: int = 20
-    ood_share: float = 0.05  # of the facts
-    phi: float = 7.2  # train compositions per ID fact
-    id_holdout: float = 0.005  # of the compositions of two ID facts
-    pair_holdout: float = 0.0  # of the ordered pairs of relations
-    test_per_kind: int = 1_000  # rows in test of ood_first, of ood_second and of pair, at most
-    seed: int = 0
+    num_entities: int = number(2_000, at_least=2, whole=True)
+    num_relations: int = number(200, at_least=1, whole=True)
+    out_degree: int = number(20, at_least=1, whole=True)
+    ood_share: int | float = number(0.05, above=0, below=1)  # of the facts
+    phi: int | float = number(7.2, above=0)  # train compositions per ID fact
+    id_holdout: int | float = number(0.005, above=0, below=1)  # of the compositions of two ID facts
+    pair_holdout: int | float = number(0.0)  # of the ordered pairs of relations
+    test_per_kind: int = number(1_000, at_least=0, whole=True)  # at most, of ood_first, of ood_second and of pair
+    seed: int = number(0, at_least=0, whole=True)
 
 
 class Composition(datasets.ArrowBasedBuilder):
@@ -79,22 +80,17 @@ class Composition(datasets.ArrowBasedBuilder):
     def __init__(self, *args, hash: str | None = None, **kwargs):
         super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
         config = self.config
-        check_counts(config, num_entities=2, num_relations=1, out_degree=1, test_per_kind=0, seed=0)
+        check_fields(config)
         if config.out_degree > config.num_relations:
             raise ValueError(
                 f"out_degree {config.out_degree} is above num_relations {config.num_relations}: an entity's relations "
                 "are distinct."
             )
-        for name in ("ood_share", "id_holdout"):
-            if not 0 < vars(config)[name] < 1:
-                raise ValueError(f"{name} must be above 0 and below 1, got {vars(config)[name]}.")
         one_pair = 1 / config.num_relations**2
         if config.pair_holdout != 0 and not one_pair <= config.pair_holdout < 1:
             raise ValueError(
                 f"pair_holdout must be 0, or at least {one_pair:g} (one pair) and below 1, got {config.pair_holdout}."
             )
-        if config.phi <= 0:
-            raise ValueError(f"phi must be > 0, got {config.phi}.")
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=FEATURES, description=self.config.description)

@@ -1,4 +1,4 @@
-"""What the hop tasks have in common: the columns of a row, the random streams, the checks of a config.
+"""What the hop tasks have in common: the columns of a row and the random streams.
 
 e4 r1 r0 <ans>  ->  e9        start at entity 4, follow relation 1, then relation 0: which entity is it?
 """
@@ -6,7 +6,6 @@ e4 r1 r0 <ans>  ->  e9        start at entity 4, follow relation 1, then relatio
 import hashlib
 import zlib
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -57,11 +56,3 @@ def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
 def source_hash(*modules: str) -> str:
     """Fingerprint of the source files that make the data, so that the cache of an older generator is never reused."""
     return hashlib.sha256(b"".join(Path(module).read_bytes() for module in (__file__, *modules))).hexdigest()[:16]
-
-
-def check_counts(config: datasets.BuilderConfig, **minimum: int):
-    """ValueError unless each named field of `config` is a whole number of at least its minimum."""
-    for field in fields(config):
-        value = vars(config)[field.name]
-        if field.name in minimum and (type(value) is not int or value < minimum[field.name]):
-            raise ValueError(f"{field.name} must be a whole number >= {minimum[field.name]}, got {value!r}.")

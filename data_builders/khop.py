@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from .hop_rows import FEATURES, check_counts, hop_tables, source_hash, stream
+from .fields import check_fields, number
+from .hop_rows import FEATURES, hop_tables, source_hash, stream
 
 VERSION = datasets.Version("1.0.0")
 
@@ -29,14 +30,14 @@ class KhopConfig(datasets.BuilderConfig):
     """Sizes of the graph and of the splits; any field may be given to `Khop` or `load_task` by name."""
 
     version: datasets.Version = VERSION
-    num_entities: int = 200
-    num_relations: int = 10
-    train_hops: int = 40  # train holds 1 .. train_hops
-    max_hops: int = 40  # validation and test hold 2 .. max_hops
-    train_per_hop: int = 15_000
-    gate_per_hop: int = 375  # rows of validation, which decides when a curriculum goes on
-    test_per_hop: int = 375
-    seed: int = 0
+    num_entities: int = number(200, at_least=2, whole=True)
+    num_relations: int = number(10, at_least=2, whole=True)
+    train_hops: int = number(40, at_least=1, whole=True)  # train holds 1 .. train_hops
+    max_hops: int = number(40, at_least=2, whole=True)  # validation and test hold 2 .. max_hops
+    train_per_hop: int = number(15_000, at_least=1, whole=True)
+    gate_per_hop: int = number(375, at_least=1, whole=True)  # rows of validation, by which a curriculum goes on
+    test_per_hop: int = number(375, at_least=1, whole=True)
+    seed: int = number(0, at_least=0, whole=True)
 
 
 class Khop(datasets.ArrowBasedBuilder):
@@ -80,8 +81,7 @@ class Khop(datasets.ArrowBasedBuilder):
     def __init__(self, *args, hash: str | None = None, **kwargs):
         super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
         config = self.config
-        rows = dict.fromkeys(("train_per_hop", "gate_per_hop", "test_per_hop"), 1)
-        check_counts(config, num_entities=2, num_relations=2, train_hops=1, max_hops=2, seed=0, **rows)
+        check_fields(config)
         if config.max_hops < config.train_hops:
             raise ValueError(f"max_hops {config.max_hops} is below train_hops {config.train_hops}: raise max_hops.")
 

@@ -24,8 +24,9 @@ import pyarrow as pa
 from datasets.fingerprint import Hasher
 from huggingface_hub.constants import HF_HOME
 
-from .hop_rows import TABLE_ROWS, check_counts, source_hash, stream
-from .text import find_files, read_text
+from .fields import check_fields, number
+from .files import find_files, read_text
+from .hop_rows import TABLE_ROWS, source_hash, stream
 
 VERSION = datasets.Version("1.0.0")
 
@@ -47,10 +48,10 @@ class MoleculesConfig(datasets.BuilderConfig):
     test_scaffolds_files: list[str] = field(default_factory=list)  # the split test_scaffolds
     column: str | None = None  # of .csv files; by default the one called SMILES or smiles
     canonical: bool = False  # write each molecule in rdkit's one way first, so that other spellings are copies
-    validation_share: float = 0.01  # of the molecules of `files`
-    test_share: float = 0.01  # the same
-    train_rows: int | None = None  # a seeded sample of so many; a smaller one is part of a larger one
-    seed: int = 0  # of the split and the sample
+    validation_share: int | float = number(0.01, above=0, below=0.5)  # of the molecules of `files`
+    test_share: int | float = number(0.01, at_least=0, below=0.5)  # the same
+    train_rows: int | None = number(at_least=1, whole=True)  # a seeded sample; a smaller one is part of a larger one
+    seed: int = number(0, at_least=0, whole=True)  # of the split and the sample
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         """Name of the cache folder: what `datasets` makes of the fields, and a fingerprint of the files themselves."""
@@ -63,14 +64,12 @@ class MoleculesConfig(datasets.BuilderConfig):
 
     def check_fields(self):
         """ValueError for a field that is missing or out of range."""
-        check_counts(self, seed=0, **({} if self.train_rows is None else {"train_rows": 1}))
+        check_fields(self)
         if not self.files:
             raise ValueError("files must name the molecules to train on: a list of paths and globs.")
-        if not 0 < self.validation_share < 0.5:
-            raise ValueError(f"validation_share must be above 0 and below 0.5, got {self.validation_share}.")
         if self.test_files and self.test_share != 0:
             raise ValueError(f"test_share must be 0 beside test_files, got {self.test_share}.")
-        if not self.test_files and not 0 < self.test_share < 0.5:
+        if not self.test_files and self.test_share == 0:
             raise ValueError(
                 f"test_share must be above 0 and below 0.5 where there are no test_files, got {self.test_share}."
             )

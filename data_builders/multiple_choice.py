@@ -18,7 +18,8 @@ from pathlib import Path
 
 import datasets
 
-from .hop_rows import check_counts, source_hash, stream
+from .fields import check_fields, number
+from .hop_rows import source_hash, stream
 
 VERSION = datasets.Version("1.0.0")
 
@@ -44,8 +45,8 @@ class MultipleChoiceConfig(datasets.BuilderConfig):
     published: tuple[str, str] = ("val", "test")  # the published splits that validation and test are
     prefix: str = ""  # stands before every question in the files
     suffix: str = "\nAnswer:"  # and after it
-    max_validation: int = 2_000
-    seed: int = 0  # of the order of the rows
+    max_validation: int = number(2_000, at_least=1, whole=True)
+    seed: int = number(0, at_least=0, whole=True)  # of the order of the rows
 
     def file(self, split: str) -> str:
         """Path below data_dir of the file that holds a split."""
@@ -82,7 +83,7 @@ class MultipleChoice(datasets.GeneratorBasedBuilder):
 
     def __init__(self, *args, hash: str | None = None, **kwargs):
         super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
-        check_counts(self.config, max_validation=1, seed=0)
+        check_fields(self.config)
         for split in ("validation", "test"):
             if self.config.data_dir is None or not Path(self.config.data_dir, self.config.file(split)).is_file():
                 raise ValueError(

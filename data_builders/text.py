@@ -7,12 +7,9 @@
 The same text always goes to the same split, so that the splits are disjoint; its copies are dropped.
 """
 
-import glob
-import gzip
 import hashlib
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +17,9 @@ from pathlib import Path
 import datasets
 from huggingface_hub.constants import HF_HOME
 
-from .hop_rows import check_counts, source_hash
+from .fields import check_fields, number
+from .files import find_files, read_text
+from .hop_rows import source_hash
 
 VERSION = datasets.Version("1.0.0")
 
@@ -38,17 +37,14 @@ class TextConfig(datasets.BuilderConfig):
     files: list[str] = field(default_factory=list)  # paths and globs; `**` is any number of folders
     dataset: dict = field(default_factory=dict)  # arguments of `datasets.load_dataset`, `path` and `split` among them
     column: str = "text"  # of `dataset`: a text in each row
-    document_characters: int = 4_000  # a file is cut at the first blank line after so many
-    validation_share: float = 0.01  # of the documents
-    test_share: float = 0.01
-    seed: int = 0  # of the split
+    document_characters: int = number(4_000, at_least=1, whole=True)  # a file is cut at the next blank line
+    validation_share: int | float = number(0.01, above=0, below=0.5)  # of the documents
+    test_share: int | float = number(0.01, above=0, below=0.5)
+    seed: int = number(0, at_least=0, whole=True)  # of the split
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
         """Name of the cache folder: what `datasets` makes of the fields, and a fingerprint of the text itself."""
-        check_counts(self, document_characters=1, seed=0)
-        for name in ("validation_share", "test_share"):
-            if not 0 < vars(self)[name] < 0.5:
-                raise ValueError(f"{name} must be above 0 and below 0.5, got {vars(self)[name]}.")
+        check_fields(self)
         if bool(self.files) == bool(self.dataset):
             raise ValueError("name the text: either files, a list of paths and globs, or dataset.")
         contents = hashlib.sha256()
@@ -138,35 +134,6 @@ class Text(datasets.GeneratorBasedBuilder):
                 if self.config.split_of(digest) == split and digest not in seen:
                     seen.add(digest)
                     yield len(seen), {"text": document, "source": source}
-
-
-def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetched: Path, command: str) -> list[Path]:
-    """The files that match paths and globs, in order. `command` makes the folder `fetched`.
-
-    Raises ValueError, with the `name` of the field, for a pattern without a file and a file with another suffix.
-    """
-    paths = set()
-    for pattern in patterns:
-        found = {Path(path).absolute() for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
-        if not found and Path(pattern).is_relative_to(fetched):
-            raise ValueError(f"there is no {pattern}: run `{command}`, or name files.")
-        if not found:
-            raise ValueError(f"{name}: nothing matches {pattern!r} in {os.getcwd()}.")
-        paths |= found
-    for path in paths:
-        if not path.name.endswith(suffixes):
-            raise ValueError(f"{name}: {path} is not one of {', '.join(suffixes)}.")
-    return sorted(paths)
-
-
-def read_text(path: Path) -> str:
-    """Text of a UTF-8 file, gzip or not, with "\\n" at the ends of lines; ValueError if it is neither."""
-    raw = path.read_bytes()
-    try:
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as text ({error}): convert it to UTF-8, or leave it out.") from error
 
 
 def documents(text: str, document_characters: int) -> Iterator[str]:

@@ -23,18 +23,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks, load_task
+from data_builders.fields import Range, check_fields, number, numbers, path
+from data_builders.files import expand_home
 from modeling_looped import FrozenLoopedConfig, default_window, looped
 from modeling_looped.frozen_looped import decoder_layers
 
+from .recipe import build_recipe, check_name, expand_paths
 from .runs import to_json_lines
 from .writing import below, write_whole
+from .yaml_text import read_yaml, to_yaml
 
 STAGES = ("profile", "sweep", "confirm", "cost")
 SPLITS = {"sweep": "validation", "confirm": "test"}
@@ -46,17 +49,17 @@ TEXT = "text"  # beside the tasks' names
 class Setting:
     """A way to loop; horizon is the time the substeps add up to, 1 the natural pass's."""
 
-    window: list[int] | tuple[int, int] | None = None
-    num_loops: int = 3
-    horizon: int | float = 1
-    beta: int | float | None = None
+    window: list[int] | tuple[int, int] | None = numbers(None, at_least=-1)
+    num_loops: int = number(3, at_least=1)
+    horizon: int | float = number(1, above=0)
+    beta: int | float | None = number()
     method: str = "blend"
 
     def arguments(self) -> dict:
         """Of `looped`."""
         step = None if self.horizon == 1 else self.horizon / self.num_loops
-        fields = {name: value for name, value in asdict(self).items() if name != "horizon"}
-        return fields | {"step": step}
+        values = {name: value for name, value in asdict(self).items() if name != "horizon"}
+        return values | {"step": step}
 
     def attached(self, model: PreTrainedModel) -> AbstractContextManager:
         """Loops `model` for as long as it is entered."""
@@ -75,21 +78,40 @@ BASE = Setting(num_loops=1)
 
 @strict
 @dataclass
+class Cost:
+    """What wall time is measured on."""
+
+    loops: list[int] = numbers([2, 3, 6], at_least=2, distinct=True)
+    prompt: int = number(256, at_least=1)  # tokens
+    new_tokens: int = number(32, at_least=1)
+    rounds: int = number(7, at_least=1)
+
+
+@strict
+@dataclass
 class FrozenRecipe:
     """Every number of a study. `sweep` and `confirm` say how many rows of a task, and blocks of `text`, are used."""
 
     name: str
-    model: str  # folder or Hub name; smollm2 is what `looped fetch smollm2` made
-    sweep: dict[str, int]
-    confirm: dict[str, int]
+    model: str = field(metadata={"path": True})  # folder or Hub name; smollm2 is what `looped fetch smollm2` made
+    sweep: dict[str, int] = field(metadata={"range": Range(at_least=1)})
+    confirm: dict[str, int] = field(metadata={"range": Range(at_least=1)})
     grid: list[dict]  # fields of Setting, each a list of values or one that is none: all combinations
     controls: list[dict] = field(default_factory=list)  # measured in `confirm` whatever the sweep says
-    cost: dict = field(default_factory=lambda: {"loops": [2, 3, 6], "prompt": 256, "new_tokens": 32, "rounds": 7})
+    cost: Cost = field(default_factory=Cost)
     text: dict = field(default_factory=dict)  # fields of the text builder; by default `looped fetch corpus`'s text
-    benchmarks: str | None = None  # folder; by default what `looped fetch benchmarks` wrote
-    sequence_length: int = 256
-    batch_size: int = 16
-    output_dir: str = "runs"
+    benchmarks: str | None = path()  # folder; by default what `looped fetch benchmarks` wrote
+    sequence_length: int = number(256, at_least=1)
+    batch_size: int = number(16, at_least=1)
+    output_dir: str = path("runs")
+
+    def __post_init__(self):
+        check_fields(self)
+        expand_paths(self)
+        check_name(self.name)
+        if not set(self.sweep) - {TEXT}:
+            raise ValueError("sweep has no task but text, by which no setting may be chosen: add one.")
+        self.settings(), [make_setting(values) for values in self.controls]  # raise before any work
 
     @property
     def folder(self) -> Path:
@@ -103,6 +125,8 @@ class FrozenRecipe:
         """The grid, without repetition."""
         found = {}
         for block in self.grid:
+            if not block or [] in block.values():
+                raise ValueError(f"grid has a block without a setting, {block}: give every field of it a value.")
             lists = [value if isinstance(value, list) else [value] for value in block.values()]
             for values in itertools.product(*lists):
                 setting = make_setting(dict(zip(block, values, strict=True)))
@@ -113,25 +137,22 @@ class FrozenRecipe:
 def make_setting(values: dict) -> Setting:
     try:
         setting = Setting(**values)
+        check_fields(setting)
         FrozenLoopedConfig(**setting.arguments())
         return setting
-    except (StrictDataclassError, TypeError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(
             f"{values} is not a setting ({error}): its fields are {list(Setting.__annotations__)}."
         ) from error
 
 
 def read_recipe(path: str | Path) -> FrozenRecipe:
-    """Raises ValueError for a field that is unknown, missing or of the wrong type."""
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    """Raises ValueError for a field that is unknown, missing, of the wrong type or out of range."""
+    values = read_yaml(expand_home("the recipe", str(path)))
     try:
-        recipe = FrozenRecipe(**values)
-    except (StrictDataclassError, TypeError) as error:
+        return build_recipe(values, FrozenRecipe)
+    except ValueError as error:
         raise ValueError(f"{path} is not a recipe of `looped frozen`: {error}") from error
-    if not set(recipe.sweep) - {TEXT}:
-        raise ValueError(f"{path}: sweep has no task but text, by which no setting may be chosen: add one.")
-    recipe.settings(), [make_setting(values) for values in recipe.controls]  # raise before any work
-    return recipe
 
 
 def load(recipe: FrozenRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -300,14 +321,14 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
     if path.exists():
         return read_rows(path)
     config = model.config.get_text_config(decoder=True)
-    ids = torch.randint(config.vocab_size, (1, asked["prompt"]), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(config.vocab_size, (1, asked.prompt), generator=torch.Generator().manual_seed(0))
 
     def prefill(num_loops: int) -> None:
         model(ids, logits_to_keep=1, num_loops=num_loops)
 
     def decode(num_loops: int) -> None:
         model.generate(
-            ids[:, :16], max_new_tokens=asked["new_tokens"], min_new_tokens=asked["new_tokens"], do_sample=False,
+            ids[:, :16], max_new_tokens=asked.new_tokens, min_new_tokens=asked.new_tokens, do_sample=False,
             num_loops=num_loops, pad_token_id=0,
         )  # fmt: skip
 
@@ -316,13 +337,13 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
         first, last = model.loop.config.window
         share = (last - first + 1) / config.num_hidden_layers
         for part, call in (("prefill", prefill), ("decode", decode)):
-            seconds: dict[int, list[float]] = {loops: [] for loops in (1, *asked["loops"])}
-            for _ in tqdm(range(asked["rounds"] + 1), desc=f"cost of {part}", unit="round"):
+            seconds: dict[int, list[float]] = {loops: [] for loops in (1, *asked.loops)}
+            for _ in tqdm(range(asked.rounds + 1), desc=f"cost of {part}", unit="round"):
                 for loops, times in seconds.items():
                     began = time.perf_counter()
                     call(loops)
                     times.append(time.perf_counter() - began)
-            for loops in asked["loops"]:
+            for loops in asked.loops:
                 pairs = zip(seconds[loops][1:], seconds[1][1:], strict=True)  # the first round warms up
                 ratios = sorted(looped_time / base_time for looped_time, base_time in pairs)
                 rows.append(
@@ -394,13 +415,15 @@ def study(path: str | Path, stages: Sequence[str] = STAGES) -> Path:
     figures = below(recipe.folder, "figures")
     kept = recipe.folder / "recipe.yaml"
     fixed = {name: value for name, value in asdict(recipe).items() if name not in ("grid", "controls", "output_dir")}
-    if kept.exists() and yaml.safe_load(kept.read_text(encoding="utf-8")) != fixed:
+    if kept.exists() and read_yaml(kept) != fixed:
         raise ValueError(f"{recipe.folder} holds a study of another recipe: give this one another name, or delete it.")
-    write_whole(kept, yaml.safe_dump(fixed, sort_keys=False))
+    write_whole(kept, to_yaml(fixed))
     if "confirm" in stages and "sweep" not in stages and not (recipe.folder / "sweep.jsonl").exists():
         raise ValueError(
             f"confirm takes the setting that the sweep chose, and {recipe.folder} has no sweep: run it first."
         )
+    if "profile" in stages and TEXT not in recipe.sweep:
+        raise ValueError("the profile is measured on text: add text to sweep, with a number of blocks.")
     model, tokenizer = load(recipe)
     runs = {"profile": run_profile, "sweep": run_sweep, "confirm": run_confirm, "cost": run_cost}
     for stage in [stage for stage in STAGES if stage in stages]:

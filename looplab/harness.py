@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import MultipleChoice
 
 from .bootstrap import bootstrap_intervals
 from .pretrained import fetched
+from .yaml_text import read_yaml
 
 try:
     from lm_eval import evaluate
@@ -100,7 +100,7 @@ def score(
     builder.download_and_prepare()
     rows = builder.as_dataset()
 
-    config = yaml.safe_load((TASKS / f"{task}.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(TASKS / f"{task}.yaml")
     # The harness evaluates what it is told is the test split.
     harness_task = ConfigurableTask(config=config | {"custom_dataset": lambda: rows, "test_split": split})
     training = model.training

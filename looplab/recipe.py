@@ -3,13 +3,18 @@
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassFieldValidationError
+from huggingface_hub.dataclasses import strict, type_validator
+
+from data_builders import DepthSampler
+from data_builders.batching import MOST_LOOPS
+from data_builders.fields import check_fields, number, numbers, path
+from data_builders.files import expand_home
+
+from .yaml_text import parse_yaml, read_yaml
 
 Number = int | float
 
@@ -18,23 +23,23 @@ Number = int | float
 @dataclass
 class Data:
     task: Literal["khop", "composition", "text", "molecules"] = "khop"
-    seed: int = 0
+    seed: int = number(0, at_least=0)
     overrides: dict = field(default_factory=dict)  # fields of the builder's config
     # Hops, and molecules where no files are named:
     config: str = "cpu"  # preset of the builder
     # Hops:
     weighting: Literal["rows", "uniform"] = "rows"  # hop count of a step: by the rows each has, or all alike
     readout: Literal["token", "last"] = "token"  # where the answer is read: an appended token, or the last relation
-    pad_to: int | None = None  # pad every row to this length and read at its end, as the paper's code does
+    pad_to: int | None = number(at_least=1)  # pad every row to so many tokens and read at its end, as the paper does
     at_least_hops: bool = False  # raise a batch's loops to its hop count where fewer were drawn
     # Text, whose tokenizer comes from `init_from`, `tokenizer` or `vocab_size`:
-    files: list[str] | None = None  # .txt or .md files and globs; without them what `looped fetch corpus` made
-    sequence_length: int | None = None  # tokens of a row
-    tokenizer: str | None = None  # a folder with a tokenizer in it
-    vocab_size: int | None = None  # of a byte-level BPE that is learnt from the training text
-    validation_tokens: int | None = None  # measure on so many held-out tokens, not on all
+    files: list[str] | None = path()  # .txt or .md files and globs; without them what `looped fetch corpus` made
+    sequence_length: int | None = number(at_least=1)  # tokens of a row
+    tokenizer: str | None = path()  # a folder with a tokenizer in it
+    vocab_size: int | None = number(at_least=1)  # of a byte-level BPE that is learnt from the training text
+    validation_tokens: int | None = number(at_least=1)  # measure on so many held-out tokens, not on all
     # Molecules take `sequence_length`, the tokens of a packed row, `files` (.csv, .smi), `validation_tokens`, and:
-    spellings: int | None = None  # train on so many random SMILES of each molecule, another in every epoch, in turn
+    spellings: int | None = number(at_least=1)  # random SMILES of each molecule, another one in every epoch
 
 
 @strict
@@ -43,27 +48,31 @@ class Depth:
     """Loops per training batch, see `data_builders.DepthSampler`."""
 
     kind: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "poisson"
-    rate: Number | None = None
-    mean: Number | None = None
-    minimum: int | None = None
-    maximum: int | None = None
-    sigma: Number | None = None
+    rate: Number | None = number(above=0, at_most=MOST_LOOPS)
+    mean: Number | None = number(at_least=1, at_most=MOST_LOOPS)
+    minimum: int | None = number(at_least=1, at_most=MOST_LOOPS)
+    maximum: int | None = number(at_least=1, at_most=MOST_LOOPS)
+    sigma: Number | None = number(above=0)
+
+    def sampler(self, seed: int) -> DepthSampler:
+        """Draws the loops of a step; ValueError for fields that do not go together."""
+        return DepthSampler(seed=seed, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @strict
 @dataclass
 class Optim:
     kind: Literal["adamw", "muon"] = "adamw"
-    lr: Number = 1e-3  # of AdamW
-    muon_lr: Number = 0.02
-    kv_gate_lr: Number | None = None  # AdamW's, of the gates of kv_sharing="gated"; those of their kind if not given
-    betas: list[Number] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: Number = 0.0  # of matrices and embeddings; norms and biases have none
-    warmup_steps: int = 0
+    lr: Number = number(1e-3, at_least=0)  # of AdamW
+    muon_lr: Number = number(0.02, at_least=0)
+    kv_gate_lr: Number | None = number(at_least=0)  # AdamW's, of the gates of kv_sharing="gated"; None: as any matrix
+    betas: list[Number] = numbers([0.9, 0.999], at_least=0, below=1)
+    weight_decay: Number = number(0.0, at_least=0)  # of matrices and embeddings; norms and biases have none
+    warmup_steps: int = number(0, at_least=0)  # may be more than the run has
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    final_share: Number = 0.0  # of the learning rate, where a schedule that falls ends
-    label_smoothing: Number = 0.0  # of the cross-entropy, over the vocabulary
-    clip: Number | None = None  # largest norm of the gradient
+    final_share: Number = number(0.0, at_least=0, below=1)  # of the learning rate, where a schedule that falls ends
+    label_smoothing: Number = number(0.0, at_least=0, below=1)  # of the cross-entropy, over the vocabulary
+    clip: Number | None = number(above=0)  # largest norm of the gradient
 
 
 @strict
@@ -71,9 +80,9 @@ class Optim:
 class Distill:
     """Learn from a model with a KV row per loop to do with one row per token (MELT), see `looplab/distillation.py`."""
 
-    teacher: str | None = None  # a saved model's folder; None: learn from the labels
+    teacher: str | None = path()  # a saved model's folder; None: learn from the labels
     phase: Literal["interpolation", "alignment"] = "alignment"
-    alignment: Number = 0.1  # weight of the attention outputs' distance, in the phase of that name
+    alignment: Number = number(0.1, at_least=0)  # weight of the attention outputs' distance, in the phase of that name
     all_loops: bool = True  # compare what every loop would say; otherwise the last loop
 
 
@@ -85,11 +94,11 @@ class Curriculum:
     Text and molecules have no stages: of these fields they take `check_every` only.
     """
 
-    start_hops: int | None = None
-    stop_hops: int | None = None
-    threshold: Number = 0.95
-    check_every: int = 200  # steps
-    min_steps: int = 0  # of a stage
+    start_hops: int | None = number(at_least=1)
+    stop_hops: int | None = number(at_least=1)
+    threshold: Number = number(0.95, at_least=0, below=1)  # share of right answers above which a stage is passed
+    check_every: int = number(200, at_least=1)  # steps
+    min_steps: int = number(0, at_least=0)  # of a stage
     after_last: Literal["stop", "continue"] = "continue"  # when stop_hops passed and budget remains
     restart_optimizer: bool = False  # the paper starts optimizer and warm-up afresh at each stage
 
@@ -110,49 +119,49 @@ class Recipe:
 
     name: str
     model: dict
-    init_from: str | None = None  # a saved model's folder: its weights, config and tokenizer; see KEEPS_WEIGHTS
-    output_dir: str = "runs"
+    init_from: str | None = path()  # a saved model's folder: its weights, config and tokenizer; see KEEPS_WEIGHTS
+    output_dir: str = path("runs")
     overwrite: bool = False  # delete an existing run of this name
-    seed: int = 0
+    seed: int = number(0, at_least=0, below=2**32)
     data: Data = field(default_factory=Data)
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
     curriculum: Curriculum = field(default_factory=Curriculum)
     distill: Distill = field(default_factory=Distill)
-    batch_size: int = 256  # rows, or molecules, of one update, over all ranks and micro-batches
-    accumulation_steps: int = 1  # micro-batches an update is split into
-    max_steps: int | None = None
-    max_seconds: Number | None = None  # of the training loop, counted across resumes
-    num_grad_loops: int | None = None  # back-propagate through the last loops only
+    batch_size: int = number(256, at_least=1)  # rows, or molecules, of one update, over all ranks and micro-batches
+    accumulation_steps: int = number(1, at_least=1)  # micro-batches an update is split into
+    max_steps: int | None = number(at_least=1)
+    max_seconds: Number | None = number(above=0)  # of the training loop, counted across resumes
+    num_grad_loops: int | None = number(at_least=1)  # back-propagate through the last loops only
     cut_chunks: bool = False  # with model.prefill_chunk: no gradient through the KV rows of earlier chunks
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False  # layer by layer, so that the number of loops may vary
-    gate_loops: int | None = None  # loops at which the gate is measured; the model's num_loops if not given
-    eval_loops: list[int] = field(default_factory=list)  # more loop counts to measure beside the gate
-    log_every: int = 10
-    checkpoint_every: int = 500
-    snapshots: list[int] = field(default_factory=list)  # steps at which to keep the model, for `looped lens`
+    gate_loops: int | None = number(at_least=1)  # loops of the gate's measurement; the model's num_loops by default
+    eval_loops: list[int] = numbers(at_least=1, distinct=True)  # more loop counts to measure beside the gate
+    log_every: int = number(10, at_least=1)
+    checkpoint_every: int = number(500, at_least=1)
+    snapshots: list[int] = numbers(at_least=1, distinct=True)  # steps at which to keep the model, for `looped lens`
     trackers: list[str] = field(default_factory=list)  # of accelerate: tensorboard, trackio, wandb, ...
 
     def __post_init__(self):
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(
-                f"name must be a plain folder name, got {self.name!r}: use letters, digits, '_', '-', '.'."
-            )
+        check_fields(self)
+        expand_paths(self)
+        check_name(self.name)
         if self.max_steps is None and self.max_seconds is None:
             raise ValueError("the run has no budget: set max_steps, max_seconds, or both.")
-        counts = {name: value for name, value in asdict(self).items() if type(value) is int and name != "seed"}
-        counts |= {"curriculum.check_every": self.curriculum.check_every, "eval_loops": min([1, *self.eval_loops])}
-        counts |= {"snapshots": min([1, *self.snapshots])}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}.")
         if len(self.optim.betas) != 2:
             raise ValueError(f"optim.betas must be two numbers, got {self.optim.betas}.")
-        for name in ("label_smoothing", "final_share"):
-            if not 0 <= vars(self.optim)[name] < 1:
-                raise ValueError(f"optim.{name} must be in [0, 1), got {vars(self.optim)[name]}.")
+        try:
+            self.depth.sampler(self.seed)
+        except ValueError as error:
+            raise ValueError(f"depth: {error}") from error
+        start, stop = self.curriculum.start_hops, self.curriculum.stop_hops
+        if start is not None and stop is not None and start > stop:
+            raise ValueError(f"curriculum.start_hops {start} must not be above curriculum.stop_hops {stop}.")
+        for name in {"seed", "files"} & set(self.data.overrides):
+            if vars(self.data)[name]:
+                raise ValueError(f"data.{name} and data.overrides.{name} name the same thing: leave one of them out.")
         CHECKS[self.data.task](self)
         if self.init_from is not None:
             new = sorted(set(self.model) - KEEPS_WEIGHTS)
@@ -175,16 +184,12 @@ HOP_FIELDS = ("weighting", "readout", "pad_to", "at_least_hops")
 
 
 def check_unstaged(recipe: Recipe):
-    """ValueError for fields of stages in a task without any, and for lengths that cannot be."""
+    """ValueError for fields of stages in a task without any, and for rows without a length."""
     data = recipe.data
     stages = [item.name for item in fields(Curriculum) if item.name != "check_every"]
     refuse_fields("curriculum", recipe.curriculum, stages, data.task)
     if data.sequence_length is None:
         raise ValueError(f"data.sequence_length must be set for the task {data.task}: the tokens of a row.")
-    for name in ("sequence_length", "vocab_size", "validation_tokens", "spellings"):
-        value = vars(data)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"data.{name} must be >= 1, got {value}.")
 
 
 def check_hops(recipe: Recipe):
@@ -194,7 +199,7 @@ def check_hops(recipe: Recipe):
 
 
 def check_text(recipe: Recipe):
-    """ValueError for fields that only other tasks have, and for lengths and tokenizers that cannot be."""
+    """ValueError for fields that only other tasks have, and for rows without a length or a tokenizer."""
     data = recipe.data
     refuse_fields("data", data, ("config", *HOP_FIELDS, "spellings"), "text")
     check_unstaged(recipe)
@@ -207,7 +212,7 @@ def check_text(recipe: Recipe):
 
 
 def check_molecules(recipe: Recipe):
-    """ValueError for fields that only other tasks have, and for lengths that cannot be."""
+    """ValueError for fields that only other tasks have, and for rows without a length."""
     refuse_fields("data", recipe.data, (*HOP_FIELDS, "tokenizer", "vocab_size"), "molecules")
     check_unstaged(recipe)
 
@@ -215,49 +220,68 @@ def check_molecules(recipe: Recipe):
 CHECKS = {"khop": check_hops, "composition": check_hops, "text": check_text, "molecules": check_molecules}
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """PyYAML reads `1e-4` as a string (YAML 1.1); here it is a number."""
+def check_name(name: str):
+    """ValueError for a name that is no plain folder name."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name must be a plain folder name, got {name!r}: use letters, digits, '_', '-', '.'.")
 
 
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+def expand_paths(section, prefix: str = ""):
+    """Put the home folder in the place of a leading `~`, in every field that names a file or a folder."""
+    for item in fields(section):
+        name, value = prefix + item.name, vars(section)[item.name]
+        if is_dataclass(value):
+            expand_paths(value, f"{name}.")
+        elif item.metadata.get("path") and value is not None:
+            paths = [expand_home(name, path) for path in ([value] if isinstance(value, str) else value)]
+            setattr(section, item.name, paths[0] if isinstance(value, str) else paths)
 
 
 def field_names(section: type = Recipe, prefix: str = "") -> list[str]:
-    """Dotted names of the recipe's fields."""
+    """Dotted names of a recipe's fields."""
     names = [prefix + item.name for item in fields(section)]
     return names + [
         n for i in fields(section) if is_dataclass(i.type) for n in field_names(i.type, f"{prefix}{i.name}.")
     ]
 
 
-def build_recipe(values: dict, section: type = Recipe, prefix: str = ""):
-    """Recipe from nested plain values; ValueError for an unknown field, with the nearest name, and a wrong type."""
+def build_recipe(values: dict, section: type = Recipe, prefix: str = "", root: type | None = None):
+    """A recipe, of the type `section`, from nested plain values; ValueError for an unknown field, with the nearest
+    name among those of `root`, and a wrong type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"expected fields and values, got {values!r}.")
+    root = root or section
     sections = {item.name: item.type for item in fields(section)}
     built = {}
     for name, value in values.items():
         if name not in sections:
             # Likeness of the whole dotted name and of its last part: `lr` should find `optim.lr`.
-            pairs = {known: [(f"{prefix}{name}", known), (str(name), known.split(".")[-1])] for known in field_names()}
+            pairs = {known: [(f"{prefix}{name}", known), (name, known.split(".")[-1])] for known in field_names(root)}
             nearest = max(pairs, key=lambda k: sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs[k]))
             raise ValueError(f"{prefix}{name} is not a recipe field; did you mean {nearest}?")
         if is_dataclass(sections[name]) and isinstance(value, dict):
-            value = build_recipe(value, sections[name], f"{prefix}{name}.")
+            value = build_recipe(value, sections[name], f"{prefix}{name}.", root)
+        try:
+            type_validator(name, value, sections[name])
+        except TypeError as error:
+            place = prefix and f", section {prefix[:-1]}"
+            raise ValueError(
+                f"{prefix}{name} has a wrong type in the recipe{place}: {error.__cause__ or error}"
+            ) from error
         built[name] = value
     try:
         return section(**built)
-    except StrictDataclassFieldValidationError as error:
-        raise ValueError(
-            f"wrong type in the recipe{prefix and ', section ' + prefix[:-1]}: {error.__cause__}"
-        ) from error
     except TypeError as error:
         raise ValueError(f"the recipe lacks a field: {error}") from error
 
 
 def read_recipe(path: str | Path, flags: list[str] = ()) -> Recipe:
-    """Recipe in the YAML file `path`, with `--section.field value` or `--section.field=value` flags put over it."""
-    values = yaml.load(Path(path).read_text(), RecipeLoader)
+    """Recipe in the YAML file `path`, with `--section.field value` or `--section.field=value` flags put over it.
+
+    Raises ValueError, with what is wrong and where, for a file or a flag that cannot be read and a recipe that cannot
+    be run.
+    """
+    values = read_yaml(expand_home("the recipe", str(path)))
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: expected fields and values, got {values!r}.")
     flags = iter(flags)
@@ -272,7 +296,7 @@ def read_recipe(path: str | Path, flags: list[str] = ()) -> Recipe:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ValueError(f"{name}: {section} is a value, it has no fields.")
-        place[leaf] = yaml.load(text, RecipeLoader)
+        place[leaf] = parse_yaml(text, f"the argument {name}")
     return build_recipe(values)
 
 

@@ -12,7 +12,8 @@ from accelerate.state import AcceleratorState
 import train
 from data_builders import hop_tokenizer
 from looplab.cli import main
-from looplab.recipe import RecipeLoader, build_recipe
+from looplab.recipe import build_recipe
+from looplab.yaml_text import parse_yaml
 from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.connections_looped import CONNECTIONS
@@ -85,7 +86,7 @@ def test_a_recipe_with_a_dataset_and_a_wider_graph_is_accepted():
     page = (ROOT / "docs" / "train_your_own_data.md").read_text()
     [dataset] = re.findall(r"`data.overrides: (\{.*\})`", page)
     [wider] = re.findall(r'--data.overrides "(\{.*\})"', page)
-    values = yaml.load(recipe, RecipeLoader)
+    values = parse_yaml(recipe, "the guide")
     values["data"] |= {"files": None, "overrides": yaml.safe_load(dataset)}
     assert build_recipe(values).data.overrides["column"] == "text"
     assert train.read_recipe(ROOT / "recipes" / "quickstart.yaml", ["--name", "wide", "--data.overrides", wider])

@@ -1,0 +1,75 @@
+"""Files that a user names: found, and read as a whole or refused, with the place of what is wrong."""
+
+import glob
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+
+def expand_home(name: str, path: str) -> str:
+    """`path` with the home folder in the place of a leading `~`; ValueError, with the `name` of its field, if there is
+    none or `path` cannot be one."""
+    if not path or "\0" in path:
+        raise ValueError(f"{name} must name a file or a folder, got {path!r}.")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{name}: {path!r} is in the home folder of nobody here: write ./{path} for a name with a ~.")
+    return expanded
+
+
+def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetched: Path, command: str) -> list[Path]:
+    """The files that match paths and globs, in order. `command` makes the folder `fetched`.
+
+    Raises ValueError, with the `name` of the field, for a pattern without a file and a file with another suffix.
+    """
+    paths = set()
+    for pattern in (expand_home(name, pattern) for pattern in patterns):
+        # A name may have the brackets of a glob in it.
+        matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        found = {Path(path).absolute() for path in matches if os.path.isfile(path)}
+        if not found and Path(pattern).is_relative_to(fetched):
+            raise ValueError(f"there is no {pattern}: run `{command}`, or name files.")
+        if not found:
+            raise ValueError(f"{name}: nothing matches {pattern!r} in {os.getcwd()}.")
+        paths |= found
+    for path in paths:
+        if not path.name.endswith(suffixes):
+            raise ValueError(f"{name}: {path} is not one of {', '.join(suffixes)}.")
+    return sorted(paths)
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file, gzip or not, without a byte-order mark, and with "\\n" at the ends of lines.
+
+    Raises ValueError, with line and column, for a file that is missing, of 0 bytes, cut short, no UTF-8 or binary.
+    """
+    try:
+        raw = path.read_bytes()
+        unpacked = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{path} cannot be read as text ({reason}): restore it, or leave it out.") from error
+    if not raw:
+        raise ValueError(f"{path} cannot be read as text (it has 0 bytes): restore it, or leave it out.")
+    try:
+        text = unpacked.decode()
+    except UnicodeDecodeError as error:
+        line, column = place(unpacked[: error.start].decode())
+        raise ValueError(
+            f"{path} cannot be read as text (line {line}, column {column}: byte 0x{unpacked[error.start]:02x} is no "
+            "UTF-8): convert it to UTF-8, or leave it out."
+        ) from error
+    if "\0" in text:
+        line, column = place(text[: text.index("\0")])
+        raise ValueError(
+            f"{path} cannot be read as text (line {line}, column {column}: a NUL character): it is binary or UTF-16; "
+            "convert it to UTF-8, or leave it out."
+        )
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def place(before: str) -> tuple[int, int]:
+    """Line and column, from 1, of the character that comes after the text `before`."""
+    lines = before.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return len(lines), len(lines[-1]) + 1

@@ -1,0 +1,104 @@
+"""YAML 1.2, the core schema: what JSON means by its text, and nothing that can be read twofold.
+
+    010 is 10, 0o10 is 8, 1e-4 a number      1:30, yes, on, 2001-01-01 are text
+    a key that comes twice, a key that is no text, an alias, a tag: refused, with line and column
+
+PyYAML by itself reads YAML 1.1, where 010 is 8, 1:30 is 90 and `no` is false; there the last of two keys wins.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from data_builders.files import place, read_text
+
+
+def refuse(node: yaml.Node | yaml.Event, problem: str):
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+class CoreLoader(yaml.SafeLoader):
+    """PyYAML's loader with the scalars of the core schema."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML keeps them in the class)
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            refuse(event, f"*{event.anchor} is an alias: write out what it stands for")
+        if event.tag is not None:
+            refuse(event, f"{event.tag} is a tag: leave it out")
+        if self.yaml_version not in (None, (1, 2)):
+            refuse(event, f"the file says %YAML {'.'.join(map(str, self.yaml_version))}: it is read as 1.2")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        lines = {}
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                refuse(key, "a key that is no text: put it in quotes")
+            if key.value in lines:
+                refuse(key, f"{key.value} comes twice, first in line {lines[key.value]}: leave one of them out")
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+    def construct_whole(self, node) -> int:
+        text = self.construct_scalar(node)
+        try:
+            return int(text, 0 if text.startswith(("0o", "0x")) else 10)
+        except ValueError:  # Python's own limit, of some thousand digits
+            refuse(node, f"a number of {len(text)} digits")
+
+
+class CoreDumper(yaml.SafeDumper):
+    """Writes what `CoreLoader` reads, without aliases; quotes text that would be something else in YAML 1.1 or 1.2."""
+
+    def ignore_aliases(self, data) -> bool:
+        return True
+
+
+for name, pattern, first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    for dialect in (CoreLoader, CoreDumper):
+        dialect.add_implicit_resolver(f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})\Z"), first)
+CoreLoader.add_constructor("tag:yaml.org,2002:int", CoreLoader.construct_whole)
+
+
+def parse_yaml(text: str, where: str):
+    """The plain values of a YAML text; ValueError that begins with `where` and has line and column."""
+    # Line ends of YAML 1.1 only, which PyYAML would turn into spaces.
+    odd = re.search("[\x85\u2028\u2029]", text)
+    if odd:
+        line, column = place(text[: odd.start()])
+        raise ValueError(f"{where}, line {line}, column {column}: the line end U+{ord(odd[0]):04X}: write \\n.")
+    try:
+        return yaml.load(text, CoreLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise ValueError(f"{where}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}.") from error
+    except yaml.reader.ReaderError as error:
+        line, column = place(text[: error.position])
+        raise ValueError(
+            f"{where}, line {line}, column {column}: the control character U+{error.character:04X}."
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: lists or sections are nested too deep.") from error
+
+
+def read_yaml(path: str | Path):
+    """The plain values of a YAML file in UTF-8; ValueError if it cannot be read."""
+    return parse_yaml(read_text(Path(path)), str(path))
+
+
+def to_yaml(values: dict) -> str:
+    """The values as `parse_yaml` reads them, in their order, in ASCII."""
+    return yaml.dump(values, Dumper=CoreDumper, sort_keys=False)

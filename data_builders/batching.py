@@ -486,7 +486,7 @@ class LoopCollator:
 
     def __init__(self, depth: DepthSampler, collate: Callable[[list], dict] = stack_rows):
         self.depth, self.collate = depth, collate
-        self.drawing = True
+        self.drawing, self.label_smoothing = True, 0.0
         self.start_at(0)
 
     def start_at(self, update: int, accumulation_steps: int = 1):
@@ -495,6 +495,11 @@ class LoopCollator:
 
     def __call__(self, rows: list) -> dict:
         batch = self.collate(rows)
+        if self.label_smoothing and "labels" not in batch:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing} smooths `labels`, which these rows do not have: give "
+                "them `labels` instead of `shift_labels`, or leave it out."
+            )
         if not self.drawing:
             return batch
         worker = torch.utils.data.get_worker_info()
@@ -520,6 +525,7 @@ class LoopCollatorCallback(TrainerCallback):
                 "dataloader_persistent_workers must be off: such workers never learn the update they are at."
             )
         self.collator.drawing = self._in_epoch = False
+        self.collator.label_smoothing = args.label_smoothing_factor
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.collator.start_at(state.global_step, args.gradient_accumulation_steps)

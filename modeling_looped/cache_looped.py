@@ -83,6 +83,11 @@ def readable(cache: Cache, slot: int) -> DynamicLayer | StaticLayer:
     )
 
 
+def blank_like(layer: DynamicLayer | StaticLayer) -> DynamicLayer | StaticLayer:
+    """An empty stock layer of the same kind and length; a copy could not be made of rows that have a gradient."""
+    return StaticLayer(max_cache_len=layer.max_cache_len) if isinstance(layer, StaticLayer) else DynamicLayer()
+
+
 class PerLoopSharing:
     """Every (loop, layer) has a slot of its own; the cache needs no class of ours."""
 
@@ -104,9 +109,7 @@ class PerLoopSharing:
     def _deepen(self, cache: Cache, needed: int) -> None:
         seen = int(cache.get_seq_length())
         for slot in range(len(cache.layers), needed):
-            blank = copy.deepcopy(readable(cache, slot - 1))
-            blank.reset()
-            cache.layers.append(blank)
+            cache.layers.append(blank_like(readable(cache, slot - 1)))
             self._fill(cache, slot, seen)
 
     def _fill(self, cache: Cache, slot: int, num_tokens: int) -> None:
@@ -152,17 +155,19 @@ class LastSharing:
 
     def _rewriting(self, cache: Cache, slot: int) -> "RewritingLayer":
         layer = readable(cache, slot)
-        if not is_empty(cache):
+        # A graph in the making cannot look how many tokens a static cache holds.
+        if not torch.compiler.is_compiling() and not is_empty(cache):
             raise ValueError(
                 f"kv_sharing={self.name!r} rewrites its rows, but slot {slot} of this cache was filled by "
-                "a layer that appends. Start from an empty DynamicCache or StaticCache."
+                "a layer that appends, as PEFT's prefix tuning and cartridges fill them. Start from an empty "
+                "DynamicCache or StaticCache."
             )
         return self.layer_like(layer)
 
     def layer_like(self, layer: DynamicLayer | StaticLayer) -> "RewritingLayer":
         """An empty layer of this policy, of the kind and length of a stock one."""
         if isinstance(layer, StaticLayer):
-            return RewritingStaticLayer(max_cache_len=layer.max_cache_len)
+            return RewritingStaticLayer.of(layer)
         return RewritingDynamicLayer()
 
     def inputs(self) -> "OwnInputs":
@@ -190,7 +195,7 @@ class MeanSharing(LastSharing):
 
     def layer_like(self, layer: DynamicLayer | StaticLayer) -> "RewritingLayer":
         if isinstance(layer, StaticLayer):
-            return AveragingStaticLayer(max_cache_len=layer.max_cache_len)
+            return AveragingStaticLayer.of(layer)
         return AveragingDynamicLayer()
 
 
@@ -306,6 +311,13 @@ class RewritingDynamicLayer(RewritingLayer, DynamicLayer):
 
 
 class RewritingStaticLayer(RewritingLayer, StaticLayer):
+    @classmethod
+    def of(cls, layer: StaticLayer) -> "RewritingStaticLayer":
+        """One over the tensors of an empty stock layer, where it has some: an exported graph holds them as its own."""
+        rewriting = cls(max_cache_len=layer.max_cache_len)
+        vars(rewriting).update(vars(layer))
+        return rewriting
+
     def update(self, key_states, value_states, *args, **kwargs):
         """Append or overwrite T rows in place; returns all keys and values, (B, K, max_cache_len, d)."""
         if not self.step_is_open:

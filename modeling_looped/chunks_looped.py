@@ -166,7 +166,7 @@ class Chunks:
         cut_gradients: no gradient goes through the rows of earlier chunks.
 
     Raises:
-        ValueError: a prepared mask, an engine's cache, several sequences in a row with a cache, a halting rule or
+        ValueError: a prepared mask, several sequences in a row with a cache, a halting rule or
             loops per row, or labels together with a halting rule.
     """
 
@@ -220,17 +220,7 @@ class Chunks:
         return asked.index_fill(0, slice_logits_to_keep(tokens, decision.logits_to_keep).flatten(), True)
 
     def run(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (B, T, D) that the head reads, and the loops run for each token (B, T).
-
-        Raises:
-            ValueError: a serving engine packs requests into the call.
-        """
-        engine = sorted(ENGINE_ARGUMENTS & {name for name, value in kwargs.items() if value is not None})
-        if engine:
-            raise ValueError(
-                f"prefill_chunk={self.size} is counted from the first token of a request, which an engine that packs "
-                f"requests ({engine[0]}) does not say: use generate."
-            )
+        """The (B, T, D) that the head reads, and the loops run for each token (B, T)."""
         recomputes = self.model.gradient_checkpointing and self.model.training and torch.is_grad_enabled()
         outputs, visits = [], []
         with layers_not_checkpointed(self.model):

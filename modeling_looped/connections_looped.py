@@ -346,22 +346,35 @@ class NoLoopEmbedding:
         return output
 
 
+class LoopVectors(nn.ParameterList):
+    """A vector (D,) for each loop: vectors, not a matrix, since they are not to be decayed.
+
+    A list with a forward: what brings offloaded or sharded parameters to their device does so around the forward of
+    the module that holds them.
+    """
+
+    __call__ = nn.Module.__call__
+
+    def initialize(self) -> None:
+        """Values of a fresh model; those that were loaded stay."""
+        for vector in self:
+            init.zeros_(vector)
+
+    def forward(self, output: torch.Tensor, loop: int) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D) with the loop's vector added."""
+        return output + self[loop].to(output.dtype)
+
+
 class LearnedLoopEmbedding(nn.Module):
     """A vector for each of `max_num_loops` loops, added to the core's output (2604.21254, e_l); zero at the start."""
 
     def __init__(self, config):
         super().__init__()
-        # Vectors, not a matrix: they are not to be decayed.
-        vectors = [nn.Parameter(torch.zeros(config.hidden_size)) for _ in range(config.max_num_loops)]
-        self.vectors = nn.ParameterList(vectors)
-
-    def initialize(self) -> None:
-        for vector in self.vectors:
-            init.zeros_(vector)
+        self.vectors = LoopVectors(torch.zeros(config.hidden_size) for _ in range(config.max_num_loops))
 
     def forward(self, output: torch.Tensor, loop: int) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return output + self.vectors[loop].to(output.dtype)
+        return self.vectors(output, loop)
 
 
 class SinusoidalLoopEmbedding(nn.Module):
@@ -384,7 +397,7 @@ class SinusoidalLoopEmbedding(nn.Module):
 
 
 LOOP_EMBEDDINGS = {"none": NoLoopEmbedding, "learned": LearnedLoopEmbedding, "sinusoidal": SinusoidalLoopEmbedding}
-INITIALIZED = (Gates, Scalars, LearnedLoopEmbedding, SinusoidalLoopEmbedding)
+INITIALIZED = (Gates, Scalars, LoopVectors, SinusoidalLoopEmbedding)
 
 
 class EmbeddingsStart:

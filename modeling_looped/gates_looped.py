@@ -52,23 +52,23 @@ class EMAGate(LastGate):
         return torch.lerp(hidden_states, latent, self.kept)
 
 
-class GateLinear(nn.Linear):
-    """A term of a gate's logit, which starts at -3 where it has a bias and at 0 where not: z is about 0.05."""
-
-    initial_bias = -3.0
-
-    def initialize(self) -> None:
-        """Values of a fresh gate; those that were loaded stay."""
-        init.zeros_(self.weight)
-        if self.bias is not None:
-            init.constant_(self.bias, self.initial_bias)
-
-
 class LearnedGate(LastGate):
     """h_t = z * h_{t-1} + (1 - z) * x_t; a subclass has `of_input` and `of_latent`, whose sum is the logit of z."""
 
     of_input: nn.Module
     of_latent: nn.Module
+    initial_bias = -3.0
+
+    def ends(self) -> tuple[nn.Linear, nn.Linear]:
+        """The linears whose sum is the logit."""
+        return self.of_input, self.of_latent  # pyright: ignore[reportReturnType]
+
+    def initialize(self) -> None:
+        """Values of a fresh gate: z is about 0.05, whatever the input. Those that were loaded stay."""
+        for linear in self.ends():
+            init.zeros_(linear.weight)
+            if linear.bias is not None:
+                init.constant_(linear.bias, self.initial_bias)
 
     def mix(self, hidden_states, latent, loop):
         # lerp is exact at both ends: z = 0 is the model with a row per loop, z = 1 its first loop, bit for bit.
@@ -79,23 +79,28 @@ class LearnedGate(LastGate):
 class ElementwiseGate(LearnedGate):
     def __init__(self, config):
         super().__init__(config)
-        self.of_input = GateLinear(config.hidden_size, config.hidden_size)
-        self.of_latent = GateLinear(config.hidden_size, config.hidden_size, bias=False)
+        self.of_input = nn.Linear(config.hidden_size, config.hidden_size)
+        self.of_latent = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
 
 class ScalarGate(LearnedGate):
     def __init__(self, config):
         super().__init__(config)
-        self.of_input = GateLinear(config.hidden_size, 1)
-        self.of_latent = GateLinear(config.hidden_size, 1, bias=False)
+        self.of_input = nn.Linear(config.hidden_size, 1)
+        self.of_latent = nn.Linear(config.hidden_size, 1, bias=False)
 
 
 class LowRankGate(LearnedGate):
     def __init__(self, config):
         super().__init__(config)
         size, rank = config.hidden_size, config.kv_gate_rank
-        self.of_input = nn.Sequential(nn.Linear(size, rank, bias=False), GateLinear(rank, size))
-        self.of_latent = nn.Sequential(nn.Linear(size, rank, bias=False), GateLinear(rank, size, bias=False))
+        self.of_input = nn.Sequential(nn.Linear(size, rank, bias=False), nn.Linear(rank, size))
+        self.of_latent = nn.Sequential(nn.Linear(size, rank, bias=False), nn.Linear(rank, size, bias=False))
+
+    def ends(self):
+        assert isinstance(self.of_input, nn.Sequential)
+        assert isinstance(self.of_latent, nn.Sequential)
+        return self.of_input[-1], self.of_latent[-1]
 
 
 KV_GATES = {

@@ -146,7 +146,7 @@ class ExpectedLoss(LastLoopLoss):
     def read(self, model, states: LoopStates, labels: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Gate logits and cross-entropies, (b, K) of every loop."""
         hidden_states, losses = self.read_head(model, states, labels)
-        return [model.model.exit_gate(hidden) for hidden in hidden_states], losses
+        return [model.model.exit_logits(hidden) for hidden in hidden_states], losses
 
     def read_head(self, model, states, labels) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The normalised states (b, K, D) and the cross-entropies (b, K) of every loop."""

@@ -36,6 +36,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -51,7 +55,7 @@ from .chunks_looped import ENGINE_ARGUMENTS, Call, CallContext, Chunks
 from .configuration_looped import REWRITING_SHARINGS, LoopedConfig, too_many_loops
 from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
 from .depth_looped import asked_count, count_to_save, generation_count, mark_saved_settings
-from .gates_looped import KV_GATES, GateLinear
+from .gates_looped import KV_GATES, LearnedGate
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
 from .losses_looped import ExpectedLoss, make_loss
 from .speculation_looped import self_speculation
@@ -129,26 +133,6 @@ class LoopedGenerateOutput(GenerateDecoderOnlyOutput):
     loops_used: torch.Tensor | None = None
 
 
-class SublayerEnd:
-    """Marks the last module of a sublayer, which `residual_init="zero"` zeroes: the layer then starts as the identity.
-
-    That is the output projection, or the outer norm under sandwich norms: a norm fed with zeros would multiply
-    gradients by norm_eps ** -0.5.
-    """
-
-
-class EndLinear(SublayerEnd, nn.Linear):
-    pass
-
-
-class EndRMSNorm(SublayerEnd, nn.RMSNorm):
-    pass
-
-
-class EndLayerNorm(SublayerEnd, nn.LayerNorm):
-    pass
-
-
 def make_norm(config: LoopedConfig, size: int | None = None) -> nn.Module:
     norm = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(size or config.hidden_size, eps=config.norm_eps)
@@ -164,15 +148,7 @@ def make_dropout(probability: float) -> Callable:
 
 
 def make_outer_norm(config: LoopedConfig) -> Callable:
-    if config.norm_placement == "pre":
-        return as_is
-    norm = EndRMSNorm if config.norm_type == "rmsnorm" else EndLayerNorm
-    return norm(config.hidden_size, eps=config.norm_eps)
-
-
-def make_output_projection(config: LoopedConfig, size: int, bias: bool) -> nn.Linear:
-    linear = EndLinear if config.norm_placement == "pre" else nn.Linear
-    return linear(size, config.hidden_size, bias=bias)
+    return as_is if config.norm_placement == "pre" else make_norm(config)
 
 
 class LoopedMLP(nn.Module):
@@ -181,7 +157,7 @@ class LoopedMLP(nn.Module):
     def __init__(self, config: LoopedConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = make_output_projection(config, config.intermediate_size, config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -271,7 +247,7 @@ class LoopedAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.o_proj = make_output_projection(config, queries, config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
         self.attentions = nn.ModuleList()
@@ -326,6 +302,24 @@ class LoopedLayer(GradientCheckpointingLayer):
         self.input_layernorm_2 = make_outer_norm(config)
         self.post_attention_layernorm_2 = make_outer_norm(config)
         self.dropout = make_dropout(config.residual_dropout)
+        self.starts_as_identity = config.residual_init == "zero"
+        self.has_outer_norms = config.norm_placement == "sandwich"
+
+    def initialize(self) -> None:
+        """Values of a fresh model that the layer sets after its modules; those that were loaded stay.
+
+        With `residual_init="zero"` what ends a sublayer is zero, and the layer starts as the identity. That is the
+        output projection, or the outer norm under sandwich norms: a norm fed with zeros would multiply gradients by
+        norm_eps ** -0.5.
+        """
+        if self.starts_as_identity:
+            norms, projections = (
+                (self.input_layernorm_2, self.post_attention_layernorm_2),
+                (self.self_attn.o_proj, self.mlp.down_proj),
+            )
+            for end in norms if self.has_outer_norms else projections:
+                for parameter in end.parameters():
+                    init.zeros_(parameter)
 
     def forward(
         self,
@@ -409,27 +403,6 @@ class NoPositions(nn.Module):
         return None
 
 
-class ExitGate(nn.Linear):
-    """How likely a token is to leave after a loop, from the normalised state (Ouro, arXiv 2510.25741).
-
-    A fresh gate leaves after each of `num_loops` loops with chance 1 / num_loops, whatever the state: with 1/2, deep
-    loops would start with next to no weight in the expected loss.
-    """
-
-    def __init__(self, config: LoopedConfig):
-        super().__init__(config.hidden_size, 1)
-        self.initial_bias = -math.log(max(config.num_loops - 1, 1))
-
-    def initialize(self) -> None:
-        """Values of a fresh model; those that were loaded stay."""
-        init.zeros_(self.weight)
-        init.constant_(self.bias, self.initial_bias)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, K, D) -> (B, K) logits in float32."""
-        return super().forward(hidden_states).squeeze(-1).float()
-
-
 def count_from_the_last_call(forward: Callable) -> Callable:
     """Let negative `output_hidden_states` count back from the last layer call that was made.
 
@@ -478,10 +451,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding) and self.config.embedding_init_std is not None:
             init.normal_(module.weight, mean=0.0, std=self.config.embedding_init_std)
-        if isinstance(module, SublayerEnd) and self.config.residual_init == "zero":
-            for parameter in module.parameters():
-                init.zeros_(parameter)
-        if isinstance(module, (*INITIALIZED, ExitGate, GateLinear)):
+        if isinstance(module, (*INITIALIZED, LearnedGate, LoopedLayer, LoopedModel)):
             module.initialize()
 
     @classmethod
@@ -492,6 +462,12 @@ class LoopedPreTrainedModel(PreTrainedModel):
         if model.can_generate() and generation_config is None:
             mark_saved_settings(model.generation_config)
         return loaded
+
+    def _initialize_weights(self, module, is_custom_code=False):
+        # Libraries look for modules whose type is exactly nn.Linear, so values that a linear of ours starts with are
+        # set by the module that owns it. Of custom code transformers passes over modules without parameters of their
+        # own, since it may fill weights that were loaded; ours are filled through `init`, which spares those.
+        super()._initialize_weights(module)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, except that loop settings put into the derived generation config survive a reload."""
@@ -522,7 +498,7 @@ class LoopedModel(LoopedPreTrainedModel):
         # Ouro's final norm closes every loop: what it returns is both the readout and the next loop's input.
         self.core_norm = make_norm(config) if config.norm_between_loops else as_is
         self.norm = as_is if config.final_norm_closes_loops else make_norm(config)
-        self.exit_gate = ExitGate(config) if config.exit_gate else None
+        self.exit_gate = nn.Linear(config.hidden_size, 1) if config.exit_gate else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -532,11 +508,26 @@ class LoopedModel(LoopedPreTrainedModel):
         connection = [module for module in self.connection.modules() if not list(module.children())]
         return [*self.prelude, *self.core, *self.coda, *connection]
 
+    def initialize(self) -> None:
+        """Values of a fresh model that it sets after its modules; those that were loaded stay.
+
+        A fresh exit gate leaves after each of `num_loops` loops with chance 1 / num_loops, whatever the state: with
+        1/2, deep loops would start with next to no weight in the expected loss.
+        """
+        if self.exit_gate is not None:
+            init.zeros_(self.exit_gate.weight)
+            init.constant_(self.exit_gate.bias, -math.log(max(self.config.num_loops - 1, 1)))
+
+    def exit_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """How likely tokens are to leave after a loop (Ouro, arXiv 2510.25741): from normalised states (B, K, D), the
+        logits (B, K) in float32."""
+        assert self.exit_gate is not None
+        return self.exit_gate(hidden_states).squeeze(-1).float()
+
     @property
     def exit_readout(self) -> Callable | None:
         """Norm + exit gate on a state: (B, K, D) -> (B, K) logits; None in a model without a gate."""
-        gate = self.exit_gate
-        return None if gate is None else lambda state: gate(self.norm(state))
+        return None if self.exit_gate is None else lambda state: self.exit_logits(self.norm(state))
 
     @count_from_the_last_call
     @merge_with_config_defaults
@@ -559,11 +550,15 @@ class LoopedModel(LoopedPreTrainedModel):
         **kwargs,
     ) -> LoopedModelOutput:
         refuse_unknown(kwargs)
+        if self.config.kv_sharing in REWRITING_SHARINGS:
+            refuse_engine(self.config.kv_sharing, cache, kwargs)
         if cache is None or isinstance(cache, Cache):
             past_key_values = one_cache(past_key_values, cache)
         else:  # an engine's, see ENGINE_ARGUMENTS
             kwargs["cache"] = cache
         batch_size, num_tokens = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values)
+        if torch.compiler.is_compiling():
+            self.leave_graph(num_tokens, num_loops, halting)
         num_loops = check_loops(
             self.config.num_loops if num_loops is None else num_loops, batch_size, self.config.max_num_loops
         )
@@ -593,6 +588,30 @@ class LoopedModel(LoopedPreTrainedModel):
         """Whether a call of so many tokens is run chunk by chunk."""
         return self.config.prefill_chunk is not None and num_tokens > self.config.prefill_chunk
 
+    def leave_graph(self, num_tokens: int, num_loops, halting) -> None:
+        """End the graph in the making where a call depends on values that it cannot know.
+
+        `torch.compile` goes on with another graph; with `fullgraph=True` it fails with the reason.
+
+        Raises:
+            ValueError: the graph is to be exported.
+        """
+        rule = halting.rule if isinstance(halting, Decision) else halting_rule(halting)
+        reasons = {
+            "num_loops as a tensor": isinstance(num_loops, torch.Tensor),
+            "a halting rule": rule is not None,
+            f"prefill_chunk={self.config.prefill_chunk}": self.is_cut(num_tokens),
+            "state_init='normal'": self.config.state_init == "normal" and not self.training,
+        }
+        for name, holds in reasons.items():
+            if holds:
+                reason = (
+                    f"{name} makes a call data-dependent: compile model.model.pieces() one by one, export without it."
+                )
+                torch._dynamo.graph_break(msg=reason)
+                if torch.compiler.is_exporting():
+                    raise ValueError(reason)
+
     def run_call(self, call: Call, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """One call, or one chunk of it: the (B, T, D) that the head reads, and the loops run for each token (B, T)."""
         embeds, position_ids, past_key_values = call.embeds, call.position_ids, call.past_key_values
@@ -615,6 +634,8 @@ class LoopedModel(LoopedPreTrainedModel):
         state = self.connection.open(self.start(embeds, position_ids, call.generator, self.training), embeds)
         context, key_inputs = whole, self.sharing.inputs()
         for loop in range(active.num_loops):
+            if loop == call.first_grad_loop and self.gradient_checkpointing:
+                state = in_graph(state)
             with torch.no_grad() if loop < call.first_grad_loop else nullcontext():
                 state = self.run_loop(state, embeds, loop, context, key_inputs, **kwargs)
             rows = active.leave(loop, state, self.connection.close)
@@ -700,6 +721,12 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         trains = labels is not None or shift_labels is not None
         states = self.objective.states() if trains else None
+        if not trains and self.config.exit_gate and kwargs.get("num_items_in_batch") is not None:
+            raise ValueError(
+                "the loss is computed outside of the model, from the logits of the last loop, which teach "
+                "exit_gate=True nothing: leave out label_smoothing_factor and compute_loss_func, or set "
+                "exit_gate=False."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -772,20 +799,25 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         speculation = self_speculation(self, call, settings)
         if speculation is not None:
             return super().generate(**{**call, "custom_generate": speculation}, **settings)
-        calls = []
-        # In place of the outer call's own, where a model drafts for itself.
-        outputs = super().generate(**call, **settings | {"loops_of_calls": calls})
-        if type(outputs) is not GenerateDecoderOnlyOutput or any(
-            len(call) != len(outputs.sequences) for call in calls
-        ):
-            return outputs
-        return LoopedGenerateOutput(**outputs, loops_used=torch.cat(calls, dim=1))
+        return super().generate(**call, **settings)
+
+    def _sample(self, *args, **kwargs):
+        return with_loops_used(super()._sample, *args, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        return with_loops_used(super()._assisted_decoding, *args, **kwargs)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         """Loop settings are model arguments: a generation config that knows them must not swallow the call's own."""
         asked = {name: kwargs.pop(name, None) for name in LOOP_SETTINGS}
         given = generation_config
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        cut = generation_config.prefill_chunk_size
+        if cut is not None and self.config.kv_sharing in REWRITING_SHARINGS and self.config.prefill_chunk != 1:
+            raise ValueError(
+                f"prefill_chunk_size={cut}: {cuts_show(self.config.kv_sharing)}. Leave it out; the model's own cuts "
+                "are config.prefill_chunk, which bounds memory too."
+            )
         stored = {
             "num_loops": generation_count(self.config, given, self.generation_config),
             "halting": generation_config.to_dict().get("halting"),
@@ -814,13 +846,13 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         """As in transformers, where every request runs `config.num_loops`, which the paged cache is sized by.
 
         Raises:
-            ValueError: the generation config asks for another loop count, or for a halting rule; or `kv_sharing` keeps
-                something else of a token than the rows of one loop, which a paged cache cannot.
+            ValueError: the generation config asks for another loop count, or for a halting rule; or tokens depend on
+                where prompts are cut (`kv_sharing`).
         """
-        if self.config.kv_sharing not in ("per_loop", "first", "last"):
+        if self.config.kv_sharing in REWRITING_SHARINGS:
             raise ValueError(
-                f"kv_sharing={self.config.kv_sharing!r} combines the rows of several loops, which the paged cache of "
-                "continuous batching does not: use generate."
+                f"{cuts_show(self.config.kv_sharing)}, and continuous batching cuts prompts as its load has it: use "
+                "generate, or kv_sharing='per_loop' or 'first'."
             )
         num_loops = asked_count(generation_config, self.generation_config)
         halting = (self.generation_config if generation_config is None else generation_config).to_dict().get("halting")
@@ -863,14 +895,37 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         )
 
 
+def with_loops_used(decode: Callable, *args, **kwargs):
+    """What a decoding method of transformers returns, with the loops of its calls.
+
+    They are asked for here, as a model keyword that only `_update_model_kwargs_for_generation` reads: `generate`
+    checks its keywords against the signatures of the model, or of the library that wraps it.
+    """
+    calls = []
+    # In place of the outer call's own, where a model drafts for itself.
+    outputs = decode(*args, **kwargs | {"loops_of_calls": calls})
+    if type(outputs) is not GenerateDecoderOnlyOutput or any(len(call) != len(outputs.sequences) for call in calls):
+        return outputs
+    return LoopedGenerateOutput(**outputs, loops_used=torch.cat(calls, dim=1))
+
+
 class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPreTrainedModel):
     def __init__(self, config: LoopedConfig):
         # The generic head would build its model through AutoModel, which refuses a config class loaded as remote code.
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = LoopedModel(config)
+        if self.model.exit_gate is not None:
+            # It can be asked when to halt, but no label teaches it: DDP waits for a gradient of all that is trained.
+            self.model.exit_gate.requires_grad_(False)
         self.score = nn.Linear(config.hidden_size, len(config.id2label or {}), bias=False)
         self.post_init()
+
+
+# Trainer and pipelines know a model's task by the names in these tables. Trainer takes a causal model's labels for the
+# next token's only if the name of its class is here, or that of its body, which it reads under PEFT's prompt methods.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES |= {"looped": "LoopedForCausalLM", "looped_body": "LoopedModel"}
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["looped"] = "LoopedForSequenceClassification"
 
 
 def refuse_unknown(kwargs: Iterable[str]) -> None:
@@ -881,6 +936,21 @@ def refuse_unknown(kwargs: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"forward got an unexpected keyword argument {name!r}.{hint}")
+
+
+def refuse_engine(kv_sharing: str, cache, kwargs: dict) -> None:
+    """An engine that packs requests cuts their prompts as its load has it, which would show in the answers."""
+    engine = {name: value for name, value in kwargs.items() if name in ENGINE_ARGUMENTS and value is not None}
+    engine |= {} if cache is None or isinstance(cache, Cache) else {"cache": cache}
+    if engine:
+        raise ValueError(
+            f"{cuts_show(kv_sharing)}, and an engine that packs requests ({min(engine)} is given) cuts prompts as its "
+            "load has it: use generate, or kv_sharing='per_loop' or 'first'."
+        )
+
+
+def cuts_show(kv_sharing: str) -> str:
+    return f"kv_sharing={kv_sharing!r} gives other tokens where a prompt is cut"
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_key_values) -> tuple[int, int]:
@@ -956,6 +1026,11 @@ def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.T
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -num_tokens:]
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     return (torch.arange(num_tokens, device=inputs_embeds.device) + past).unsqueeze(0)
+
+
+def in_graph(state: torch.Tensor) -> torch.Tensor:
+    """The state as one with a gradient: where no input has one, `use_reentrant=True` gives weights none either."""
+    return state.detach().requires_grad_() if torch.is_grad_enabled() and not state.requires_grad else state
 
 
 def real_tokens(attention_mask, embeds: torch.Tensor) -> torch.Tensor:

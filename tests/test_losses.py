@@ -194,7 +194,7 @@ def test_truncated_back_propagation_cuts_the_layers_and_not_the_gate():
                 state = layer(state, position_embeddings=rotary)
             state = model.model.core_norm(state)
         states.append(state)
-    gates = [model.model.exit_gate(state) for state in states]
+    gates = [model.model.exit_logits(state) for state in states]
     loss_by_hand([model.lm_head(state) for state in states], gates, labels).backward()
     by_hand = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert truncated.keys() == by_hand.keys()

@@ -86,7 +86,7 @@ def test_logits_and_gates_of_every_loop_are_the_published_ones(tmp_path, fields)
         for loops in range(1, 7):
             state = model.model(ids[row : row + 1], num_loops=loops).last_hidden_state
             torch.testing.assert_close(model.lm_head(state)[0], logits[loops - 1], **FP32)
-            torch.testing.assert_close(model.model.exit_gate(state)[0].sigmoid(), gates[loops - 1].float(), **FP32)
+            torch.testing.assert_close(model.model.exit_logits(state)[0].sigmoid(), gates[loops - 1].float(), **FP32)
 
 
 @torch.no_grad()
@@ -106,7 +106,9 @@ def test_left_padded_rows_are_the_published_ones(tmp_path):
         for row, first in enumerate((0, 4, 2)):
             logits, gates = ouro_loops(weights, PUBLISHED, ids[row, first:], loops)
             torch.testing.assert_close(model.lm_head(batch)[row, first:], logits[-1], **FP32)
-            torch.testing.assert_close(model.model.exit_gate(batch)[row, first:].sigmoid(), gates[-1].float(), **FP32)
+            torch.testing.assert_close(
+                model.model.exit_logits(batch)[row, first:].sigmoid(), gates[-1].float(), **FP32
+            )
 
 
 @torch.no_grad()

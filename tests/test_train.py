@@ -562,7 +562,7 @@ def test_measured_exits_are_those_of_a_naive_sum():
     for loops in (1, 2, 3):
         logits = model(ids, num_loops=loops).logits
         state = model.model(ids, num_loops=loops).last_hidden_state  # already normalised
-        chance = model.model.exit_gate(state).sigmoid() if loops < 3 else torch.ones(4, 12)
+        chance = model.model.exit_logits(state).sigmoid() if loops < 3 else torch.ones(4, 12)
         p, left = left * chance, left * (1 - chance)
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         expected += float((p * loss)[kept].mean())

@@ -142,7 +142,7 @@ def run_harness(arguments) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if not Path(arguments.model).is_dir():
         raise ValueError(f"there is no folder {arguments.model}; `looped fetch smollm2` makes one.")
-    model, tokenizer = load_model(Path(arguments.model), "save or fetch it again.")
+    model, tokenizer = load_model(Path(arguments.model), "save or fetch it again.", arguments.trust_remote_code)
     rows = score(model, tokenizer, arguments.task, arguments.split, arguments.limit, arguments.batch_size)
     print(f"{arguments.task} {arguments.split}: {accuracies(rows)}")
     if arguments.output is not None:
@@ -152,7 +152,7 @@ def run_harness(arguments) -> None:
 def run_frozen(arguments) -> None:
     from .frozen import study
 
-    path = study(arguments.recipe, arguments.stages)
+    path = study(arguments.recipe, arguments.stages, arguments.trust_remote_code)
     print(f"{path.read_text(encoding='utf-8')}\nwritten to {path}")
 
 
@@ -382,6 +382,8 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size", type=Whole(highest=4096), default=8, metavar="N", help="default: %(default)s choices"
     )
     command.add_argument("--output", metavar="FILE", help="JSON lines, one per item, to compare models by")
+    trust = {"action": "store_true", "help": "run Python code of the model's folder, if you trust who wrote it"}
+    command.add_argument("--trust-remote-code", **trust)
     command.set_defaults(call=run_harness)
 
     command = commands.add_parser("frozen", help="study the training-free looping of a pretrained model")
@@ -393,6 +395,7 @@ def parser() -> argparse.ArgumentParser:
         default=["profile", "sweep", "confirm", "cost"],
         help="default: all, without those on file",
     )
+    command.add_argument("--trust-remote-code", **trust)
     command.set_defaults(call=run_frozen)
 
     command = commands.add_parser("ask", help="one answer at several loop counts")

@@ -27,6 +27,7 @@ from transformers.utils import cached_file, logging
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.frozen_looped import default_window
 
+from .loading import blaming
 from .ouro import check_tokenizer, ouro_config, ouro_generation_settings, ouro_weights
 from .writing import whole_folder
 
@@ -313,7 +314,10 @@ def read_fields(source: str, gguf_file: str | None) -> dict:
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if is_path and not Path(source).is_dir():
         raise ValueError(f"there is no folder {source}: name a folder of a saved model, or a model of the Hub.")
-    return PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)[0]
+    fields = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)[0]
+    if not isinstance(fields, dict):
+        raise ValueError(f"the config.json of {source} holds no fields, but {fields!r}: take a whole checkpoint.")
+    return fields
 
 
 def read_config(fields: dict) -> PreTrainedConfig:
@@ -330,7 +334,13 @@ def load_source(source: str, config: PreTrainedConfig, gguf_file: str | None) ->
     """
     gguf = {} if gguf_file is None else {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     model, report = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype="auto", trust_remote_code=False, output_loading_info=True, **gguf
+        source,
+        config=config,
+        dtype="auto",
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with names
+        **gguf,
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
@@ -397,6 +407,14 @@ def convert(
         OSError: there is no such source.
     """
     source, target = str(source), Path(target)
+    with blaming(source, "take a checkpoint that transformers loads.", leave=(ValueError, OSError)):
+        return convert_checked(source, target, core, num_loops, gguf_file)
+
+
+def convert_checked(
+    source: str, target: Path, core: Sequence[int] | None, num_loops: int | None, gguf_file: str | None
+) -> Conversion:
+    """`convert`, for files that are in order."""
     fields = read_fields(source, gguf_file)
     if fields.get("model_type") == "ouro":
         if core is not None or gguf_file is not None:

@@ -19,11 +19,13 @@ from types import ModuleType
 import datasets
 import numpy as np
 from huggingface_hub import SpaceCard, SpaceCardData
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import load_run_task
 from .halting import ENTROPY
+from .loading import load_model
 from .readers import READERS, HopReader
-from .runs import Run, open_run
+from .runs import AGAIN, Run, open_run
 from .writing import write_whole
 
 TEMPLATES = Path(__file__).parents[1] / "hub_cards" / "space"
@@ -155,6 +157,12 @@ def load_app(folder: Path) -> ModuleType:
     return app
 
 
+def load_here(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """In place of the page's own `load`, which runs the code in a model's folder."""
+    loaded, tokenizer = load_model(model, AGAIN)
+    return loaded.cpu(), tokenizer
+
+
 def demo(folders: Sequence[str | Path], port: int | None = None) -> None:
     """Serve the page of the runs in `folders` on this machine until interrupted; prints its address.
 
@@ -169,4 +177,5 @@ def demo(folders: Sequence[str | Path], port: int | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_space(runs, Path(temporary))
         app = load_app(folder)
+        app.load = load_here
         app.make_page(folder).launch(server_port=port, css=app.CSS, theme=app.THEME)

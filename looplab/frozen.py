@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks, load_task
 from data_builders.fields import Range, check_fields, number, numbers, path
@@ -34,6 +34,7 @@ from data_builders.files import expand_home
 from modeling_looped import FrozenLoopedConfig, default_window, looped
 from modeling_looped.frozen_looped import decoder_layers
 
+from .loading import load_model
 from .recipe import build_recipe, check_name, expand_paths
 from .runs import to_json_lines
 from .writing import below, write_whole
@@ -155,13 +156,12 @@ def read_recipe(path: str | Path) -> FrozenRecipe:
         raise ValueError(f"{path} is not a recipe of `looped frozen`: {error}") from error
 
 
-def load(recipe: FrozenRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The recipe's model in float32, in evaluation mode, and its tokenizer."""
+def load(recipe: FrozenRecipe, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The recipe's model in float32, in evaluation mode, and its tokenizer; errors as of `load_model`."""
     from .pretrained import PARTS, fetched
 
     folder = fetched(recipe.model) if recipe.model in PARTS else recipe.model
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return load_model(folder, "name another `model` in the recipe.", trust_remote_code, torch.float32)
 
 
 class TextRows:
@@ -402,8 +402,11 @@ def report(recipe: FrozenRecipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-def study(path: str | Path, stages: Sequence[str] = STAGES) -> Path:
+def study(path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: bool = False) -> Path:
     """Run the stages of a recipe that are not on file yet, draw what there is, and return the report's path.
+
+    Args:
+        trust_remote_code: run the model's own code, see `load_model`.
 
     Raises:
         ValueError: the recipe does not fit, its folder holds the study of another one, or something was not fetched.
@@ -424,7 +427,7 @@ def study(path: str | Path, stages: Sequence[str] = STAGES) -> Path:
         )
     if "profile" in stages and TEXT not in recipe.sweep:
         raise ValueError("the profile is measured on text: add text to sweep, with a number of blocks.")
-    model, tokenizer = load(recipe)
+    model, tokenizer = load(recipe, trust_remote_code)
     runs = {"profile": run_profile, "sweep": run_sweep, "confirm": run_confirm, "cost": run_cost}
     for stage in [stage for stage in STAGES if stage in stages]:
         runs[stage](recipe, model, tokenizer)

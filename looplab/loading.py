@@ -21,11 +21,12 @@ from .mistakes import sentence
 
 
 def load_model(
-    folder: Path, remedy: str, trust_remote_code: bool = False
+    folder: str | Path, remedy: str, trust_remote_code: bool = False, dtype: torch.dtype | str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM saved at `folder`, on the accelerator if there is one, in evaluation mode; its tokenizer.
 
     Args:
+        folder: or a name on the Hub.
         remedy: what to do where the folder is damaged.
         trust_remote_code: run the folder's own code, of a model that neither this package nor transformers knows.
 
@@ -34,9 +35,13 @@ def load_model(
             own and `trust_remote_code` is False.
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    with blaming(folder, remedy):
+    with quietly(), blaming(folder, remedy):
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_whole says more
         )
         check_whole(report)
         # The tokenizer needs no code of ours, but AutoTokenizer reads the model's config first.
@@ -68,20 +73,20 @@ def check_whole(report: dict, may_lack: str | None = None) -> None:
 
 
 @contextmanager
-def blaming(folder: str | Path, remedy: str) -> Iterator[None]:
+def blaming(folder: str | Path, remedy: str, leave: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """What fails inside is the fault of the files in `folder`: they may be wrong in more ways than can be listed.
+
+    Args:
+        leave: errors that say enough by themselves.
 
     Raises:
         ValueError: one sentence with the folder, what failed, and `remedy`.
     """
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # what transformers warns about is an error here
-    logging.disable_progress_bar()
     try:
         yield
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} are damaged ({error}); {remedy}") from error
-    except (MemoryError, torch.OutOfMemoryError):  # not the folder's fault
+    except (*leave, MemoryError, torch.OutOfMemoryError):  # lack of memory is not the folder's fault
         raise
     except Exception as error:
         if "trust_remote_code=True" in str(error):
@@ -91,6 +96,16 @@ def blaming(folder: str | Path, remedy: str) -> Iterator[None]:
             ) from error
         said = (sentence(error) or f"{type(error).__name__} {error}").rstrip(".")
         raise ValueError(f"{folder} cannot be loaded: {said}; {remedy}") from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """transformers says nothing meanwhile: what it warns about is an error here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(level)
         if bars:

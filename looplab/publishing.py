@@ -30,8 +30,9 @@ from data_builders import export_parquet, load_task
 
 from .cards import FIGURES, Names, dataset_card, model_card, run_data
 from .demo import space_files
+from .loading import blaming
 from .readers import HopReader, reader_of
-from .runs import Run, open_run
+from .runs import AGAIN, Run, open_run
 
 # Records of a run that are published, where it has them.
 RECORDS = (
@@ -246,27 +247,38 @@ def check_private(api: HfApi, repo_id: str, kind: str) -> None:
 def model_upload(run: Run, names: Names) -> Upload:
     """The model repository; ValueError if the run has not finished, or was not evaluated."""
     card = model_card(run, names)
-    files = {path.name: path for path in model_files(run.model_folder())}
-    files |= {f"run/{name}": run.folder / name for name in RECORDS if (run.folder / name).is_file()}
-    figures = {f"figures/{name}.png": run.folder / "figures" / f"{name}.png" for name in FIGURES}
+    with blaming(run.model_folder(), AGAIN, leave=(ValueError, OSError)):
+        files = {path.name: path for path in model_files(run.model_folder())}
+    files |= {f"run/{name}": own_file(run.folder, name) for name in RECORDS if (run.folder / name).is_file()}
+    figures = {f"figures/{name}.png": own_file(run.folder / "figures", f"{name}.png") for name in FIGURES}
     files |= {path: file for path, file in figures.items() if file.is_file()}
     own = ("*.safetensors", INDEX, "*_looped.py", "run/*", "figures/*.png", *MODEL_FILES)
     return Upload("model", names.model_id, {"README.md": str(card).encode(), **files}, own)
 
 
+def own_file(folder: Path, name: str) -> Path:
+    """`folder`/`name`; ValueError if that leads out of the folder: what is published lies there, and nowhere else."""
+    path = folder / name
+    if path.resolve().parent != folder.resolve():
+        raise ValueError(f"{path} is not in {folder} but leads to {path.resolve()}: take it out, it is not published.")
+    return path
+
+
 def model_files(folder: Path) -> Iterator[Path]:
     """The files that a saved model is loaded from: what is named by it, and nothing that lies beside."""
-    yield from (folder / name for name in MODEL_FILES if (folder / name).is_file())
+    yield from (own_file(folder, name) for name in MODEL_FILES if (folder / name).is_file())
     if (folder / INDEX).is_file():
-        yield folder / INDEX
+        yield own_file(folder, INDEX)
         shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        yield from (folder / name for name in sorted(set(shards)))
+        yield from (own_file(folder, name) for name in sorted(set(shards)))
     else:
-        yield folder / "model.safetensors"
+        yield own_file(folder, "model.safetensors")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    modules = {f"{reference.partition('.')[0]}.py" for reference in config["auto_map"].values()}
+    modules = {f"{reference.rpartition('.')[0]}.py" for reference in config["auto_map"].values()}
+    for module in sorted(modules):
+        yield own_file(folder, module)
     code = {Path(file).name for module in modules for file in get_relative_import_files(folder / module)}
-    yield from (folder / name for name in sorted(modules | code))
+    yield from (own_file(folder, name) for name in sorted(code - modules))
 
 
 def dataset_upload(run: Run, names: Names, place: Path) -> Upload:

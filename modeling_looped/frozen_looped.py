@@ -898,8 +898,11 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
         if config is None:
             settings = {name: kwargs.pop(name) for name in FrozenLoopedConfig.settings() if name in kwargs}
             config = FrozenLoopedConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared, **settings)
-        for name in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # the wrapper's, not the base model's
+        for name in ("_from_auto", "adapter_kwargs"):  # the wrapper's, not the base model's
             kwargs.pop(name, None)
+        # Trust in the wrapper is none in the base model, which somebody else wrote; distrust is in both.
+        if kwargs.get("trust_remote_code"):
+            del kwargs["trust_remote_code"]
         if config._attn_implementation is not None:  # every configuration takes it out of the keywords
             kwargs.setdefault("attn_implementation", config._attn_implementation)
         loaded = AutoModelForCausalLM.from_pretrained(

@@ -60,6 +60,7 @@ from data_builders import (
     load_text,
 )
 from looplab.distillation import Distillation, interpolated
+from looplab.loading import blaming, check_whole
 from looplab.mistakes import Parser, run_command
 from looplab.recipe import Optim, Recipe, field_names, flatten, read_recipe
 from modeling_looped import LoopedConfig, LoopedForCausalLM
@@ -299,10 +300,11 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedFor
             "eos_token_id": tokenizer.eos_token_id,
         }
         return LoopedForCausalLM(LoopedConfig(**(token_ids | recipe.model)))
-    config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
-    model, report = LoopedForCausalLM.from_pretrained(
-        recipe.init_from, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    with blaming(recipe.init_from, "name another folder in init_from."):
+        config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
+        model, report = LoopedForCausalLM.from_pretrained(
+            recipe.init_from, config=config, dtype=torch.float32, output_loading_info=True
+        )
     # KV gates that the weights were trained without start as fresh ones do.
     missing = [name for name in report["missing_keys"] if ".kv_gate." not in name]
     wrong = sorted([*missing, *report["unexpected_keys"], *report["mismatched_keys"]])
@@ -329,7 +331,8 @@ def load_tokenizer(field_name: str, folder: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; ValueError, naming the recipe's field, if there is none."""
     if not (Path(folder) / "tokenizer_config.json").is_file():
         raise ValueError(f"{field_name}: there is no tokenizer in the folder {folder!r}.")
-    return AutoTokenizer.from_pretrained(folder)
+    with blaming(folder, f"name another folder in {field_name}."):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class HopTask:
@@ -601,7 +604,12 @@ class DistillationLoss:
                 "distill.phase 'interpolation' keeps the rows of both memories, which gradient_checkpointing and "
                 "cut_chunks would lose: leave them out."
             )
-        teacher = LoopedForCausalLM.from_pretrained(distill.teacher, dtype=torch.float32).to(device)
+        with blaming(distill.teacher, "name another folder in distill.teacher."):
+            teacher, report = LoopedForCausalLM.from_pretrained(
+                distill.teacher, dtype=torch.float32, output_loading_info=True
+            )
+            check_whole(report)
+        teacher.to(device)
         alignment = 0.0 if self.interpolates else distill.alignment
         self.distillation = Distillation(student, teacher, alignment, distill.all_loops)
         self.student, self.alpha, self.settings = student, 0.0, {"cut_chunks": recipe.cut_chunks}

@@ -93,9 +93,9 @@ def load_gguf(folder: Path, gguf_file: str):
 
     # Left in its blocks, a model cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True)
+        folder, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
     # The file says tokenizer.ggml.pre = smollm: digits apart before all else. transformers does not read that field.
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])

@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import psutil
 import torch
 import transformers
 from tqdm.auto import tqdm
@@ -497,6 +498,9 @@ def bench(
         quick: tiny sizes and two rounds, to see that it works.
         contexts: measure these instead: decoding after so many tokens with each KV sharing, and training in chunks.
         memory_loops: loop counts of the contexts.
+
+    Raises:
+        ValueError: no such run, or the measurements need more memory than is free.
     """
     from .contexts import context_lines, memory_plan
 
@@ -504,6 +508,7 @@ def bench(
         open_run(run).model_folder()
     work = QUICK if quick else Workload()
     widths, rounds = ((32,), 2) if quick else (widths, rounds)
+    check_memory(max(widths), work, max(contexts, default=0), max(memory_loops) if contexts else work.loops)
     modes = (False, True) if compiled else (False,)
     peak = matmul_peak(work.matmul)
     plan = [lambda w=w, c=c: [training_row(w, work, rounds, c, peak)] for w in widths for c in modes]
@@ -522,6 +527,22 @@ def bench(
         rows += [facts | row for row in measure()]
     print("\n".join([bench_table(rows), *context_lines(rows)]))
     return write_whole(Path(output) / "bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_memory(width: int, work: Workload, context: int, loops: int) -> None:
+    """ValueError if the largest pair of models, in training or after `context` cached tokens, does not fit into the
+    memory that is free; an estimate from below."""
+    depth = work.layers * loops
+    weights = depth * 13 * width**2  # of the Llama: 4 square matrices, 3 of 3 times the width
+    training = 4 * weights + 20 * work.batch * work.tokens * depth * width  # gradients, two moments; activations
+    decoding = 2 * weights + 4 * depth * width * context  # keys and values of both
+    needed, free = 4 * max(0 if context else training, decoding), psutil.virtual_memory().available  # float32
+    if needed > free:
+        what = f"--widths {width}" + f" --contexts {context} --memory-loops {loops}" * bool(context)
+        raise ValueError(
+            f"{what}: at least {needed / 1e9:,.0f} GB of memory are needed and {free / 1e9:,.0f} GB are free; "
+            "ask for less."
+        )
 
 
 def bench_table(rows: Sequence[dict]) -> str:

@@ -259,15 +259,17 @@ def ask(folder: str | Path, question: str | None = None, loops: Sequence[int] = 
     Without a question, one is taken from the test split, one hop count beyond the training.
 
     Raises:
-        ValueError: no such run, or a word the tokenizer does not know.
+        ValueError: no such run, an empty question, or a word the tokenizer does not know.
     """
     run = open_run(folder)
+    if question is not None and not question.strip():
+        raise ValueError('the question is empty: give an entity and relations, such as "e3 r1 r2", or leave it out.')
     model, tokenizer = load_run_model(run)
     task = load_run_task(run)
     question = first_question_beyond(task["test"], run.summary()["trained_hops"]) if question is None else question
     words, known = question.split(), tokenizer.get_vocab()
     unknown = [word for word in words if word not in known]
-    if unknown or not words:
+    if unknown:
         examples = ", ".join(task["test"]["text"][:3])
         raise ValueError(f"unknown words {unknown} in the question {question!r}; questions look like: {examples}.")
     path = true_path(task["train"], question)

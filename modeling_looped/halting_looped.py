@@ -121,13 +121,18 @@ def halting_rule(halting: str | dict | FixedRule | None) -> FixedRule | None:
     Returns None where no row can halt early, which spares the bookkeeping.
 
     Raises:
-        ValueError: unknown rule or threshold (with the nearest name), or a threshold out of range.
+        ValueError: not one of these, unknown rule or threshold (with the nearest name), or a threshold out of range.
     """
     if halting is None or isinstance(halting, FixedRule):
         return halting
+    if not isinstance(halting, (str, dict)):
+        raise ValueError(
+            f"halting must be the name of a rule, a dict of a rule and its thresholds, a rule object or None, got "
+            f"{halting!r}: the rules are {sorted(RULES)}."
+        )
     settings = {"rule": halting} if isinstance(halting, str) else dict(halting)
     name = settings.pop("rule", None)
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"halting has no rule {name!r}{nearest(name, RULES)} The rules are {sorted(RULES)}.")
     allowed = list(inspect.signature(RULES[name]).parameters)
     for setting in settings:

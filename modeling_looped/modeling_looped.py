@@ -463,6 +463,19 @@ class LoopedPreTrainedModel(PreTrainedModel):
             mark_saved_settings(model.generation_config)
         return loaded
 
+    def floating_point_ops(self, inputs: dict) -> int:
+        """FLOPs of a training step on `inputs`: 6 for each token and parameter that is no embedding, as `Trainer`
+        estimates, those of the core as often as it loops. (Trainer itself counts the core once.)
+
+        Args:
+            inputs: of `forward`: input_ids (B, T), and num_loops, an int or (B,), or else the configuration's.
+        """
+        num_loops = inputs.get("num_loops")
+        loops = torch.as_tensor(self.config.num_loops if num_loops is None else num_loops).float().mean().item()
+        core = sum(parameter.numel() for parameter in self.base_model.core.parameters())
+        used = self.num_parameters(exclude_embeddings=True) + (loops - 1) * core
+        return round(6 * inputs["input_ids"].numel() * used)
+
     def _initialize_weights(self, module, is_custom_code=False):
         # Libraries look for modules whose type is exactly nn.Linear, so values that a linear of ours starts with are
         # set by the module that owns it. Of custom code transformers passes over modules without parameters of their

@@ -312,6 +312,10 @@ def test_generate_accepts_every_loop_count(num_loops):
         ({"rule": "latent", "threshold": "small"}, "must be a number >= 0"),
         ({"rule": "q_exit", "q": -0.1}, "halting threshold q must be a number >= 0"),
         ({"rule": "q_exit", "threshold": 0.5}, "has no threshold 'threshold'"),
+        *((junk, "halting must be the name") for junk in (True, False, 3, 1.5, [], ("kl",), {"kl"}, b"kl", object())),
+        *(({"rule": junk}, "halting has no rule") for junk in (True, 3, ["kl"], {"rule": "kl"}, object())),
+        ({"rule": "kl", 3: 0.1}, "has no threshold 3"),
+        *(({"rule": "kl", "kl_threshold": junk}, "must be a number") for junk in (True, None, [1], "1", float("nan"))),
     ],
 )
 def test_bad_rules_are_refused_before_any_work(halting, message):

@@ -421,3 +421,18 @@ def test_config_presets_of_other_kinds_take_a_training_step():
     """An always-true branch crashed LoopFormer's dense baseline (trap 27): the plain stack is a looped model too."""
     dense = LoopedForCausalLM(LoopedConfig(**{**make_config().to_diff_dict(), "num_core_layers": 4, "num_loops": 1}))
     dense(make_ids(), labels=make_ids()).loss.backward()
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_prelude_layers": 1, "num_coda_layers": 2}, {"exit_gate": True}])
+def test_floating_point_ops_are_those_of_the_unrolled_stack(fields):
+    """Of a batch at any depth, as many as Trainer estimates for the stack that has the core's layers as often."""
+    inputs = {"input_ids": make_ids(rows=4, tokens=6)}
+    model = make_model(num_core_layers=2, num_loops=3, **fields)
+    for num_loops in (1, 2, 7):
+        stack = make_model(num_core_layers=2 * num_loops, num_loops=1, **fields)
+        expected = 6 * inputs["input_ids"].numel() * stack.num_parameters(exclude_embeddings=True)
+        assert model.floating_point_ops(inputs | {"num_loops": num_loops}) == expected
+        assert stack.floating_point_ops(inputs) == expected
+    at_depths = [model.floating_point_ops(inputs | {"num_loops": num_loops}) for num_loops in (2, 4)]
+    assert model.floating_point_ops(inputs | {"num_loops": torch.tensor([2, 4, 2, 4])}) == sum(at_depths) / 2
+    assert model.floating_point_ops(inputs) == sum(at_depths) / 2  # the configuration's 3 loops

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from .mistakes import Parser, run_command
 
+from .limits import LIMITS, Limits, option
+
 
 @dataclass(frozen=True)
 class Whole:
@@ -41,6 +43,12 @@ def named(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"must be a name, got {text!r}")
     return text
+
+
+def port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def run_eval(arguments) -> None:
@@ -249,7 +257,8 @@ def run_publish(arguments) -> None:
 def run_serve(arguments) -> None:
     from .serving import serve
 
-    serve(arguments.model, arguments.options)
+    limits = Limits(**{name: getattr(arguments, name) for name in LIMITS})
+    serve(arguments.model, host=arguments.host, port=arguments.port, device=arguments.device, limits=limits)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -504,14 +513,16 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(call=run_publish)
 
-    command = commands.add_parser("serve", help="an OpenAI-compatible server: `transformers serve` of a looped model")
+    command = commands.add_parser("serve", help="an OpenAI-compatible server of a looped model, a depth per request")
     command.add_argument("model", metavar="MODEL", help="a folder with a model and its tokenizer, or its Hub name")
+    command.add_argument("--host", default="127.0.0.1", metavar="NAME", help="default: %(default)s, this machine only")
     command.add_argument(
-        "options",
-        nargs=argparse.REMAINDER,
-        metavar="...",
-        help="options of `transformers serve`, such as --port 8000 --device cpu",
+        "--port", type=port, default=8000, metavar="N", help="default: %(default)s; 0 takes a free one"
     )
+    command.add_argument("--device", default="auto", metavar="NAME", help="default: the accelerator, if there is one")
+    for name, what in LIMITS.items():
+        default = Limits.__dataclass_fields__[name].default
+        command.add_argument(option(name), type=int, default=default, metavar="N", help=f"{what} (default: {default})")
     command.set_defaults(call=run_serve)
 
     for command in commands.choices.values():

@@ -1,35 +1,311 @@
-"""An OpenAI-compatible server of a saved model: `transformers serve`, which does not find remote code by itself.
+"""An OpenAI-compatible server of one saved model, with a depth per request: `looped serve`.
 
-That server looks the class named in config.json up in the transformers module. `serve` puts ours there
-and hands over; everything else, options, endpoints and streaming, is its own. It loads this package's code rather than
-the copy saved in the folder.
+Starlette and uvicorn do the HTTP, this module the endpoints; `serving_requests.py` says what a request may say and
+`serving_jobs.py` how many are answered at once. `transformers serve` is built on the same two, but has no hook for any
+of that: it answers one request after the other, without limits, and loads whatever model a request names.
+The model runs by this package's code rather than by the copy saved in its folder.
 """
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from pathlib import Path
 
-from transformers.cli.serving import model_manager
-from transformers.cli.transformers import app
-from transformers.utils.import_utils import is_serve_available
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_looped import FrozenLoopedForCausalLM, LoopedForCausalLM
 
+from .limits import Limits, option
+from .serving_jobs import Job, Service
+from .serving_requests import CHAT, COMPLETION, Refusal, read_fields, short
 
-def serve(model: str, options: Sequence[str] = ()) -> None:
-    """Serve `model` until interrupted. Loops are those of its generation config, or of its configuration.
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise ValueError("serving needs starlette and uvicorn: pip install 'looped-transformers[serve]'.") from error
 
-    Args:
-        model: a folder with a looped model and its tokenizer, or its name on the Hub; requests name it the same way.
-        options: of `transformers serve`, such as ["--port", "8000"].
+MODELS = {each.__name__: each for each in (LoopedForCausalLM, FrozenLoopedForCausalLM)}
+DISCARDING = 2.0  # seconds
+
+
+class Completions:
+    """What /v1/completions takes, and how it writes its answers."""
+
+    path, rules, prefix = "/v1/completions", COMPLETION, "cmpl-"
+    kind = piece_kind = "text_completion"
+
+    def choice(self, text: str, reason: str | None) -> dict:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+
+    def opening(self) -> list[dict]:
+        """Pieces of a stream before its first text."""
+        return []
+
+    piece = choice
+
+
+class Chats(Completions):
+    """What /v1/chat/completions takes, and how it writes its answers."""
+
+    path, rules, prefix = "/v1/chat/completions", CHAT, "chatcmpl-"
+    kind, piece_kind = "chat.completion", "chat.completion.chunk"
+
+    def choice(self, text, reason):
+        message = {"role": "assistant", "content": text}
+        return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def opening(self):
+        return [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+
+    def piece(self, text, reason):
+        return {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": reason}
+
+
+class Stream(StreamingResponse):
+    """Server-sent events of a job, which ends when its client leaves."""
+
+    def __init__(self, job: Job, lines: AsyncIterator[str]):
+        super().__init__(lines, headers={"cache-control": "no-cache"}, media_type="text/event-stream")
+        self.job = job
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.leave()
+
+
+def as_json(body: dict, status: int = 200) -> Response:
+    return Response(json.dumps(body), status, media_type="application/json")
+
+
+def as_event(body: dict) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Refusal where it is too long, as soon as that is known, too slow, or said to be something else than JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # which also keeps other sites' pages out: browsers ask before they send it
+        raise Refusal(f"the content type must be application/json, got {short.repr(kind)}.", status=415)
+    body, length = bytearray(), int(request.headers.get("content-length", 0))
+    try:
+        async with asyncio.timeout(limits.max_seconds):
+            if length <= limits.max_body_bytes:
+                async for part in request.stream():
+                    body += part
+                    if (length := len(body)) > limits.max_body_bytes:
+                        break
+    except TimeoutError as error:
+        raise Refusal(f"the body took longer than {limits.max_seconds} seconds.", status=408) from error
+    if length > limits.max_body_bytes:
+        await discard(request)
+        raise Refusal(
+            f"the body is longer than {limits.max_body_bytes} bytes, the server's limit ({option('max_body_bytes')}).",
+            status=413,
+        )
+    return bytes(body)
+
+
+async def discard(request: Request) -> None:
+    """Let a client send on for a while: most read no answer before, and closing now would take it from them."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARDING):
+            async for _ in request.stream():
+                pass
+
+
+async def until_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_left(request: Request, work: Coroutine[None, None, Response]) -> Response:
+    """What `work` returns; it is cancelled when the client leaves."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(until_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else Response()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def respond(service: Service, endpoint: Completions, request: Request) -> Response:
+    try:
+        fields = read_fields(await read_body(request, service.limits), endpoint.rules, service.bounds)
+        if fields.get("model", service.name) != service.name:
+            name = short.repr(fields["model"])
+            raise Refusal(f"there is no model {name} here, but {service.name!r}.", "model", status=404)
+        return await unless_left(request, answer(service, endpoint, fields))
+    except Refusal as refusal:
+        return as_json(refusal.body(), refusal.status)
+    except ClientDisconnect:
+        return Response()
+
+
+async def answer(service: Service, endpoint: Completions, fields: dict) -> Response:
+    streams = fields.get("stream", False)
+    job = service.admit(streams)
+    try:
+        plan = await asyncio.to_thread(service.plan, fields)
+        await service.reserve(job, plan.cache_bytes)
+        job.start(plan)
+        first = await job.events.get()  # as long as nothing is sent, a refusal has a status
+        if isinstance(first, Refusal):
+            raise first
+    except BaseException:
+        job.leave()
+        raise
+    head = {"id": endpoint.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": service.name}
+    if streams:
+        with_usage = fields.get("stream_options", {}).get("include_usage", False)
+        return Stream(job, pieces(endpoint, job, first, head | {"object": endpoint.piece_kind}, with_usage))
+    choices = [endpoint.choice(job.text, job.finish_reason())]
+    return as_json(head | {"object": endpoint.kind, "choices": choices, "usage": job.usage()})
+
+
+async def pieces(
+    endpoint: Completions, job: Job, event: str | Refusal | None, head: dict, with_usage: bool
+) -> AsyncIterator[str]:
+    for choice in endpoint.opening():
+        yield as_event(head | {"choices": [choice]})
+    while isinstance(event, str):
+        yield as_event(head | {"choices": [endpoint.piece(event, None)]})
+        event = await job.events.get()
+    if event is not None:
+        yield as_event(event.body())
+        return
+    yield as_event(head | {"choices": [endpoint.piece("", job.finish_reason())]})
+    if with_usage:
+        yield as_event(head | {"choices": [], "usage": job.usage()})
+    yield "data: [DONE]\n\n"
+
+
+def make_app(service: Service) -> Starlette:
+    """The endpoints of a service: /health, /v1/models, /v1/completions, /v1/chat/completions."""
+
+    async def health(request: Request) -> Response:
+        ending = service.end < float("inf")
+        return as_json({"status": "shutting down" if ending else "ok"}, 503 if ending else 200)
+
+    async def models(request: Request) -> Response:
+        model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "looped"}
+        return as_json({"object": "list", "data": [model]})
+
+    async def not_here(request: Request, error: HTTPException) -> Response:
+        places = ", ".join(route.path for route in routes)
+        sentence = f"{request.method} {short.repr(request.url.path)}: {error.detail}; there is {places}."
+        return as_json(Refusal(sentence, status=error.status_code).body(), error.status_code)
+
+    async def failed(request: Request, error: Exception) -> Response:  # whose traceback uvicorn logs
+        return as_json(Refusal("the server failed at this request; its log says why.", status=500).body(), 500)
+
+    routes = [Route("/health", health), Route("/v1/models", models)]
+    for endpoint in (Completions(), Chats()):
+        routes.append(Route(endpoint.path, partial(respond, service, endpoint), methods=["POST"]))
+    return Starlette(routes=routes, exception_handlers={HTTPException: not_here, Exception: failed})
+
+
+class Server(uvicorn.Server):
+    """Ends with 0 at the first SIGTERM or SIGINT, when requests are answered or the grace period is over, and at once
+    at the second."""
+
+    def __init__(self, service: Service):
+        grace = service.limits.grace_seconds + 1  # time to tell the clients
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=grace,
+            )
+        )
+        self.service = service
+
+    def handle_exit(self, sig, frame):
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.service.close()
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address that is free.
 
     Raises:
-        ValueError: the server's packages are not installed, or `model` is a path without a model.
+        OSError: it is not.
     """
-    if not is_serve_available():
-        raise ValueError("serving needs fastapi, uvicorn and openai: pip install 'looped-transformers[serve]'.")
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise OSError(f"cannot listen at {host}, port {port}: {error}.") from error
+    return listener
+
+
+def load(model: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A looped model by its folder or Hub name, run by this package's code, and its tokenizer.
+
+    Raises:
+        ValueError: it is a path without a model, a model of another kind, or lacks some of its weights.
+        OSError: there is none of that name, or no tokenizer beside it.
+    """
     is_path = Path(model).is_absolute() or model.startswith(".") or Path(model).exists()
     if is_path and not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} has no config.json: name a folder that save_pretrained wrote, such as RUN/model.")
-    for model_class in (LoopedForCausalLM, FrozenLoopedForCausalLM):
-        setattr(model_manager.transformers, model_class.__name__, model_class)
-    app(["serve", model, *options], prog_name="transformers")
+    config, _ = PreTrainedConfig.get_config_dict(model)
+    kinds = [name for name in config.get("architectures") or [] if name in MODELS]
+    if not kinds:
+        raise ValueError(
+            f"{model} is {config.get('architectures')}, and looped serve serves {' and '.join(MODELS)}; "
+            "`transformers serve` has others."
+        )
+    loaded, report = MODELS[kinds[0]].from_pretrained(model, output_loading_info=True)
+    for what in ("missing_keys", "mismatched_keys"):
+        if report[what]:
+            raise ValueError(f"{model} lacks weights ({what} {short.repr(sorted(report[what]))}): save it again.")
+    if device == "auto":
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return loaded.to(device), AutoTokenizer.from_pretrained(model)
+
+
+def serve(
+    model: str, host: str = "127.0.0.1", port: int = 8000, device: str = "auto", limits: Limits | None = None
+) -> None:
+    """Serve a model until SIGTERM or SIGINT.
+
+    Args:
+        model: a folder with a looped model and its tokenizer, or its name on the Hub; requests name it the same way.
+        device: where it computes; "auto" is the accelerator, if there is one.
+
+    Raises:
+        ValueError: as `load` and `Service`, or there is no such device.
+        OSError: as `load` and `listen`.
+    """
+    with listen(host, port) as listener:
+        try:
+            service = Service(*load(model, device), model, limits or Limits())
+        except RuntimeError as error:
+            raise ValueError(f"{model} does not run on the device {device!r}: {error}") from error
+        address = f"[{host}]" if ":" in host else host
+        print(f"{model} is served at http://{address}:{listener.getsockname()[1]}; ctrl-c ends it", flush=True)
+        Server(service).run(sockets=[listener])
+    if service.jobs:  # a loop longer than the grace period: it has no end that Python could wait for
+        os._exit(0)

@@ -1,0 +1,43 @@
+"""What one request, and all of them together, may cost a server: the options of `looped serve`."""
+
+from dataclasses import dataclass, fields
+
+LIMITS = {
+    "max_loops": "loops that a request may ask for",
+    "max_new_tokens": "tokens that a request may ask for",
+    "max_prompt_tokens": "tokens of a prompt",
+    "max_body_bytes": "bytes of a request's body",
+    "max_seconds": "seconds until a request is answered, waiting included",
+    "max_requests": "requests at work or waiting; more are refused",
+    "max_cache_bytes": "bytes of all KV caches together; a request waits until its own fits",
+    "grace_seconds": "seconds that requests still have after SIGTERM",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`LIMITS` says what each is.
+
+    Raises:
+        ValueError: one is below 1; only the grace period may be 0.
+    """
+
+    max_loops: int = 64
+    max_new_tokens: int = 1024
+    max_prompt_tokens: int = 4096
+    max_body_bytes: int = 2**20
+    max_seconds: int = 300
+    max_requests: int = 128
+    max_cache_bytes: int = 2**32
+    grace_seconds: int = 10
+
+    def __post_init__(self):
+        for field in fields(self):
+            least = 0 if field.name == "grace_seconds" else 1
+            if getattr(self, field.name) < least:
+                raise ValueError(f"{option(field.name)} must be >= {least}, got {getattr(self, field.name)}.")
+
+
+def option(name: str) -> str:
+    """max_loops -> --max-loops."""
+    return "--" + name.replace("_", "-")

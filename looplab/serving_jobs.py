@@ -1,0 +1,445 @@
+"""Requests at work: every one generates in a thread of its own, and one thread computes at a time.
+
+    after every loop of the core:   its client has left, its time is over, the server ends  -> the request ends here
+                                    others wait                                             -> the next one's turn
+
+No request holds up the others for longer than a loop, and none goes on for nobody.
+"""
+
+import asyncio
+import contextlib
+import copy
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from jinja2 import TemplateError
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer
+
+from modeling_looped import LoopedForCausalLM
+from modeling_looped.cache_looped import CACHE_NAME
+
+from .limits import Limits, option
+from .serving_requests import Bounds, Refusal, check_generation_config, short
+
+# Of a saved generation config, what has no place here: a reply's length is the request's, and drafts change no text.
+NOT_SERVED = ("max_length", "draft_loops")
+CUT = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
+
+logger = logging.getLogger("uvicorn.error")
+
+
+class AtWork(threading.local):
+    """The job of the thread that asks."""
+
+    job: "Job | None" = None
+
+
+at_work = AtWork()
+
+
+class Turns:
+    """Lets one thread compute at a time. Who passes the turn on goes to the end of the queue: between two turns of a
+    thread, each of those that wait has exactly one."""
+
+    def __init__(self):
+        self.lock, self.waiting, self.taken = threading.Lock(), deque(), False
+
+    def take(self) -> None:
+        with self.lock:
+            if not self.taken:
+                self.taken = True
+                return
+            mine = self._queue_up()
+        mine.acquire()
+
+    def give(self) -> None:
+        with self.lock:
+            if self.waiting:
+                self.waiting.popleft().release()
+            else:
+                self.taken = False
+
+    def pass_on(self) -> None:
+        with self.lock:
+            if not self.waiting:
+                return
+            mine = self._queue_up()
+            self.waiting.popleft().release()
+        mine.acquire()
+
+    def _queue_up(self) -> threading.Lock:
+        mine = threading.Lock()
+        mine.acquire()
+        self.waiting.append(mine)
+        return mine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is generated for a request: `input_ids` (1, T), at most `new_tokens` more, as `config` and `depth` say.
+
+    Args:
+        depth: num_loops and halting, where the request names them.
+        cache_bytes: of its KV cache when it has all its tokens.
+    """
+
+    input_ids: torch.Tensor
+    new_tokens: int
+    config: GenerationConfig
+    depth: dict
+    end_tokens: frozenset[int]
+    stops: list[str]
+    seed: int
+    cache_bytes: int
+
+
+class Draws(LogitsProcessor):
+    """Gives a request random numbers of its own, those that follow `torch.manual_seed(seed)`: between its draws, other
+    requests draw from the same generator."""
+
+    def __init__(self, seed: int, device: torch.device):
+        self.generator = torch if device.type == "cpu" else torch.get_device_module(device)
+        self.state = torch.Generator(device).manual_seed(seed).get_state()
+
+    def __call__(self, input_ids, scores):
+        self.generator.set_rng_state(self.state)
+        return scores
+
+    def keep(self) -> None:
+        self.state = self.generator.get_rng_state()
+
+
+class Job:
+    """One request at work: a thread that generates, and what it tells the event loop in `events`.
+
+    Those are pieces of text, and in the end None, or a Refusal.
+    """
+
+    def __init__(self, service: "Service", streams: bool):
+        self.service, self.streams = service, streams
+        self.deadline = time.monotonic() + service.limits.max_seconds
+        self.events, self.event_loop = asyncio.Queue(), asyncio.get_running_loop()
+        self.left = False  # the client
+        self.thread: threading.Thread | None = None
+        self.cache_bytes, self.loops, self.tokens, self.text, self.stopped = 0, 0, [], "", False
+
+    def start(self, plan: Plan) -> None:
+        self.plan, self.draws = plan, Draws(plan.seed, plan.input_ids.device)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def leave(self) -> None:
+        """Nobody waits for the answer any more; no matter where there is one already."""
+        self.left = True
+        if self.thread is None:
+            self.service.release(self)
+
+    def tell(self, event: str | Refusal | None) -> None:
+        self.event_loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    def run(self) -> None:
+        at_work.job = self
+        self.service.turns.take()
+        try:
+            end = self.generate()
+        finally:
+            self.service.turns.give()
+            self.event_loop.call_soon_threadsafe(self.service.release, self)
+        self.tell(end)
+
+    def generate(self) -> Refusal | None:
+        plan = self.plan
+        try:
+            self.check()
+            self.service.model.generate(
+                plan.input_ids,
+                attention_mask=torch.ones_like(plan.input_ids),
+                generation_config=plan.config,
+                logits_processor=[self.draws],
+                stopping_criteria=[self.after_token],
+                **plan.depth,
+            )
+            self.grow(final=True)
+        except Refusal as refusal:
+            return refusal.with_traceback(None)  # which holds on to the cache
+        except ValueError as error:  # the model's own refusal, before it computes
+            return Refusal(str(error))
+        except Exception:
+            logger.exception("a request failed")
+            return Refusal("the server failed at this request; its log says why.", status=500)
+
+    def check(self) -> None:
+        """Refusal if nobody waits for the answer any more, or nobody will get it."""
+        now, limits = time.monotonic(), self.service.limits
+        if self.left:
+            raise Refusal("the client has left.")
+        if now > self.service.end:
+            raise Refusal("the server is shutting down.", status=503)
+        if now > self.deadline:
+            raise Refusal(
+                f"not finished after {limits.max_seconds} seconds, the server's limit ({option('max_seconds')}): ask "
+                "for fewer tokens or loops, or when fewer others ask.",
+                status=503,
+            )
+
+    def after_loop(self) -> None:
+        self.loops += 1
+        self.check()
+
+    def pass_on(self) -> None:
+        self.service.turns.pass_on()
+        self.check()
+
+    def after_token(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        """Whether the reply ends here, (1,) bool; generate's own criteria end it at an end token and at its length."""
+        self.draws.keep()
+        self.tokens.append(int(input_ids[0, -1]))
+        if self.streams or self.plan.stops:
+            self.grow()
+        self.pass_on()
+        return torch.tensor([self.stopped], device=input_ids.device)
+
+    def grow(self, final: bool = False) -> None:
+        """Make `text` what can be said of the reply by now: up to a stop string, and no beginning of one."""
+        text = self.service.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        found = [at for stop in self.plan.stops if (at := text.find(stop)) >= 0]
+        if found:
+            text, self.stopped = text[: min(found)], True
+        elif not final:
+            text = text.rstrip(CUT)
+            text = text[: len(text) - max((begun(text, stop) for stop in self.plan.stops), default=0)]
+        if self.streams and len(text) > len(self.text):
+            self.tell(text[len(self.text) :])
+        self.text = text if final or len(text) > len(self.text) else self.text
+
+    def finish_reason(self) -> str:
+        ended = self.stopped or self.tokens[-1] in self.plan.end_tokens
+        return "stop" if ended or len(self.tokens) < self.plan.new_tokens else "length"
+
+    def usage(self) -> dict:
+        """Tokens, and the loops of the core run for prompt and reply (of a frozen model, passes of its window)."""
+        prompt, reply = self.plan.input_ids.shape[1], len(self.tokens)
+        counts = {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
+        return counts | {"loops": self.loops}
+
+
+def begun(text: str, stop: str) -> int:
+    """Characters of `stop`, fewer than all, that `text` ends in."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Service:
+    """A model, its tokenizer, the limits, and the jobs at work.
+
+    Raises:
+        ValueError: the model's own generation config asks for what is not served, or exceeds the limits.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, limits: Limits):
+        self.model, self.tokenizer, self.name, self.limits = model.eval(), tokenizer, name, limits
+        self.turns, self.jobs, self.freed = Turns(), set(), asyncio.Event()
+        self.end = float("inf")  # of the grace period
+        self.created = int(time.time())
+        looped = isinstance(model, LoopedForCausalLM)
+        most = model.config.max_num_loops if looped else None
+        self.bounds = Bounds(
+            max_loops=limits.max_loops if most is None else min(most, limits.max_loops),
+            max_new_tokens=limits.max_new_tokens,
+            vocab_size=model.get_input_embeddings().num_embeddings,
+            halts=looped,
+        )
+        self.positions = positions_of(model)
+        self.own_loops = self.check_own_settings()
+        self.nothing = {special: tokenizer("", add_special_tokens=special)["input_ids"] for special in (True, False)}
+        self.one_loop, self.further_loop = self.measure_cache()
+        if looped:
+            model.model.core[-1].register_forward_hook(after_loop_and_pass_on)
+        else:  # a window keeps its place in the loop on the model, so that turns pass between tokens only
+            model.loop.windows[0].layers[-1].module.register_forward_hook(after_loop)
+
+    def check_own_settings(self) -> int:
+        """The most loops of a request that names none; drops what a saved generation config need not say here."""
+        saved, looped = self.model.generation_config, isinstance(self.model, LoopedForCausalLM)
+        for name in NOT_SERVED:
+            setattr(saved, name, None)
+        said = {name: value for name, value in saved.to_diff_dict().items() if value is not None}
+        loops = (self.model if looped else self.model.loop).config.num_loops
+        try:
+            own = check_generation_config("the model's generation config", {"num_loops": loops} | said, self.bounds)
+            check_generation_config("the model's configuration", {"num_loops": loops}, self.bounds)
+        except Refusal as error:
+            raise ValueError(f"{self.name} cannot be served as it is: {error}") from error
+        return max(loops, own["num_loops"])
+
+    @torch.inference_mode()
+    def measure_cache(self) -> tuple[int, int]:
+        """Bytes of a token's KV cache at one loop, and those that a further loop adds."""
+
+        def measured(num_loops: int) -> int:
+            cache = DynamicCache(config=self.model.config)
+            one_token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+            self.model(one_token, use_cache=True, num_loops=num_loops, **{CACHE_NAME: cache})
+            kept = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+            return sum(layer.keys.nbytes + layer.values.nbytes for layer in kept)
+
+        one = measured(1)
+        return one, measured(2) - one if self.bounds.max_loops > 1 else 0
+
+    # ---- what a request asks for
+
+    def plan(self, fields: dict) -> Plan:
+        """What to do for the fields of a request.
+
+        Raises:
+            Refusal: the prompt has no tokens, unknown words or too many tokens, or all of it is too much for the model
+                or the limits.
+        """
+        input_ids = self.encode(fields)
+        given, own = fields.get("generation_config"), self.model.generation_config
+        config = copy.deepcopy(own) if given is None else GenerationConfig(**given)
+        heat, top_p = fields.get("temperature"), fields.get("top_p")
+        if heat == 0:
+            config.do_sample = False
+        elif heat is not None or (top_p is not None and top_p < 1):
+            # As the API means it: from all tokens, unless a generation config says of how many.
+            config.do_sample, config.top_k = True, (own.top_k or 0) if config.top_k is None else config.top_k
+            config.temperature = config.temperature if heat is None else heat
+        config.top_p = config.top_p if top_p is None else top_p
+        config.max_new_tokens = new_tokens = self.reply_length(len(input_ids), fields)
+        ends = own.eos_token_id if config.eos_token_id is None else config.eos_token_id
+        ends = frozenset(ends if isinstance(ends, list) else [ends])
+        depth = {name: fields[name] for name in ("num_loops", "halting") if name in fields}
+        loops = depth.get("num_loops") or (given or {}).get("num_loops") or self.own_loops
+        cost = (len(input_ids) + new_tokens) * (self.one_loop + (loops - 1) * self.further_loop)
+        if cost > self.limits.max_cache_bytes:
+            raise Refusal(
+                f"{len(input_ids)} + {new_tokens} tokens at {loops} loops need a KV cache of {cost:,} bytes, more "
+                f"than {self.limits.max_cache_bytes:,}, the server's limit ({option('max_cache_bytes')})."
+            )
+        seed = fields.get("seed", secrets.randbits(63))
+        rows = torch.tensor([input_ids], device=self.model.device)
+        return Plan(rows, new_tokens, config, depth, ends, fields.get("stop", []), seed, cost)
+
+    def reply_length(self, prompt_length: int, fields: dict) -> int:
+        """The most new tokens: as the request says, else the model's generation config, else as many as may be."""
+        asked = fields.get("max_tokens", fields.get("max_completion_tokens"))
+        if asked is None:
+            asked = fields.get("generation_config", {}).get("max_new_tokens")
+        room = self.limits.max_new_tokens
+        if self.positions is not None:
+            room = min(room, self.positions - prompt_length + 1)  # the last token is not read
+        if asked is None:
+            return min(self.model.generation_config.max_new_tokens or room, room)
+        if asked > room:
+            raise Refusal(
+                f"a prompt of {prompt_length} tokens leaves room for {room} more in the {self.positions} positions "
+                f"that the model has (max_position_embeddings), got max_tokens {asked}.",
+                "max_tokens",
+            )
+        return asked
+
+    def encode(self, fields: dict) -> list[int]:
+        name = "prompt" if "prompt" in fields else "messages"
+        if isinstance(fields[name], str):
+            ids = self.tokenize(fields[name], name, special=True)
+        elif name == "messages":
+            ids = self.tokenize(self.render(fields[name]), name, special=False)
+        else:
+            ids = fields[name]
+        most, why = self.limits.max_prompt_tokens, f"the server's limit ({option('max_prompt_tokens')})"
+        if self.positions is not None and self.positions < most:
+            most, why = self.positions, "the positions that the model has (max_position_embeddings)"
+        if len(ids) > most:
+            raise Refusal(f"{name} has {len(ids)} tokens, more than {most}, {why}.", name)
+        return ids
+
+    def render(self, messages: list[dict]) -> str:
+        if self.tokenizer.chat_template is None:
+            raise Refusal("this model's tokenizer has no chat template: send a prompt to /v1/completions.", "messages")
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise Refusal(f"the chat template refuses these messages: {error}", "messages") from error
+
+    def tokenize(self, text: str, name: str, special: bool) -> list[int]:
+        tokenizer, unknown = self.tokenizer, []
+        try:
+            coded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=tokenizer.is_fast)
+        except Exception as error:  # the tokenizers library has no narrower one
+            words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+            unknown = [word for word in words if tokenizer.backend_tokenizer.token_to_id(word) is None]
+            raise Refusal(f"{name} has unknown words {short.repr(unknown)} ({error}).", name) from error
+        ids = coded["input_ids"]
+        if tokenizer.unk_token_id in ids:
+            spans = zip(ids, coded.get("offset_mapping", []), strict=False)
+            unknown = [text[first:last] for token, (first, last) in spans if token == tokenizer.unk_token_id]
+            raise Refusal(f"{name} has words that the tokenizer does not know: {short.repr(unknown)}.", name)
+        if ids == self.nothing[special]:
+            raise Refusal(f"{name} is empty: it has no token.", name)
+        return ids
+
+    # ---- what is at work
+
+    def admit(self, streams: bool) -> "Job":
+        """A new job; Refusal where there are too many, or the server ends."""
+        if self.end < float("inf"):
+            raise Refusal("the server is shutting down.", status=503)
+        if len(self.jobs) >= self.limits.max_requests:
+            raise Refusal(
+                f"{len(self.jobs)} requests are at work or waiting, the server's limit ({option('max_requests')}): "
+                "ask again later.",
+                status=503,
+            )
+        job = Job(self, streams)
+        self.jobs.add(job)
+        return job
+
+    async def reserve(self, job: "Job", cache_bytes: int) -> None:
+        """Wait until so much more cache fits beside that of the jobs at work; who needs less may pass by."""
+        while sum(each.cache_bytes for each in self.jobs) + cache_bytes > self.limits.max_cache_bytes:
+            self.freed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(job.deadline, self.end) - time.monotonic()):
+                    await self.freed.wait()
+            job.check()
+        job.cache_bytes = cache_bytes
+
+    def release(self, job: "Job") -> None:
+        self.jobs.discard(job)
+        self.freed.set()
+
+    def close(self) -> None:
+        """Admit no more requests, and end those at work after the grace period."""
+        self.end = time.monotonic() + self.limits.grace_seconds
+        self.freed.set()
+
+
+def after_loop(*_) -> None:
+    if at_work.job:
+        at_work.job.after_loop()
+
+
+def after_loop_and_pass_on(*_) -> None:
+    if at_work.job:
+        at_work.job.after_loop()
+        at_work.job.pass_on()
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a row can have, where positions are a table."""
+    if isinstance(model, LoopedForCausalLM):
+        return model.config.max_position_embeddings if model.config.position_embedding == "learned" else None
+    # A frozen base model may be of any family: what transformers itself reads, where there is one.
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .mistakes import Parser, run_command
-
 from .limits import LIMITS, Limits, option
+from .mistakes import Parser, run_command
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,6 @@ def named(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"must be a name, got {text!r}")
     return text
-
-
-def port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 65535, got {text!r}")
-    return int(text)
 
 
 def run_eval(arguments) -> None:
@@ -517,12 +510,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL", help="a folder with a model and its tokenizer, or its Hub name")
     command.add_argument("--host", default="127.0.0.1", metavar="NAME", help="default: %(default)s, this machine only")
     command.add_argument(
-        "--port", type=port, default=8000, metavar="N", help="default: %(default)s; 0 takes a free one"
+        "--port",
+        type=Whole(0, 65_535),
+        default=8000,
+        metavar="N",
+        help="default: %(default)s; 0 takes a free one",
     )
-    command.add_argument("--device", default="auto", metavar="NAME", help="default: the accelerator, if there is one")
+    command.add_argument("--device", metavar="NAME", help="such as cpu (default: the accelerator, if there is one)")
     for name, what in LIMITS.items():
         default = Limits.__dataclass_fields__[name].default
-        command.add_argument(option(name), type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+        kind = Whole(0 if name == "grace_seconds" else 1, 2**40)
+        command.add_argument(
+            option(name), type=kind, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
     command.set_defaults(call=run_serve)
 
     for command in commands.choices.values():

@@ -1,6 +1,6 @@
 """What one request, and all of them together, may cost a server: the options of `looped serve`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 LIMITS = {
     "max_loops": "loops that a request may ask for",
@@ -16,11 +16,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """`LIMITS` says what each is.
-
-    Raises:
-        ValueError: one is below 1; only the grace period may be 0.
-    """
+    """`LIMITS` says what each is; all are at least 1, only the grace period may be 0."""
 
     max_loops: int = 64
     max_new_tokens: int = 1024
@@ -30,12 +26,6 @@ class Limits:
     max_requests: int = 128
     max_cache_bytes: int = 2**32
     grace_seconds: int = 10
-
-    def __post_init__(self):
-        for field in fields(self):
-            least = 0 if field.name == "grace_seconds" else 1
-            if getattr(self, field.name) < least:
-                raise ValueError(f"{option(field.name)} must be >= {least}, got {getattr(self, field.name)}.")
 
 
 def option(name: str) -> str:

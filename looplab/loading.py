@@ -21,20 +21,26 @@ from .mistakes import sentence
 
 
 def load_model(
-    folder: str | Path, remedy: str, trust_remote_code: bool = False, dtype: torch.dtype | str = "auto"
+    folder: str | Path,
+    remedy: str,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = "auto",
+    device: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal LM saved at `folder`, on the accelerator if there is one, in evaluation mode; its tokenizer.
+    """The causal LM saved at `folder`, in evaluation mode, and its tokenizer.
 
     Args:
-        folder: or a name on the Hub.
+        folder: or its name on the Hub.
         remedy: what to do where the folder is damaged.
         trust_remote_code: run the folder's own code, of a model that neither this package nor transformers knows.
+        device: by default the accelerator, if there is one.
 
     Raises:
         ValueError: a file is missing or damaged, weights and configuration do not fit, or the model needs code of its
             own and `trust_remote_code` is False.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     with quietly(), blaming(folder, remedy):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -17,12 +17,12 @@ from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from modeling_looped import FrozenLoopedForCausalLM, LoopedForCausalLM
 
 from .limits import Limits, option
+from .loading import blaming, load_model
 from .serving_jobs import Job, Service
 from .serving_requests import CHAT, COMPLETION, Refusal, read_fields, short
 
@@ -36,7 +36,8 @@ try:
 except ImportError as error:
     raise ValueError("serving needs starlette and uvicorn: pip install 'looped-transformers[serve]'.") from error
 
-MODELS = {each.__name__: each for each in (LoopedForCausalLM, FrozenLoopedForCausalLM)}
+MODELS = {each.__name__ for each in (LoopedForCausalLM, FrozenLoopedForCausalLM)}
+REMEDY = "name a folder that save_pretrained wrote, such as RUN/model."
 DISCARDING = 2.0  # seconds
 
 
@@ -123,7 +124,7 @@ async def discard(request: Request) -> None:
     """Let a client send on for a while: most read no answer before, and closing now would take it from them."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARDING):
-            async for _ in request.stream():
+            while (await request.receive()).get("more_body"):
                 pass
 
 
@@ -250,7 +251,9 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         OSError: it is not.
     """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # TCP is said because asyncio turns the delay of small packets off only where it is.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -260,50 +263,44 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def load(model: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A looped model by its folder or Hub name, run by this package's code, and its tokenizer.
+def check_kind(model: str) -> None:
+    """Refuse what cannot be served before its weights are read.
 
     Raises:
-        ValueError: it is a path without a model, a model of another kind, or lacks some of its weights.
-        OSError: there is none of that name, or no tokenizer beside it.
+        ValueError: it is a path without a model, or a model of another kind.
     """
     is_path = Path(model).is_absolute() or model.startswith(".") or Path(model).exists()
     if is_path and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"{model} has no config.json: name a folder that save_pretrained wrote, such as RUN/model.")
-    config, _ = PreTrainedConfig.get_config_dict(model)
-    kinds = [name for name in config.get("architectures") or [] if name in MODELS]
-    if not kinds:
+        raise ValueError(f"{model} has no config.json: {REMEDY}")
+    with blaming(model, REMEDY):
+        kinds = PreTrainedConfig.get_config_dict(model)[0].get("architectures")
+    if not isinstance(kinds, list) or not MODELS & set(kinds):
         raise ValueError(
-            f"{model} is {config.get('architectures')}, and looped serve serves {' and '.join(MODELS)}; "
-            "`transformers serve` has others."
+            f"{model} is a model of {kinds}, and looped serve serves {' and '.join(sorted(MODELS))}: `transformers "
+            "serve` may have it."
         )
-    loaded, report = MODELS[kinds[0]].from_pretrained(model, output_loading_info=True)
-    for what in ("missing_keys", "mismatched_keys"):
-        if report[what]:
-            raise ValueError(f"{model} lacks weights ({what} {short.repr(sorted(report[what]))}): save it again.")
-    if device == "auto":
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return loaded.to(device), AutoTokenizer.from_pretrained(model)
 
 
 def serve(
-    model: str, host: str = "127.0.0.1", port: int = 8000, device: str = "auto", limits: Limits | None = None
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
 ) -> None:
     """Serve a model until SIGTERM or SIGINT.
 
     Args:
         model: a folder with a looped model and its tokenizer, or its name on the Hub; requests name it the same way.
-        device: where it computes; "auto" is the accelerator, if there is one.
+        device: where it computes; by default the accelerator, if there is one.
 
     Raises:
-        ValueError: as `load` and `Service`, or there is no such device.
-        OSError: as `load` and `listen`.
+        ValueError: as `check_kind`, `load_model` and `Service`.
+        OSError: as `listen`.
     """
+    check_kind(model)
     with listen(host, port) as listener:
-        try:
-            service = Service(*load(model, device), model, limits or Limits())
-        except RuntimeError as error:
-            raise ValueError(f"{model} does not run on the device {device!r}: {error}") from error
+        service = Service(*load_model(model, REMEDY, device=device), model, limits)
         address = f"[{host}]" if ":" in host else host
         print(f"{model} is served at http://{address}:{listener.getsockname()[1]}; ctrl-c ends it", flush=True)
         Server(service).run(sockets=[listener])

@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicLayer
 
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
+from modeling_looped.depth_looped import generation_count
 
 from .limits import Limits, option
 from .serving_requests import Bounds, Refusal, check_generation_config, short
@@ -214,11 +215,11 @@ class Job:
     def grow(self, final: bool = False) -> None:
         """Make `text` what can be said of the reply by now: up to a stop string, and no beginning of one."""
         text = self.service.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        text = text if final else text.rstrip(CUT)
         found = [at for stop in self.plan.stops if (at := text.find(stop)) >= 0]
         if found:
             text, self.stopped = text[: min(found)], True
         elif not final:
-            text = text.rstrip(CUT)
             text = text[: len(text) - max((begun(text, stop) for stop in self.plan.stops), default=0)]
         if self.streams and len(text) > len(self.text):
             self.tell(text[len(self.text) :])
@@ -261,7 +262,8 @@ class Service:
             halts=looped,
         )
         self.positions = positions_of(model)
-        self.own_loops = self.check_own_settings()
+        self.depth_config = (model if looped else model.loop).config  # which says the loops where nobody does
+        self.check_own_settings()
         self.nothing = {special: tokenizer("", add_special_tokens=special)["input_ids"] for special in (True, False)}
         self.one_loop, self.further_loop = self.measure_cache()
         if looped:
@@ -269,19 +271,17 @@ class Service:
         else:  # a window keeps its place in the loop on the model, so that turns pass between tokens only
             model.loop.windows[0].layers[-1].module.register_forward_hook(after_loop)
 
-    def check_own_settings(self) -> int:
-        """The most loops of a request that names none; drops what a saved generation config need not say here."""
-        saved, looped = self.model.generation_config, isinstance(self.model, LoopedForCausalLM)
+    def check_own_settings(self) -> None:
+        """Refuse to serve what no request could ask for; drop what a saved generation config need not say here."""
+        saved = self.model.generation_config
         for name in NOT_SERVED:
             setattr(saved, name, None)
         said = {name: value for name, value in saved.to_diff_dict().items() if value is not None}
-        loops = (self.model if looped else self.model.loop).config.num_loops
+        said["num_loops"] = generation_count(self.depth_config, saved)
         try:
-            own = check_generation_config("the model's generation config", {"num_loops": loops} | said, self.bounds)
-            check_generation_config("the model's configuration", {"num_loops": loops}, self.bounds)
+            check_generation_config("the model's generation config", said, self.bounds)
         except Refusal as error:
             raise ValueError(f"{self.name} cannot be served as it is: {error}") from error
-        return max(loops, own["num_loops"])
 
     @torch.inference_mode()
     def measure_cache(self) -> tuple[int, int]:
@@ -321,7 +321,7 @@ class Service:
         ends = own.eos_token_id if config.eos_token_id is None else config.eos_token_id
         ends = frozenset(ends if isinstance(ends, list) else [ends])
         depth = {name: fields[name] for name in ("num_loops", "halting") if name in fields}
-        loops = depth.get("num_loops") or (given or {}).get("num_loops") or self.own_loops
+        loops = depth.get("num_loops") or generation_count(self.depth_config, config, own)
         cost = (len(input_ids) + new_tokens) * (self.one_loop + (loops - 1) * self.further_loop)
         if cost > self.limits.max_cache_bytes:
             raise Refusal(
@@ -371,7 +371,7 @@ class Service:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            raise Refusal(f"the chat template refuses these messages: {error}", "messages") from error
+            raise Refusal(f"the chat template refuses these messages: {error}.", "messages") from error
 
     def tokenize(self, text: str, name: str, special: bool) -> list[int]:
         tokenizer, unknown = self.tokenizer, []

@@ -38,7 +38,7 @@ except ImportError as error:
 
 MODELS = {each.__name__ for each in (LoopedForCausalLM, FrozenLoopedForCausalLM)}
 REMEDY = "name a folder that save_pretrained wrote, such as RUN/model."
-DISCARDING = 2.0  # seconds
+DISCARDING = 1.0  # seconds
 
 
 class Completions:

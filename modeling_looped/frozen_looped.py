@@ -21,6 +21,7 @@ import difflib
 import inspect
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
@@ -533,6 +534,7 @@ class Window:
             looped_states = apart(natural)
         finally:
             self.looping = False
+            del self.start
             for layer in self.layers:
                 layer.close()
         if looped_states is None:
@@ -602,6 +604,7 @@ class Loop:
         self.windows = [Window(group, self) for group in groups if group]
         self.prompt_ends: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
         self.handles: list = []
+        self.turn = Turn()
         self.check_attention()
 
     def check_attention(self) -> None:
@@ -688,18 +691,33 @@ class Loop:
             )
 
 
+class Turn:
+    """A lock for the calls of one model, which a copy of the model does not share."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict) -> "Turn":
+        return Turn()
+
+
 class CallSettings:
-    """Puts one call's settings into a loop, and the loop's own back."""
+    """Puts one call's settings into a loop, and the loop's own back. Threads call one after the other: the settings,
+    and what the hooks note of a call, lie in the loop and on layers that know nothing of it."""
 
     def __init__(self, loop: Loop, num_loops: int, num_looped_tokens: int | None):
         self.loop, self.asked = loop, (num_loops, num_looped_tokens)
+        # A lock cannot be traced.
+        self.turn = nullcontext() if torch.compiler.is_compiling() else loop.turn.lock
 
     def __enter__(self) -> None:
+        self.turn.__enter__()
         self.before = self.loop.num_loops, self.loop.num_looped_tokens
         self.loop.num_loops, self.loop.num_looped_tokens = self.asked
 
     def __exit__(self, *error) -> None:
         self.loop.num_loops, self.loop.num_looped_tokens = self.before
+        self.turn.__exit__(*error)
 
 
 def check_loops(num_loops: int | None, default: int) -> int:

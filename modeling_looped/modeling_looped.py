@@ -48,7 +48,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .cache_looped import CACHE_NAME, LAYERS_WRITE_ENGINE_CACHES, SHARINGS, ActiveCache, OwnInputs, one_cache
 from .chunks_looped import ENGINE_ARGUMENTS, Call, CallContext, Chunks
@@ -403,19 +403,19 @@ class NoPositions(nn.Module):
         return None
 
 
-def count_from_the_last_call(forward: Callable) -> Callable:
-    """Let negative `output_hidden_states` count back from the last layer call that was made.
+def choose_hidden_states(forward: Callable) -> Callable:
+    """Let the indices in `output_hidden_states` count the layer calls that were made; negative ones from the last.
 
-    Transformers counts them by the configuration, and how often the core runs is said by the call, or by a rule. All
-    states are kept while such a call runs.
+    Transformers counts by the configuration, and how often the core runs is said by the call, or by a rule. All states
+    are kept while such a call runs.
     """
 
     @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
         selected = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        selected = [selected] if isinstance(selected, int) else selected
-        if not selected or all(index >= 0 for index in selected):  # True and False count as 1 and 0
+        if not selected or selected is True:
             return forward(self, *args, **kwargs)
+        selected = [selected] if isinstance(selected, int) else selected
         outputs = forward(self, *args, **kwargs | {"output_hidden_states": True, "return_dict": True})
         count = len(outputs.hidden_states)
         kept = {index % count for index in selected if -count <= index < count}
@@ -443,7 +443,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": OutputRecorder(LoopedLayer, num_hidden_layers_key="num_layer_calls"),
+        "hidden_states": LoopedLayer,
         "attentions": LoopedAttention,
     }
 
@@ -542,7 +542,7 @@ class LoopedModel(LoopedPreTrainedModel):
         """Norm + exit gate on a state: (B, K, D) -> (B, K) logits; None in a model without a gate."""
         return None if self.exit_gate is None else lambda state: self.exit_logits(self.norm(state))
 
-    @count_from_the_last_call
+    @choose_hidden_states
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring(custom_args=FORWARD_DOCSTRING)

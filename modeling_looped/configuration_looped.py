@@ -8,6 +8,7 @@ One KV slot per attention call: `[prelude | coda | core @ loop 0 | core @ loop 1
 """
 
 import difflib
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -52,15 +53,32 @@ def positive_int(value: int):
 
 
 @as_validated_field
+def optional_positive_int(value: int | None):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"must be an integer >= 1 or None, got {value!r}")
+
+
+@as_validated_field
 def non_negative_int(value: int):
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"must be an integer >= 0, got {value!r}")
 
 
+# Far more than any model needs: what is larger overflows float32 somewhere else.
+LARGEST = 1000
+
+
 @as_validated_field
-def non_negative(value: int | float):
-    if not 0.0 <= value < float("inf"):
-        raise ValueError(f"must be a number >= 0, got {value!r}")
+def scale(value: int | float | None):
+    """Standard deviations and weights; None where another field is the default."""
+    if value is not None and not 0 <= value <= LARGEST:
+        raise ValueError(f"must be a number in [0, {LARGEST}], got {value!r}")
+
+
+@as_validated_field
+def epsilon(value: int | float):
+    if not 0 < value <= 1:
+        raise ValueError(f"must be a number in (0, 1], got {value!r}")
 
 
 @as_validated_field
@@ -165,8 +183,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     hidden_size: int = positive_int(default=768)
     intermediate_size: int = positive_int(default=2048)
     num_attention_heads: int = positive_int(default=12)
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int | None = optional_positive_int(default=None)
+    head_dim: int | None = optional_positive_int(default=None)
     max_position_embeddings: int = positive_int(default=2048)
 
     num_prelude_layers: int = non_negative_int(default=0)
@@ -175,7 +193,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     num_loops: int = positive_int(default=4)
 
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: int | float = 1e-6
+    norm_eps: int | float = epsilon(default=1e-6)
     norm_placement: Literal["pre", "sandwich"] = "pre"
     norm_between_loops: bool = False
     hidden_act: str = activation(default="silu")
@@ -192,25 +210,25 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
 
     residual_init: Literal["zero", "normal"] = "normal"
-    initializer_range: int | float = 0.02
-    embedding_init_std: int | float | None = None
+    initializer_range: int | float = scale(default=0.02)
+    embedding_init_std: int | float | None = scale(default=None)
 
     loop_connection: Literal["plain", "inject_add", "inject_concat", "hyper"] = "plain"
     loop_embedding: Literal["none", "learned", "sinusoidal"] = "none"
-    max_num_loops: int | None = None
+    max_num_loops: int | None = optional_positive_int(default=None)
     num_streams: int = positive_int(default=4)
     hyper_mixing: Literal["diagonal", "identity", "sinkhorn", "static"] = "diagonal"
     hyper_gates: Literal["per_loop", "shared"] = "per_loop"
     hyper_init: Literal["norm_preserving", "euler", "plain", "zero"] = "norm_preserving"
     state_init: Literal["embeddings", "zeros", "normal"] = "embeddings"
-    state_init_std: int | float = 1.0
+    state_init_std: int | float = scale(default=1.0)
     kv_sharing: Literal["per_loop", "first", "last", "mean", "gated"] = "per_loop"
     kv_gate: Literal["elementwise", "low_rank", "scalar", "mean", "ema", "last"] = "elementwise"
     kv_gate_rank: int = positive_int(default=64)
     prefill_chunk: int | None = None
     exit_gate: bool = False
     exit_loss: Literal["expected", "gate"] = "expected"
-    exit_entropy_weight: int | float = non_negative(default=0.1)
+    exit_entropy_weight: int | float = scale(default=0.1)
 
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -277,13 +295,26 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     def validate_sizes(self):
         """Pairs of sizes that must fit together; run by `@strict` after construction and before saving."""
-        if not self.num_key_value_heads or self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads is None or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide num_attention_heads "
                 f"({self.num_attention_heads})."
             )
-        if not self.head_dim or (self.position_embedding == "rope" and self.head_dim % 2):
-            raise ValueError(f"head_dim ({self.head_dim}) must be even and positive for rotary position embeddings.")
+        if self.head_dim is None or (self.position_embedding == "rope" and self.head_dim % 2):
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary position embeddings.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id ({self.pad_token_id}) must be None or a token, in 0 .. vocab_size - 1 = "
+                f"{self.vocab_size - 1}."
+            )
+
+    def validate_rope_numbers(self):
+        """The numbers of `rope_parameters`, of which transformers checks the names: wavelengths and their factors."""
+        for name, value in (self.rope_parameters or {}).items():
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                least = 0 if "mscale" in name else math.ulp(0)
+                if type(number) in (int, float) and not least <= number < math.inf:
+                    raise ValueError(f"rope_parameters: {name} must be a positive number, got {value!r}.")
 
     def validate_loops(self):
         """A loop without parameters of its own cannot be run where the others have some."""

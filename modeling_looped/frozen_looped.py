@@ -19,7 +19,6 @@ Legend: B rows, T tokens of a call, S cached tokens + T, D hidden size, w = b - 
 
 import difflib
 import inspect
-import math
 import os
 import threading
 import weakref
@@ -48,6 +47,7 @@ AUTO_MAP = {
 CACHE_ARGUMENTS = ("past_key_values", "cache", "layer_past")
 TWO_SOURCES = "sdpa_two_sources"
 QUERY_BLOCK = 128
+LARGEST = 1000  # of beta and step: what is larger overflows float32 somewhere else
 ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -176,10 +176,9 @@ class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
             raise ValueError(
                 f"window must be (first, last) with 0 <= first <= last + 1, both inclusive, got {tuple(self.window)}."
             )
-        for name in ("beta", "step"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be finite, got {value}.")
+        for name, value in (("beta", self.beta), ("step", self.step)):
+            if value is not None and not abs(value) <= LARGEST:
+                raise ValueError(f"{name} must be finite, and at most {LARGEST} in size, got {value}.")
         if self.step is not None and (self.step <= 0 or self.method == "naive"):
             raise ValueError(
                 f"step must be > 0, and the naive method has none, got step={self.step} with method={self.method!r}."

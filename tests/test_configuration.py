@@ -1,12 +1,16 @@
 """Laws of LoopedConfig: typed, strict, and lossless on disk."""
 
+import math
 import re
+from typing import get_args
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from modeling_looped import LoopedConfig
+from modeling_looped import LoopedConfig, LoopedForCausalLM
 from toys import KV_SHARINGS, make_config, make_ids, make_model
 
 CONFIG_ERRORS = (ValueError, StrictDataclassError)
@@ -83,6 +87,68 @@ def test_slot_count_follows_an_edited_loop_count():
 def test_bad_fields_are_refused_by_name(fields, message):
     with pytest.raises(CONFIG_ERRORS, match=message):
         make_config(**fields)
+
+
+NUMBERS = [
+    name for name, hint in LoopedConfig.__annotations__.items()
+    if {int, float} & set(get_args(hint) or [hint]) and not name.endswith("_token_id")
+]  # fmt: skip
+# Under which every field is used.
+USING = {
+    "loop_connection": "hyper", "state_init": "normal", "exit_gate": True, "kv_sharing": "gated",
+    "kv_gate": "low_rank", "loop_embedding": "learned", "norm_placement": "sandwich",
+}  # fmt: skip
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(NUMBERS),
+    value=st.one_of(
+        st.sampled_from(
+            [-1, 0, -2.5, 0.5, 1, 7, 1e308, -1e308, math.nan, math.inf, -math.inf, True, "3", None, [1], {}]
+        ),
+        st.integers(-5, 70),
+        st.floats(-2, 2),
+    ),
+    fields=st.sampled_from([{}, USING]),
+)
+def test_a_number_is_refused_by_name_or_gives_numbers(name, value, fields):
+    """Nothing looked at epsilons and deviations: -1 and nan gave logits that are none."""
+    config, refusal = made(**fields, **{name: value})
+    if config is None:
+        assert name in refusal
+        return
+    torch.manual_seed(0)
+    model, ids = LoopedForCausalLM(config).eval(), make_ids(2, 5) % config.vocab_size
+    output = model(ids, labels=ids)
+    assert output.logits.isfinite().all()
+    assert output.loss.isfinite()
+
+
+def made(**fields) -> tuple[LoopedConfig | None, str]:
+    """The configuration, or why there is none."""
+    try:
+        return make_config(**fields), ""
+    except CONFIG_ERRORS as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_theta": -1.0}, {"rope_theta": math.nan}, {"rope_theta": 0}, {"rope_theta": math.inf},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": math.nan, "original_max_position_embeddings": 16},
+    {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0, math.inf, 1.0, 1.0],
+     "long_factor": [1.0] * 4, "original_max_position_embeddings": 16},
+])  # fmt: skip
+def test_rotary_numbers_are_positive(rope):
+    with pytest.raises(CONFIG_ERRORS, match="rope_parameters: .* must be a positive number"):
+        make_config(rope_parameters={"rope_type": "default", **rope})
+
+
+@pytest.mark.parametrize("token", [-1, 50, 10**9])
+def test_a_padding_token_is_a_token(token):
+    with pytest.raises(CONFIG_ERRORS, match=rf"pad_token_id \({token}\) must be None or a token"):
+        make_config(pad_token_id=token)
 
 
 def test_what_a_tool_hangs_on_a_config_is_not_saved(tmp_path):

@@ -301,7 +301,10 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
                 f"({self.num_attention_heads})."
             )
         if self.head_dim is None or (self.position_embedding == "rope" and self.head_dim % 2):
-            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary position embeddings.")
+            raise ValueError(
+                f"head_dim ({self.head_dim}) must be even for rotary position embeddings; by default it is "
+                "hidden_size / num_attention_heads."
+            )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id ({self.pad_token_id}) must be None or a token, in 0 .. vocab_size - 1 = "
@@ -313,7 +316,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         for name, value in (self.rope_parameters or {}).items():
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 least = 0 if "mscale" in name else math.ulp(0)
-                if type(number) in (int, float) and not least <= number < math.inf:
+                is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+                if is_number and not least <= number < math.inf:
                     raise ValueError(f"rope_parameters: {name} must be a positive number, got {value!r}.")
 
     def validate_loops(self):

@@ -116,7 +116,7 @@ def test_a_number_is_refused_by_name_or_gives_numbers(name, value, fields):
     """Nothing looked at epsilons and deviations: -1 and nan gave logits that are none."""
     config, refusal = made(**fields, **{name: value})
     if config is None:
-        assert name in refusal
+        assert name in refusal or "head_dim" in refusal  # which follows from others
         return
     torch.manual_seed(0)
     model, ids = LoopedForCausalLM(config).eval(), make_ids(2, 5) % config.vocab_size
@@ -141,7 +141,7 @@ def made(**fields) -> tuple[LoopedConfig | None, str]:
      "long_factor": [1.0] * 4, "original_max_position_embeddings": 16},
 ])  # fmt: skip
 def test_rotary_numbers_are_positive(rope):
-    with pytest.raises(CONFIG_ERRORS, match="rope_parameters: .* must be a positive number"):
+    with pytest.raises(CONFIG_ERRORS, match=r"rope_parameters: .* must be a positive number"):
         make_config(rope_parameters={"rope_type": "default", **rope})
 
 

@@ -316,8 +316,9 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         for name, value in (self.rope_parameters or {}).items():
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 least = 0 if "mscale" in name else math.ulp(0)
-                is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-                if is_number and not least <= number < math.inf:
+                if isinstance(number, bool) or not isinstance(number, (int, float)):
+                    continue
+                if not least <= number < math.inf:
                     raise ValueError(f"rope_parameters: {name} must be a positive number, got {value!r}.")
 
     def validate_loops(self):

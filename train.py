@@ -292,14 +292,21 @@ def held_out_exits(
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
     """A model with fresh weights for the ids of `tokenizer`, or that of `init_from`; ValueError if they do not fit."""
+    # Ids may have holes.
+    num_ids = 1 + max(tokenizer.get_vocab().values())
     if recipe.init_from is None:
         token_ids = {
-            "vocab_size": len(tokenizer),
+            "vocab_size": num_ids,
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        return LoopedForCausalLM(LoopedConfig(**(token_ids | recipe.model)))
+        config = LoopedConfig(**(token_ids | recipe.model))
+        if num_ids > config.vocab_size:
+            raise ValueError(
+                f"model.vocab_size must be at least {num_ids}, the tokens of the tokenizer, got {config.vocab_size}."
+            )
+        return LoopedForCausalLM(config)
     with blaming(recipe.init_from, "name another folder in init_from."):
         config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
         model, report = LoopedForCausalLM.from_pretrained(
@@ -310,10 +317,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedFor
     wrong = sorted([*missing, *report["unexpected_keys"], *report["mismatched_keys"]])
     if wrong:
         raise ValueError(f"init_from: the weights in {recipe.init_from} do not fit its config.json ({wrong[0]}).")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"init_from: {recipe.init_from} has {len(tokenizer)} tokens, and a model for {config.vocab_size}."
-        )
+    if num_ids > config.vocab_size:
+        raise ValueError(f"init_from: {recipe.init_from} has {num_ids} tokens, and a model for {config.vocab_size}.")
     return model
 
 
@@ -455,6 +460,8 @@ class TextTask:
                 rank=accelerator.process_index, world=accelerator.num_processes,
             )  # fmt: skip
             self.held_out = TextBlocks(dataset["validation"], self.tokenizer, data.sequence_length)
+            # What `looped eval` measures on: refused now, and not when the training is done.
+            TextBlocks(dataset["test"], self.tokenizer, data.sequence_length)
         self.num_held_out = len(self.held_out)
         if data.validation_tokens is not None:
             self.num_held_out = min(self.num_held_out, max(1, data.validation_tokens // data.sequence_length))
@@ -532,6 +539,9 @@ class MoleculeTask(TextTask):
                 spellings=data.spellings, spelling_seed=data.seed,
             )  # fmt: skip
             self.held_out = PackedMolecules(dataset["validation"], self.tokenizer, data.sequence_length)
+            # What `looped eval` measures on: refused now, and not when the training is done.
+            for split in dataset.keys() - {"train", "validation"}:
+                PackedMolecules(dataset[split], self.tokenizer, data.sequence_length)
         self.num_held_out = len(self.held_out)
         if data.validation_tokens is not None:
             ends = self.held_out.lengths.cumsum()

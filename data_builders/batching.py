@@ -328,13 +328,20 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The split's documents as one column input_ids (int32), the end-of-text token after each.
 
     Tokenised once, with a progress bar, into the `datasets` cache; later runs map the file into memory. A special
-    token that is spelt out in the text is read as text. Raises ValueError if the tokenizer has no end-of-text token.
+    token that is spelt out in the text is read as text. Raises ValueError if the tokenizer has no end-of-text token,
+    and for a row with a word that the tokenizer lacks, where it has no token for unknown ones.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, which goes between documents: set one and save it again.")
 
     def encode(batch: dict) -> dict:
-        encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
+        try:
+            encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
+        except Exception as error:  # `tokenizers` has no class of its own for it
+            said = unknown_word(batch, split, tokenizer)
+            if said is None:
+                raise
+            raise ValueError(said) from error
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
     features = Features({"input_ids": List(Value("int32"))})
@@ -353,6 +360,20 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         new_fingerprint=Hasher.hash(made_of),
         desc="Tokenize",
     )
+
+
+def unknown_word(batch: dict, split: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What to say of the first row of a batch that has a word which the tokenizer lacks; None if there is none."""
+    vocabulary, words = tokenizer.get_vocab(), tokenizer.backend_tokenizer.pre_tokenizer
+    for i, text in enumerate(batch["text"]):
+        lacking = [word for word, _ in (words.pre_tokenize_str(text) if words else []) if word not in vocabulary]
+        if lacking:
+            place = "".join(f", {name} {batch[name][i]}" for name in ("source", "line") if name in batch)
+            return (
+                f"the tokenizer has no token for {lacking[0]!r} in {text!r} (split {split.split}{place}): the rows it "
+                "was made from have none. Take the row out, or add one like it to those."
+            )
+    return None
 
 
 class TokenStream:

@@ -4,6 +4,7 @@ import glob
 import gzip
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -67,6 +68,23 @@ def read_text(path: Path) -> str:
             "convert it to UTF-8, or leave it out."
         )
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def gzip_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of every line of a gzip file; ValueError, with the line, for one that is cut short."""
+    number = 0
+    # `datasets` puts a function of its own in the place of gzip.open, which leaves the file open.
+    with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as file:
+        lines = iter(file)
+        while True:
+            try:
+                line = next(lines, None)
+            except (OSError, EOFError, zlib.error) as error:
+                raise ValueError(f"{path} cannot be read after line {number} ({error}): restore it.") from error
+            if line is None:
+                return
+            number += 1
+            yield number, line
 
 
 def place(before: str) -> tuple[int, int]:

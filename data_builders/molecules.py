@@ -15,6 +15,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from huggingface_hub.constants import HF_HOME
 from .fields import check_fields, number
 from .files import find_files, read_text
 from .hop_rows import TABLE_ROWS, source_hash, stream
+from .tokenizers import SMILES_TOKEN
 
 VERSION = datasets.Version("1.0.0")
 
@@ -35,7 +37,11 @@ MOSES = Path(HF_HOME) / "looped" / "moses"
 
 SUFFIXES = (".csv", ".smi", ".txt", ".csv.gz", ".smi.gz", ".txt.gz")
 
-FEATURES = datasets.Features({"text": datasets.Value("string"), "source": datasets.Value("string")})
+FEATURES = datasets.Features(
+    {"text": datasets.Value("string"), "source": datasets.Value("string"), "line": datasets.Value("int64")}
+)
+
+SMILES, ATOM = re.compile(f"(?:{SMILES_TOKEN})+"), re.compile(r"[A-Za-z*]")
 
 
 @dataclass
@@ -84,27 +90,44 @@ class MoleculesConfig(datasets.BuilderConfig):
         shared = os.path.commonpath([path.parent for found in paths.values() for path in found])
         return {name: {path.relative_to(shared).as_posix(): path for path in found} for name, found in paths.items()}
 
-    def deal(self) -> dict[str, list[tuple[str, str]]]:
-        """Split -> its rows (SMILES, source) in the order of the files; no SMILES comes twice."""
+    def deal(self) -> dict[str, list[tuple[str, str, int]]]:
+        """Split -> its rows (SMILES, source, line) in the order of the files; no SMILES comes twice.
+
+        Raises ValueError for a split without rows.
+        """
         seen, splits = set(), {"train": [], "validation": [], "test": []}
         if self.test_scaffolds_files:
             splits["test_scaffolds"] = []
         # Test files first: what is in them is not trained on.
         for name in ("test_scaffolds_files", "test_files", "files"):
-            for smiles, source in self.molecules(name):
+            for smiles, source, line in self.molecules(name):
                 if smiles not in seen:
                     seen.add(smiles)
                     split = self.split_of(smiles) if name == "files" else name.removesuffix("_files")
-                    splits[split].append((smiles, source))
+                    splits[split].append((smiles, source, line))
+        for split, rows in splits.items():
+            if not rows:
+                dealt = ", ".join(f"{name} {len(found)}" for name, found in splits.items())
+                raise ValueError(
+                    f"the split {split} has no molecules and needs one at least ({dealt}; validation_share "
+                    f"{self.validation_share:g}, test_share {self.test_share:g}): add molecules, or change the shares."
+                )
         if self.train_rows is not None:
             splits["train"] = self.sample(splits["train"])
         return splits
 
-    def molecules(self, name: str) -> Iterator[tuple[str, str]]:
-        """(SMILES, source) of every molecule in the files of one field."""
+    def molecules(self, name: str) -> Iterator[tuple[str, str, int]]:
+        """(SMILES, source, line) of every molecule in the files of one field."""
         for source, path in self.sources().get(name, {}).items():
-            for smiles in read_smiles(path, self.column):
-                yield canonical_smiles(smiles) if self.canonical else smiles, source
+            for line, smiles in read_smiles(path, self.column):
+                yield self.spelt(path, line, smiles), source, line
+
+    def spelt(self, path: Path, line: int, smiles: str) -> str:
+        """The SMILES as it is taken from a line; ValueError, with the place, for what rdkit cannot read."""
+        try:
+            return canonical_smiles(smiles) if self.canonical else smiles
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
 
     def split_of(self, smiles: str) -> str:
         """The split of a molecule of `files`: a number in [0, 1), evenly spread, from a hash of its SMILES."""
@@ -113,13 +136,13 @@ class MoleculesConfig(datasets.BuilderConfig):
             return "test"
         return "validation" if place < self.test_share + self.validation_share else "train"
 
-    def sample(self, rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def sample(self, rows: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
         """`train_rows` of the rows, in their order: those with the first places."""
         if self.train_rows > len(rows):
             raise ValueError(
                 f"train_rows must be at most {len(rows)}, the molecules there are; got {self.train_rows}."
             )
-        places = [self.place(smiles, "sample") for smiles, _ in rows]
+        places = [self.place(smiles, "sample") for smiles, *_ in rows]
         chosen = sorted(range(len(rows)), key=places.__getitem__)[: self.train_rows]
         return [rows[i] for i in sorted(chosen)]
 
@@ -133,18 +156,19 @@ class Molecules(datasets.ArrowBasedBuilder):
 
     Configs: `moses` (what `looped fetch moses` wrote: train, test and test_scaffolds as published, the last of
     molecules whose scaffold, the rings and what links them, is in no other file; validation is a hundredth of the
-    published train) and `files` (name them: `files=["zinc.csv"]`, perhaps `test_files`, too). `source` is the file.
-    One example:
+    published train) and `files` (name them: `files=["zinc.csv"]`, perhaps `test_files`, too). `source` is the file,
+    `line` the line in it, from 1. One example:
 
     >>> load_task("molecules", "moses")["test"][0]
-    {'text': 'CC1C2CCC(C2)C1CN(CCO)C(=O)c1ccc(Cl)cc1', 'source': 'test.csv.gz'}
+    {'text': 'CC1C2CCC(C2)C1CN(CCO)C(=O)c1ccc(Cl)cc1', 'source': 'test.csv.gz', 'line': 2}
 
     Two SMILES of one molecule are two rows, and may go to different splits, unless `canonical=True`, which takes rdkit
     and a few minutes per million; of MOSES, all but 2 in 10,000 are canonical as they are. The cache follows the
-    contents of the files. A split of few molecules may be empty.
+    contents of the files.
 
     Raises ValueError for a config field that is unknown or out of range, files that are missing, of another kind, not
-    UTF-8 or without a column of SMILES, and with `canonical` for what rdkit cannot read.
+    UTF-8 or without a column of SMILES, rows that are no SMILES by their characters, with `canonical` for what rdkit
+    cannot read, and for a split that gets no molecule.
     """
 
     VERSION = VERSION
@@ -170,36 +194,61 @@ class Molecules(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         return [datasets.SplitGenerator(split, {"rows": rows}) for split, rows in self.config.deal().items()]
 
-    def _generate_tables(self, rows: list[tuple[str, str]]):
-        for start in range(0, max(1, len(rows)), TABLE_ROWS):
-            texts, sources = zip(*rows[start : start + TABLE_ROWS], strict=True) if rows else ((), ())
-            columns = {"text": pa.array(texts, pa.string()), "source": pa.array(sources, pa.string())}
-            yield start, pa.table(columns, schema=FEATURES.arrow_schema)
+    def _generate_tables(self, rows: list[tuple[str, str, int]]):
+        for start in range(0, len(rows), TABLE_ROWS):
+            columns = zip(*rows[start : start + TABLE_ROWS], strict=True)
+            yield start, pa.table(dict(zip(FEATURES, columns, strict=True)), schema=FEATURES.arrow_schema)
 
 
-def read_smiles(path: Path, column: str | None = None) -> Iterator[str]:
-    """The SMILES of a file, in its order, as they are written there; blank lines are skipped.
+def read_smiles(path: Path, column: str | None = None) -> Iterator[tuple[int, str]]:
+    """(line, SMILES) of every row of a file, in its order; blank lines are skipped.
 
-    Raises ValueError for a .csv without the column, and for a cell that is empty or has spaces.
+    Raises ValueError, with the line, for text that is no SMILES by its characters, and as `read_text` and `csv_cells`.
     """
-    # Cells may hold line ends, as those of the ZINC-250K file do.
-    lines = io.StringIO(read_text(path))
-    if not path.name.endswith((".csv", ".csv.gz")):
-        yield from (line.split()[0] for line in lines if line.strip())
-        return
-    rows = csv.reader(lines)
-    header = next(rows, [])
-    names = ["SMILES", "smiles"] if column is None else [column]
-    found = [i for i, name in enumerate(header) if name in names]
-    if len(found) != 1:
-        raise ValueError(
-            f"{path} must have one column called {' or '.join(names)}, and has {', '.join(header)}: set column."
-        )
-    for row in filter(None, rows):
-        smiles = row[found[0]].strip() if len(row) > found[0] else ""
-        if smiles.split() != [smiles]:
-            raise ValueError(f"{path}, line {rows.line_num}: {smiles!r} is not a SMILES: take the row out.")
-        yield smiles
+    text = read_text(path)
+    if path.name.endswith((".csv", ".csv.gz")):
+        # Cells may hold line ends, as those of the ZINC-250K file do.
+        rows = ((line, cell.strip()) for line, cell in csv_cells(path, text, column))
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = ((line, re.split(r"[ \t]", row.lstrip(" \t"))[0]) for line, row in lines if row.strip())
+    for line, smiles in rows:
+        if not (SMILES.fullmatch(smiles) and ATOM.search(smiles)):
+            rest = SMILES.sub("", smiles)
+            cause = f" (what is {rest[0]!r}?)" if rest else " (there is no atom)" if smiles else ""
+            said = f"{path}, line {line}: {smiles!r} is not a SMILES{cause}"
+            raise ValueError(f"{said}: take the row out, or correct it.")
+        yield line, smiles
+
+
+def csv_cells(path: Path, text: str, column: str | None) -> Iterator[tuple[int, str]]:
+    """(line, cell) of a column of a CSV text, the line where the row begins; blank lines are skipped.
+
+    Raises ValueError for a header without the column or with two of it, a row with more or fewer cells than the
+    header, and quotes that are not closed.
+    """
+    rows = csv.reader(io.StringIO(text), strict=True)
+    line = 1
+    try:
+        header = next(rows, [])
+        names = ["SMILES", "smiles"] if column is None else [column]
+        found = [i for i, name in enumerate(header) if name in names]
+        if len(found) != 1:
+            raise ValueError(
+                f"{path} must have one column called {' or '.join(names)}, and has {', '.join(header)}: set column."
+            )
+        line = rows.line_num + 1
+        for row in rows:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"{path}, line {line}: the row has {len(row)} cells, and the header {len(header)}: correct it, or "
+                    "take it out."
+                )
+            if row:
+                yield line, row[found[0]]
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: the row that begins there is no CSV ({error}): correct it.") from error
 
 
 def augment(train: datasets.Dataset, seed: int, epoch: int) -> datasets.Dataset:

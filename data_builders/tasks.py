@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from datasets import BuilderConfig, DatasetBuilder, DatasetDict
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .composition import Composition
@@ -55,8 +56,17 @@ def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = Non
 
     Raises ValueError as `task_builder`.
     """
-    builder = task_builder(name, config_name, cache_dir=cache_dir, **overrides)
-    builder.download_and_prepare()
+    return build_splits(task_builder(name, config_name, cache_dir=cache_dir, **overrides))
+
+
+def build_splits(builder: DatasetBuilder) -> DatasetDict:
+    """All splits of a builder, built into the `datasets` cache on first use; ValueError as the builder raises it."""
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
     return builder.as_dataset()
 
 
@@ -99,8 +109,7 @@ def export_parquet(
     card = _card(readme if readme.exists() else None, name, builder)
     if card.data.pretty_name != name or (folder.exists() and any(folder.iterdir()) and not readme.exists()):
         raise ValueError(f"{folder} holds something else than the task {name}: choose an empty or a new folder.")
-    builder.download_and_prepare()
-    dataset = builder.as_dataset()
+    dataset = build_splits(builder)
     files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in dataset]
     card.data["configs"] = [*(card.data.get("configs") or []), {"config_name": config_name, "data_files": files}]
     folder.mkdir(parents=True, exist_ok=True)

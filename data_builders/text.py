@@ -18,7 +18,7 @@ import datasets
 from huggingface_hub.constants import HF_HOME
 
 from .fields import check_fields, number
-from .files import find_files, read_text
+from .files import expand_home, find_files, read_text
 from .hop_rows import source_hash
 
 VERSION = datasets.Version("1.0.0")
@@ -62,20 +62,37 @@ class TextConfig(datasets.BuilderConfig):
 
     def rows(self) -> datasets.Dataset:
         """The rows of `dataset`."""
-        rows = datasets.load_dataset(**self.dataset)
+        arguments = expand_homes(self.dataset)
+        try:
+            rows = datasets.load_dataset(**arguments)
+        except Exception as error:  # each of its readers raises what it likes
+            while error.__cause__ is not None:
+                error = error.__cause__
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"dataset {arguments} cannot be read: {reason}") from error
         if not isinstance(rows, datasets.Dataset):
             raise ValueError("dataset must give one split that is not streamed: add `split` to its arguments.")
         if self.column not in rows.column_names:
             raise ValueError(f"column must be one of {', '.join(rows.column_names)}, got {self.column!r}.")
+        # What pandas makes of a header that has the name twice.
+        if arguments.get("path") == "csv" and f"{self.column}.1" in rows.column_names:
+            raise ValueError(f"column {self.column} is there twice in dataset {arguments}: rename one of them.")
         return rows
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """(source, text) of every file, or of every row."""
         for source, path in self.sources().items():
             yield source, read_text(path)
-        if self.dataset:
-            for number, text in enumerate(self.rows()[self.column]):
-                yield str(number), text
+        rows = self.rows().select_columns(self.column) if self.dataset else []
+        for row in range(len(rows)):
+            place = f"row {row} (the first is 0), column {self.column} of dataset {self.dataset}"
+            try:
+                text = rows[row][self.column]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place} is no UTF-8 ({error}): convert it, or take the row out.") from error
+            if not isinstance(text, str):
+                raise ValueError(f"{place}: {text!r} is no text: write it as one, or take the row out.")
+            yield str(row), text
 
     def split_of(self, digest: bytes) -> str:
         """The split of a document, from a hash of its text: a number in [0, 1), evenly spread."""
@@ -98,11 +115,11 @@ class Text(datasets.GeneratorBasedBuilder):
      'source': 'dict-devil/dictd-devil-dict-dz.txt'}
 
     The pieces of a long file are documents of their own and may go to different splits: held-out text is unseen text
-    of a known author. The cache follows the contents of the files: what changed is read again. A split of few
-    documents may be empty.
+    of a known author. The cache follows the contents of the files: what changed is read again. A text of white space
+    has no document.
 
-    Raises ValueError for a config field that is unknown or out of range, and files that are missing, of another kind
-    or not UTF-8.
+    Raises ValueError for a config field that is unknown or out of range, files that are missing, of another kind or
+    not UTF-8, a row that is no text, and a split that gets no document.
     """
 
     VERSION = VERSION
@@ -127,13 +144,29 @@ class Text(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(split, {"split": split}) for split in ("train", "validation", "test")]
 
     def _generate_examples(self, split: str):
-        seen = set()
+        seen, total = set(), 0
         for source, text in self.config.texts():
             for document in documents(text, self.config.document_characters):
                 digest = hashlib.sha256(f"{self.config.seed}\n{document}".encode()).digest()
+                total += 1
                 if self.config.split_of(digest) == split and digest not in seen:
                     seen.add(digest)
                     yield len(seen), {"text": document, "source": source}
+        if not seen:
+            raise ValueError(
+                f"the split {split} has no documents and needs one at least (there are {total}, with validation_share "
+                f"{self.config.validation_share:g} and test_share {self.config.test_share:g}): add text, change the "
+                "shares, or lower document_characters."
+            )
+
+
+def expand_homes(value):
+    """`value`, an argument of `load_dataset`, with the home folder in the place of a leading `~`."""
+    if isinstance(value, dict):
+        return {name: expand_homes(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [expand_homes(each) for each in value]
+    return expand_home("dataset", value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def documents(text: str, document_characters: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_builders import load_task
+from data_builders import encode_groups, load_task
 
 from .loading import load_model
 from .readers import HopReader, reader_of
@@ -49,7 +49,7 @@ def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit:
     """`rows` split by (split_kind, hops), at most `limit` of each (the same ones every time).
 
     Raises:
-        ValueError: two questions of one group have different lengths.
+        ValueError: two questions of one group have different lengths, or one has a word that the tokenizer lacks.
     """
     hops, kinds = np.array(rows["hops"][:]), np.array(rows["split_kind"][:])
     groups = []
@@ -58,11 +58,9 @@ def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit:
         if limit is not None and limit < len(members):
             members = np.sort(np.random.default_rng(0).choice(members, limit, replace=False))
         chosen = rows.select(members)
-        ids = tokenizer(chosen["text"][:])["input_ids"]
-        if len({len(row) for row in ids}) > 1:
+        if len({len(text.split()) for text in chosen["text"]}) > 1:
             raise ValueError(f"questions of {count} hops ({kind}) differ in length; a group must have one length.")
-        answers = tokenizer.convert_tokens_to_ids(chosen["answer"][:])
-        groups.append(Group(count, kind, torch.tensor(ids), torch.tensor(answers)))
+        groups.append(Group(count, kind, *encode_groups(chosen, tokenizer)[count, kind]))
     return groups
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import MultipleChoice
+from data_builders.tasks import build_splits
 
 from .bootstrap import bootstrap_intervals
 from .pretrained import fetched
@@ -97,8 +98,7 @@ def score(
             raise ValueError(f"{name} must be >= 1, got {value}.")
     folder = fetched("benchmarks") if data is None else Path(data)
     builder = MultipleChoice(config_name=task, data_dir=str(folder), cache_dir=cache_dir)
-    builder.download_and_prepare()
-    rows = builder.as_dataset()
+    rows = build_splits(builder)
 
     config = read_yaml(TASKS / f"{task}.yaml")
     # The harness evaluates what it is told is the test split.

@@ -124,6 +124,15 @@ def test_rows_of_one_group_must_have_one_length(tokenizer):
         groups_of(datasets.Dataset.from_dict(rows), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "word"), [("e9 r0 r1", "e2", "e9"), ("e1 r0 r9", "e2", "r9"), ("e1 r0 r1", "e9", "e9")]
+)
+def test_a_word_of_another_graph_is_named(text, answer, word):
+    rows = {"text": ["e1 r0 r1", text], "answer": ["e2", answer], "hops": [2, 2], "split_kind": ["id", "id"]}
+    with pytest.raises(ValueError, match=rf"no token for '{word}'"):
+        groups_of(datasets.Dataset.from_dict(rows), hop_tokenizer(5, 2))
+
+
 def test_a_prediction_is_the_token_that_generate_produces():
     model, ids = make_model(), make_ids()
     traced = trace(model, ids, ids[:, 0], 5)

@@ -2,6 +2,7 @@
 measured."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer, GenerationConfig
 
-from data_builders import load_molecules
+from data_builders import MoleculesConfig, PackedMolecules, load_molecules
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
 from train import main, read_recipe
@@ -141,4 +142,65 @@ def test_spellings_are_of_molecules(task):
 def test_rows_too_short_for_a_molecule_are_refused_before_training(recipe, tmp_path):
     with pytest.raises(ValueError, match=r"sequence_length must be at least"):
         main(recipe("run", "--data.sequence_length=8"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# What only held-out molecules have is told before the first step
+
+
+def held_out(tmp_path: Path, split: str, end: str) -> tuple[list[str], str, int]:
+    """Flags that put one molecule, with the `end`, into a held-out split; and the name of its file and its line."""
+    toys = ROOT / "docs" / "molecules" / "toys.smi"
+    if split == "validation":
+        config = MoleculesConfig(validation_share=0.1, test_share=0.1)
+        molecule = next(text for n in range(1, 99) if config.split_of(text := "C" * n + end) == split)
+        (tmp_path / "toys.smi").write_bytes(toys.read_bytes() + f"\n{molecule} odd\n".encode())
+        lines = toys.read_text(encoding="utf-8").count("\n") + 2
+        return [f"--data.files=[{tmp_path}/toys.smi]"], "toys.smi", lines
+    (tmp_path / "odd.csv").write_text(f"SMILES\nCCCl\n\nCC{end}\n", encoding="utf-8")
+    share = 0.0 if split == "test" else 0.1
+    fields = f"{{{split}_files: [{tmp_path}/odd.csv], validation_share: 0.1, test_share: {share}}}"
+    return [f"--data.overrides={fields}"], "odd.csv", 4
+
+
+@pytest.mark.parametrize("split", ["validation", "test", "test_scaffolds"])
+@pytest.mark.parametrize(("end", "token"), [("[Se]C", "[Se]"), ("I", "I"), ("C%10CCC%10", "%10"), ("C$C", "$")])
+def test_a_token_that_only_held_out_molecules_have_is_named(recipe, tmp_path, split, end, token):
+    flags, source, line = held_out(tmp_path, split, end)
+    with pytest.raises(ValueError, match="no token for") as raised:
+        main(recipe("run", *flags))
+    said = str(raised.value)
+    assert f"no token for {token!r} in" in said
+    assert end in said
+    assert re.search(rf"\(split {split}, source \S*{source}, line {line}\)", said)
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("split", ["validation", "test", "test_scaffolds"])
+def test_a_held_out_molecule_that_is_too_long_is_named(recipe, tmp_path, split):
+    flags, *_ = held_out(tmp_path, split, "C" * 100)
+    with pytest.raises(ValueError, match=r"sequence_length must be at least 10\d, the tokens of 'CC"):
+        main(recipe("run", *flags))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_token_that_the_model_to_begin_from_lacks_is_named(recipe, tmp_path):
+    """When training goes on from it, and when it is to be measured on other molecules."""
+    main(recipe("first", "--max_steps=1"))
+    others = [f"{'C' * i}[Se]{'C' * j}" for i in range(1, 9) for j in range(9)]
+    (tmp_path / "odd.smi").write_text("\n".join(others), encoding="utf-8")
+    message = r"no token for '\[Se\]' in .* \(split {}, source odd\.smi, line \d+\)"
+    flags = (f"--data.files=[{tmp_path}/odd.smi]", f"--init_from={tmp_path}/first/model", "--model={}")
+    with pytest.raises(ValueError, match=message.format("train")):
+        main(recipe("second", *flags))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first" / "model")
+    splits = load_molecules("files", [f"{tmp_path}/odd.smi"], validation_share=0.2, test_share=0.2)
+    with pytest.raises(ValueError, match=message.format("test")):
+        PackedMolecules(splits["test"], tokenizer, 76)
+
+
+def test_a_vocabulary_too_small_for_the_tokens_is_refused(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.vocab_size must be at least \d+, the tokens .*, got 9"):
+        main(recipe("run", "--model.vocab_size=9"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -358,7 +358,8 @@ def test_the_vocabulary_is_that_of_the_training_molecules(toys, tmp_path):
     dataset = toys(test_files=[str(tmp_path / "test.csv")], test_share=0)
     tokenizer = dataset_smiles_tokenizer(dataset)
     assert tokenizer.get_vocab() == smiles_tokenizer(dataset["train"]["text"]).get_vocab()
-    with pytest.raises(Exception, match="Missing"):
+    message = r"no token for '\[Se\]' in 'CC\[Se\]C' \(split test, source test\.csv, line 2\)"
+    with pytest.raises(ValueError, match=message):
         encode_text(dataset["test"], tokenizer)
 
 

@@ -749,6 +749,15 @@ def test_a_field_of_another_task_raises(flag, message):
         read_recipe(TEXT_RECIPE, [flag])
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_too_short_for_a_block_is_named_before_the_first_step(text, tmp_path, split):
+    shares = {"validation": (0.02, 0.3), "test": (0.3, 0.02)}[split]
+    fields = f"{{document_characters: 100, validation_share: {shares[0]}, test_share: {shares[1]}}}"
+    with pytest.raises(ValueError, match=rf"the split {split} has \d+ tokens, too few for a block of 600"):
+        main(text("run", f"--data.overrides={fields}", "--data.sequence_length=600"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_tokenizer_may_come_from_a_folder(text, tmp_path):
     main(text("first", "--max_steps=1"))
     folder = tmp_path / "first" / "model"

@@ -40,7 +40,7 @@ from .evaluation import load_run_model, load_run_task
 from .molecules import SETTINGS, run_molecules
 from .perplexity import run_blocks, spread_blocks
 from .runs import Run, open_run
-from .writing import write_whole
+from .writing import check_folder, write_whole
 
 CONFIDENCE = "assistant_confidence_threshold"
 CONFIDENCES = (0.4, 0.8)  # that of transformers, and one under which drafts are surer, and shorter
@@ -500,10 +500,11 @@ def bench(
         memory_loops: loop counts of the contexts.
 
     Raises:
-        ValueError: no such run, or the measurements need more memory than is free.
+        ValueError: no such run, `output` is no folder, or the measurements need more memory than is free.
     """
     from .contexts import context_lines, memory_plan
 
+    check_folder(Path(output))
     if run is not None:
         open_run(run).model_folder()
     work = QUICK if quick else Workload()

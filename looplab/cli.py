@@ -137,10 +137,12 @@ def run_harness(arguments) -> None:
     from .harness import accuracies, score
     from .loading import load_model
     from .runs import to_json_lines
-    from .writing import write_whole
+    from .writing import check_file, write_whole
 
     # It warns of what is on purpose here: a model already loaded, data of our own.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if arguments.output is not None:
+        check_file(Path(arguments.output))
     if not Path(arguments.model).is_dir():
         raise ValueError(f"there is no folder {arguments.model}; `looped fetch smollm2` makes one.")
     model, tokenizer = load_model(Path(arguments.model), "save or fetch it again.", arguments.trust_remote_code)

@@ -20,14 +20,15 @@ from transformers import (
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
-from transformers.utils import cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.frozen_looped import default_window
 
-from .loading import blaming
+from .loading import blaming, quietly
 from .ouro import check_tokenizer, ouro_config, ouro_generation_settings, ouro_weights
 from .writing import whole_folder
 
@@ -39,6 +40,7 @@ SAME_FIELDS = (
     "max_position_embeddings", "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+REMEDY = "take a checkpoint that transformers loads."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -301,10 +303,14 @@ def compare(model: PreTrainedModel, looped: LoopedForCausalLM, seed: int = 0) ->
     return Identity(float((actual - expected).abs().max()), 1e-4 * float(expected.abs().max()))
 
 
-def has_tokenizer(source: str) -> bool:
-    return any(
-        cached_file(source, name, _raise_exceptions_for_missing_entries=False) is not None for name in TOKENIZER_FILES
-    )
+def load_tokenizer(source: str, gguf_file: str | None = None, **arguments) -> PreTrainedTokenizerBase | None:
+    """The source's tokenizer, or None where it has none; before its weights, which take longer to read."""
+    if gguf_file is None and not any(
+        cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in TOKENIZER_FILES
+    ):
+        return None
+    with blaming(source, REMEDY):
+        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False, **arguments)
 
 
 def read_fields(source: str, gguf_file: str | None) -> dict:
@@ -314,6 +320,8 @@ def read_fields(source: str, gguf_file: str | None) -> dict:
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if is_path and not Path(source).is_dir():
         raise ValueError(f"there is no folder {source}: name a folder of a saved model, or a model of the Hub.")
+    if gguf_file is None and Path(source).is_dir() and not (Path(source) / CONFIG_NAME).is_file():
+        raise ValueError(f"{source} has no {CONFIG_NAME}: name a folder of a saved model.")
     fields = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)[0]
     if not isinstance(fields, dict):
         raise ValueError(f"the config.json of {source} holds no fields, but {fields!r}: take a whole checkpoint.")
@@ -333,15 +341,16 @@ def load_source(source: str, config: PreTrainedConfig, gguf_file: str | None) ->
         ValueError: the checkpoint and its configuration do not fit, which transformers only warns about.
     """
     gguf = {} if gguf_file is None else {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    model, report = AutoModelForCausalLM.from_pretrained(
-        source,
-        config=config,
-        dtype="auto",
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, with names
-        **gguf,
-    )
+    with quietly(), blaming(source, REMEDY):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype="auto",
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with names
+            **gguf,
+        )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
             names = ", ".join(sorted(map(str, report[what]))[:4])
@@ -357,6 +366,9 @@ def convert_ouro(source: str, target: Path, fields: dict, num_loops: int | None)
     config = ouro_config(fields)
     if num_loops is not None:
         config.num_loops = num_loops
+    tokenizer = load_tokenizer(source, config=config)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, fields)
     with whole_folder(target) as partial:
         weights = ouro_weights(source)
         dtypes = {tensor.dtype for tensor in weights.values()}
@@ -371,9 +383,7 @@ def convert_ouro(source: str, target: Path, fields: dict, num_loops: int | None)
         looped.load_state_dict(weights)
         looped.generation_config = ouro_generation_settings(source, fields, num_loops)
         looped.save_pretrained(partial)
-        if has_tokenizer(source):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, config=config)
-            check_tokenizer(tokenizer, fields)
+        if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         written = LoopedForCausalLM.from_pretrained(partial, dtype="auto").state_dict()
         changed = [name for name, tensor in weights.items() if not tensor.equal(written[name])]
@@ -407,7 +417,7 @@ def convert(
         OSError: there is no such source.
     """
     source, target = str(source), Path(target)
-    with blaming(source, "take a checkpoint that transformers loads.", leave=(ValueError, OSError)):
+    with blaming(source, REMEDY, leave=(ValueError, OSError)):
         return convert_checked(source, target, core, num_loops, gguf_file)
 
 
@@ -427,13 +437,13 @@ def convert_checked(
     num_loops = 1 if num_loops is None else num_loops
     looped_config(config, core, num_loops)  # refuses before gigabytes are read
 
+    tokenizer = load_tokenizer(source, gguf_file=gguf_file)
+
     with whole_folder(target) as partial:
         model = load_source(source, config, gguf_file)
         to_looped(model, core, num_loops).save_pretrained(partial)
-        if gguf_file is not None or has_tokenizer(source):
-            AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(
-                partial
-            )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         written = LoopedForCausalLM.from_pretrained(partial, dtype=torch.float32)
         identity = compare(model.float(), written)
         if not identity.holds:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import encode_groups, load_task
 
-from .loading import load_model
+from .loading import check_loops, load_model
 from .readers import HopReader, reader_of
 from .results import THRESHOLDS, hops_solved, wilson_interval
 from .runs import AGAIN, Run, open_run, to_json_lines
@@ -137,13 +137,15 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
     return load_task(data["task"], data["config"], **overrides)
 
 
-def load_run_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The saved model of a finished run, see `load_model`.
+def load_run_model(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The saved model of a finished run, see `load_model`, which is to run `loops`; None is its own count.
 
     Raises:
-        ValueError: there is no model yet, or it is damaged.
+        ValueError: there is no model yet, it is damaged or no looped model, or it cannot run so many loops.
     """
-    return load_model(run.model_folder(), AGAIN)
+    model, tokenizer = load_model(run.model_folder(), AGAIN)
+    check_loops(model, run.model_folder(), *loops)
+    return model, tokenizer
 
 
 def evaluate_run(
@@ -167,9 +169,9 @@ def evaluate_run(
     """
     run = open_run(folder)
     trained_hops = run.summary()["trained_hops"]
-    model, tokenizer = load_run_model(run)
-    task = load_run_task(run, max_hops)
     loops = sorted(set(loops or LOOPS))
+    model, tokenizer = load_run_model(run, *loops, max_loops)
+    task = load_run_task(run, max_hops)
     depth = {"train": loops[-1], "test": max(max_loops, loops[-1]), "validation": max_loops}
     limits = {"train": min(limit or TRAIN_ROWS, TRAIN_ROWS), "test": limit, "validation": limit}
     plan = [(split, group) for split in depth for group in groups_of(task[split], tokenizer, limits[split])]
@@ -262,8 +264,8 @@ def ask(folder: str | Path, question: str | None = None, loops: Sequence[int] = 
     run = open_run(folder)
     if question is not None and not question.strip():
         raise ValueError('the question is empty: give an entity and relations, such as "e3 r1 r2", or leave it out.')
-    model, tokenizer = load_run_model(run)
     task = load_run_task(run)
+    model, tokenizer = load_run_model(run, *loops)
     question = first_question_beyond(task["test"], run.summary()["trained_hops"]) if question is None else question
     words, known = question.split(), tokenizer.get_vocab()
     unknown = [word for word in words if word not in known]

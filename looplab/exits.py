@@ -175,7 +175,7 @@ def exits_run(folder: str | Path, num_loops: int | None = None, limit: int | Non
             few rows, or only one loop.
     """
     run = open_run(folder)
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     blocks = run_blocks(run, tokenizer)["test"]
     if blocks.sequence_length < PROMPT + DECODED:

@@ -420,7 +420,6 @@ def study(path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: b
     fixed = {name: value for name, value in asdict(recipe).items() if name not in ("grid", "controls", "output_dir")}
     if kept.exists() and read_yaml(kept) != fixed:
         raise ValueError(f"{recipe.folder} holds a study of another recipe: give this one another name, or delete it.")
-    write_whole(kept, to_yaml(fixed))
     if "confirm" in stages and "sweep" not in stages and not (recipe.folder / "sweep.jsonl").exists():
         raise ValueError(
             f"confirm takes the setting that the sweep chose, and {recipe.folder} has no sweep: run it first."
@@ -428,6 +427,7 @@ def study(path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: b
     if "profile" in stages and TEXT not in recipe.sweep:
         raise ValueError("the profile is measured on text: add text to sweep, with a number of blocks.")
     model, tokenizer = load(recipe, trust_remote_code)
+    write_whole(kept, to_yaml(fixed))
     runs = {"profile": run_profile, "sweep": run_sweep, "confirm": run_confirm, "cost": run_cost}
     for stage in [stage for stage in STAGES if stage in stages]:
         runs[stage](recipe, model, tokenizer)

@@ -183,7 +183,7 @@ def halting_run(
         ValueError: no such run, it has not finished, or it solves no hop count.
     """
     run = open_run(folder)
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, max_loops)
     task = load_run_task(run, max_hops)
     groups = {split: groups_of(task[split], tokenizer, limit) for split in ("validation", "test")}
     # A rule is chosen on validation rows: test lines that have none are left out.

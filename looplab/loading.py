@@ -12,10 +12,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-import modeling_looped  # noqa: F401 (registers its classes)
+from modeling_looped import LoopedForCausalLM  # which registers all classes of ours
 
 from .mistakes import sentence
 
@@ -50,8 +56,26 @@ def load_model(
             ignore_mismatched_sizes=True,  # check_whole says more
         )
         check_whole(report)
+        if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+            GenerationConfig.from_pretrained(folder)  # transformers passes over one that it cannot read
         # The tokenizer needs no code of ours, but AutoTokenizer reads the model's config first.
         return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def check_loops(model: PreTrainedModel, folder: Path, *loops: int | None) -> None:
+    """What is to be run at `loops` is a looped model, and has parameters for so many.
+
+    Raises:
+        ValueError: it is another model, or has not.
+    """
+    if not isinstance(model, LoopedForCausalLM):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, not a looped model: name a run of train.py.")
+    asked, most = max((count for count in loops if count is not None), default=1), model.config.max_num_loops
+    if most is not None and asked > most:
+        raise ValueError(
+            f"{folder} cannot run {asked} loops, since each has parameters of its own, and there are those of {most}: "
+            "ask for fewer."
+        )
 
 
 def check_whole(report: dict, may_lack: str | None = None) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .evaluation import load_run_task
 from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
 from .lens_plots import lens_figures, stages_figure
-from .loading import load_model
+from .loading import check_loops, load_model
 from .plots import save
 from .probes import probe_path
 from .runs import Run, open_run, to_json_lines
@@ -61,19 +61,25 @@ def lens_run(
     if snapshot == "all":
         rows = []
         for step, path in tqdm(snapshots_of(run).items(), desc="snapshots", unit="snapshot"):
-            model, tokenizer = load_model(path, DAMAGED)
+            model, tokenizer = load_checked(path, num_loops)
             facts = {"run": run.name, "snapshot": path.name, "step": step}
             measured = stage_rows(model, tokenizer, task, hops, num_loops, limit)
             rows += [facts | row for row in measured]
         return [write_rows(run, "lens_stages", rows), save(stages_figure(rows), figures / "stages.png")]
 
     path = run.model_folder() if snapshot is None else named_snapshot(run, snapshot)
-    model, tokenizer = load_model(path, DAMAGED)
+    model, tokenizer = load_checked(path, num_loops)
     facts = {"run": run.name, "snapshot": path.name, "step": step_of(path) if snapshot else None}
     rows = [facts | row for row in all_rows(model, tokenizer, task, hops, num_loops, limit, probes)]
     suffix = f"_{snapshot}" if snapshot else ""
     drawn = [save(figure, figures / f"{name}{suffix}.png") for name, figure in lens_figures(rows).items()]
     return [write_rows(run, f"lens{suffix}", rows), *drawn]
+
+
+def load_checked(path: Path, num_loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_model(path, DAMAGED)
+    check_loops(model, path, num_loops)
+    return model, tokenizer
 
 
 def write_rows(run: Run, name: str, rows: list[dict]) -> Path:

@@ -107,7 +107,7 @@ def measure_memory(
     run.summary()
     if run.task() not in MEASURES:
         raise ValueError(f"{run.folder} is a run on {run.task()}, and memories are measured on {', '.join(MEASURES)}.")
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, loops)
     if loops is not None:
         model.config.num_loops = loops
     measure = MEASURES[run.task()](run, tokenizer, limit)

@@ -141,7 +141,7 @@ def ablate_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path
         ValueError: the run has not finished, its molecules have changed, or rdkit is missing.
     """
     rdkit_chem()
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     splits = run_molecules(run)
     test, validation = (splits[name].select(range(min(limit, len(splits[name]))))["text"][:] for name in

@@ -227,7 +227,7 @@ def exits_of_molecules(
     rdkit_chem()
     run = open_run(folder)
     run.summary()  # says so if the training has not finished
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     num_loops = model.config.num_loops if num_loops is None else num_loops
     settings = exit_settings(model, num_loops, THRESHOLDS)

@@ -118,7 +118,7 @@ def probe_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
     Raises:
         ValueError: the run has not finished, or its molecules have changed.
     """
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, num_loops)
     test = run_molecules(run)["test"]
     smiles = test.select(range(min(limit, len(test))))["text"][:]
     rows = probe_grammar(model, tokenizer, smiles, num_loops or model.config.num_loops)

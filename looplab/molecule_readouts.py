@@ -114,7 +114,7 @@ def readouts_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Pa
         ValueError: the run has not finished, its molecules have changed, or rdkit is missing.
     """
     rdkit_chem()
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     splits = run_molecules(run)
     test = splits["test"].select(range(min(limit, len(splits["test"]))))["text"][:]

@@ -335,7 +335,7 @@ def evaluate_molecules(
     rdkit_chem()
     run = open_run(folder)
     run.summary()  # says so if the training has not finished
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, *(loops or ()))
     splits = run_molecules(run)
     own, count = model.config.num_loops, limit or SAMPLES
     counts = sorted({own, *(loops or default_loops(own))})

@@ -141,7 +141,7 @@ def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit:
     """
     run = open_run(folder)
     run.summary()  # says so if the training has not finished
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, *(loops or ()))
     blocks = run_blocks(run, tokenizer)["test"]
     numbers = spread_blocks(len(blocks), limit)
     own = model.config.num_loops

@@ -321,7 +321,7 @@ def quantize_run(
         raise ValueError(
             f"data.task of {run.folder} is {task}, and quantisation is measured on text: give a run of the task text."
         )
-    model, tokenizer = load_run_model(run)
+    model, tokenizer = load_run_model(run, num_loops)
     num_loops = model.config.num_loops if num_loops is None else num_loops
     text = run_blocks(run, tokenizer)
     chosen = calibration_blocks(text["train"], calibration_rows, seed)

@@ -31,8 +31,7 @@ def write_whole(path: Path, content: str | bytes) -> Path:
         ValueError: `path` is a folder, a device or a pipe.
         OSError: of the disk.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file: name another one, or move it away.")
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
@@ -42,6 +41,12 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def check_file(path: Path) -> None:
+    """ValueError if there is something at `path` that no file may replace."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file: name another one, or move it away.")
 
 
 @contextmanager

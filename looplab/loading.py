@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from modeling_looped import LoopedForCausalLM  # which registers all classes of ours
+from modeling_looped.configuration_looped import too_many_loops
 
 from .mistakes import sentence
 
@@ -63,19 +64,16 @@ def load_model(
 
 
 def check_loops(model: PreTrainedModel, folder: Path, *loops: int | None) -> None:
-    """What is to be run at `loops` is a looped model, and has parameters for so many.
+    """What is to be run at `loops` is a looped model, and may loop so often.
 
     Raises:
-        ValueError: it is another model, or has not.
+        ValueError: it is another model, or may not.
     """
     if not isinstance(model, LoopedForCausalLM):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a looped model: name a run of train.py.")
     asked, most = max((count for count in loops if count is not None), default=1), model.config.max_num_loops
     if most is not None and asked > most:
-        raise ValueError(
-            f"{folder} cannot run {asked} loops, since each has parameters of its own, and there are those of {most}: "
-            "ask for fewer."
-        )
+        raise ValueError(f"{folder}: {too_many_loops(asked, most)}")
 
 
 def check_whole(report: dict, may_lack: str | None = None) -> None:

@@ -647,9 +647,10 @@ class DistillationLoss:
 def provenance(accelerator: Accelerator) -> dict:
     """Where a run was made: commit of this file's repository (None outside of one), machine, versions."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    git = shutil.which("git")
+    commit = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip() if git else ""
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
     return {
         "commit": commit or None,
         "hardware": {

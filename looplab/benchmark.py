@@ -466,7 +466,7 @@ def matmul_peak(size: int) -> float:
 def machine() -> dict:
     """What the numbers were measured on."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "machine": names[0] if names else platform.processor() or platform.machine(),

@@ -5,6 +5,7 @@ Nothing heavy is imported before the arguments are parsed.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +39,12 @@ HOPS = Whole(highest=1_000)
 
 
 def named(text: str) -> str:
-    """A file, folder or name, which must not be empty: an unset variable of the shell is not the current folder."""
-    if not text.strip() or "\0" in text:
+    """A file, folder or name, which must not be empty: an unset variable of the shell is not the current folder. A
+    leading ~, which the shell leaves alone in --output=~/x, is the home folder."""
+    path = os.path.expanduser(text)
+    if not text.strip() or "\0" in text or path.startswith("~"):
         raise argparse.ArgumentTypeError(f"must be a name, got {text!r}")
-    return text
+    return path
 
 
 def run_eval(arguments) -> None:

@@ -88,7 +88,7 @@ def fetch_corpus(output: str | Path | None = None) -> Path:
 
 def describe_corpus(folder: Path) -> str:
     """The folder and what is in it, on one line."""
-    record = json.loads((folder / "sources.json").read_text())
+    record = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
     num_files = sum(source["files"] for source in record["sources"])
     num_packages = len(record["sources"])
     return f"{folder}: {record['bytes'] / 1e6:.1f} MB of text, {num_files:,} files from {num_packages} packages"
@@ -133,7 +133,7 @@ def fetch_source(source: Source, name: str, output: Path, packages: Path) -> dic
 
 
 def run(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
     return done.stdout
@@ -220,7 +220,7 @@ def plain_pod(text: str) -> str:
 
 def read_pod(path: Path) -> Iterator[str]:
     # Verbatim blocks are indented, commands begin with "=".
-    blocks = path.read_text(errors="replace").split("\n\n")
+    blocks = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
     kept = "\n\n".join(block for block in blocks if not re.match(r"\s*=|[ \t]", block.lstrip("\n")))
     return filter(is_prose, paragraphs(plain_pod(kept)))
 

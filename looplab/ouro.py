@@ -151,6 +151,6 @@ def ouro_weights(source: str) -> dict[str, torch.Tensor]:
     index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     names = ["model.safetensors"]
     if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     files = [cached_file(source, name) for name in names]
     return {ouro_name(name): tensor for file in files if file for name, tensor in load_file(file).items()}

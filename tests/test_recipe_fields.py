@@ -20,6 +20,7 @@ from data_builders import (
 )
 from data_builders.fields import Range
 from looplab import frozen
+from looplab.cli import parser
 from looplab.recipe import Recipe, build_recipe, field_names, read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +191,20 @@ def test_a_flag_is_read_as_the_file_is(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(ValueError, match=message):
             read_recipe(smoke, [flag])
+
+
+@pytest.mark.parametrize(
+    "command", ["eval ~/x", "bench --output=~/x", "convert ~/x ~/y", "plot ~/x ~/y", "frozen ~/x"]
+)
+def test_a_folder_of_a_command_may_begin_at_home(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = vars(parser().parse_args(command.split())).values()
+    found = [each for value in values for each in (value if isinstance(value, list) else [value])]
+    assert str(tmp_path / "x") in found
+    assert not [each for each in found if str(each).startswith("~")]
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(command.replace("~", "~nobody_here").split())
+    assert "~nobody_here/x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("section", ["", "optim", "depth", "model", "data", "data.overrides"])

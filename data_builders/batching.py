@@ -10,6 +10,7 @@ several to a row: packing.py.
 Legend: N rows, b rows of a rank's batch, T tokens.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .fields import Range
@@ -329,19 +331,35 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
     Tokenised once, with a progress bar, into the `datasets` cache; later runs map the file into memory. A special
     token that is spelt out in the text is read as text. Raises ValueError if the tokenizer has no end-of-text token,
-    and for a row with a word that the tokenizer lacks, where it has no token for unknown ones.
+    and, where it has no token for what is unknown, for a row with a word or a character that it lacks.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, which goes between documents: set one and save it again.")
 
+    vocabulary, normalizer = tokenizer.get_vocab(), tokenizer.backend_tokenizer.normalizer
+
+    @functools.cache
+    def is_lost(character: str) -> bool:
+        """Whether the tokenizer drops a character without a word, as BPE does with what is not in its alphabet."""
+        meant = character if normalizer is None else normalizer.normalize_str(character)
+        shown = meant.isprintable() and not meant.isspace() and meant != ""
+        return shown and not tokenizer(character, add_special_tokens=False)["input_ids"]
+
     def encode(batch: dict) -> dict:
+        if tokenizer.unk_token is None and isinstance(tokenizer.backend_tokenizer.model, BPE):
+            lost = {character for character in set().union(*batch["text"]) if is_lost(character)}
+            for i, text in enumerate(batch["text"] if lost else []):
+                if lost & set(text):
+                    raise ValueError(lacking(min(lost & set(text)), batch, i, split))
         try:
             encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
         except Exception as error:  # `tokenizers` has no class of its own for it
-            said = unknown_word(batch, split, tokenizer)
-            if said is None:
-                raise
-            raise ValueError(said) from error
+            words = tokenizer.backend_tokenizer.pre_tokenizer
+            for i, text in enumerate(batch["text"] if words else []):
+                unknown = [word for word, _ in words.pre_tokenize_str(text) if word not in vocabulary]
+                if unknown:
+                    raise ValueError(lacking(unknown[0], batch, i, split)) from error
+            raise
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
     features = Features({"input_ids": List(Value("int32"))})
@@ -362,18 +380,16 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     )
 
 
-def unknown_word(batch: dict, split: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What to say of the first row of a batch that has a word which the tokenizer lacks; None if there is none."""
-    vocabulary, words = tokenizer.get_vocab(), tokenizer.backend_tokenizer.pre_tokenizer
-    for i, text in enumerate(batch["text"]):
-        lacking = [word for word, _ in (words.pre_tokenize_str(text) if words else []) if word not in vocabulary]
-        if lacking:
-            place = "".join(f", {name} {batch[name][i]}" for name in ("source", "line") if name in batch)
-            return (
-                f"the tokenizer has no token for {lacking[0]!r} in {text!r} (split {split.split}{place}): the rows it "
-                "was made from have none. Take the row out, or add one like it to those."
-            )
-    return None
+def lacking(what: str, batch: dict, i: int, split: Dataset) -> str:
+    """What is wrong with row `i` of a batch of the split: the tokenizer has no token for a part of its text."""
+    text = batch["text"][i]
+    at = max(0, text.index(what) - 40)
+    shown = text if len(text) <= 120 else f"... {text[at : at + 80]} ..."
+    place = "".join(f", {name} {batch[name][i]}" for name in ("source", "line") if name in batch)
+    return (
+        f"the tokenizer has no token for {what!r} in {shown!r} (split {split.split}{place}): the rows it was made "
+        "from have none. Take the row out, or add one like it to those."
+    )
 
 
 class TokenStream:

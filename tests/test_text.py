@@ -13,7 +13,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_builders import (
     DepthSampler,
@@ -190,6 +194,20 @@ def test_documents_end_with_the_end_of_text_token_and_only_they(tmp_path):
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"no eos_token"):
         encode_text(rows, tokenizer)
+
+
+@pytest.mark.parametrize("character", ["é", "\U0001f600", "z"])
+def test_a_character_that_a_tokenizer_would_drop_is_named(character):
+    """BPE without the bytes leaves out what is not in its alphabet, and says nothing."""
+    plain = Tokenizer(BPE())
+    plain.pre_tokenizer = Whitespace()
+    plain.train_from_iterator(["a b c hello"] * 9, BpeTrainer(special_tokens=["<eos>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>")
+    rows = {"text": ["a b\t\n c", f"hello {character}"], "source": ["x.txt", "y.txt"]}
+    assert encode_text(datasets.Dataset.from_dict({"text": rows["text"][:1]}), tokenizer)["input_ids"][:]
+    with pytest.raises(ValueError, match=rf"no token for '{character}' in 'hello {character}' .*source y\.txt"):
+        encode_text(datasets.Dataset.from_dict(rows), tokenizer)
+    assert encode_text(datasets.Dataset.from_dict(rows), train_byte_bpe(rows["text"], 300))
 
 
 def test_text_is_tokenised_once(pages, monkeypatch):

@@ -26,7 +26,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .fields import Range
-from .hop_rows import stream
+from .hop_rows import hop_table, stream
 
 # Nodes of the Gauss-Hermite rule over the log-normal rate; 64 give the mean to about 1e-12 for sigma <= 1.
 NODES = 64
@@ -140,9 +140,10 @@ def encode_hops(
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Hop count -> (input_ids (N, T) long, its last column the readout, answers (N,) long); of `hops`, or of all.
 
-    The same ids as calling the tokenizer row by row, many times faster. Raises ValueError for an unknown word.
+    The same ids as calling the tokenizer row by row, many times faster. Raises ValueError for an unknown word, and as
+    `hop_table`.
     """
-    table = split.with_format("arrow")[:]
+    table = hop_table(split)
     if hops is not None:
         table = table.filter(pc.is_in(table["hops"], pa.array(hops, table["hops"].type)))
     return {group[0]: rows for group, rows in _encode(table, tokenizer, ["hops"]).items()}
@@ -152,11 +153,15 @@ def encode_groups(
     split: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
     """(hops, split_kind) -> (input_ids (N, T), answers (N,)), as `encode_hops`: the groups of results."""
-    return _encode(split.with_format("arrow")[:], tokenizer, ["hops", "split_kind"])
+    return _encode(hop_table(split, ["split_kind"]), tokenizer, ["hops", "split_kind"])
 
 
 def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The split with columns input_ids (T,) and shift_labels (1,), for stock Trainer with `LoopCollator`."""
+    """The split with columns input_ids (T,) and shift_labels (1,), for stock Trainer with `LoopCollator`.
+
+    Raises ValueError as `encode_hops`.
+    """
+    encode_hops(split, tokenizer)  # says what is wrong with a row, as the tokenizer does not
 
     def encode(batch: dict) -> dict:
         answers = tokenizer.convert_tokens_to_ids(batch["answer"])
@@ -166,17 +171,13 @@ def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, columns: list[str]) -> dict[tuple, tuple]:
-    table = table.select(list(dict.fromkeys(["text", "answer", *columns])))
     # What the tokenizer's template appends to every row: the readout token, or nothing.
     readout = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)
     groups = {}
     for key in table.group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns]).to_pylist():
         chosen = [pc.equal(table[name], key[name]) for name in columns]
         rows = table.filter(chosen[0] if len(chosen) == 1 else pc.and_(*chosen))
-        words = pc.utf8_split_whitespace(rows["text"])
-        if set(pc.unique(pc.list_value_length(words)).to_pylist()) != {key["hops"] + 1}:
-            raise ValueError(f"the text of a row of {key['hops']} hops must be an entity and {key['hops']} relations.")
-        words = _token_ids(pc.list_flatten(words), tokenizer)
+        words = _token_ids(pc.list_flatten(pc.utf8_split_whitespace(rows["text"])), tokenizer)
         input_ids = torch.cat([words.view(len(rows), -1), readout.expand(len(rows), -1)], dim=1)  # (N, T)
         groups[tuple(key[name] for name in columns)] = input_ids, _token_ids(rows["answer"], tokenizer)
     return groups

@@ -5,7 +5,7 @@ e4 r1 r0 <ans>  ->  e9        start at entity 4, follow relation 1, then relatio
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -46,6 +46,36 @@ def hop_tables(relations: np.ndarray, path: np.ndarray, split_kind: str) -> Iter
             "path": pa.ListArray.from_arrays(pa.array(offsets), pa.array(walked.ravel().astype(np.int32))),
         }
         yield pa.table(columns, schema=FEATURES.arrow_schema)
+
+
+def hop_table(split: datasets.Dataset, columns: Sequence[str] = ()) -> pa.Table:
+    """Columns text, answer, hops and `columns` of a split, in its order.
+
+    Raises ValueError, with row and column, for a column that is missing, a text or an answer that is no text, hops
+    that are no whole number, and a text that is not an entity and as many relations as it has hops.
+    """
+    kinds = {"text": str, "answer": str, "hops": int} | dict.fromkeys(set(columns) - {"hops"}, str)
+    missing = [name for name in kinds if name not in split.column_names]
+    if missing:
+        raise ValueError(f"the rows have no column {missing[0]}; they have {', '.join(split.column_names)}.")
+    table = split.select_columns(list(kinds)).with_format("arrow")[:]
+    for name, kind in kinds.items():
+        fits = pa.types.is_integer if kind is int else pa.types.is_string
+        if not fits(table[name].type) or table[name].null_count:
+            for row, value in enumerate(table[name].to_pylist()):
+                if type(value) is not kind:
+                    said = "a whole number" if kind is int else "text"
+                    raise ValueError(f"row {row} (the first is 0), column {name}: {value!r} is not {said}.")
+    lengths = pc.list_value_length(pc.utf8_split_whitespace(table["text"]))
+    right = pc.equal(lengths, pc.add(table["hops"], 1))
+    if not pc.all(right).as_py() and len(table):
+        row = pc.index(right, False).as_py()
+        text, hops = table["text"][row].as_py(), table["hops"][row].as_py()
+        raise ValueError(
+            f"row {row} (the first is 0), column text: {text!r}, the text of a row of {hops} hops must be an entity "
+            f"and {hops} relations."
+        )
+    return table
 
 
 def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:

@@ -16,6 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+from .hop_rows import hop_table
+
 PAD, EOS, READOUT = "<pad>", "<eos>", "<ans>"
 BOS = "<bos>"
 
@@ -64,10 +66,17 @@ def hop_tokenizer(
 def dataset_tokenizer(
     dataset: DatasetDict, max_length: int | None = None, readout: Literal["token", "last"] = "token"
 ) -> PreTrainedTokenizerFast:
-    """The `hop_tokenizer` of a hop dataset: train holds every fact, hence every entity and every relation in use."""
-    train = dataset["train"].with_format("arrow")[:]
+    """The `hop_tokenizer` of a hop dataset: train holds every fact, hence every entity and every relation in use.
+
+    Raises ValueError for words that are not e0, e1 .. and r0, r1 .., for facts that are missing, and as `hop_table`.
+    """
+    train = hop_table(dataset["train"])
     facts = train.filter(pc.equal(train["hops"], 1))
     words = {word for text in facts["text"].to_pylist() for word in text.split()} | set(facts["answer"].to_pylist())
+    odd = sorted(word for word in words if not re.fullmatch("[er](0|[1-9][0-9]{0,6})", word))
+    if odd or not words:
+        found = f"{odd[0]!r} is no word of a fact" if odd else "the split train has no facts, rows of 1 hop"
+        raise ValueError(f"{found}: entities are e0, e1 .., relations r0, r1 .., below 10,000,000.")
     sizes = {kind: 1 + max(int(word[1:]) for word in words if word[0] == kind) for kind in "er"}
     return hop_tokenizer(sizes["e"], sizes["r"], max_length, readout)
 

@@ -1,6 +1,7 @@
 """Batches: one length, one depth, every row once per epoch, and nothing but (seed, step) decides."""
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -217,6 +218,45 @@ def test_encoding_raises_for_what_it_cannot_say(dataset):
     crooked = Dataset.from_dict({"text": ["e1 r0", "e1 r0 r1 r2"], "answer": ["e1", "e2"], "hops": [2, 2]})
     with pytest.raises(ValueError, match="a row of 2 hops must be an entity and 2 relations"):
         encode_hops(crooked, hop_tokenizer(10, 4))
+
+
+FACTS = [{"text": "e0 r0", "answer": "e1", "hops": 1}, {"text": "e1 r1", "answer": "e0", "hops": 1}]
+CHAIN = {"text": "e0 r0 r1", "answer": "e0", "hops": 2}
+READERS = {
+    "tokenizer": lambda rows: dataset_tokenizer({"train": rows}),
+    "hops": lambda rows: encode_hops(rows, hop_tokenizer(2, 2)),
+    "rows": lambda rows: encode_rows(rows, hop_tokenizer(2, 2)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("column", ["text", "answer", "hops"])
+@pytest.mark.parametrize("value", [None, 2.5, ["e0", "r0"], "e0 r0 r1 r0", True, {}, "missing"], ids=repr)
+def test_a_row_of_ones_own_that_is_none_is_named(reader, column, value):
+    """By its number, its column and its value, wherever such rows are read first."""
+    if value == "missing":
+        rows = [{name: each for name, each in row.items() if name != column} for row in [*FACTS, CHAIN]]
+        message = f"no column {column}"
+    elif column != "answer" or not isinstance(value, str):
+        row = 2 if value is None or (column == "text" and isinstance(value, str)) else 0
+        rows = [*FACTS, CHAIN | {column: value}] if row else [each | {column: value} for each in [*FACTS, CHAIN]]
+        message = rf"row {row} \(the first is 0\), column {column}: {re.escape(repr(value))}"
+    else:
+        rows = [*FACTS, CHAIN | {"answer": value}]
+        message = "no token for"
+        if reader == "tokenizer":
+            return
+    with pytest.raises(ValueError, match=message):
+        READERS[reader](Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("word", ["alice", "e", "e01", "e-1", "x0", "e99999999", "E0"])
+def test_a_word_that_is_no_entity_and_no_relation_is_named(word):
+    for fact in ({"text": f"{word} r0", "answer": "e0"}, {"text": f"e0 {word}", "answer": "e0"}):
+        with pytest.raises(ValueError, match=rf"'{word}' is no word of a fact: entities are e0"):
+            dataset_tokenizer({"train": Dataset.from_list([*FACTS, fact | {"hops": 1}])})
+    with pytest.raises(ValueError, match="train has no facts"):
+        dataset_tokenizer({"train": Dataset.from_list([CHAIN])})
 
 
 # HopBatches

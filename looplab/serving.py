@@ -112,7 +112,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     except TimeoutError as error:
         raise Refusal(f"the body took longer than {limits.max_seconds} seconds.", status=408) from error
     if length > limits.max_body_bytes:
-        await discard(request)
+        if "expect" not in request.headers:  # who sends that asks first, and has not begun
+            await discard(request)
         raise Refusal(
             f"the body is longer than {limits.max_body_bytes} bytes, the server's limit ({option('max_body_bytes')}).",
             status=413,

@@ -35,7 +35,7 @@ from .limits import Limits, option
 from .serving_requests import Bounds, Refusal, check_generation_config, short
 
 # Of a saved generation config, what has no place here: a reply's length is the request's, and drafts change no text.
-NOT_SERVED = ("max_length", "draft_loops")
+NOT_SERVED = ("max_length", "draft_loops", "num_assistant_tokens", "assistant_confidence_threshold")
 CUT = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
 
 logger = logging.getLogger("uvicorn.error")
@@ -269,7 +269,8 @@ class Service:
         if looped:
             model.model.core[-1].register_forward_hook(after_loop_and_pass_on)
         else:  # a window keeps its place in the loop on the model, so that turns pass between tokens only
-            model.loop.windows[0].layers[-1].module.register_forward_hook(after_loop)
+            for window in model.loop.windows[:1]:
+                window.layers[-1].module.register_forward_hook(after_loop)
 
     def check_own_settings(self) -> None:
         """Refuse to serve what no request could ask for; drop what a saved generation config need not say here."""
@@ -318,6 +319,7 @@ class Service:
             config.temperature = config.temperature if heat is None else heat
         config.top_p = config.top_p if top_p is None else top_p
         config.max_new_tokens = new_tokens = self.reply_length(len(input_ids), fields)
+        config.min_new_tokens = min(config.min_new_tokens or own.min_new_tokens or 0, new_tokens)  # the most wins
         ends = own.eos_token_id if config.eos_token_id is None else config.eos_token_id
         ends = frozenset(ends if isinstance(ends, list) else [ends])
         depth = {name: fields[name] for name in ("num_loops", "halting") if name in fields}

@@ -426,6 +426,40 @@ def test_no_generation_config_makes_the_server_fail(plain, config):
         check_refusal(response)
 
 
+SAMPLING = {
+    "temperature": st.sampled_from([0, 1e-4, 0.5, 2]),
+    "top_p": st.sampled_from([0, 1e-9, 0.5, 1]),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "stop": st.sampled_from(["e", [" ", "r1"], []]),
+    "max_tokens": st.integers(1, 3),
+    "num_loops": st.integers(1, 5),
+}
+CONFIG = {
+    "halting": st.sampled_from(["fixed", {"rule": "kl", "kl_threshold": 1e99}, {"rule": "latent", "threshold": 2**62}]),
+    "do_sample": st.booleans(),
+    "temperature": st.sampled_from([1e-4, 1, 2.0]),
+    "top_k": st.sampled_from([0, 1, 10**6, 2**31 - 1]),
+    "top_p": st.floats(0, 1),
+    "min_p": st.floats(0, 1),
+    "typical_p": st.floats(1e-4, 1),
+    "repetition_penalty": st.sampled_from([1e-4, 1, 1e4]),
+    "no_repeat_ngram_size": st.sampled_from([0, 1, 2, 1000]),
+    "min_new_tokens": st.sampled_from([0, 1, 1024]),
+    "eos_token_id": st.integers(0, 26) | st.lists(st.integers(0, 26), min_size=1, max_size=30),
+    "pad_token_id": st.integers(0, 26),
+}  # fmt: skip
+
+
+@given(st.fixed_dictionaries({}, optional=SAMPLING), st.none() | st.fixed_dictionaries({}, optional=CONFIG))
+@settings(derandomize=True, max_examples=80, deadline=None)
+def test_every_value_that_the_rules_let_through_is_answered(plain, fields, config):
+    if config is not None:
+        fields = fields | {"generation_config": json.dumps(config)}
+    answer = plain.ask(**{"max_tokens": 3} | fields)
+    assert 1 <= answer["usage"]["completion_tokens"] <= 3
+    assert set(GENERATION) == {*CONFIG, "num_loops", "max_new_tokens", "bos_token_id"}
+
+
 def test_a_model_that_is_not_here_is_not_looked_for(plain, tmp_path):
     make("per_loop").save_pretrained(tmp_path)
     for name in (str(tmp_path), "user/name", "../toy", ""):
@@ -660,7 +694,7 @@ def test_a_folder_that_cannot_be_served_is_refused(tmp_path, capsys, change, sen
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("field", [{"draft_loops": 2}, {"max_length": 30}])
+@pytest.mark.parametrize("field", [{"draft_loops": 2, "num_assistant_tokens": 4}, {"max_length": 30}])
 def test_what_changes_no_text_in_a_saved_generation_config_is_let_be(field):
     model = make("per_loop")
     model.generation_config.update(**field)

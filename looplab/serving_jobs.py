@@ -209,7 +209,8 @@ class Job:
         self.tokens.append(int(input_ids[0, -1]))
         if self.streams or self.plan.stops:
             self.grow()
-        self.pass_on()
+        if not self.service.turns_are_loops:
+            self.pass_on()
         return torch.tensor([self.stopped], device=input_ids.device)
 
     def grow(self, final: bool = False) -> None:
@@ -266,6 +267,7 @@ class Service:
         self.check_own_settings()
         self.nothing = {special: tokenizer("", add_special_tokens=special)["input_ids"] for special in (True, False)}
         self.one_loop, self.further_loop = self.measure_cache()
+        self.turns_are_loops = looped
         if looped:
             model.model.core[-1].register_forward_hook(after_loop_and_pass_on)
         else:  # a window keeps its place in the loop on the model, so that turns pass between tokens only

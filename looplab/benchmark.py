@@ -506,7 +506,7 @@ def bench(
 
     check_folder(Path(output))
     if run is not None:
-        open_run(run).model_folder()
+        load_run_model(open_run(run))  # a run that cannot be measured is refused before the rest is
     work = QUICK if quick else Workload()
     widths, rounds = ((32,), 2) if quick else (widths, rounds)
     check_memory(max(widths), work, max(contexts, default=0), max(memory_loops) if contexts else work.loops)

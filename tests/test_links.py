@@ -1,0 +1,92 @@
+"""A link in the place of what a command writes is not followed: what lies behind it stays as it is."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_wrong_commands import VERBS
+
+from looplab.cli import main
+
+# What is written, by verb: the command line, with {here} for a folder that holds copies of the toy runs.
+WRITING = {
+    "eval": [
+        "eval {here}/hops --limit 1 --loops 1 --max-loops 1",
+        "eval {here}/text --limit 1 --loops 1",
+        "eval {here}/molecules --limit 4 --loops 1",
+    ],
+    "memory": ["memory {here}/text --limit 1"],
+    "lens": ["lens {here}/hops --limit 4 --loops 1 --snapshot all"],
+    "plot": ["plot {here}/hops", "plot {here}/molecules --output {here}/drawn", "plot {here}/text {here}/text2"],
+    "quantize": ["quantize {here}/text --calibration-rows 1"],
+    "frozen": ["frozen {here}/study.yaml --stages cost"],
+    "bench": ["bench --quick --no-compile --output {here}/bench"],
+    "convert": ["convert {here}/llama {here}/looped"],
+}
+# halting and harness write one file, by the same function; fetch a folder that must not exist, as convert does.
+OTHERS = {"table", "ask", "demo", "publish", "serve", "halting", "harness", "fetch"}
+AGAIN = {"convert"}  # what needs its output gone before it runs again
+
+
+def test_every_command_is_looked_at():
+    assert set(WRITING) | OTHERS == set(VERBS)
+
+
+@pytest.fixture
+def here(toy_runs, toy_cache, tmp_path, monkeypatch):
+    for name in ("hops", "text", "molecules", "llama"):
+        shutil.copytree(toy_runs / name, tmp_path / "here" / name, symlinks=True)
+    shutil.copytree(toy_runs / "text", tmp_path / "here" / "text2")
+    study = (toy_runs / "study.yaml").read_text().replace(str(toy_runs), str(tmp_path / "here"))
+    (tmp_path / "here" / "study.yaml").write_text(study)
+    monkeypatch.chdir(tmp_path / "here")
+    for name, value in {"BATCH": 4, "MAX_TOKENS": 8, "reference_statistics": lambda _: None}.items():
+        monkeypatch.setattr(f"looplab.molecules.{name}", value)
+    return tmp_path / "here"
+
+
+def stamps(folder: Path) -> dict[Path, tuple]:
+    return {
+        path: (path.is_dir(), path.lstat().st_ino, path.lstat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if not path.is_symlink()
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when bench measures
+@pytest.mark.parametrize("line", [line for lines in WRITING.values() for line in lines])
+def test_a_link_is_not_followed(here, tmp_path, line):
+    before = stamps(here)
+    assert main(line.format(here=here).split()) == 0
+    after = stamps(here)
+    written = [path for path, stamp in after.items() if before.get(path) != stamp and not stamp[0]]
+    made = [path for path, stamp in after.items() if path not in before and stamp[0]]
+    assert written
+
+    # Files: each is a link to a file elsewhere.
+    victims = tmp_path / "victims"
+    victims.mkdir()
+    if line.split()[0] not in AGAIN:
+        for number, path in enumerate(written):
+            path.rename(victims / str(number))
+            path.symlink_to(victims / str(number))
+        kept = contents(victims)
+        assert main(line.format(here=here).split()) == 0
+        assert contents(victims) == kept
+        assert not all(path.is_symlink() for path in written)
+
+    # Folders: each that the command made is a link to a folder elsewhere.
+    for number, path in enumerate(sorted(path for path in made if path.parent not in made)):
+        victim = victims / f"folder{number}"
+        shutil.move(path, victim)
+        path.symlink_to(victim)
+        kept = contents(victim)
+        status = main(line.format(here=here).split())
+        assert contents(victim) == kept or path == Path(line.split()[-1].format(here=here))  # the user named it
+        assert status in (0, 2)
+        path.unlink()
+        shutil.move(victim, path)

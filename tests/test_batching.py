@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from data_builders import (
     DepthSampler,
@@ -441,3 +441,54 @@ def test_stock_trainer_replays_the_depths_after_a_resume(tmp_path, dataset, toke
     resumed, _, resumed_weights = train("parts", 7, resume=True)
     assert resumed == [depth(step) for step in range(3, 7) for _ in range(2)]
     torch.testing.assert_close(resumed_weights, weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "workers", "sized", "skips"),
+    [(1, 0, False, True), (2, 0, True, True), (2, 2, False, True), (1, 2, True, True), (1, 0, False, False)],
+)
+def test_stock_trainer_replays_the_depths_of_a_stream(tmp_path, accumulated, workers, sized, skips):
+    """To resume within an epoch of a stream Trainer collates the batches again that were seen: their calls moved the
+    count, and the resumed run had other depths."""
+    rows = [{"input_ids": [i, i + 1, 3], "labels": [i, i + 1, 3]} for i in range(32)]
+    depth = DepthSampler(**PAPER_DEPTH, seed=7)
+
+    def train(max_steps: int, resume: bool = False) -> list[int]:
+        config = LoopedConfig(vocab_size=40, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+        model, trained = LoopedForCausalLM(config), []
+        model.register_forward_pre_hook(lambda _, args, given: trained.append(given["num_loops"]), with_kwargs=True)
+        collator = LoopCollator(depth, default_data_collator)
+        arguments = TrainingArguments(
+            tmp_path, max_steps=max_steps, per_device_train_batch_size=4, save_steps=3, report_to=[],
+            gradient_accumulation_steps=accumulated, dataloader_num_workers=workers, ignore_data_skip=not skips,
+            disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, logging_strategy="no",
+            remove_unused_columns=False,
+        )  # fmt: skip
+        stream = (Sized if sized else Stream)(rows)
+        trainer = Trainer(
+            model, arguments, data_collator=collator, train_dataset=stream, callbacks=[LoopCollatorCallback(collator)]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trained
+
+    expected = [depth(step) for step in range(6) for _ in range(accumulated)]
+    assert train(3) == expected[: 3 * accumulated]
+    assert train(6, resume=True) == expected[3 * accumulated :]
+
+
+class Stream(IterableDataset):
+    """Rows in their order, every other one to each of two workers."""
+
+    def __init__(self, rows: list):
+        self.rows = rows
+
+    def __iter__(self):
+        worker = get_worker_info()
+        return iter(self.rows if worker is None else self.rows[worker.id :: worker.num_workers])
+
+
+class Sized(Stream):
+    """One that says how long it is, as some streams do: an epoch ends there."""
+
+    def __len__(self):
+        return len(self.rows)

@@ -2,6 +2,9 @@
 its weights away between calls, recompute its layers, wait for its gradients and decide by its names."""
 
 import copy
+import json
+import subprocess
+import sys
 from itertools import product
 
 import accelerate
@@ -179,6 +182,48 @@ def test_an_offloaded_model_gives_the_same_answers(name, where, tmp_path):
         accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert_same_answers(answers(model), expected)
+
+
+TWO = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+torch.distributed.init_process_group("gloo")
+answers = {}
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, tp_plan="auto")
+    shares = [p.to_local().numel() / p.numel() for n, p in model.named_parameters() if n.endswith("_proj.weight")]
+    ids = torch.arange(1, 22).view(3, 7)
+    with torch.no_grad():
+        logits = model(ids, num_loops=5).logits
+    tokens = model.generate(ids, num_loops=5, max_new_tokens=3, do_sample=False)
+    answers[folder] = {"shares": shares, "logits": logits.tolist(), "tokens": tokens.tolist()}
+if torch.distributed.get_rank() == 0:
+    print("ANSWERS" + json.dumps(answers))
+torch.distributed.destroy_process_group()
+"""
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_two_processes_share_the_weights(tmp_path):
+    """Tensor parallelism over gloo: half of each projection in each process, and the answers of one."""
+    (tmp_path / "two.py").write_text(TWO)
+    models = {}
+    for name in ("plain", "ouro", "waves", "first", "mean", "scalar", "sinkhorn"):
+        models[str(tmp_path / name)] = model = make_variant(name)
+        model.save_pretrained(tmp_path / name)
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(tmp_path / "two.py")]
+    done = subprocess.run([sys.executable, *command, *models], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.partition("ANSWERS")[2])
+    ids = torch.arange(1, 22).view(3, 7)
+    for folder, model in models.items():
+        assert set(answers[folder]["shares"]) == {0.5}
+        torch.testing.assert_close(torch.tensor(answers[folder]["logits"]), model(ids, num_loops=5).logits, **FP32)
+        assert (
+            answers[folder]["tokens"] == model.generate(ids, num_loops=5, max_new_tokens=3, do_sample=False).tolist()
+        )
 
 
 # Gradients

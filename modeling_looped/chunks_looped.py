@@ -67,13 +67,16 @@ class CallContext:
     position_ids: torch.Tensor
     past_key_values: Cache | ActiveCache | None
 
-    def keep(self, rows: torch.Tensor) -> "CallContext":
-        """The context of the (b,) `rows` of this one."""
+    def check_rows_can_leave(self) -> None:
+        """ValueError where they cannot."""
         if self.attention_mask is not None and not isinstance(self.attention_mask, torch.Tensor):
             raise ValueError(
                 "rows cannot leave the batch under flex attention, whose block mask is fixed: use attn_implementation="
                 "'sdpa' or 'eager' with a num_loops per row or a halting rule."
             )
+
+    def keep(self, rows: torch.Tensor) -> "CallContext":
+        """The context of the (b,) `rows` of this one."""
 
         def select(tensor):
             return tensor if tensor is None or len(tensor) == 1 else tensor[rows]

@@ -641,6 +641,8 @@ class LoopedModel(LoopedPreTrainedModel):
         embeds = self.dropout(self.positions.embed(embeds, position_ids))
         position_embeddings = self.positions(embeds, position_ids)
         whole = CallContext(causal_mask, position_embeddings, position_ids, past_key_values)
+        if active.may_leave:
+            whole.check_rows_can_leave()
 
         own = OwnInputs()
         embeds = self._run(self.prelude, "prelude", embeds, whole, own, **kwargs)

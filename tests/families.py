@@ -81,9 +81,8 @@ EXPERT_FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3")
 def make_frozen(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """The family's toy, seeded, in evaluation mode; float64, so that equal laws are equal to 1e-9."""
     torch.manual_seed(0)
-    config = FAMILIES[family]
+    config = copy.deepcopy(FAMILIES[family])  # Trainer, for one, writes into it
     if family in EXPERT_FAMILIES:
-        config = copy.deepcopy(config)
         config._experts_implementation = "eager"  # the grouped product takes no float64
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).to(dtype).eval()
     for name, weight in model.named_parameters():

@@ -271,6 +271,35 @@ def test_a_question_that_leads_nowhere_says_where_it_could(runs):
     assert app.random_question({"e0": {"r0": "e1"}}, 5, random.Random(0)) == ["e0", "r0"]  # a dead end
 
 
+HOPS = app.Hops("m", "", {"e0": {"r0": "e0"}}, (1, 3), (1, 4), 5, 8, 0.25, {"rule": "kl_entropy"})
+
+
+@pytest.mark.parametrize(
+    ("start", "relations", "sentence"),
+    [
+        ("e0", "r0 " * 6, "Follow at most 5 relations, got 6."),
+        ("e0", "r0 " * 10**6, "Write at most 1000 characters, got 3000000."),
+        ("e0", "r" * 1001, "Write at most 1000 characters, got 1001."),
+        ("e9", "r0", "There is no entity e9 to start at."),
+        (None, "r0", "There is no entity None to start at."),
+        (["e0"], "r0", "There is no entity ['e0'] to start at."),
+    ],
+)
+def test_a_question_longer_than_the_page_offers_is_refused(start, relations, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        app.read_question(HOPS, start, relations)
+    assert app.read_question(HOPS, "e0", " r0 " * 5) == ["e0"] + ["r0"] * 5
+    assert app.read_question(HOPS, "e0", None) == ["e0"]  # which `follow` refuses
+
+
+@pytest.mark.parametrize("number", [0, -1, 9, 10**9, float("nan"), float("inf"), None, "3", "x" * 1000, [3], 0.5])
+def test_a_number_beyond_its_slider_is_refused(number):
+    with pytest.raises(ValueError, match="Loops go from 1 to 8, got ") as error:
+        app.whole("Loops", number, 8)
+    assert len(str(error.value)) < 60
+    assert [app.whole("Loops", each, 8) for each in (1, 3.0, 8)] == [1, 3, 8]
+
+
 # ---- what is shown
 
 
@@ -390,6 +419,9 @@ def test_a_space_answers(served, runs):
     assert "beyond the 4 loops of the training" in answers
     problem, *rest = call(served, "ask", words[0], "r0 r9", 6, True)
     assert "there is no relation r9" in problem
+    assert rest == ["", "", ""]
+    problem, *rest = call(served, "ask", words[0], "r0 " * 300, 6, True)
+    assert "Follow at most 5 relations, got 300." in problem
     assert rest == ["", "", ""]
 
 

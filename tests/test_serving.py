@@ -786,10 +786,16 @@ def test_a_busy_server_ends_within_its_grace_period(tmp_path):
         body = {"model": str(tmp_path / "model"), "prompt": QUESTION, "max_tokens": 5}
         answer = client.post("/v1/completions", json=body)
         assert answer.json()["choices"][0]["text"] == generated(model, num_loops=5)
-        with client.stream("POST", "/v1/completions", json=greedy) as busy:
+        with (
+            concurrent.futures.ThreadPoolExecutor() as clients,
+            client.stream("POST", "/v1/completions", json=greedy) as busy,
+        ):
             lines = busy.iter_lines()
             next(lines)
+            whole = clients.submit(client.post, "/v1/completions", json=greedy | {"stream": False})
+            time.sleep(0.5)
             process.process.send_signal(signal.SIGTERM)
+            check_refusal(whole.result(), "shutting down", status=503)
             *_, last = [line for line in lines if line]
             assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
         assert process.process.wait(timeout=30) == 0

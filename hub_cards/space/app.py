@@ -25,6 +25,7 @@ except ImportError:  # molecules are then shown as text
     Chem = None
 
 MOLECULES = 12  # written at once
+MAX_TEXT = 1000  # characters of a question
 TEMPERATURE, TOP_K = 0.8, 40
 ON_A_CLICK = {"show_progress": "hidden", "trigger_mode": "always_last"}
 
@@ -117,6 +118,25 @@ def follow(facts: dict, words: list[str]) -> list[str]:
     if len(path) < 2:
         raise ValueError("Write at least one relation to follow, such as " + next(iter(facts[path[0]])) + ".")
     return path
+
+
+def whole(what: str, number: float, most: int) -> int:
+    """A slider's number. ValueError where it is beyond the slider: programs send what they like."""
+    if not isinstance(number, int | float) or not 1 <= number <= most:
+        raise ValueError(f"{what} go from 1 to {most}, got {str(number)[:20]}.")
+    return int(number)
+
+
+def read_question(hops: Hops, start: str, relations: str | None) -> list[str]:
+    """[entity, relation, ...]. ValueError where it is longer than the page offers."""
+    if len(relations or "") > MAX_TEXT:
+        raise ValueError(f"Write at most {MAX_TEXT} characters, got {len(relations)}.")
+    words = [start, *(relations or "").split()]
+    if not isinstance(start, str) or start not in hops.facts:
+        raise ValueError(f"There is no entity {str(start)[:20]} to start at.")
+    if len(words) > hops.max_hops + 1:
+        raise ValueError(f"Follow at most {hops.max_hops} relations, got {len(words) - 1}.")
+    return words
 
 
 # ---- hops: the model
@@ -292,9 +312,9 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
     first = random_question(hops.facts, min(hops.trained_hops[1] + 1, hops.max_hops), random.Random(0))
 
     def show(start, relations, loops, halt):
-        words = [start, *relations.split()]
         try:
-            result = answer(model, tokenizer, hops.facts, words, int(loops), hops.halting if halt else None)
+            words, count = read_question(hops, start, relations), whole("Loops", loops, hops.max_loops)
+            result = answer(model, tokenizer, hops.facts, words, count, hops.halting if halt else None)
         except ValueError as error:  # the user's question, or what the model says of it
             return problem_html(str(error)), "", "", ""
         return (
@@ -318,7 +338,9 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
             with gr.Row():
                 start = gr.Dropdown(list(hops.facts), value=first[0], label="Start at", min_width=110)
                 new = gr.Button("Random question", variant="primary", min_width=150)
-            relations = gr.Textbox(" ".join(first[1:]), label="and follow these relations", max_lines=3)
+            relations = gr.Textbox(
+                " ".join(first[1:]), label="and follow these relations", max_lines=3, max_length=MAX_TEXT
+            )
             num_hops = gr.Slider(
                 1, hops.max_hops, len(first) - 1, step=1, label="Hops: how many relations", buttons=[]
             )
@@ -426,7 +448,14 @@ def molecules_tab(molecules: Molecules) -> None:
     )
     new = gr.Button(f"Write {MOLECULES} molecules", variant="primary")
     shown = html()
-    new.click(lambda count: molecules_html(write_molecules(model, tokenizer, int(count))), loops, shown)
+
+    def write(count):
+        try:
+            return molecules_html(write_molecules(model, tokenizer, whole("Passes", count, molecules.max_loops)))
+        except ValueError as error:
+            return problem_html(str(error))
+
+    new.click(write, loops, shown, api_name="write")
 
 
 # ---- the page

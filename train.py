@@ -19,7 +19,6 @@ different chains here.
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -32,14 +31,12 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, get_int_from_env, set_seed
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -60,110 +57,15 @@ from data_builders import (
     load_text,
 )
 from looplab.distillation import Distillation, interpolated
-from looplab.loading import blaming, check_whole
+from looplab.loading import blaming
 from looplab.mistakes import Parser, run_command
 from looplab.recipe import Optim, Recipe, field_names, flatten, read_recipe
+from looplab.run_folder import RunFolder, State, held
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
 
-logger = get_logger(__name__)
-
 # Held-out tokens that go through the model at once: their logits are this times the vocabulary.
 CHECKED_TOKENS = 2048
-
-
-@dataclass
-class State:
-    """What a run knows beside weights, optimizers and random states."""
-
-    stage: int = 0  # deepest hop count in training; text has none
-    stage_start: int = 0  # step at which the stage began
-    step: int = 0  # updates made
-    tokens: int = 0  # input tokens of all ranks, without padding between molecules
-    seconds: float = 0.0
-    learnable_depth: int = 0  # deepest hop count that passed the gate
-    gate: dict[str, float] = field(default_factory=dict)  # last check: hops -> accuracy, or loops -> nats per token
-    finished: bool = False
-
-
-def write_text(path: Path, text: str):
-    """Write beside and rename: a reader sees the old file or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def open_run(run: Path, recipe: Recipe):
-    """Make the run folder, write the resolved recipe; ValueError if it cannot be written or holds another recipe."""
-    if recipe.overwrite and (run / "recipe.yaml").exists():
-        shutil.rmtree(run)
-    resolved = {k: v for k, v in asdict(recipe).items() if k not in ("output_dir", "overwrite")}
-    # A run without checkpoints has nothing to lose: a recipe corrected after an early error starts over.
-    if (run / "recipe.yaml").exists() and any(run.glob("checkpoints/step-*")):
-        old, new = (flatten(r) for r in (yaml.safe_load((run / "recipe.yaml").read_text()), resolved))
-        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
-        if changed:
-            raise ValueError(
-                f"{run} holds a run of another recipe ({'; '.join(changed)}). "
-                "Give this one another --name, or replace that run with --overwrite true."
-            )
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_text(run / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False))
-    except OSError as error:
-        raise ValueError(f"cannot write to {run} ({error}): free it, or choose another --output_dir.") from error
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, state: State):
-    """Write the training state of all ranks to `folder`/step-N at once or not at all, and keep the last two."""
-    partial = folder / "partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    # Not safetensors: it would warn of the tied head at every save.
-    accelerator.save_state(partial, safe_serialization=False)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        digests = {path.name: digest(path) for path in sorted(partial.iterdir())}
-        write_text(partial / "state.json", json.dumps({"state": asdict(state), "sha256": digests}))
-        complete = folder / f"step-{state.step:09d}"
-        # Only a corrupt checkpoint that this run fell back from can be in the way.
-        shutil.rmtree(complete, ignore_errors=True)
-        partial.rename(complete)
-        for old in sorted(folder.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> State | None:
-    """Restore the newest intact checkpoint and return its state, or None; warns of those that are not."""
-    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            record = json.loads((checkpoint / "state.json").read_text())
-            broken = [name for name, sha256 in record["sha256"].items() if digest(checkpoint / name) != sha256]
-        except (OSError, ValueError, KeyError) as error:
-            broken = [error]
-        if not broken:
-            accelerator.load_state(checkpoint)
-            return State(**record["state"])
-        logger.warning(f"{checkpoint} is incomplete or corrupt ({broken[0]}): trying the checkpoint before it.")
-    return None
-
-
-def forget_rows_after(metrics: Path, step: int):
-    """Drop the rows of `metrics` that a resumed run will write again, and a last row cut short by a kill."""
-    kept = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    write_text(metrics, "".join(kept))
 
 
 def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
@@ -202,16 +104,6 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
     }[optim.schedule]
     shape = optim.final_share + (1.0 - optim.final_share) * shape
     return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
-
-
-def save_model(model: LoopedForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path):
-    """Write `folder`, a model that loads anywhere, at once or not at all; one that is there is replaced."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 @torch.no_grad()
@@ -309,16 +201,26 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedFor
         return LoopedForCausalLM(config)
     with blaming(recipe.init_from, "name another folder in init_from."):
         config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
-        model, report = LoopedForCausalLM.from_pretrained(
-            recipe.init_from, config=config, dtype=torch.float32, output_loading_info=True
-        )
     # KV gates that the weights were trained without start as fresh ones do.
-    missing = [name for name in report["missing_keys"] if ".kv_gate." not in name]
-    wrong = sorted([*missing, *report["unexpected_keys"], *report["mismatched_keys"]])
-    if wrong:
-        raise ValueError(f"init_from: the weights in {recipe.init_from} do not fit its config.json ({wrong[0]}).")
+    model = load_trained("init_from", recipe.init_from, may_lack=".kv_gate.", config=config)
     if num_ids > config.vocab_size:
         raise ValueError(f"init_from: {recipe.init_from} has {num_ids} tokens, and a model for {config.vocab_size}.")
+    return model
+
+
+def load_trained(field_name: str, folder: str, may_lack: str | None = None, **options) -> LoopedForCausalLM:
+    """The model saved in a folder, in float32; ValueError, naming the recipe's field, if it is not whole.
+
+    may_lack: part of the names of tensors that may be missing.
+    """
+    with blaming(folder, f"name another folder in {field_name}."):
+        model, report = LoopedForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    missing = [name for name in report["missing_keys"] if may_lack is None or may_lack not in name]
+    wrong = sorted([*missing, *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if wrong:
+        raise ValueError(f"{field_name}: the weights in {folder} do not fit its config.json ({wrong[0]}).")
     return model
 
 
@@ -346,12 +248,13 @@ class HopTask:
     logits_to_keep = 1
     generation = {"max_new_tokens": 1}  # noqa: RUF012
 
-    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator):
+    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator, run: RunFolder):
         self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
         data, curriculum = recipe.data, recipe.curriculum
         # Training rows by hop count, and the gate's held-out rows, which are not the test's.
         with accelerator.main_process_first():
             dataset = load_task(data.task, data.config, **({"seed": data.seed} | data.overrides))
+            run.check_data(dataset)
         if recipe.init_from is None:
             self.tokenizer = dataset_tokenizer(dataset, readout=data.readout)
         else:
@@ -375,6 +278,10 @@ class HopTask:
 
     def first_state(self) -> State:
         return State(stage=self.start_hops)
+
+    def is_through(self, state: State) -> bool:
+        """Whether the last stage has passed and the run is to end there, whatever budget remains."""
+        return self.recipe.curriculum.after_last == "stop" and state.learnable_depth == self.stop_hops
 
     def begin(self, state: State):
         """Train on 1 .. `state.stage` hops."""
@@ -444,15 +351,18 @@ class TextTask:
     logits_to_keep = 0  # all
     generation = {}  # noqa: RUF012
 
-    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator):
+    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator, run: RunFolder):
         self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
         data = recipe.data
         with accelerator.main_process_first():
             dataset = load_text(data.files, **({"seed": data.seed} | data.overrides))
+            run.check_data(dataset)
             if recipe.init_from is not None:
                 self.tokenizer = load_tokenizer("init_from", recipe.init_from)
             elif data.tokenizer is not None:
                 self.tokenizer = load_tokenizer("data.tokenizer", data.tokenizer)
+            elif run.kept_tokenizer() is not None:
+                self.tokenizer = AutoTokenizer.from_pretrained(run.kept_tokenizer())
             else:
                 self.tokenizer = dataset_byte_bpe(dataset["train"], data.vocab_size)
             self.batches = TextBatches(
@@ -468,6 +378,10 @@ class TextTask:
 
     def first_state(self) -> State:
         return State()
+
+    def is_through(self, state: State) -> bool:
+        """Whether the run is to end whatever budget remains: there are no stages to pass."""
+        return False
 
     def begin(self, state: State):
         """Nothing: the batches are the same from the first step to the last."""
@@ -524,11 +438,12 @@ class MoleculeTask(TextTask):
     # Jindal and Ju 2026, arXiv 2605.06322: how molecules are written.
     generation = {"do_sample": True, "temperature": 0.8, "top_k": 40, "max_new_tokens": 120}  # noqa: RUF012
 
-    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator):
+    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator, run: RunFolder):
         self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
         data = recipe.data
         with accelerator.main_process_first():
             dataset = load_molecules(data.config, data.files, **({"seed": data.seed} | data.overrides))
+            run.check_data(dataset)
             if recipe.init_from is not None:
                 self.tokenizer = load_tokenizer("init_from", recipe.init_from)
             else:
@@ -614,12 +529,7 @@ class DistillationLoss:
                 "distill.phase 'interpolation' keeps the rows of both memories, which gradient_checkpointing and "
                 "cut_chunks would lose: leave them out."
             )
-        with blaming(distill.teacher, "name another folder in distill.teacher."):
-            teacher, report = LoopedForCausalLM.from_pretrained(
-                distill.teacher, dtype=torch.float32, output_loading_info=True
-            )
-            check_whole(report)
-        teacher.to(device)
+        teacher = load_trained("distill.teacher", distill.teacher).to(device)
         alignment = 0.0 if self.interpolates else distill.alignment
         self.distillation = Distillation(student, teacher, alignment, distill.all_loops)
         self.student, self.alpha, self.settings = student, 0.0, {"cut_chunks": recipe.cut_chunks}
@@ -663,19 +573,22 @@ def provenance(accelerator: Accelerator) -> dict:
     }
 
 
+def over(recipe: Recipe, state: State) -> bool:
+    """Whether the budget is spent."""
+    return state.step >= (recipe.max_steps or math.inf) or state.seconds >= (recipe.max_seconds or math.inf)
+
+
 def main(recipe: Recipe) -> dict:
     """Run `recipe`, or go on with it, and return what summary.json holds.
 
     Raises ValueError for a recipe that cannot run, FloatingPointError when the loss is no longer finite.
     """
-    run = Path(recipe.output_dir) / recipe.name
-    optim, curriculum = recipe.optim, recipe.curriculum
     # What may be left without a gradient, which DDP must be told: the prelude, by truncated back-propagation.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=recipe.num_grad_loops is not None)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=recipe.trackers or None,
-        project_dir=run,
+        project_dir=Path(recipe.output_dir) / recipe.name,
         kwargs_handlers=[ddp],
     )
     world = accelerator.num_processes
@@ -684,13 +597,19 @@ def main(recipe: Recipe) -> dict:
             f"batch_size {recipe.batch_size} does not divide into {world} processes x {recipe.accumulation_steps} "
             "accumulation_steps: change one of them."
         )
-    if accelerator.is_main_process:
-        open_run(run, recipe)
-    accelerator.wait_for_everyone()
+    with held(recipe, accelerator) as run:
+        if run.complete:
+            accelerator.print(f"{run.final}: finished, and its checkpoints are gone: it is left as it is")
+            return run.summary()
+        return fit(recipe, accelerator, ddp, run)
 
+
+def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKwargs, run: RunFolder) -> dict:
+    """`main` in the folder of the run, which this process holds."""
+    optim, curriculum, world = recipe.optim, recipe.curriculum, accelerator.num_processes
     # Data: what the task trains and measures on.
     depth = recipe.depth.sampler(recipe.seed)
-    task = TASKS[recipe.data.task](recipe, depth, accelerator)
+    task = TASKS[recipe.data.task](recipe, depth, accelerator, run)
 
     # Model: the same weights on every rank; after that each rank has its own dropout.
     set_seed(recipe.seed)
@@ -721,12 +640,17 @@ def main(recipe: Recipe) -> dict:
     model, *optimizers = accelerator.prepare(looped, *build_optimizers(looped, optim))
 
     # State: from the newest intact checkpoint, or the beginning.
-    state = load_checkpoint(accelerator, run / "checkpoints") or task.first_state()
+    state = run.load_checkpoint(accelerator) or task.first_state()
     task.begin(state)
+    run.begin(task.tokenizer, state)
+    if state.finished and not over(recipe, state) and not task.is_through(state):
+        # A larger budget: what the check at the end left undone, as there was no step to come, is done now.
+        state.finished = False
+        if state.step % curriculum.check_every == 0 and task.advance(state) and curriculum.restart_optimizer:
+            for optimizer in optimizers:
+                optimizer.state.clear()
+    accelerator.project_configuration.logging_dir = run.folder
     accelerator.init_trackers("tracker", config={k: str(v) for k, v in flatten(asdict(recipe)).items()})
-    metrics = run / "metrics.jsonl"
-    if accelerator.is_main_process:
-        forget_rows_after(metrics, state.step or -1)
     progress_bar = tqdm(
         total=recipe.max_steps,
         initial=state.step,
@@ -737,7 +661,7 @@ def main(recipe: Recipe) -> dict:
 
     def write_row(row: dict):
         if accelerator.is_main_process:
-            with metrics.open("a") as file:
+            with run.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         accelerator.log(flatten({k: v for k, v in row.items() if k != "step"}), step=row["step"])
 
@@ -775,7 +699,7 @@ def main(recipe: Recipe) -> dict:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss is {loss} at step {state.step + 1}; that update was not made. Lower the learning rate or set "
-                f"optim.clip under another --name. The checkpoints before it are in {run / 'checkpoints'}."
+                f"optim.clip under another --name. The checkpoints before it are in {run.checkpoints}."
             )
         if optim.clip is not None:
             accelerator.clip_grad_norm_(model.parameters(), optim.clip)
@@ -785,7 +709,7 @@ def main(recipe: Recipe) -> dict:
         state.step += 1
         state.tokens += batch.get("num_labels", tensors["input_ids"].numel() * world)
         state.seconds = seconds
-        state.finished = state.step >= (recipe.max_steps or math.inf) or seconds >= (recipe.max_seconds or math.inf)
+        state.finished = over(recipe, state)
         progress_bar.update()
 
         if state.step % recipe.log_every == 0 or state.finished:
@@ -803,9 +727,9 @@ def main(recipe: Recipe) -> dict:
                     optimizer.state.clear()
 
         if state.step in recipe.snapshots and accelerator.is_main_process:
-            save_model(looped, task.tokenizer, run / "snapshots" / f"step-{state.step:09d}")
+            run.save_folder(f"snapshots/step-{state.step:09d}", looped, task.tokenizer)
         if state.step % recipe.checkpoint_every == 0 or state.finished:
-            save_checkpoint(accelerator, run / "checkpoints", state)
+            run.save_checkpoint(accelerator, state)
 
     # The result: a model folder that loads anywhere, and what it took to make it.
     progress_bar.close()
@@ -823,9 +747,9 @@ def main(recipe: Recipe) -> dict:
         **provenance(accelerator),
     }
     if accelerator.is_main_process:
-        save_model(looped, task.tokenizer, run / "model")
-        write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-    accelerator.print(f"{run}: {state.step} steps, {task.headline(summary)}")
+        run.save_folder("model", looped, task.tokenizer)
+        run.write_summary(summary)
+    accelerator.print(f"{run.folder}: {state.step} steps, {task.headline(summary)}")
     accelerator.end_training()
     return summary
 

@@ -21,7 +21,7 @@ import numpy as np
 from huggingface_hub import SpaceCard, SpaceCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import load_run_task
+from .evaluation import load_run_model, load_run_task
 from .halting import ENTROPY
 from .loading import load_model
 from .readers import READERS, HopReader
@@ -174,6 +174,8 @@ def demo(folders: Sequence[str | Path], port: int | None = None) -> None:
         OSError: the port is taken.
     """
     runs = [open_run(folder) for folder in folders]
+    for run in runs:
+        load_run_model(run)  # the page would load one that is not whole
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_space(runs, Path(temporary))
         app = load_app(folder)

@@ -28,7 +28,6 @@ from .readers import HopReader, reader_of
 from .results import THRESHOLDS, hops_solved, wilson_interval
 from .runs import AGAIN, Run, open_run, to_json_lines
 from .traces import Trace, joined, trace
-from .writing import write_whole
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_LOOPS = 50  # how far overthinking is followed
@@ -124,7 +123,8 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
         max_hops: test up to this hop count instead of the recipe's; the rows of the other hop counts stay the same.
 
     Raises:
-        ValueError: the task has no hops, max_hops is given and it is not k-hop, or it is below the trained hops.
+        ValueError: the task has no hops, max_hops is given and it is not k-hop, or it is below the trained hops; the
+            data are not those the run was trained on.
     """
     data = run.recipe()["data"]
     if not isinstance(reader_of([run]), HopReader):
@@ -134,7 +134,9 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
         if data["task"] != "khop":
             raise ValueError(f"--max-hops {max_hops} is for the task khop; the chains of {data['task']} have 2 hops.")
         overrides["max_hops"] = max_hops
-    return load_task(data["task"], data["config"], **overrides)
+    task = load_task(data["task"], data["config"], **overrides)
+    run.check_data(task, only=None if max_hops is None else "train")
+    return task
 
 
 def load_run_model(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -143,6 +145,7 @@ def load_run_model(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTr
     Raises:
         ValueError: there is no model yet, it is damaged or no looped model, or it cannot run so many loops.
     """
+    run.weights  # noqa: B018 (of the model as it is now: a training may replace it while it is measured)
     model, tokenizer = load_model(run.model_folder(), AGAIN)
     check_loops(model, run.model_folder(), *loops)
     return model, tokenizer
@@ -186,9 +189,8 @@ def evaluate_run(
         if split != "train"
     ]
     facts = {"chance": 1 / len(set(task["train"]["answer"][:])), "limit": limit}
-    write_whole(run.folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
-    write_whole(run.folder / "loops.jsonl", to_json_lines(every_loop))
-    return write_whole(run.folder / "grid.jsonl", to_json_lines(grid))
+    rows = {"loops.jsonl": to_json_lines(every_loop), "grid.jsonl": to_json_lines(grid)}
+    return run.write({"evaluation.json": json.dumps(facts, indent=1) + "\n"} | rows)
 
 
 def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, int]) -> str:

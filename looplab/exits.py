@@ -28,7 +28,6 @@ from .evaluation import load_run_model
 from .halting import Setting
 from .perplexity import run_blocks, spread_blocks
 from .runs import open_run, to_json_lines
-from .writing import write_whole
 
 PROMPT, DECODED = 32, 32  # tokens of a row of text
 BATCHES = (1, 16)
@@ -189,7 +188,7 @@ def exits_run(folder: str | Path, num_loops: int | None = None, limit: int | Non
     rows = {name: value[:, : PROMPT + DECODED].to(model.device) for name, value in blocks.rows(numbers).items()}
     num_loops = model.config.num_loops if num_loops is None else num_loops
     results = exit_rows(model, rows, PROMPT, num_loops, exit_settings(model, num_loops, THRESHOLDS), rounds)
-    return write_whole(run.folder / "halting.jsonl", to_json_lines(results))
+    return run.write({"halting.jsonl": to_json_lines(results)})
 
 
 def exits_text(rows: Sequence[dict]) -> str:

@@ -41,8 +41,9 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -
     paths = []
     for run in runs:
         figures = own_folder(run, runs, output)
-        paths += [save(heat_map([run]), figures / "grid.png"), save(training_curves(run), figures / "training.png")]
-        paths += draw([(run.name, [run])], lambda kind, _, figures=figures: figures / f"{kind}.png")
+        own = [save(heat_map([run]), figures / "grid.png"), save(training_curves(run), figures / "training.png")]
+        own += draw([(run.name, [run])], lambda kind, _, figures=figures: figures / f"{kind}.png")
+        paths += run.drew(own)
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)
@@ -60,9 +61,8 @@ def plot_text_runs(runs: Sequence[Run], output: str | Path | None = None) -> lis
     """
     paths = []
     for run in runs:
-        figures = own_folder(run, runs, output)
-        paths.append(save(training_figure(run), figures / "training.png"))
-        paths += draw_perplexity([(run.name, [run])], figures)
+        own = [save(training_figure(run), own_folder(run, runs, output) / "training.png")]
+        paths += run.drew(own + draw_perplexity([(run.name, [run])], own_folder(run, runs, output)))
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)
@@ -79,16 +79,17 @@ def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) ->
     paths = []
     for run in runs:
         figures = own_folder(run, runs, output)
-        paths.append(save(training_figure(run), figures / "training.png"))
+        own = [save(training_figure(run), figures / "training.png")]
         if all_have([run], "molecules.jsonl"):
-            paths += draw_molecules([(run.name, [run])], figures)
-            paths.append(write_whole(figures / "molecules.png", molecules_picture(run)))
+            own += draw_molecules([(run.name, [run])], figures)
+            own.append(write_whole(figures / "molecules.png", molecules_picture(run)))
         if all_have([run], "halting.jsonl"):
-            paths.append(save(exits_figure(run), figures / "exits.png"))
+            own.append(save(exits_figure(run), figures / "exits.png"))
         if all_have([run], "ablations.jsonl"):
-            paths.append(save(ablations_figure(run.ablations(), run.name), figures / "ablations.png"))
+            own.append(save(ablations_figure(run.ablations(), run.name), figures / "ablations.png"))
         if all_have([run], "readouts.jsonl"):
-            paths.append(save(readouts_figure(run.readouts(), run.name), figures / "readouts.png"))
+            own.append(save(readouts_figure(run.readouts(), run.name), figures / "readouts.png"))
+        paths += run.drew(own)
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)

@@ -25,7 +25,6 @@ from .evaluation import MAX_LOOPS, Group, groups_of, load_run_model, load_run_ta
 from .results import ROUNDING, best_loops, fewest_near_best
 from .runs import open_run, to_json_lines
 from .traces import Trace
-from .writing import write_whole
 
 POINT = 0.01  # of accuracy that a rule may lose at any hop count
 SOLVABLE = 0.6
@@ -229,7 +228,7 @@ def halting_run(
             row |= {"fixed_loops": fixed.num_loops, "fixed_accuracy": outcome(fixed, group, traced)[0]}
             rows.append(row | {"needed_loops": needed})
         rows.append(time_row(model, tokenizer, timed, setting, fixed, rounds))
-    return write_whole(run.folder / "halting.jsonl", to_json_lines(rows))
+    return run.write({"halting.jsonl": to_json_lines(rows)})
 
 
 def timed_rows(test, lines: Sequence[tuple[str, int]]) -> list[int]:

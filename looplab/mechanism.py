@@ -20,8 +20,9 @@ from .lens_plots import lens_figures, stages_figure
 from .loading import check_loops, load_model
 from .plots import save
 from .probes import probe_path
+from .run_folder import weights_of
 from .runs import Run, open_run, to_json_lines
-from .writing import below, write_whole
+from .writing import below
 
 LIMIT = 300  # chains per split kind
 PROBE_ROWS = 3000  # training chains of a probe
@@ -60,30 +61,31 @@ def lens_run(
     figures = below(run.folder, "figures")
     if snapshot == "all":
         rows = []
+        weights = {}
         for step, path in tqdm(snapshots_of(run).items(), desc="snapshots", unit="snapshot"):
+            weights[f"snapshots/{path.name}"] = weights_of(path)
             model, tokenizer = load_checked(path, num_loops)
             facts = {"run": run.name, "snapshot": path.name, "step": step}
             measured = stage_rows(model, tokenizer, task, hops, num_loops, limit)
             rows += [facts | row for row in measured]
-        return [write_rows(run, "lens_stages", rows), save(stages_figure(rows), figures / "stages.png")]
+        written = run.write({"lens_stages.jsonl": to_json_lines(rows)}, weights)
+        return [written, *run.drew([save(stages_figure(rows), figures / "stages.png")], weights)]
 
     path = run.model_folder() if snapshot is None else named_snapshot(run, snapshot)
+    weights = {path.relative_to(run.folder).as_posix(): weights_of(path)}
     model, tokenizer = load_checked(path, num_loops)
     facts = {"run": run.name, "snapshot": path.name, "step": step_of(path) if snapshot else None}
     rows = [facts | row for row in all_rows(model, tokenizer, task, hops, num_loops, limit, probes)]
     suffix = f"_{snapshot}" if snapshot else ""
+    written = run.write({f"lens{suffix}.jsonl": to_json_lines(rows)}, weights)
     drawn = [save(figure, figures / f"{name}{suffix}.png") for name, figure in lens_figures(rows).items()]
-    return [write_rows(run, f"lens{suffix}", rows), *drawn]
+    return [written, *run.drew(drawn, weights)]
 
 
 def load_checked(path: Path, num_loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_model(path, DAMAGED)
     check_loops(model, path, num_loops)
     return model, tokenizer
-
-
-def write_rows(run: Run, name: str, rows: list[dict]) -> Path:
-    return write_whole(run.folder / f"{name}.jsonl", to_json_lines(rows))
 
 
 def step_of(path: Path) -> int:

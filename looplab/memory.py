@@ -27,7 +27,6 @@ from .evaluation import groups_of, load_run_model, load_run_task
 from .perplexity import block_losses, run_blocks, spread_blocks, text_rows
 from .results import wilson_interval
 from .runs import Run, open_run, to_json_lines
-from .writing import write_whole
 
 SHARINGS = ("per_loop", "first", "last", "mean")
 
@@ -116,7 +115,7 @@ def measure_memory(
         twin = with_memory(model, kv_sharing, chunk)
         facts = {"kv_sharing": kv_sharing, "chunk": chunk or 0, "trained": kv_sharing == model.config.kv_sharing}
         rows.append(facts | {"loops": model.config.num_loops, "kv_bytes": kv_bytes(twin)} | measure(twin))
-    return write_whole(run.folder / "memory.jsonl", to_json_lines(rows))
+    return run.write({"memory.jsonl": to_json_lines(rows)})
 
 
 def memory_table(run: Run) -> str:

@@ -32,7 +32,6 @@ from .recorder import LayerCall, edit_head, layer_calls, watching_heads
 from .results import paired_interval
 from .runs import Run, to_json_lines
 from .smiles import EXCLUSIVE, LABELS, RING, canonical_or_none, exclusive_class, faults
-from .writing import write_whole
 
 VALUES = ("zero", "mean")
 KINDS = ("all", "close", "ring", "other")
@@ -152,7 +151,7 @@ def ablate_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path
     facts |= {"setting": SETTINGS[0].name}
 
     def keep(rows: list[dict]) -> None:
-        write_whole(path, to_json_lines(row | facts for row in rows))
+        run.write({path.name: to_json_lines(row | facts for row in rows)})
 
     rows = ablation_rows(model, tokenizer, test, validation, num_loops, rows_on_file(path, facts), keep)
     print(ablations_text(rows))

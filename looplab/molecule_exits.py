@@ -60,7 +60,6 @@ from .molecules import SETTINGS, batch_seed, run_molecules, samples_of, share, w
 from .perplexity import spread_blocks
 from .runs import open_run, to_json_lines
 from .smiles import KINDS, canonical_or_none, token_kinds
-from .writing import write_whole
 
 SAMPLES = 1000  # of each setting
 HELD_OUT = 200  # molecules that are decoded
@@ -249,7 +248,7 @@ def exits_of_molecules(
     fixed = {row["num_loops"]: row["validity"]["share"] for row in samples if row["rule"] == "fixed"}
     for row in samples:
         row["fixed_validity"] = between_counts(fixed, row["loops"])
-    return write_whole(run.folder / "halting.jsonl", to_json_lines([*exits, *kinds, *samples]))
+    return run.write({"halting.jsonl": to_json_lines([*exits, *kinds, *samples])})
 
 
 def molecule_exits_text(rows: Sequence[dict]) -> str:

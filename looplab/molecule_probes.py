@@ -27,7 +27,6 @@ from .probes import probe_accuracy, random_twin
 from .recorder import record
 from .runs import Run, to_json_lines
 from .smiles import RING
-from .writing import write_whole
 
 ROWS = 100  # molecules that go through the model at once
 
@@ -123,7 +122,7 @@ def probe_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
     smiles = test.select(range(min(limit, len(test))))["text"][:]
     rows = probe_grammar(model, tokenizer, smiles, num_loops or model.config.num_loops)
     print(probes_text(rows))
-    return write_whole(run.folder / "probes.jsonl", to_json_lines(rows))
+    return run.write({"probes.jsonl": to_json_lines(rows)})
 
 
 def probes_text(rows: Sequence[dict]) -> str:

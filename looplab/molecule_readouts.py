@@ -31,7 +31,6 @@ from .evaluation import load_run_model
 from .molecule_results import percent
 from .molecules import SETTINGS, HeldOut, measure, rows_on_file, run_molecules, weights_digest, write_molecules
 from .runs import Run, to_json_lines
-from .writing import write_whole
 
 FIT_TOKENS = 300_000
 ITERATIONS = 60
@@ -127,7 +126,7 @@ def readouts_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Pa
         molecules, fit = HeldOut(tokenizer, test), fit_molecules(run, splits["train"], tokenizer)
     for count in tqdm(passes, desc="a head for each pass", unit="pass"):
         rows += readout_rows(model, tokenizer, molecules, fit, splits["train"], count, 2 * limit)
-        write_whole(path, to_json_lines(row | facts for row in rows))
+        run.write({path.name: to_json_lines(row | facts for row in rows)})
     print(readouts_text(rows))
     return path
 

@@ -50,7 +50,8 @@ from .evaluation import load_run_model
 from .masking import ValidPrefix
 from .perplexity import count_parameters
 from .results import wilson_interval
-from .runs import Run, json_lines, open_run, to_json_lines
+from .run_folder import sha256_of
+from .runs import Run, open_run, rows_so_far, to_json_lines
 from .smiles import EXCLUSIVE, LABELS, canonical_or_none, exclusive_class, faults
 from .writing import below, write_whole
 
@@ -141,7 +142,7 @@ def sample_file(
     logits_processor: LogitsProcessorList | None = None,
 ) -> list[dict]:
     """The first `count` samples of the file, which is written as far as it is short of them, batch by batch."""
-    rows = json_lines(path.read_text()) if path.is_file() else []
+    rows = rows_so_far(path)
     rows = rows[: len(rows) // BATCH * BATCH]
     bar.update(min(count, len(rows)))
     while len(rows) < count:
@@ -309,6 +310,7 @@ def run_molecules(run: Run) -> datasets.DatasetDict:
             f"{run.folder} was trained on {trained_on} molecules and its recipe now gives {len(splits['train'])}, so "
             "that what is new cannot be told: restore the files its recipe names, or train again."
         )
+    run.check_data(splits)
     return splits
 
 
@@ -366,27 +368,27 @@ def evaluate_molecules(
         "seed": seed,
         "speed": cache_speed(model, tokenizer, own),
     }
-    write_whole(run.folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
-    return write_whole(run.folder / "molecules.jsonl", to_json_lines(rows))
+    return run.write({"evaluation.json": json.dumps(facts, indent=1) + "\n", "molecules.jsonl": to_json_lines(rows)})
 
 
 def weights_digest(run: Run) -> str:
-    return hashlib.sha256((run.model_folder() / "model.safetensors").read_bytes()).hexdigest()
+    """SHA-256 of the file of the weights, by which rows and samples know them; of shards, that of `Run.weights`."""
+    path = run.model_folder() / "model.safetensors"
+    return sha256_of(path) if path.is_file() else run.weights
 
 
 def rows_on_file(path: Path, facts: dict) -> list[dict]:
     """The lines of the file that were measured under the same facts, to go on from."""
-    rows = json_lines(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [row for row in rows if facts.items() <= row.items()]
+    return [row for row in rows_so_far(path) if facts.items() <= row.items()]
 
 
 def forget_samples_of_another_model(run: Run) -> Path:
     """Delete samples that the weights in RUN/model did not write; returns the folder of samples."""
     weights = weights_digest(run)
     folder = below(run.folder, "samples")
-    written = folder / "model.json"
-    if not (written.is_file() and json.loads(written.read_text())["sha256"] == weights):
+    written = rows_so_far(folder / "model.json")
+    if not (written and written[0].get("sha256") == weights):
         for path in folder.glob("*-loops*.jsonl"):
             path.unlink()
-        write_whole(written, json.dumps({"sha256": weights}) + "\n")
+        write_whole(folder / "model.json", json.dumps({"sha256": weights}) + "\n")
     return folder

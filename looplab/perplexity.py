@@ -27,7 +27,6 @@ from data_builders import TextBlocks, load_text
 from .bootstrap import bootstrap_intervals
 from .evaluation import load_run_model
 from .runs import Run, open_run, to_json_lines
-from .writing import write_whole
 
 TOKENS = 2048  # that go through the model at once: their logits are this times the vocabulary
 
@@ -49,6 +48,7 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBl
             f"the text of {run.folder} has {found} training tokens now and had {trained_on} when it was trained, so "
             "its test split may be known to the model: restore the files its recipe names, or train again."
         )
+    run.check_data(splits)
     return blocks
 
 
@@ -148,5 +148,4 @@ def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit:
     losses = block_losses(model, blocks, numbers, sorted(set(loops or [own, *run.recipe()["eval_loops"]])))
     rows = text_rows(losses, len(numbers) * blocks.sequence_length, text_digest(blocks, numbers))
     facts = {"limit": limit, "num_loops": own, "parameters": count_parameters(model)}
-    write_whole(run.folder / "evaluation.json", json.dumps(facts, indent=1) + "\n")
-    return write_whole(run.folder / "text.jsonl", to_json_lines(rows))
+    return run.write({"evaluation.json": json.dumps(facts, indent=1) + "\n", "text.jsonl": to_json_lines(rows)})

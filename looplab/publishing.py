@@ -30,9 +30,10 @@ from data_builders import export_parquet, load_task
 
 from .cards import FIGURES, Names, dataset_card, model_card, run_data
 from .demo import space_files
+from .evaluation import load_run_model
 from .loading import blaming
 from .readers import HopReader, reader_of
-from .runs import AGAIN, Run, open_run
+from .runs import AGAIN, VERBS, Run, open_run
 
 # Records of a run that are published, where it has them.
 RECORDS = (
@@ -247,6 +248,7 @@ def check_private(api: HfApi, repo_id: str, kind: str) -> None:
 def model_upload(run: Run, names: Names) -> Upload:
     """The model repository; ValueError if the run has not finished, or was not evaluated."""
     card = model_card(run, names)
+    check_measured(run)
     with blaming(run.model_folder(), AGAIN, leave=(ValueError, OSError)):
         files = {path.name: path for path in model_files(run.model_folder())}
     files |= {f"run/{name}": own_file(run.folder, name) for name in RECORDS if (run.folder / name).is_file()}
@@ -262,6 +264,24 @@ def own_file(folder: Path, name: str) -> Path:
     if path.resolve().parent != folder.resolve():
         raise ValueError(f"{path} is not in {folder} but leads to {path.resolve()}: take it out, it is not published.")
     return path
+
+
+def check_measured(run: Run) -> None:
+    """ValueError unless the weights are whole and every record and figure that would be sent is of them."""
+    load_run_model(run)
+    run.check_summary()
+    for name in RECORDS:
+        if name in VERBS and (run.folder / name).is_file():
+            run.check_record(name, f"run `looped {VERBS[name]} {run.folder}` again, or delete it.", strict=True)
+    for name in FIGURES:
+        if (run.folder / "figures" / f"{name}.png").is_file():
+            remedy = f"run `looped {drawn_by(name)} {run.folder}` again, or delete it."
+            run.check_record(f"figures/{name}.png", remedy, strict=True)
+
+
+def drawn_by(figure: str) -> str:
+    """The verb that draws a figure of a run."""
+    return "lens" if figure in ("lens", "patch", "swap", "probe", "stages") else "plot"
 
 
 def model_files(folder: Path) -> Iterator[Path]:

@@ -34,8 +34,9 @@ from data_builders import TextBlocks
 
 from .evaluation import load_run_model
 from .perplexity import block_losses, run_blocks
+from .run_folder import owned, replaced_folder, weights_of
 from .runs import open_run
-from .writing import below, whole_folder, write_whole
+from .writing import below
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3, step 3)
 TOKENS_AT_ONCE = 2048  # that go through the model in one call
@@ -333,7 +334,7 @@ def quantize_run(
     settings = {"bits": bits, "group": group, "method": method}
     linears = quantize_model(model, batches, num_loops, **settings)
     losses["after"] = block_losses(model, text["test"], every_block, [num_loops])[num_loops]
-    with whole_folder(target, replace=True) as new:
+    with replaced_folder(target, lambda path: owned(f"{target.name}/{path.name}")) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
     report = {
@@ -350,7 +351,8 @@ def quantize_run(
         "linears": linears,
         "block_losses": {when: values.tolist() for when, values in losses.items()},
     }
-    return write_whole(run.folder / "quantization.json", json.dumps(report, indent=1) + "\n")
+    weights = {"model": run.weights, target.name: weights_of(target)}
+    return run.write({"quantization.json": json.dumps(report, indent=1) + "\n"}, weights)
 
 
 def quantization_text(report: dict) -> str:

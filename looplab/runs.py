@@ -4,6 +4,8 @@ recipe.yaml     the resolved recipe                      written before the firs
 metrics.jsonl   training rows and gate rows              while training
 model/          weights, config, tokenizer, model code   at the end
 summary.json    what was reached                         at the end
+run.json        digests of data, tokenizer and files     before the first step, and with every file
+records/        which weights a measurement is of        with every measurement
 grid.jsonl      accuracy over loops x hops               `looped eval`
 loops.jsonl     held-out accuracy and margin, every loop `looped eval`
 text.jsonl      test perplexity by loops (task text)     `looped eval`
@@ -24,11 +26,27 @@ figures/        PNG                                      `looped plot`, `looped 
 
 import difflib
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import yaml
+
+from .run_folder import (
+    commit,
+    data_of,
+    note_records,
+    read_object,
+    read_records,
+    refuse_other_data,
+    sha256_of,
+    weights_of,
+    write_records,
+)
+
+logger = logging.getLogger(__name__)
 
 AGAIN = "run train.py again: it resumes from the last checkpoint."
 UNFINISHED = f"the training has not finished; {AGAIN}"
@@ -49,46 +67,51 @@ class Run:
 
     def task(self) -> str:
         """Name of the task in the recipe."""
-        try:
-            return self.recipe()["data"]["task"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder}/recipe.yaml has no data.task: was it written by train.py?") from error
+        data = self.recipe().get("data", {})
+        if "task" not in data:
+            raise ValueError(f"{self.folder}/recipe.yaml has no data.task: was it written by train.py?")
+        return data["task"]
 
     def summary(self) -> dict:
         return self._parse("summary.json", json.loads, UNFINISHED)
+
+    def check_summary(self) -> None:
+        """ValueError if model/ does not hold the weights that the training ended with."""
+        if self.note().get("weights", self.weights) != self.weights:
+            raise ValueError(f"{self.folder}/model does not hold the weights that summary.json is of: {AGAIN}")
 
     def metrics(self) -> list[dict]:
         return self._parse("metrics.jsonl", json_lines, "nothing was trained here; run train.py.")
 
     def grid(self) -> list[dict]:
-        return self._parse("grid.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+        return self._measured("grid.jsonl")
 
     def loops(self) -> list[dict]:
-        return self._parse("loops.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+        return self._measured("loops.jsonl")
 
     def text(self) -> list[dict]:
-        return self._parse("text.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+        return self._measured("text.jsonl")
 
     def memory(self) -> list[dict]:
-        return self._parse("memory.jsonl", json_lines, f"run `looped memory {self.folder}` first.")
+        return self._measured("memory.jsonl")
 
     def molecules(self) -> list[dict]:
-        return self._parse("molecules.jsonl", json_lines, f"run `looped eval {self.folder}` first.")
+        return self._measured("molecules.jsonl")
 
     def ablations(self) -> list[dict]:
-        return self._parse("ablations.jsonl", json_lines, f"run `looped lens {self.folder}` first.")
+        return self._measured("ablations.jsonl")
 
     def readouts(self) -> list[dict]:
-        return self._parse("readouts.jsonl", json_lines, f"run `looped lens {self.folder}` first.")
+        return self._measured("readouts.jsonl")
 
     def halting(self) -> list[dict]:
-        return self._parse("halting.jsonl", json_lines, f"run `looped halting {self.folder}` first.")
+        return self._measured("halting.jsonl")
 
     def evaluation(self) -> dict:
-        return self._parse("evaluation.json", json.loads, f"run `looped eval {self.folder}` first.")
+        return self._measured("evaluation.json", json.loads)
 
     def quantization(self) -> dict:
-        return self._parse("quantization.json", json.loads, f"run `looped quantize {self.folder}` first.")
+        return self._measured("quantization.json", json.loads)
 
     def model_folder(self) -> Path:
         if not (self.folder / "model" / "config.json").is_file():
@@ -100,14 +123,90 @@ class Run:
         loops = self.summary()["trained_loops"]
         return loops["minimum"], loops["maximum"]
 
-    def _parse(self, file: str, parse, remedy: str):
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the weights in model/, as they were when it was first asked for."""
+        return weights_of(self.model_folder())
+
+    def note(self) -> dict:
+        """run.json; {} of a run from before there was one."""
+        return read_object(self.folder / "run.json", f"delete it, or {AGAIN}")
+
+    def check_data(self, splits: Mapping, only: str | None = None) -> None:
+        """Refuse data that the run was not trained on; of one split, if `only` that has to be the same.
+
+        Args:
+            splits: the run's data as its recipe gives them now.
+
+        Raises:
+            ValueError: they differ; it says in what.
+        """
+        before = self.note().get("data")
+        if before is None:
+            say_once(f"{self.folder} was begun before runs kept digests of their data: they are not compared.")
+            return
+        after = data_of(splits if only is None else {only: splits[only]})
+        if only is not None:
+            before = {"splits": {only: before["splits"].get(only)}, "sources": {}}
+            after["sources"] = {}
+        refuse_other_data(self.folder, before, after)
+
+    def write(self, files: Mapping[str, str], weights: Mapping[str, str] | None = None) -> Path:
+        """Write the files of one measurement, all or none, with the weights they are of; returns the last one's path.
+
+        Args:
+            files: name -> text.
+            weights: folder of the run -> digest of the weights in it that were measured; those of model/ unless given.
+        """
+        write_records(self.folder, files, {"model": self.weights} if weights is None else weights)
+        return self.folder / list(files)[-1]
+
+    def drew(self, figures: Iterable[Path], weights: Mapping[str, str] | None = None) -> list[Path]:
+        """Note which weights `figures`, files in the run, show; returns them. Arguments as of `write`."""
+        figures = list(figures)
+        if weights is None and not (self.folder / "model" / "config.json").is_file():
+            return figures  # of a run that trains
+        weights = {"model": self.weights} if weights is None else dict(weights)
+        made = {path.relative_to(self.folder).as_posix(): sha256_of(path) for path in figures}
+        note_records(self.folder, {name: {"sha256": digest, "weights": weights} for name, digest in made.items()})
+        return figures
+
+    def check_record(self, file: str, remedy: str, strict: bool = False) -> None:
+        """ValueError if a file is of other weights than those that are there now.
+
+        strict: also if that is not known, of a run that notes it; otherwise this is said.
+        """
+        entry = read_records(self.folder).get(file)
+        if entry is None or entry["sha256"] != sha256_of(self.folder / file):
+            unknown = f"it is not known which weights {self.folder}/{file} is of"
+            if strict and self.note():
+                raise ValueError(f"{unknown}: {remedy}")
+            say_once(f"{unknown}.")
+            return
+        for folder, digest in entry["weights"].items():
+            # What was deleted, to save space, is not another.
+            if (self.folder / folder / "config.json").is_file() and weights_of(self.folder / folder) != digest:
+                raise ValueError(f"{self.folder}/{file} is of other weights than those in {folder}/ now: {remedy}")
+
+    def _measured(self, file: str, parse: Callable | None = None):
+        remedy = f"run `looped {VERBS[file]} {self.folder}` {'again' if (self.folder / file).is_file() else 'first'}."
+        found = self._parse(file, parse or json_lines, remedy)
+        self.check_record(file, remedy)
+        return found
+
+    def _parse(self, file: str, parse: Callable, remedy: str):
         path = self.folder / file
         if not path.is_file():
             raise ValueError(f"{self.folder} has no {file}: {remedy}")
         try:
-            return parse(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            found = parse(path.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
+        rows = found if parse is json_lines else [found]
+        if not rows:
+            raise ValueError(f"{path} is empty: {remedy}")
+        checked = [checked_record(row, SHAPES.get(file, {}), str(path), remedy) for row in rows]
+        return checked if parse is json_lines else checked[0]
 
 
 def open_run(folder: str | Path) -> Run:
@@ -124,11 +223,112 @@ def open_run(folder: str | Path) -> Run:
         raise ValueError(f"there is no run folder {folder}; {hint}")
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder} is not a run folder: it has no recipe.yaml, which train.py writes first.")
+    commit(folder)
     return Run(folder)
 
 
+class Record(dict):
+    """A JSON object from a file; what it lacks raises ValueError that names the file and says what to do."""
+
+    def __init__(self, values: dict, path: str, remedy: str):
+        super().__init__(values)
+        self.path, self.remedy = path, remedy
+
+    def __missing__(self, name):
+        raise ValueError(f"{self.path} lacks {name!r}: {self.remedy}")
+
+
+def checked_record(value, shape, path: str, remedy: str):
+    """`value` with its objects as `Record`; ValueError where it has another type than `shape` says.
+
+    shape: a type, several, [shape of the items], or {name: shape} for names that are there ("*" for all others).
+    """
+    kind = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+        raise ValueError(f"{path} has {value!r} where {shape_name(kind)} belongs: {remedy}")
+    if isinstance(value, dict):
+        shapes = shape if isinstance(shape, dict) else {}
+        items = {n: checked_record(v, shapes.get(n, shapes.get("*", object)), path, remedy) for n, v in value.items()}
+        return Record(items, path, remedy)
+    if isinstance(value, list):
+        items = shape[0] if isinstance(shape, list) else object
+        return [checked_record(item, items, path, remedy) for item in value]
+    return value
+
+
+def shape_name(kind) -> str:
+    names = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
+    return names.get(kind, "a number")
+
+
+NUMBER = (int, float)
+# What must have a type where it is there; what is read and not there is named by `Record`.
+SHAPES = {
+    "recipe.yaml": {"name": str, "data": {"task": str, "overrides": dict}, "model": dict, "eval_loops": [int]},
+    "summary.json": {
+        "steps": int, "seconds": NUMBER, "tokens": int, "parameters": int, "gate_loops": int, "learnable_depth": int,
+        "trained_hops": [int], "trained_loops": {"minimum": int, "maximum": int}, "gate": {"*": NUMBER},
+        "hardware": {}, "versions": {"*": str}, "train_tokens": int, "train_molecules": int,
+        "held_out": {"loss": NUMBER, "perplexity": NUMBER},
+    },
+    "metrics.jsonl": {
+        "step": int, "seconds": NUMBER, "loss": NUMBER, "lr": NUMBER, "tokens": int, "num_loops": int, "stage": int,
+        "hops": int, "gate": {"*": NUMBER}, "gate_by_split_kind": {"*": NUMBER},
+        "held_out": {"loss": NUMBER, "perplexity": NUMBER}, "held_out_at_loops": {"*": {"loss": NUMBER}},
+    },
+    "evaluation.json": {"chance": NUMBER, "num_loops": int, "parameters": {"all": int}, "settings": [{}], "speed": {}},
+    "grid.jsonl": {"loops": int, "hops": int, "split_kind": str, "accuracy": NUMBER, "n": int, "trained": bool},
+    "loops.jsonl": {
+        "split": str, "split_kind": str, "hops": int, "loops": int, "accuracy": NUMBER, "margin": NUMBER,
+        "first_correct": NUMBER, "n": int,
+    },
+    "text.jsonl": {
+        "loops": int, "loss": NUMBER, "perplexity": NUMBER, "interval": [NUMBER], "tokens": int, "text": str,
+        "block_losses": [NUMBER],
+    },
+    "molecules.jsonl": {"setting": str, "loops": int, "loss": NUMBER, "n": int},
+    "halting.jsonl": {"measure": str, "rule": str},
+    "memory.jsonl": {"kv_sharing": str, "chunk": int, "kv_bytes": int, "interval": [NUMBER], "trained": bool},
+    "quantization.json": {"perplexity": {"before": NUMBER, "after": NUMBER}, "bytes": {}, "linears": {}},
+}  # fmt: skip
+
+# What measures a file.
+VERBS = {
+    "grid.jsonl": "eval", "loops.jsonl": "eval", "text.jsonl": "eval", "molecules.jsonl": "eval",
+    "evaluation.json": "eval", "halting.jsonl": "halting", "memory.jsonl": "memory", "ablations.jsonl": "lens",
+    "readouts.jsonl": "lens", "probes.jsonl": "lens", "lens.jsonl": "lens", "lens_stages.jsonl": "lens",
+    "quantization.json": "quantize",
+}  # fmt: skip
+
+said = set()
+
+
+def say_once(sentence: str) -> None:
+    """Log a sentence, once in the life of the process."""
+    if sentence not in said:
+        said.add(sentence)
+        logger.warning(sentence)
+
+
 def json_lines(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    """The rows of JSON lines; a last line that a kill cut short is left out."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows = [json.loads(line) for line in lines[:-1]]
+    try:
+        return rows + [json.loads(line) for line in lines[-1:]]
+    except json.JSONDecodeError:
+        if text.endswith("\n"):
+            raise
+        return rows
+
+
+def rows_so_far(path: Path) -> list[dict]:
+    """The rows of a file that is written bit by bit, to go on from; none where it is missing or damaged."""
+    try:
+        rows = json_lines(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return rows if all(isinstance(row, dict) for row in rows) else []
 
 
 def to_json_lines(rows: Iterable[dict]) -> str:

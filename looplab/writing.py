@@ -50,32 +50,24 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+def whole_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write to, which gets that name when all went well and is removed otherwise.
 
-    Args:
-        replace: a folder of that name gives way at the end; otherwise it is refused at the beginning.
-
     Raises:
-        ValueError: there is something at `path`, and it is not a folder to replace.
+        ValueError: there is something at `path`.
     """
     check_folder(path)
-    if path.exists() and not replace:
+    if path.exists():
         raise ValueError(f"{path} exists: name a new folder, or delete it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = partial_of(path), partial_of(path)
+    partial = partial_of(path)
     partial.mkdir()
     try:
         yield partial
-        if replace and path.exists():
-            path.rename(old)
         partial.rename(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists():
-            old.rename(path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def below(folder: Path, *names: str) -> Path:

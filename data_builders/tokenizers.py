@@ -2,7 +2,7 @@
 token per atom for SMILES."""
 
 import re
-import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -106,14 +106,21 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def dataset_byte_bpe(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """`train_byte_bpe` on the column text of a split from the `datasets` cache, kept beside its file."""
+    """`train_byte_bpe` on the column text of a split from the `datasets` cache, kept beside its file.
+
+    Several processes may do so at once: each builds in a folder of its own, and the first to end gives it the name.
+    """
     folder = Path(train.cache_files[0]["filename"]).parent / f"byte_bpe-{vocab_size}"
     if not folder.exists():
         tokenizer = train_byte_bpe((row["text"] for row in train), vocab_size)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            made = Path(temporary, folder.name)
+            tokenizer.save_pretrained(made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # not another builder's, which is the same
+                    raise
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

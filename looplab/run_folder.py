@@ -499,6 +499,8 @@ class RunFolder:
         if os.path.lexists(old) and made_here(old):
             settle(self.final, self.ours(old))
         remove_whole(self.staging)
+        for partial in self.final.glob(".run.json.*.partial"):
+            partial.unlink()  # the first file of a run, without which it is none
         if not made_here(self.final):
             return
         for old in (
@@ -587,8 +589,8 @@ class RunFolder:
         folder = self.folder / "tokenizer"
         return folder if self.resumes and (folder / "tokenizer.json").is_file() else None
 
-    def begin(self, tokenizer, state: State | None) -> None:
-        """Write what comes before the first update; `state` is that of the checkpoint the run goes on from.
+    def begin(self, tokenizer, state: State) -> None:
+        """Write what comes before the first update; `state` is that of the checkpoint the run goes on from, or fresh.
 
         Raises:
             ValueError: tokenizer or starting weights are not those the run began with, or the folder cannot be
@@ -613,6 +615,7 @@ class RunFolder:
             if not (self.folder / "tokenizer" / "tokenizer.json").is_file() or not self.resumes:
                 self.save_folder("tokenizer", tokenizer)
             self.trim_metrics(state)
+            self.drop_before(self.checkpoints / f"step-{state.step:09d}")  # a kill may have interrupted that
             if not self.resumes or self.changed:
                 text = to_yaml(self.resolved())
                 self.note_file("recipe.yaml", hashlib.sha256(text.encode()).hexdigest())
@@ -629,9 +632,9 @@ class RunFolder:
             name: weights_of(Path(path)) for name, path in named.items() if path is not None and Path(path).is_dir()
         }
 
-    def trim_metrics(self, state: State | None) -> None:
+    def trim_metrics(self, state: State) -> None:
         """Drop rows that a resumed run will write again and lines that are no rows; say where the recipe changed."""
-        step = state.step if state is not None and state.step else -1
+        step = state.step or -1
         lines = (
             self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if self.metrics.exists() else []
         )
@@ -644,7 +647,7 @@ class RunFolder:
                 damaged += 1
         if damaged > 1:  # the last one is cut short where a run was killed
             logger.warning(f"{self.metrics}: {damaged} lines are damaged and were dropped.")
-        if state is not None and self.changed:
+        if self.changed:
             row = {"step": state.step, "seconds": state.seconds, "recipe_changed": self.changed}
             kept += [row] if row not in kept else []
         write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
@@ -670,16 +673,21 @@ class RunFolder:
             complete = self.checkpoints / f"step-{state.step:09d}"
             # Only a damaged checkpoint that this run fell back from can be in the way, or be of a later step.
             replace_folder(partial, complete, self.ours(self.folder))
-            earlier = [path for path in sorted(self.checkpoints.glob("step-*/")) if path < complete]
+            self.drop_before(complete)
             for checkpoint in self.checkpoints.glob("step-*/"):
-                if checkpoint not in (complete, *earlier[-1:]):
-                    self.drop_checkpoint(checkpoint)
+                if checkpoint > complete:
+                    self.drop(checkpoint)
             if self.folder != self.final:
                 replace_folder(self.staging, self.final, self.ours(self.final))
         self.folder = self.final
         accelerator.wait_for_everyone()
 
-    def drop_checkpoint(self, checkpoint: Path) -> None:
+    def drop_before(self, newest: Path) -> None:
+        """Keep one checkpoint before the newest."""
+        for checkpoint in [path for path in sorted(self.checkpoints.glob("step-*/")) if path < newest][:-1]:
+            self.drop(checkpoint)
+
+    def drop(self, checkpoint: Path) -> None:
         """Remove a checkpoint, state.json first so that it is none any more, but nothing that was put into it."""
         if checkpoint.is_symlink() or not re.fullmatch(r"step-\d{9}", checkpoint.name):
             return

@@ -241,8 +241,13 @@ class Record(dict):
 def checked_record(value, shape, path: str, remedy: str):
     """`value` with its objects as `Record`; ValueError where it has another type than `shape` says.
 
-    shape: a type, several, [shape of the items], or {name: shape} for names that are there ("*" for all others).
+    shape: a type, several, SHARE, [shape of the items], or {name: shape} for names that are there ("*": all others).
     """
+    if shape == SHARE:
+        checked_record(value, NUMBER, path, remedy)
+        if not 0 <= value <= 1:
+            raise ValueError(f"{path} has {value!r} where a share from 0 to 1 belongs: {remedy}")
+        return value
     kind = dict if isinstance(shape, dict) else list if isinstance(shape, list) else shape
     if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
         raise ValueError(f"{path} has {value!r} where {shape_name(kind)} belongs: {remedy}")
@@ -261,7 +266,7 @@ def shape_name(kind) -> str:
     return names.get(kind, "a number")
 
 
-NUMBER = (int, float)
+NUMBER, SHARE = (int, float), "share"
 # What must have a type where it is there; what is read and not there is named by `Record`.
 SHAPES = {
     "recipe.yaml": {"name": str, "data": {"task": str, "overrides": dict}, "model": dict, "eval_loops": [int]},
@@ -276,11 +281,11 @@ SHAPES = {
         "hops": int, "gate": {"*": NUMBER}, "gate_by_split_kind": {"*": NUMBER},
         "held_out": {"loss": NUMBER, "perplexity": NUMBER}, "held_out_at_loops": {"*": {"loss": NUMBER}},
     },
-    "evaluation.json": {"chance": NUMBER, "num_loops": int, "parameters": {"all": int}, "settings": [{}], "speed": {}},
-    "grid.jsonl": {"loops": int, "hops": int, "split_kind": str, "accuracy": NUMBER, "n": int, "trained": bool},
+    "evaluation.json": {"chance": SHARE, "num_loops": int, "parameters": {"all": int}, "settings": [{}], "speed": {}},
+    "grid.jsonl": {"loops": int, "hops": int, "split_kind": str, "accuracy": SHARE, "n": int, "trained": bool},
     "loops.jsonl": {
-        "split": str, "split_kind": str, "hops": int, "loops": int, "accuracy": NUMBER, "margin": NUMBER,
-        "first_correct": NUMBER, "n": int,
+        "split": str, "split_kind": str, "hops": int, "loops": int, "accuracy": SHARE, "margin": NUMBER,
+        "first_correct": SHARE, "n": int,
     },
     "text.jsonl": {
         "loops": int, "loss": NUMBER, "perplexity": NUMBER, "interval": [NUMBER], "tokens": int, "text": str,

@@ -12,7 +12,7 @@ folder is refused: what lies behind it is somebody else's.
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,14 +50,17 @@ def check_file(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, another_built: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """A folder beside `path` to write to, which gets that name when all went well and is removed otherwise.
+
+    Args:
+        another_built: whether another process has built the same at `path` meanwhile, and this folder may go.
 
     Raises:
         ValueError: there is something at `path`.
     """
     check_folder(path)
-    if path.exists():
+    if path.exists() and not another_built():
         raise ValueError(f"{path} exists: name a new folder, or delete it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
@@ -65,9 +68,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        if not (isinstance(error, OSError) and another_built()):
+            raise
 
 
 def below(folder: Path, *names: str) -> Path:

@@ -102,8 +102,7 @@ def give_users_files(folder: Path) -> None:
 
 
 def users_files_are_there(folder: Path) -> str:
-    places = [path for path in folder.glob("run*") if path.is_dir()]
-    lost = [name for name in USERS if not any((place / name).is_file() for place in places)]
+    lost = [name for name in USERS if not any(folder.rglob(Path(name).name))]
     return f"lost {lost}" if lost else ""
 
 
@@ -147,7 +146,7 @@ def sweep(name: str, every: int, offset: int = 0) -> tuple[int, int, list[str]]:
         start = Path(temporary, "start", "runs")
         start.mkdir(parents=True)
         if name != "fresh":
-            train_in(start)
+            in_child(lambda: train_in(start))
         if name == "replaced":
             give_users_files(start)
             write_measurement(start, "old")
@@ -196,7 +195,7 @@ def sweep_measured(every: int) -> tuple[int, int, list[str]]:
     wrong = []
     with tempfile.TemporaryDirectory() as temporary:
         start = Path(temporary, "start")
-        train_in(start)
+        in_child(lambda: train_in(start))
         write_measurement(start, "old")
 
         def trial(number: int | None) -> tuple[Path, int, str]:

@@ -5,7 +5,10 @@ Most cases are made from the parser: an option or a command that is new has them
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import pytest
 from looplab import mistakes
 from looplab.cli import Whole, main, parser
 from looplab.mistakes import run_command
-from toy_runs import edit_json
+from toy_runs import ROOT, edit_json
 
 (SUBPARSERS,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
 VERBS: dict[str, argparse.ArgumentParser] = SUBPARSERS.choices
@@ -407,3 +410,31 @@ def test_of_several_processes_one_speaks_unless_they_differ(capsys, monkeypatch)
 def test_debug_may_stand_anywhere(toy_runs, capsys, line):
     assert main([argument.format(toy_runs) for argument in line]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_train_says_a_sentence_once(tmp_path):
+    """As `looped` does, with --debug its traceback; the second process on a machine leaves it to the first."""
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        ROOT / "recipes" / "smoke.yaml",
+        "--lr",
+        "3",
+        "--output_dir",
+        tmp_path,
+    ]
+    processes = [
+        subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | {"LOCAL_RANK": rank})
+        for line, rank in ((command, "0"), (command, "1"), ([*command, "--debug"], "0"))
+    ]
+    once, nothing, debugged = (process.communicate()[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2, 2]
+    # Libraries that are installed may say something of their own when they are imported.
+    assert [said.count("train.py: lr is not a recipe field; did you mean optim.lr?") for said in (once, debugged)] == [
+        1,
+        1,
+    ]
+    assert "train.py:" not in nothing
+    assert ["Traceback" in said for said in (once, nothing, debugged)] == [False, False, True]
+    assert list(tmp_path.iterdir()) == []

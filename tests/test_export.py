@@ -3,10 +3,10 @@
 import onnxruntime
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-from toys import FP32, make_ids, make_model
+from toys import FP32, KV_SHARINGS, make_ids, make_model, open_gates
 
 SHAPES = {"input_ids": {0: torch.export.Dim("rows", min=1, max=64), 1: torch.export.Dim("tokens", min=2, max=64)}}
 
@@ -51,18 +51,21 @@ def test_variants_export(fields):
 
 
 @torch.no_grad()
-# The slot of a layer call is written on its attention module, and the tracer says that it saw that.
+# Layers of shared rows take the place of stock ones in the cache, and the tracer says that it saw that.
 @pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects:UserWarning")
-def test_a_decoding_step_exports_with_its_static_cache():
-    """The exported step, run token by token, is the uncached run: every loop has found its slots in the graph."""
-    model = make_model(num_loops=2)
+@pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
+def test_a_decoding_step_exports_with_its_static_cache(kv_sharing):
+    """The exported step, run token by token, is decoding: every loop has found its slots in the graph. A graph cannot
+    look into a cache, which had to be empty for rows that loops share."""
+    model = open_gates(make_model(num_loops=2, kv_sharing=kv_sharing))
     model.generation_config = GenerationConfig(
         use_cache=True,
         cache_implementation="static",
         cache_config={"batch_size": 1, "max_cache_len": 16},
     )
     ids = make_ids(1, 9)
-    expected = model(ids, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    expected = torch.cat([model(ids[:, [t]], past_key_values=cache).logits for t in range(9)], dim=1)
     wrapped = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16)
     step = wrapped.export(input_ids=ids[:, :1], cache_position=torch.zeros(1, dtype=torch.long)).module()
     logits = [step(input_ids=ids[:, t : t + 1], cache_position=torch.tensor([t])) for t in range(9)]

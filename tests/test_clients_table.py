@@ -371,14 +371,23 @@ def load_quantized(folder: Path, config):
 
 
 def make_quantizable():
-    return make_model(hidden_size=64, intermediate_size=128, exit_gate=True)
+    """Trained, so to speak: what a fresh model zeroes is not zero."""
+    model = open_gates(
+        make_model(hidden_size=64, intermediate_size=128, exit_gate=True, residual_init="zero", kv_sharing="gated")
+    )
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return model
 
 
 def assert_quantized(model, is_quantized: Callable[[nn.Module], bool]) -> None:
-    """All seven linears of each layer and the gate are quantised, and the model is nearly what it was."""
+    """All seven linears of each layer and those of the gates are quantised, and the model is nearly what it was."""
     exact, ids = make_quantizable(), make_ids()
     linears = [path for path, module in exact.model.named_modules() if isinstance(module, nn.Linear)]
-    assert len(linears) == 2 * 7 + 1
+    assert len(linears) == 2 * (7 + 2) + 1
     assert all(is_quantized(model.model.get_submodule(path)) for path in linears)
     for num_loops in (1, 5):
         want, got = (m(ids, labels=ids, num_loops=num_loops) for m in (exact, model))

@@ -3,6 +3,8 @@ its weights away between calls, recompute its layers, wait for its gradients and
 
 import copy
 import json
+import math
+import re
 import subprocess
 import sys
 from itertools import product
@@ -163,6 +165,36 @@ def test_a_fresh_adapter_on_all_linears_changes_nothing(name):
     assert_same_answers(answers(adapted.base_model.model.eval()), {k: v.detach() for k, v in expected.items()})
     adapted(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for n, p in adapted.named_parameters() if p.requires_grad) or "gate" in name
+
+
+def first_value(key: str, fields: dict) -> float | None:
+    """What a fresh weight is filled with, where that is one number and not transformers' own."""
+    gate = {"elementwise": r"kv_gate\.of_\w+\.", "low_rank": r"kv_gate\.of_\w+\.1\.", "scalar": r"kv_gate\.of_\w+\."}
+    end = r"_layernorm_2\." if fields.get("norm_placement") == "sandwich" else r"(o_proj|down_proj)\."
+    values = {
+        r"exit_gate\.weight": 0.0,
+        r"exit_gate\.bias": -math.log(2),  # 1 / 3 after sigmoid, of three loops
+        gate[fields.get("kv_gate", "elementwise")] + "weight": 0.0,
+        gate[fields.get("kv_gate", "elementwise")] + "bias": -3.0,
+        r"loop_embedding\.": 0.0,
+        end: 0.0 if fields.get("residual_init") == "zero" else None,
+    }
+    return next((value for pattern, value in values.items() if re.search(pattern, key)), None)
+
+
+@over_variants
+def test_what_a_folder_lacks_starts_as_in_a_fresh_model(name, tmp_path):
+    """The owner of a linear gives it its first values, also where the rest is loaded; what is loaded stays."""
+    fresh, kept = make_model(**VARIANTS[name]).state_dict(), make_variant(name).state_dict()
+    starts = {key: value for key in kept if (value := first_value(key, VARIANTS[name])) is not None}
+    make_variant(name).save_pretrained(tmp_path, state_dict={key: kept[key] for key in kept if key not in starts})
+    loaded = LoopedForCausalLM.from_pretrained(tmp_path).state_dict()
+    for key, value in loaded.items():
+        expected = torch.full_like(value, starts[key]) if key in starts else kept[key]
+        assert value.equal(expected), key
+        assert key not in starts or fresh[key].equal(expected), key
+    if VARIANTS[name].keys() & {"exit_gate", "kv_gate", "residual_init", "loop_embedding"}:
+        assert starts
 
 
 # Offloading

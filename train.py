@@ -362,7 +362,7 @@ class TextTask:
             elif data.tokenizer is not None:
                 self.tokenizer = load_tokenizer("data.tokenizer", data.tokenizer)
             elif run.kept_tokenizer() is not None:
-                self.tokenizer = AutoTokenizer.from_pretrained(run.kept_tokenizer())
+                self.tokenizer = AutoTokenizer.from_pretrained(run.kept_tokenizer(), trust_remote_code=False)
             else:
                 self.tokenizer = dataset_byte_bpe(dataset["train"], data.vocab_size)
             self.batches = TextBatches(

@@ -32,7 +32,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from .recipe import Recipe, flatten
-from .writing import check_folder, partial_of, remove_partials, write_whole
+from .writing import below, check_folder, partial_of, remove_partials, write_whole
 from .yaml_text import to_yaml
 
 logger = logging.getLogger(__name__)
@@ -286,6 +286,8 @@ def locked(path: Path, busy: str, timeout: float = 0.0) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner, 0)
 
+    if path.is_symlink():
+        path.unlink()
     lock = FileLock(path, timeout=timeout, on_acquired=name_owner)
     try:
         lock.acquire()
@@ -328,7 +330,7 @@ def read_records(run: Path) -> dict:
 @contextmanager
 def writing_records(run: Path) -> Iterator[None]:
     """Hold the records of a run for the moment in which they are written."""
-    (run / "records").mkdir(exist_ok=True)
+    below(run, "records").mkdir(exist_ok=True)
     with locked(run / "records" / "lock", f"another measurement is being written to {run}", timeout=60.0):
         commit(run)
         yield

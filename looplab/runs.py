@@ -162,12 +162,13 @@ class Run:
         return self.folder / list(files)[-1]
 
     def drew(self, figures: Iterable[Path], weights: Mapping[str, str] | None = None) -> list[Path]:
-        """Note which weights `figures`, files in the run, show; returns them. Arguments as of `write`."""
+        """Note which weights `figures` show, of those that lie in the run; returns all. Arguments as of `write`."""
         figures = list(figures)
         if weights is None and not (self.folder / "model" / "config.json").is_file():
             return figures  # of a run that trains
         weights = {"model": self.weights} if weights is None else dict(weights)
-        made = {path.relative_to(self.folder).as_posix(): sha256_of(path) for path in figures}
+        own = [path for path in figures if path.is_relative_to(self.folder)]
+        made = {path.relative_to(self.folder).as_posix(): sha256_of(path) for path in own}
         note_records(self.folder, {name: {"sha256": digest, "weights": weights} for name, digest in made.items()})
         return figures
 

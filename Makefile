@@ -2,11 +2,13 @@
 # make test:       from nothing to a tested checkout; CI runs this.
 # make test-oldest, make test-newest: the tests on the oldest versions that pyproject.toml admits, and on the newest
 #                  there are, each in an environment of its own. Some GB: torch of PyPI comes with its CUDA libraries.
+# make fuzz N=10000: as many random models and calls for every law; `make test` tries the same few each time.
 PYTHON ?= python3
+N      ?= 1000
 RUN    ?= runs/quickstart
 BIN    := .venv/bin
 
-.PHONY: quickstart test test-oldest test-newest lint bench
+.PHONY: quickstart test fuzz test-oldest test-newest lint bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +29,9 @@ lint: .venv/installed
 
 test: lint
 	$(BIN)/pytest
+
+fuzz: .venv/installed
+	$(BIN)/pytest tests/test_properties.py --fuzz $(N)
 
 test-oldest: constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest

@@ -237,14 +237,14 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     def __new__(cls, *args, **fields):
         config = super().__new__(cls)
-        # Both are said: only here can a loop count that was given be told from the default.
-        vars(config)["_says_depth_twice"] = {"num_loops", "num_hidden_layers"} <= set(fields)
+        if {"num_loops", "num_hidden_layers"} <= set(fields):
+            # Only here can a loop count that was given be told from the default.
+            vars(config)["_says_depth_twice"] = True
         return config
 
     def __post_init__(self, **kwargs):
-        said_twice = vars(self).pop("_says_depth_twice")
         self._refuse_unknown(kwargs)
-        if said_twice:
+        if vars(self).pop("_says_depth_twice", False):
             self._refuse_contradiction(self.num_loops, kwargs["num_hidden_layers"])
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads

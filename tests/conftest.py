@@ -4,9 +4,27 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Read when huggingface_hub is imported: the Hub of these tests (hub_server.py) speaks plain HTTP, and no Xet.
 os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+
+# The same examples in every run of the suite; `--fuzz N` draws N new ones for every law.
+SUITE = settings(
+    derandomize=True, database=None, deadline=None, max_examples=200, suppress_health_check=list(HealthCheck)
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, metavar="N", help="draw N new examples for every property")
+
+
+def pytest_configure(config):
+    examples = config.getoption("fuzz")
+    fuzz = settings(SUITE, derandomize=False, max_examples=examples or 1, print_blob=True)
+    settings.register_profile("looped", SUITE if examples is None else fuzz)
+    settings.load_profile("looped")
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,7 @@ from .yaml_text import read_yaml, to_yaml
 
 STAGES = ("profile", "sweep", "confirm", "cost")
 SPLITS = {"sweep": "validation", "confirm": "test"}
+TASKS = Path(__file__).parent / "tasks"
 TEXT = "text"  # beside the tasks' names
 
 
@@ -112,6 +113,10 @@ class FrozenRecipe:
         check_name(self.name)
         if not set(self.sweep) - {TEXT}:
             raise ValueError("sweep has no task but text, by which no setting may be chosen: add one.")
+        known = [TEXT, *sorted(file.stem for file in TASKS.glob("*.yaml"))]
+        for name in {**self.sweep, **self.confirm}:
+            if name not in known:
+                raise ValueError(f"{name} is no task of a study: sweep and confirm take {', '.join(known)}.")
         self.settings(), [make_setting(values) for values in self.controls]  # raise before any work
 
     @property

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict, type_validator
+from huggingface_hub.errors import StrictDataclassError
 
 from data_builders import DepthSampler
 from data_builders.batching import MOST_LOOPS
 from data_builders.fields import check_fields, number, numbers, path
 from data_builders.files import expand_home
+from modeling_looped import LoopedConfig
 
+from .mistakes import sentence
 from .yaml_text import parse_yaml, read_yaml
 
 Number = int | float
@@ -163,7 +166,12 @@ class Recipe:
             if vars(self.data)[name]:
                 raise ValueError(f"data.{name} and data.overrides.{name} name the same thing: leave one of them out.")
         CHECKS[self.data.task](self)
-        if self.init_from is not None:
+        if self.init_from is None:
+            try:
+                LoopedConfig(**self.model)
+            except (StrictDataclassError, TypeError, ValueError) as error:
+                raise ValueError(f"model: {sentence(error) or error}") from error
+        else:
             new = sorted(set(self.model) - KEEPS_WEIGHTS)
             if new:
                 raise ValueError(

@@ -144,6 +144,10 @@ def test_a_number_out_of_range_is_refused(name, value):
         ("curriculum", {"start_hops": 3, "stop_hops": 2}, r"curriculum\.start_hops 3 must not be above"),
         ("data", {"seed": 3, "overrides": {"seed": 4}}, r"data\.seed and data\.overrides\.seed name the same thing"),
         ("max_steps", None, "no budget"),
+        ("model", {"hiden_size": 8}, "model: .*hidden_size"),
+        ("model", {"num_loops": 0}, "model: .*num_loops"),
+        ("model", {"num_loops": "3"}, "model: .*num_loops"),
+        ("model", {"hidden_size": 10, "num_attention_heads": 3}, "model: .*num_attention_heads"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(name, value, message):
@@ -270,6 +274,7 @@ def test_junk_in_a_setting_is_refused_before_any_work(name):
         ({"grid": [{"num_loops": []}]}, r"block without a setting"),
         ({"grid": [{}]}, r"block without a setting"),
         ({"name": "../x"}, r"name must be a plain folder name"),
+        ({"confirm": {"quiz": 2}}, r"quiz is no task of a study: sweep and confirm take text, arc_challenge"),
         ({"output_dir": "~nobody_here/x"}, r"output_dir.*nobody"),
     ],
 )

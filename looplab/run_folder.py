@@ -28,12 +28,11 @@ from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 
 from .recipe import Recipe, flatten
 from .writing import below, check_folder, partial_of, remove_partials, write_whole
-from .yaml_text import to_yaml
+from .yaml_text import read_yaml, to_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -557,10 +556,10 @@ class RunFolder:
         """FREE fields that differ from recipe.yaml; ValueError if others do, or the file is damaged."""
         path = self.final / "recipe.yaml"
         try:
-            old = yaml.safe_load(path.read_text(encoding="utf-8"))
+            old = read_yaml(path)
             if not isinstance(old, dict):
                 raise ValueError("no fields")
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{path} is damaged ({error}), so that it is not known what to go on with. {OTHERS}"
             ) from error
@@ -812,8 +811,8 @@ def made_here(folder: Path) -> bool:
         if "format" in read_object(folder / "run.json", ""):
             return True
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        recipe = read_yaml(folder / "recipe.yaml")
+    except ValueError:
         return any(folder.glob("checkpoints/step-?????????/state.json"))
     return isinstance(recipe, dict) and {"name", "model", "data", "depth", "optim"} <= recipe.keys()
 

@@ -29,10 +29,8 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-
-import yaml
 
 from .run_folder import (
     commit,
@@ -45,6 +43,7 @@ from .run_folder import (
     weights_of,
     write_records,
 )
+from .yaml_text import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,8 @@ class Run:
         return self.folder.name
 
     def recipe(self) -> dict:
-        return self._parse("recipe.yaml", yaml.safe_load, "was it written by train.py?")
+        parse = partial(parse_yaml, where="as YAML")
+        return self._parse("recipe.yaml", parse, "was it written by train.py?")
 
     def task(self) -> str:
         """Name of the task in the recipe."""
@@ -201,7 +201,7 @@ class Run:
             raise ValueError(f"{self.folder} has no {file}: {remedy}")
         try:
             found = parse(path.read_text(encoding="utf-8"))
-        except (ValueError, yaml.YAMLError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
         rows = found if parse is json_lines else [found]
         if not rows:

@@ -79,7 +79,7 @@ def test_every_setting_is_measured_on_every_task_and_the_best_is_confirmed(done)
 def test_text_scores_are_those_of_the_definition(done, folder):
     """Loss, agreement and KL of a setting on a block, computed from two sets of logits."""
     recipe = read_recipe(folder / "recipe.yaml")
-    model, tokenizer = frozen.load(recipe)
+    model, tokenizer = frozen.load(recipe, trust_remote_code=False)
     ids = frozen.TextRows(recipe, "sweep", model, tokenizer).rows
     row = next(r for r in rows_of(done / "sweep.jsonl") if r["task"] == "text" and r["name"] != str(BASE))
     base = model(ids["input_ids"][:1]).logits[0].detach().softmax(-1)
@@ -101,7 +101,7 @@ def test_the_profile_has_every_layer_and_window(done, folder):
     assert [row["layer"] for row in rows if "layer" in row] == list(range(6))
     assert [row["window"] for row in rows if "window" in row] == [[1, 4], [2, 5]]
     recipe = read_recipe(folder / "recipe.yaml")
-    model, tokenizer = frozen.load(recipe)
+    model, tokenizer = frozen.load(recipe, trust_remote_code=False)
     ids = frozen.TextRows(recipe, "sweep", model, tokenizer).rows["input_ids"]
     updates = []
     for row in ids:

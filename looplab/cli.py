@@ -137,7 +137,7 @@ def run_harness(arguments) -> None:
     import logging
     from pathlib import Path
 
-    from .harness import accuracies, score
+    from .harness import accuracies, score, settle_depth
     from .loading import load_model
     from .runs import to_json_lines
     from .writing import check_file, write_whole
@@ -149,6 +149,7 @@ def run_harness(arguments) -> None:
     if not Path(arguments.model).is_dir():
         raise ValueError(f"there is no folder {arguments.model}; `looped fetch smollm2` makes one.")
     model, tokenizer = load_model(Path(arguments.model), "save or fetch it again.", arguments.trust_remote_code)
+    settle_depth(model)
     rows = score(model, tokenizer, arguments.task, arguments.split, arguments.limit, arguments.batch_size)
     print(f"{arguments.task} {arguments.split}: {accuracies(rows)}")
     if arguments.output is not None:

@@ -17,6 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import MultipleChoice
 from data_builders.tasks import build_splits
+from modeling_looped import LoopedForCausalLM
+from modeling_looped.depth_looped import generation_count
+from modeling_looped.frozen_looped import FrozenLooped
 
 from .bootstrap import bootstrap_intervals
 from .pretrained import fetched
@@ -63,6 +66,14 @@ class Comparison:
 
 def task_names() -> list[str]:
     return sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def settle_depth(model: PreTrainedModel) -> None:
+    """Choices are scored by `forward`, which has no generation config: let it run the loops that `generate` would."""
+    if isinstance(model, LoopedForCausalLM):
+        model.config.num_loops = generation_count(model.config, model.generation_config)
+    elif isinstance(model, FrozenLooped):
+        model.loop.config.num_loops = generation_count(model.loop.config, model.generation_config)
 
 
 def score(

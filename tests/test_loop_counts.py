@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from data_builders.tokenizers import hop_tokenizer
+from looplab.harness import settle_depth
 from modeling_looped import FrozenLoopedForCausalLM, LoopedConfig, LoopedForCausalLM, attach
 from toys import make_config, make_ids, make_model
 
@@ -168,6 +169,19 @@ def test_forward_follows_the_law_without_generation_configs(folders, kind):
     for counts, _ in subsets():
         own = [counts[level] for level in ("argument", "config", "at_load") if counts[level] is not None]
         assert run(folders, kind, counts, call_forward) == next(iter(own), IN_FILE), counts
+
+
+@pytest.mark.parametrize("kind", ["looped", "frozen"])
+def test_the_harness_command_scores_at_the_depth_of_generate(folders, kind):
+    """Choices are scored by `forward`, which knows no generation config."""
+
+    def call(model, folder, argument, given):
+        settle_depth(model)
+        call_forward(model, folder, None, None)
+
+    for counts, expected in subsets():
+        if counts["argument"] is None and counts["given"] is None:
+            assert run(folders, kind, counts, call) == expected, counts
 
 
 def test_a_configuration_handed_over_is_one_in_memory(folders):

@@ -147,7 +147,8 @@ async def unless_left(request: Request, work: Coroutine[None, None, Response]) -
 
 async def respond(service: Service, endpoint: Completions, request: Request) -> Response:
     try:
-        fields = read_fields(await read_body(request, service.limits), endpoint.rules, service.bounds)
+        body = await read_body(request, service.limits)
+        fields = await asyncio.to_thread(read_fields, body, endpoint.rules, service.bounds)
         if fields.get("model", service.name) != service.name:
             name = short.repr(fields["model"])
             raise Refusal(f"there is no model {name} here, but {service.name!r}.", "model", status=404)
@@ -200,8 +201,7 @@ def make_app(service: Service) -> Starlette:
     """The endpoints of a service: /health, /v1/models, /v1/completions, /v1/chat/completions."""
 
     async def health(request: Request) -> Response:
-        ending = service.end < float("inf")
-        return as_json({"status": "shutting down" if ending else "ok"}, 503 if ending else 200)
+        return as_json({"status": "ok"})
 
     async def models(request: Request) -> Response:
         model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "looped"}

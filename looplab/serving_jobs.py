@@ -115,6 +115,11 @@ class Draws(LogitsProcessor):
         self.state = torch.Generator(device).manual_seed(seed).get_state()
 
     def __call__(self, input_ids, scores):
+        if (scores == -float("inf")).all():
+            raise Refusal(
+                "the generation config leaves no token to go on with (no_repeat_ngram_size, or min_new_tokens where "
+                "every token is an end token): ask for fewer tokens."
+            )
         self.generator.set_rng_state(self.state)
         return scores
 
@@ -138,8 +143,9 @@ class Job:
 
     def start(self, plan: Plan) -> None:
         self.plan, self.draws = plan, Draws(plan.seed, plan.input_ids.device)
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self.run, daemon=True)
+        thread.start()  # may fail: then nobody but `leave` releases the job
+        self.thread = thread
 
     def leave(self) -> None:
         """Nobody waits for the answer any more; no matter where there is one already."""

@@ -100,8 +100,10 @@ def flag(name, value, bounds):
 def text(name, value, bounds):
     if not isinstance(value, str):
         raise refused(name, "a string", value)
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise refused(name, "text, without half of a surrogate pair", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise refused(name, "text, without half of a surrogate pair", value) from error
     return value
 
 

@@ -336,6 +336,11 @@ REFUSED = [
     ({"generation_config": '{"eos_token_id": [99]}'}, "eos_token_id must be"),
     ({"generation_config": '{"cache_implementation": "static"}'}, "unknown field"),
     ({"generation_config": '{"temperature": 0.0, "do_sample": true}'}, "temperature"),
+    *(({"generation_config": json.dumps(each), "max_tokens": 40}, "leaves no token to go on with") for each in (
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 1, "do_sample": True},
+        {"eos_token_id": list(range(27)), "min_new_tokens": 1, "do_sample": True},
+    )),
 ]  # fmt: skip
 BODIES = [
     (b"", "not valid JSON"),

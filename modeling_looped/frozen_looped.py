@@ -809,7 +809,12 @@ class FrozenLooped:
         return super().generate(inputs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
-        """A model that drafts has a depth of its own, or none."""
+        """A model that drafts has a depth of its own, or none.
+
+        Raises:
+            ValueError: `cache="last"`, see `refuse_cuts`.
+        """
+        self.refuse_cuts("drafts, which are verified several in a call")
         if assistant_model is not None:
             own = ("num_loops", "num_looped_tokens")
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
@@ -822,8 +827,22 @@ class FrozenLooped:
         num_loops = kwargs.pop("num_loops", None)
         default = generation_count(self.loop.config, generation_config, self.generation_config)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if generation_config.prefill_chunk_size is not None:
+            self.refuse_cuts(f"prefill_chunk_size={generation_config.prefill_chunk_size}")
         model_kwargs["num_loops"] = check_loops(num_loops, check_loops(default, self.loop.config.num_loops))
         return generation_config, model_kwargs
+
+    def refuse_cuts(self, what: str) -> None:
+        """ValueError where tokens depend on how they are cut into calls."""
+        if self.loop.config.cache == "last":
+            raise ValueError(
+                f"cache='last' gives other tokens where a text is cut into other calls: leave out {what}, or use "
+                "cache='first'."
+            )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """ValueError: an engine's cache takes the rows of a call once, and a looped layer runs several times."""
+        raise ValueError("continuous batching cannot run a looped frozen model: use generate, or detach(model) first.")
 
     def save_pretrained(
         self,

@@ -32,7 +32,7 @@ from transformers import (
 
 from data_builders.batching import DepthSampler, LoopCollator, LoopCollatorCallback
 from data_builders.tokenizers import hop_tokenizer
-from modeling_looped import LoopedForSequenceClassification
+from modeling_looped import LoopedForSequenceClassification, looped
 from toys import FP32, KV_SHARINGS, make_config, make_ids, make_model, open_gates
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +151,18 @@ def batch_continuously(kv_sharing, folder):
 @client("continuous batching, loops or a halting rule of the generation config")
 def batch_continuously_at_another_depth(folder):
     make_model().generate_batch(inputs=[[3, 4]], generation_config=GenerationConfig(max_new_tokens=1, num_loops=5))
+
+
+@client('a looped frozen model with cache="last", prefill_chunk_size or drafts')
+def cut_prompts_of_a_frozen_model(folder):
+    with looped(make_frozen("llama"), (2, 3), 3, cache="last") as model:
+        model.generate(make_ids(), prefill_chunk_size=4, **GREEDY)
+
+
+@client("a looped frozen model, continuous batching")
+def batch_a_frozen_model_continuously(folder):
+    with looped(make_frozen("llama"), (2, 3), 3) as model:
+        model.generate_batch(inputs=[[3, 4]], generation_config=GenerationConfig(max_new_tokens=1))
 
 
 @client("depth per row or halting in a quantized cache")

@@ -15,13 +15,13 @@ import pytest
 import torch
 from families import make_frozen
 from torch import nn
-from transformers import Trainer, TrainingArguments, pipeline
+from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
 from data_builders.batching import DepthSampler, LoopCollator, LoopCollatorCallback
 from data_builders.tokenizers import hop_tokenizer
-from modeling_looped import LoopedForCausalLM, LoopedForSequenceClassification, attach
+from modeling_looped import LoopedForCausalLM, LoopedForSequenceClassification, attach, looped
 from modeling_looped.configuration_looped import REWRITING_SHARINGS
 from toys import FP32, make_config, make_ids, make_model, open_gates
 
@@ -419,3 +419,28 @@ def test_a_prompt_that_is_cut_gives_the_same_tokens_or_is_refused(kv_sharing, ch
     else:
         with pytest.raises(ValueError, match=f"prefill_chunk_size=4: kv_sharing='{kv_sharing}' gives other tokens"):
             model.generate(ids, **call)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["first", "last"])
+@pytest.mark.parametrize("decode", ["full", "prompt", 2])
+@pytest.mark.parametrize(
+    "cut", [{"prefill_chunk_size": 4}, {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 2}]
+)
+def test_a_frozen_model_gives_the_same_tokens_in_other_calls_or_refuses_them(cache, decode, cut):
+    """What `cache="last"` keeps of a token was computed with the tokens of its call."""
+    model, ids = make_frozen("llama"), torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4, 5]])
+    call = {"max_new_tokens": 5, "do_sample": False}
+    with looped(model, (2, 3), 3, cache=cache, decode=decode):
+        if cache == "first":
+            assert model.generate(ids, **cut, **call).equal(model.generate(ids, **call))
+        else:
+            with pytest.raises(ValueError, match="cache='last' gives other tokens where a text is cut"):
+                model.generate(ids, **cut, **call)
+
+
+def test_a_looped_frozen_model_is_not_batched_continuously():
+    """Requests came back empty, with an error in the log."""
+    model = make_frozen("llama")
+    with looped(model, (2, 3), 3), pytest.raises(ValueError, match="cannot run a looped frozen model: use generate"):
+        model.generate_batch(inputs=[[3, 4]], generation_config=GenerationConfig(max_new_tokens=1))

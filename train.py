@@ -362,7 +362,8 @@ class TextTask:
             elif data.tokenizer is not None:
                 self.tokenizer = load_tokenizer("data.tokenizer", data.tokenizer)
             elif run.kept_tokenizer() is not None:
-                self.tokenizer = AutoTokenizer.from_pretrained(run.kept_tokenizer(), trust_remote_code=False)
+                with blaming(run.kept_tokenizer(), "delete it, and the tokenizer is learnt again."):
+                    self.tokenizer = AutoTokenizer.from_pretrained(run.kept_tokenizer(), trust_remote_code=False)
             else:
                 self.tokenizer = dataset_byte_bpe(dataset["train"], data.vocab_size)
             self.batches = TextBatches(

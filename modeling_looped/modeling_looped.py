@@ -257,11 +257,9 @@ class LoopedAttention(nn.Module):
         """Have an attention for the slot of every loop. They are only ever added, by one thread at a time."""
         slots = self.config.kv_slots()
         needed = num_loops if self.section == "core" and slots.per_loop else 1
-        if len(self.attentions) < needed:
-            with nullcontext() if torch.compiler.is_compiling() else OPENING:  # a lock cannot be traced
-                for loop in range(len(self.attentions), needed):
-                    attention = SlotAttention(self.config, slots.slot(self.section, self.index, loop))
-                    self.attentions.append(attention.train(self.training))
+        for loop in range(len(self.attentions), needed):
+            attention = SlotAttention(self.config, slots.slot(self.section, self.index, loop))
+            self.attentions.append(attention.train(self.training))
 
     def forward(
         self,
@@ -631,8 +629,7 @@ class LoopedModel(LoopedPreTrainedModel):
         batch_size, num_tokens = embeds.shape[:2]
         causal_mask = create_causal_mask(self.config, embeds, call.attention_mask, past_key_values, position_ids)
         active = ActiveRows(call.num_loops, call.decision)
-        for layer in self.core:
-            cast(LoopedLayer, layer).self_attn.open_slots(active.num_loops)
+        self.open_slots(active.num_loops)
         if active.tracks_rows:
             active.open(real_tokens(call.attention_mask, embeds) if call.deciding is None else call.deciding)
         if past_key_values is not None:
@@ -668,6 +665,14 @@ class LoopedModel(LoopedPreTrainedModel):
         if past_key_values is not None:
             self.sharing.close(past_key_values, active.loops_run, num_tokens)
         return self.norm(hidden_states), per_token(loops_used, batch_size, num_tokens, embeds.device)
+
+    def open_slots(self, num_loops: int) -> None:
+        """Have an attention for every slot of `num_loops` loops; the last layer gets its own last."""
+        layers = [cast(LoopedLayer, layer).self_attn for layer in self.core]
+        if self.sharing.slots.per_loop and len(layers[-1].attentions) < num_loops:
+            with nullcontext() if torch.compiler.is_compiling() else OPENING:  # a lock cannot be traced
+                for layer in layers:
+                    layer.open_slots(num_loops)
 
     def run_loop(self, state, embeds, loop: int, context, key_inputs, **kwargs) -> torch.Tensor:
         """One loop: the state after it, from the state before it and the prelude's output (B, T, D)."""

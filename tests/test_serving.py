@@ -26,7 +26,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from looplab.cli import main
 from looplab.limits import LIMITS, Limits
-from looplab.serving import Server, listen
+from looplab.loading import load_model
+from looplab.serving import Server, check_kind, listen
 from looplab.serving_jobs import Service, Turns, at_work, begun
 from looplab.serving_requests import CHAT, COMPLETION, GENERATION
 from modeling_looped import attach
@@ -731,6 +732,25 @@ def test_a_folder_that_cannot_be_served_is_refused(tmp_path, capsys, change, sen
     change(tmp_path)
     assert main(["serve", str(tmp_path), "--port", "0"]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["per_loop", "frozen"])
+def test_a_saved_model_is_served_without_running_the_code_in_its_folder(tmp_path, kind):
+    model = make(kind)
+    if kind == "frozen":
+        model.loop.detach().save_pretrained(tmp_path / "base")
+        model = attach(type(model).from_pretrained(tmp_path / "base"), window=(1, 2), num_loops=5)
+    for saved in (model, TOKENIZER):
+        saved.save_pretrained(tmp_path / "model")
+    code = [path for path in (tmp_path / "model").iterdir() if path.suffix == ".py"]
+    for path in code:
+        path.write_text("raise SystemExit('the code in the folder ran')")
+    assert code
+    folder = str(tmp_path / "model")
+    check_kind(folder)
+    with served(*load_model(folder, "")) as client:
+        assert client.text(num_loops=3) == generated(model, num_loops=3)
+        assert client.text() == generated(model, num_loops=5)
 
 
 @pytest.mark.parametrize("field", [{"draft_loops": 2, "num_assistant_tokens": 4}, {"max_length": 30}])

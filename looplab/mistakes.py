@@ -13,6 +13,7 @@ to get it. `--debug` shows the traceback of a mistake, too.
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
@@ -71,6 +72,8 @@ def run_command(name: str, call: Callable[[], object], debug: bool = False, rank
         debug: show the traceback of a mistake as well.
         rank: of this process among those on this machine. What all of them find out is said by the first alone.
     """
+    for library in ("torchao", "torch.utils._pytree"):  # which warn of themselves when they are imported
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         call()
         sys.stdout.flush()

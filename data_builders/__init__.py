@@ -1,70 +1,72 @@
 """Data of the tasks: `datasets` builders, tokenizers, and batches of one length and one depth."""
 
-from .batching import (
-    DepthSampler,
-    HopBatches,
-    LoopCollator,
-    LoopCollatorCallback,
-    TextBatches,
-    TextBlocks,
-    encode_groups,
-    encode_hops,
-    encode_rows,
-    encode_text,
-    stack_rows,
-)
-from .composition import Composition, CompositionConfig
-from .khop import Khop, KhopConfig
-from .molecules import Molecules, MoleculesConfig, augment, canonical_smiles, random_smiles
-from .multiple_choice import MultipleChoice, MultipleChoiceConfig
-from .packing import MoleculeBatches, PackedMolecules
-from .tasks import export_parquet, load_molecules, load_task, load_text, task_builder
-from .text import Text, TextConfig
-from .tokenizers import (
-    dataset_byte_bpe,
-    dataset_smiles_tokenizer,
-    dataset_tokenizer,
-    hop_tokenizer,
-    smiles_tokenizer,
-    train_byte_bpe,
-)
+from importlib import import_module
 
-__all__ = [
-    "Composition",
-    "CompositionConfig",
-    "DepthSampler",
-    "HopBatches",
-    "Khop",
-    "KhopConfig",
-    "LoopCollator",
-    "LoopCollatorCallback",
-    "MoleculeBatches",
-    "Molecules",
-    "MoleculesConfig",
-    "MultipleChoice",
-    "MultipleChoiceConfig",
-    "PackedMolecules",
-    "Text",
-    "TextBatches",
-    "TextBlocks",
-    "TextConfig",
-    "augment",
-    "canonical_smiles",
-    "dataset_byte_bpe",
-    "dataset_smiles_tokenizer",
-    "dataset_tokenizer",
-    "encode_groups",
-    "encode_hops",
-    "encode_rows",
-    "encode_text",
-    "export_parquet",
-    "hop_tokenizer",
-    "load_molecules",
-    "load_task",
-    "load_text",
-    "random_smiles",
-    "smiles_tokenizer",
-    "stack_rows",
-    "task_builder",
-    "train_byte_bpe",
-]
+# A module is imported when one of its names is asked for: most need torch and datasets, which a table of results does
+# without.
+NAMES = {
+    "batching": (
+        "DepthSampler",
+        "HopBatches",
+        "LoopCollator",
+        "LoopCollatorCallback",
+        "TextBatches",
+        "TextBlocks",
+        "encode_groups",
+        "encode_hops",
+        "encode_rows",
+        "encode_text",
+        "stack_rows",
+    ),
+    "composition": (
+        "Composition",
+        "CompositionConfig",
+    ),
+    "khop": (
+        "Khop",
+        "KhopConfig",
+    ),
+    "molecules": (
+        "Molecules",
+        "MoleculesConfig",
+        "augment",
+        "canonical_smiles",
+        "random_smiles",
+    ),
+    "multiple_choice": (
+        "MultipleChoice",
+        "MultipleChoiceConfig",
+    ),
+    "packing": (
+        "MoleculeBatches",
+        "PackedMolecules",
+    ),
+    "tasks": (
+        "export_parquet",
+        "load_molecules",
+        "load_task",
+        "load_text",
+        "task_builder",
+    ),
+    "text": (
+        "Text",
+        "TextConfig",
+    ),
+    "tokenizers": (
+        "dataset_byte_bpe",
+        "dataset_smiles_tokenizer",
+        "dataset_tokenizer",
+        "hop_tokenizer",
+        "smiles_tokenizer",
+        "train_byte_bpe",
+    ),
+}
+MODULE_OF = {name: module for module, names in NAMES.items() for name in names}
+
+__all__ = sorted(MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{MODULE_OF[name]}", __name__), name)

@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import has_length
 
-from .fields import Range
+from .fields import MOST_LOOPS, Range
 from .hop_rows import hop_table, stream
 
 # Nodes of the Gauss-Hermite rule over the log-normal rate; 64 give the mean to about 1e-12 for sigma <= 1.
@@ -36,9 +36,6 @@ NODES = 64
 
 # Steps whose depths, or hop counts, are drawn at once.
 CHUNK = 4096
-
-# The most loops that a step may draw: the distribution has an entry for each number of loops.
-MOST_LOOPS = 10_000
 
 
 class DepthSampler:

@@ -1,4 +1,7 @@
-"""The recipe of a run: every number of it, read from a YAML file and from flags put over it."""
+"""The recipe of a run: every number of it, read from a YAML file and from flags put over it.
+
+torch is imported when a recipe is made, not with this module: tables of results read no recipe.
+"""
 
 import difflib
 import re
@@ -10,11 +13,8 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict, type_validator
 from huggingface_hub.errors import StrictDataclassError
 
-from data_builders import DepthSampler
-from data_builders.batching import MOST_LOOPS
-from data_builders.fields import check_fields, number, numbers, path
+from data_builders.fields import MOST_LOOPS, check_fields, number, numbers, path
 from data_builders.files import expand_home
-from modeling_looped import LoopedConfig
 
 from .mistakes import sentence
 from .yaml_text import parse_yaml, read_yaml
@@ -57,8 +57,10 @@ class Depth:
     maximum: int | None = number(at_least=1, at_most=MOST_LOOPS)
     sigma: Number | None = number(above=0)
 
-    def sampler(self, seed: int) -> DepthSampler:
-        """Draws the loops of a step; ValueError for fields that do not go together."""
+    def sampler(self, seed: int):
+        """The `DepthSampler`; ValueError for fields that do not go together."""
+        from data_builders import DepthSampler
+
         return DepthSampler(seed=seed, **{name: value for name, value in vars(self).items() if value is not None})
 
 
@@ -167,6 +169,8 @@ class Recipe:
                 raise ValueError(f"data.{name} and data.overrides.{name} name the same thing: leave one of them out.")
         CHECKS[self.data.task](self)
         if self.init_from is None:
+            from modeling_looped import LoopedConfig
+
             try:
                 LoopedConfig(**self.model)
             except (StrictDataclassError, TypeError, ValueError) as error:

@@ -1,6 +1,9 @@
 """Laws of what is read off RUN/loops.jsonl and RUN/halting.jsonl: choose on validation rows, measure on test rows."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,8 @@ from looplab.results import (
     wilson_interval,
 )
 from looplab.runs import open_run
+
+ROOT = Path(__file__).parents[1]
 
 
 def loop_row(split, hops, loops, accuracy, first=0.0, kind=None):
@@ -118,3 +123,11 @@ def test_an_interval_holds_the_share_it_is_of():
         for right in (0, n // 2, n):
             low, high = wilson_interval(right / n, n)
             assert 0 <= low <= right / n <= high <= 1
+
+
+@pytest.mark.parametrize("module", ["looplab.runs", "looplab.recipe", "looplab.seeds", "data_builders.files"])
+def test_what_reads_results_imports_no_torch(module):
+    """A table, or a folder that is misspelt, is a matter of a fraction of a second."""
+    code = f"import sys, {module}; print(sorted({{'torch', 'datasets', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

@@ -284,16 +284,18 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 import train
+from looplab.run_folder import RunFolder
 
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-train.save_checkpoint = lambda *arguments: None
+RunFolder.save_checkpoint = lambda *arguments: None
 
-def note_units(model, tokenizer, folder):
-    units = [type(unit).__name__ for unit in model.modules() if isinstance(unit, FSDPModule)]
-    (folder.parent / "units").write_text(" ".join(units))
+def note_units(run, name, *parts):
+    if name == "model":
+        units = [type(unit).__name__ for unit in parts[0].modules() if isinstance(unit, FSDPModule)]
+        (run.final / "units").write_text(" ".join(units))
 
-train.save_model = note_units
+RunFolder.save_folder = note_units
 train.main(train.read_recipe(sys.argv[1], sys.argv[2:]))
 """
 

@@ -104,10 +104,8 @@ def forward_flops(
 def connection_flops(config: LoopedConfig) -> int:
     """Matrix-product FLOPs of the loop connection, per token and loop."""
     hidden, streams = config.hidden_size, config.num_streams
-    if config.loop_connection == "inject_concat":
-        return 4 * hidden * hidden
     if config.loop_connection != "hyper":
-        return 0
+        return {"plain": 0, "inject_add": 0, "inject_concat": 4 * hidden * hidden}[config.loop_connection]
     gates, mixing = {
         "diagonal": (3 * streams, 0),
         "identity": (2 * streams, 0),

@@ -39,6 +39,8 @@ FIGURES = {
     "exits": "Validity against mean loops of a token: halting rules, and fixed loop counts",
     "faults": "What is wrong with the molecules, by loops",
     "molecules": "Some valid molecules that the model wrote",
+    "ablations": "Validity without one attention head, by loop and head",
+    "readouts": "Validity where every loop is read by a head of its own, or by the last loop's",
     "perplexity": "Perplexity on unseen documents, by loops",
     "learning": "Accuracy by kind of question, over training",
     "training": "Training: loss and held-out measure over time",

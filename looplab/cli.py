@@ -1,5 +1,5 @@
-"""The command line: `looped eval | halting | plot | table | lens | fetch | harness | frozen | ask | demo | bench |
-convert | quantize | publish | serve`.
+"""The command line: `looped eval | halting | memory | plot | table | lens | fetch | harness | frozen | ask | demo |
+bench | convert | quantize | publish | serve`.
 
 Nothing heavy is imported before the arguments are parsed.
 """

@@ -36,23 +36,7 @@ from .readers import HopReader, reader_of
 from .runs import AGAIN, VERBS, Run, open_run
 
 # Records of a run that are published, where it has them.
-RECORDS = (
-    "recipe.yaml",
-    "summary.json",
-    "metrics.jsonl",
-    "evaluation.json",
-    "grid.jsonl",
-    "loops.jsonl",
-    "text.jsonl",
-    "molecules.jsonl",
-    "probes.jsonl",
-    "ablations.jsonl",
-    "readouts.jsonl",
-    "halting.jsonl",
-    "quantization.json",
-    "lens.jsonl",
-    "lens_stages.jsonl",
-)
+RECORDS = ("recipe.yaml", "summary.json", "metrics.jsonl", *VERBS)
 
 # What a model folder holds beside weights and code, where it has them.
 MODEL_FILES = (

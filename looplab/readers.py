@@ -56,7 +56,9 @@ class HopReader:
         from .seeds import markdown_table
 
         if against is not None:
-            raise ValueError(f"--against compares runs on text, and {runs[0].folder} is one on {runs[0].task()}.")
+            raise ValueError(
+                f"--against compares runs on text or on molecules, and {runs[0].folder} is one on {runs[0].task()}."
+            )
         return markdown_table(runs)
 
     def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:

@@ -328,6 +328,14 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         if self.loops_have_parameters and self.max_num_loops is None:
             raise ValueError("max_num_loops must say how many loops have gates or embeddings of their own, got None.")
 
+    def validate_start(self):
+        """Said, not refused: such a model is a building block of tests, and nothing else."""
+        if self.state_init != "embeddings" and self.loop_connection in ("plain", "hyper"):
+            logger.warning_once(
+                f"state_init={self.state_init!r} with loop_connection={self.loop_connection!r} never reads the input: "
+                "use loop_connection='inject_add' or 'inject_concat'."
+            )
+
     def validate_hyper(self):
         """Initial values that the connection does not have."""
         if self.hyper_init == "euler" and self.hyper_mixing != "diagonal":

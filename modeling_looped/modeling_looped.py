@@ -642,7 +642,7 @@ class LoopedModel(LoopedPreTrainedModel):
             whole.check_rows_can_leave()
 
         own = OwnInputs()
-        embeds = self._run(self.prelude, "prelude", embeds, whole, own, **kwargs)
+        embeds = self.run_section(self.prelude, "prelude", embeds, whole, own, **kwargs)
         state = self.connection.open(self.start(embeds, position_ids, call.generator, self.training), embeds)
         context, key_inputs = whole, self.sharing.inputs()
         for loop in range(active.num_loops):
@@ -660,7 +660,7 @@ class LoopedModel(LoopedPreTrainedModel):
                 if len(rows) == 0:
                     break
         state, loops_used = active.gather(state)
-        hidden_states = self._run(self.coda, "coda", self.connection.close(state), whole, own, **kwargs)
+        hidden_states = self.run_section(self.coda, "coda", self.connection.close(state), whole, own, **kwargs)
 
         if past_key_values is not None:
             self.sharing.close(past_key_values, active.loops_run, num_tokens)
@@ -677,11 +677,11 @@ class LoopedModel(LoopedPreTrainedModel):
     def run_loop(self, state, embeds, loop: int, context, key_inputs, **kwargs) -> torch.Tensor:
         """One loop: the state after it, from the state before it and the prelude's output (B, T, D)."""
         x, gates = self.connection.read(state, embeds, loop)
-        x = self._run(self.core, "core", x, context, key_inputs, loop, **kwargs)
+        x = self.run_section(self.core, "core", x, context, key_inputs, loop, **kwargs)
         x = self.loop_embedding(self.core_norm(x), loop)
         return self.connection.write(state, gates, x, loop)
 
-    def _run(self, layers, section, hidden_states, context, key_inputs, loop=0, **kwargs):
+    def run_section(self, layers, section, hidden_states, context, key_inputs, loop=0, **kwargs):
         """One pass over the layers of a section: (B, T, D) -> (B, T, D)."""
         per_loop = section == "core" and self.sharing.slots.per_loop
         for index, layer in enumerate(layers):

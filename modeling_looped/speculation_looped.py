@@ -151,7 +151,7 @@ class Halves:
     def run(self, layers, section, hidden_states, context) -> torch.Tensor:
         """Prelude or coda."""
         self.layer_calls += len(layers)
-        return self.body._run(layers, section, hidden_states, context, OWN_INPUTS)
+        return self.body.run_section(layers, section, hidden_states, context, OWN_INPUTS)
 
 
 class Text:

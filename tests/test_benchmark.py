@@ -4,8 +4,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from looplab.benchmark import QUICK, build_pair, compared, forward_flops, interleaved, kv_row, update_flops
+from looplab.benchmark import (
+    QUICK,
+    build_pair,
+    compared,
+    connection_flops,
+    forward_flops,
+    interleaved,
+    kv_row,
+    update_flops,
+)
 from looplab.contexts import SHARINGS, context_row, filled_cache, step_at
+from modeling_looped.connections_looped import CONNECTIONS
 from toys import make_config, make_ids, make_model
 
 CONFIGS = {
@@ -40,6 +50,15 @@ def test_the_flop_estimate_counts_every_loop_as_torch_does(fields, num_loops):
         one = counted_flops(lambda: model(ids, num_loops=num_loops, logits_to_keep=1, use_cache=False))
     assert one == forward_flops(model.config, *ids.shape, num_loops, logits_kept=1)
     assert counted_flops(train) == 3 * forward_flops(model.config, *ids.shape, num_loops)
+
+
+@pytest.mark.parametrize("connection", CONNECTIONS)
+def test_every_connection_says_what_it_costs(connection):
+    """One that the estimate did not know would be free in every claim of equal compute."""
+    config = make_config(loop_connection=connection, max_num_loops=3)
+    matrices = CONNECTIONS[connection](config).parameters()
+    per_loop = sum(2 * m.numel() for m in matrices if m.ndim == 2) / (3 if connection == "hyper" else 1)
+    assert connection_flops(config) >= per_loop
 
 
 def test_an_update_costs_six_flops_per_weight_used_and_token():

@@ -1,5 +1,6 @@
 """A link in the place of what a command writes is not followed: what lies behind it stays as it is."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from test_wrong_commands import VERBS
 
 from looplab.cli import main
+from toy_runs import edit_json
 
 # What is written, by verb: the command line, with {here} for a folder that holds copies of the toy runs.
 WRITING = {
@@ -91,3 +93,50 @@ def test_a_link_is_not_followed(here, tmp_path, line):
         assert status in (0, 2)
         path.unlink()
         shutil.move(victim, path)
+
+
+def index_of(name):
+    """An index of weights that names another file."""
+    return lambda run: (run / "model" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": name}})
+    )
+
+
+def code_of(module):
+    return lambda run: edit_json(run / "model" / "config.json", auto_map={"AutoConfig": f"{module}.Secret"})
+
+
+def link(name):
+    def put(run):
+        (run / name).unlink(missing_ok=True)
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).symlink_to(run.parent / "secret.py")
+
+    return put
+
+
+LEAKS = {
+    **{f"weights {name}": index_of(name) for name in ("../../secret.py", "../summary.json", "{here}/secret.py")},
+    **{f"code {module}": code_of(module) for module in ("../../secret", "{here}/secret")},
+    **{
+        name: link(name)
+        for name in ("grid.jsonl", "figures/grid.png", "model/config.json", "model/modeling_looped.py")
+    },
+}
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_nothing_is_published_that_a_run_only_points_to(here, capsys, leak):
+    """Of a run that somebody else made: its files may name, or be links to, what is the user's own."""
+    (here / "secret.py").write_text("secret = 1\n")
+    LEAKS[leak](here / "hops")
+    for path in (here / "hops" / "model").glob("*.json"):
+        if not path.is_symlink():
+            path.write_text(path.read_text().replace("{here}", str(here)))
+    line = ["publish", str(here / "hops"), "--repo-id", "user/x", "--dry-run"]
+    assert main(line) == 2
+    assert "secret" not in capsys.readouterr().out
+
+
+def test_a_run_without_such_files_is_published(here):
+    assert main(["publish", str(here / "hops"), "--repo-id", "user/x", "--dry-run"]) == 0

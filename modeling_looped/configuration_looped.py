@@ -244,6 +244,10 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
+        self._refuse_two_ropes(kwargs)
+        labels = kwargs.get("num_labels")
+        if labels is not None and (isinstance(labels, bool) or not isinstance(labels, int) or labels < 1):
+            raise ValueError(f"num_labels must be an integer >= 1, got {labels!r}.")
         if vars(self).pop("_says_depth_twice", False):
             self._refuse_contradiction(self.num_loops, kwargs["num_hidden_layers"])
         if self.num_key_value_heads is None:
@@ -292,6 +296,17 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
                 f"num_hidden_layers={num_hidden_layers} contradicts num_loops={num_loops}, which has {count}: leave "
                 "num_hidden_layers out, it is derived."
             )
+
+    def _refuse_two_ropes(self, arguments: dict):
+        """Older files say `rope_theta` and `rope_scaling`: beside `rope_parameters` they have to mean the same."""
+        own = self.rope_parameters or {}
+        said = {"rope_theta": arguments.get("rope_theta")} | dict(arguments.get("rope_scaling") or {})
+        for name, value in said.items():
+            if value is not None and own.get(name, value) != value:
+                raise ValueError(
+                    f"{name}={value!r} contradicts rope_parameters, which has {name}={own[name]!r}: say it in "
+                    "rope_parameters alone."
+                )
 
     def validate_sizes(self):
         """Pairs of sizes that must fit together; run by `@strict` after construction and before saving."""

@@ -245,6 +245,19 @@ def test_a_depth_that_is_said_twice_must_be_one(num_loops, tmp_path):
         LoopedConfig.from_pretrained(tmp_path, num_loops=num_loops, num_hidden_layers=11)
 
 
+@pytest.mark.parametrize(("old", "name"), [
+    ({"rope_theta": 1e6}, "rope_theta"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
+    ({"rope_scaling": {"rope_type": "default", "rope_theta": 7.0}}, "rope_theta"),
+])  # fmt: skip
+def test_wavelengths_that_are_said_twice_must_be_one(old, name):
+    new = {"rope_type": "default", "rope_theta": 1e4}
+    with pytest.raises(ValueError, match=rf"{name}=.* contradicts rope_parameters"):
+        make_config(rope_parameters=new, **old)
+    assert make_config(**old).rope_parameters.items() >= (old.get("rope_scaling") or old).items()
+    assert make_config(rope_parameters=new, rope_theta=1e4).rope_parameters == new
+
+
 @pytest.mark.parametrize("kv_sharing", ["per_loop", "last"])
 @pytest.mark.parametrize("call", [
     {"num_loops": 1}, {"num_loops": 2}, {"num_loops": 5}, {"num_loops": torch.tensor([1, 5, 2])},

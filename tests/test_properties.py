@@ -161,11 +161,13 @@ def no_token_sees_a_later_one(case: Case) -> None:
 
 
 def a_reload_is_the_same_model(case: Case, folder: Path) -> None:
-    before = case.run(mask=case.mask, num_loops=case.num_loops).logits
+    before, weights = case.run(mask=case.mask, num_loops=case.num_loops).logits, case.model.state_dict()
     case.model.save_pretrained(folder)
     case.model = LoopedForCausalLM.from_pretrained(folder, attn_implementation=case.attention, dtype=case.dtype)
+    assert all(weights[name].equal(weight) for name, weight in case.model.state_dict().items())
+    # Loaded weights lie otherwise in memory, and matrix products round by that.
     after = case.run(mask=case.mask, num_loops=case.num_loops).logits
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-5 if case.dtype == torch.float32 else 1e-12)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4 if case.dtype == torch.float32 else 1e-12)
     assert LoopedConfig.from_pretrained(folder).to_diff_dict() == case.model.config.to_diff_dict()
 
 

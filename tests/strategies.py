@@ -63,6 +63,12 @@ def configs(draw) -> dict:
     fields = {name: draw(st.sampled_from(CHOICES[name])) for name in sorted(names)}
     if fields["kv_sharing"] in ("last", "mean", "gated") and draw(st.booleans()):
         fields["prefill_chunk"] = draw(st.sampled_from([1, 2, 3]))
+    if fields.get("state_init", "embeddings") != "embeddings" and fields.get("loop_connection") in (
+        None,
+        "plain",
+        "hyper",
+    ):
+        fields["loop_connection"] = "inject_add"  # the others would never read the input, as a warning says
     return fields
 
 

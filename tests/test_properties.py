@@ -21,8 +21,9 @@ from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceCl
 
 PAST_FAILURES = Path(__file__).with_name("past_failures.jsonl")
 REFUSALS = (ValueError, TypeError, StrictDataclassError)
-# What float32 leaves after some loops; under sdpa models are in float64, and a rule that is at its threshold is rare.
-NEAR = {"rtol": 1e-3, "atol": 1e-4}
+# What rounding leaves after some loops of large weights, where a wrong row or slot moves logits by tenths. Models in
+# float64 still compute gates of streams, noise and rotary angles in float32.
+NEAR = {torch.float32: {"rtol": 2e-3, "atol": 2e-3}, torch.float64: {"rtol": 1e-5, "atol": 1e-5}}
 
 
 class Refused(Exception):
@@ -82,7 +83,7 @@ class Case:
 
 def same(first: torch.Tensor, second: torch.Tensor) -> None:
     assert second.isfinite().all()
-    torch.testing.assert_close(first, second, **NEAR)
+    torch.testing.assert_close(first, second, **NEAR[second.dtype])
 
 
 def cached_equals_uncached(case: Case) -> None:

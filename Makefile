@@ -27,20 +27,24 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: lint
+.venv/tested: .venv/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,quantizers]'
+	touch $@
+
+test: lint .venv/tested
 	$(BIN)/pytest
 
-fuzz: .venv/installed
+fuzz: .venv/tested
 	$(BIN)/pytest tests/test_properties.py --fuzz $(N)
 
 test-oldest: constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev,quantizers]'
 	.venv-oldest/bin/python -m pytest
 
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
-	.venv-newest/bin/pip install --quiet -e '.[dev]'
+	.venv-newest/bin/pip install --quiet -e '.[dev,quantizers]'
 	.venv-newest/bin/pip list | grep -iE '^(torch|transformers|datasets|accelerate|huggingface_hub) '
 	.venv-newest/bin/python -m pytest
 

@@ -281,26 +281,22 @@ class RewritingLayer(CacheLayerMixin):
 
 
 class RewritingDynamicLayer(RewritingLayer, DynamicLayer):
-    # Keys and values before this step, where a gradient goes through them.
+    # Keys and values before this step, once a gradient goes through its rows.
     before: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Append or overwrite T rows; returns all keys and values, (B, K, S, d)."""
         if self.step_is_open:
             self.step_is_open = False
-            if (
-                self.keys is not None
-                and self.values is not None
-                and (torch.is_grad_enabled() or self.keys.requires_grad)
-            ):
-                self.before = (self.keys, self.values)
             return super().update(key_states, value_states)
+        past = self.keys.shape[-2] - key_states.shape[-2]
         if not torch.is_grad_enabled():
-            self.keys[:, :, -key_states.shape[-2] :] = key_states
-            self.values[:, :, -value_states.shape[-2] :] = value_states
-        elif self.before is None:
+            self.keys[:, :, past:], self.values[:, :, past:] = key_states, value_states
+        elif past == 0:
             self.keys, self.values = key_states, value_states
         else:  # what was returned before is part of the graph, and must stay as it is
+            if self.before is None:  # the loops so far may have had no gradient
+                self.before = (self.keys[:, :, :past], self.values[:, :, :past])
             self.keys = torch.cat([self.before[0], key_states], dim=-2)
             self.values = torch.cat([self.before[1], value_states], dim=-2)
         return self.keys, self.values

@@ -248,6 +248,25 @@ def gradients_reach_what_is_asked_for(case: Case) -> None:
         same(gradient, again[name])
 
 
+def truncation_changes_no_value(case: Case) -> None:
+    """What is differentiated, and what of a cache has a gradient, is not seen in the answer."""
+    if isinstance(case.num_loops, torch.Tensor):
+        return
+    whole = case.run(num_loops=case.num_loops).logits
+    for cut in (False, True):
+        settings = {"num_loops": case.num_loops, "num_grad_loops": 1 + case.call["seed"] % 3, "cut_chunks": cut}
+        same(refusing(case.model, case.ids, use_cache=False, **settings).logits.detach(), whole)
+        del settings["cut_chunks"]
+        caches = DynamicCache(config=case.config), DynamicCache(config=case.config)
+        size = case.call["pieces"][0] if len(case.call["pieces"]) > 1 else TOKENS - 1
+        for cache in caches:
+            with torch.set_grad_enabled(cut):
+                case.model(case.ids[:, :size], past_key_values=cache, num_loops=case.num_loops)
+        rest = case.run(case.ids[:, size:], num_loops=case.num_loops, past_key_values=caches[0], use_cache=True)
+        trained = refusing(case.model, case.ids[:, size:], past_key_values=caches[1], use_cache=True, **settings)
+        same(trained.logits.detach(), rest.logits)
+
+
 LAWS = {
     law.__name__: law
     for law in (
@@ -259,6 +278,7 @@ LAWS = {
         loops_are_a_stack,
         decoding_is_the_uncached_choice,
         gradients_reach_what_is_asked_for,
+        truncation_changes_no_value,
     )
 }
 

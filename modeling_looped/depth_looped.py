@@ -12,6 +12,7 @@ file is a `SavedCount`, so that a copy of a generation config, which a pipeline 
 one that somebody set.
 """
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 
@@ -81,3 +82,19 @@ def generation_count(config: PreTrainedConfig, *generation_configs: GenerationCo
 def count_to_save(config: PreTrainedConfig, generation_config: GenerationConfig) -> int | None:
     """The `num_loops` of a generation config that is saved: what `generate` runs, where it says a count at all."""
     return None if stored_count(generation_config) is None else generation_count(config, generation_config)
+
+
+def check_loops_of_rows(num_loops, batch_size: int) -> int | torch.Tensor:
+    """An int >= 1, or a (B,) LongTensor of such; ValueError for anything else."""
+    if isinstance(num_loops, torch.Tensor):
+        if num_loops.dtype != torch.long or num_loops.shape != (batch_size,):
+            raise ValueError(
+                f"num_loops as a tensor must be a LongTensor of shape ({batch_size},), one depth per row, got "
+                f"{num_loops.dtype} of shape {tuple(num_loops.shape)}."
+            )
+        if batch_size and int(num_loops.min()) < 1:
+            raise ValueError(f"num_loops must be >= 1 in every row, got {num_loops.tolist()}.")
+        return num_loops
+    if isinstance(num_loops, bool) or not isinstance(num_loops, int) or num_loops < 1:
+        raise ValueError(f"num_loops must be an int >= 1 or a LongTensor with one depth per row, got {num_loops!r}.")
+    return num_loops

@@ -54,7 +54,7 @@ from .cache_looped import CACHE_NAME, LAYERS_WRITE_ENGINE_CACHES, SHARINGS, Acti
 from .chunks_looped import ENGINE_ARGUMENTS, Call, CallContext, Chunks
 from .configuration_looped import REWRITING_SHARINGS, LoopedConfig, too_many_loops
 from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
-from .depth_looped import asked_count, count_to_save, generation_count, mark_saved_settings
+from .depth_looped import asked_count, check_loops_of_rows, count_to_save, generation_count, mark_saved_settings
 from .gates_looped import KV_GATES, LearnedGate
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
 from .losses_looped import ExpectedLoss, make_loss
@@ -1010,21 +1010,6 @@ def check_loops(num_loops, batch_size: int, max_num_loops: int | None) -> int | 
         most = num_loops if isinstance(num_loops, int) else int(num_loops.max())
         if most > max_num_loops:
             raise ValueError(too_many_loops(most, max_num_loops))
-    return num_loops
-
-
-def check_loops_of_rows(num_loops, batch_size: int) -> int | torch.Tensor:
-    if isinstance(num_loops, torch.Tensor):
-        if num_loops.dtype != torch.long or num_loops.shape != (batch_size,):
-            raise ValueError(
-                f"num_loops as a tensor must be a LongTensor of shape ({batch_size},), one depth per row, got "
-                f"{num_loops.dtype} of shape {tuple(num_loops.shape)}."
-            )
-        if batch_size and int(num_loops.min()) < 1:
-            raise ValueError(f"num_loops must be >= 1 in every row, got {num_loops.tolist()}.")
-        return num_loops
-    if isinstance(num_loops, bool) or not isinstance(num_loops, int) or num_loops < 1:
-        raise ValueError(f"num_loops must be an int >= 1 or a LongTensor with one depth per row, got {num_loops!r}.")
     return num_loops
 
 

@@ -31,6 +31,7 @@ from transformers.masking_utils import create_causal_mask
 from .cache_looped import CACHE_NAME, CACHE_NAMES, FirstInputs, OwnInputs, RewritingLayer, one_cache
 from .chunks_looped import CallContext
 from .configuration_looped import REWRITING_SHARINGS
+from .depth_looped import check_loops_of_rows
 
 OWN_INPUTS = OwnInputs()  # of prelude and coda
 
@@ -327,7 +328,7 @@ class SelfSpeculation:
         """The loops of a verification, once all that was asked for can be done."""
         config, sharing = model.config, model.config.kv_sharing
         num_loops = model_kwargs.get("num_loops")
-        num_loops = config.num_loops if num_loops is None else int(num_loops) if input_ids.shape[0] == 1 else num_loops
+        num_loops = check_loops_of_rows(config.num_loops if num_loops is None else num_loops, input_ids.shape[0])
         cache = model_kwargs.get(CACHE_NAME)
         refusals = [
             (settings.num_beams != 1, f"num_beams={settings.num_beams} follows several texts: use num_beams=1"),
@@ -367,6 +368,7 @@ class SelfSpeculation:
         for holds, reason in refusals:
             if holds:
                 raise ValueError(f"draft_loops={self.draft_loops}: {reason}, or leave draft_loops out.")
+        num_loops = int(num_loops)  # of the one row
         if not 1 <= self.draft_loops < num_loops:
             raise ValueError(
                 f"draft_loops={self.draft_loops} must be in 1 .. num_loops - 1 = {num_loops - 1}: the draft is made "
@@ -418,11 +420,13 @@ def self_speculation(model, call: dict, settings: dict) -> SelfSpeculation | Non
     configs = [call.get("generation_config"), model.generation_config]
     stored = [config.to_dict().get("draft_loops") for config in configs if config is not None]
     asked = [value for value in (settings.pop("draft_loops", None), *stored) if value is not None]
-    if not asked or asked[0] == 0:
+    if not asked:
         return None
     draft_loops = asked[0]
     if isinstance(draft_loops, bool) or not isinstance(draft_loops, int):
         raise ValueError(f"draft_loops must be an int: loops of the draft, or 0 for none, got {draft_loops!r}.")
+    if draft_loops == 0:
+        return None
     for other in ("custom_generate", "assistant_model", "synced_gpus"):
         if call.get(other):
             raise ValueError(f"draft_loops={draft_loops} is a decoding method of its own: leave {other} out.")

@@ -714,6 +714,10 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         self.objective = make_loss(config)
         self.post_init()
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"looped {cls.__name__}"] = cls.__name__  # see the end of the file
+
     def readout(self, state: torch.Tensor) -> torch.Tensor:
         """Norm + head on a state: (B, K, D) -> (B, K, V) logits."""
         return self.lm_head(self.model.norm(state))

@@ -343,6 +343,11 @@ class SelfSpeculation:
                 f"it decodes one row, got {input_ids.shape[0]} (num_return_sequences counts): rows accept different "
                 "numbers of tokens. Call generate row by row",
             ),
+            (
+                "prepare_inputs_for_generation" in vars(model),
+                "a library prepares each call of this model, as PEFT does for its prompt methods, and drafts would "
+                "miss what it adds",
+            ),
             ("halting" in model_kwargs, "halting ends loops early, and verification needs all: use one of the two"),
             (
                 bool(settings.prompt_lookup_num_tokens or settings.assistant_early_exit),

@@ -342,6 +342,7 @@ def adapted_model(config):
 SMOOTHED = {
     "causal": lambda *_: make_model(),
     "remote": remote_model,
+    "subclass": lambda *_: type("OwnModel", (LoopedForCausalLM,), {})(make_config()),
     "lora": adapted_model(peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2)),
     "prefix": adapted_model(peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
     "frozen": lambda *_: attach(make_frozen("llama", dtype=torch.float32), window=(2, 3), num_loops=3),
@@ -444,3 +445,21 @@ def test_a_looped_frozen_model_is_not_batched_continuously():
     model = make_frozen("llama")
     with looped(model, (2, 3), 3), pytest.raises(ValueError, match="cannot run a looped frozen model: use generate"):
         model.generate_batch(inputs=[[3, 4]], generation_config=GenerationConfig(max_new_tokens=1))
+
+
+@peft_asks_for_the_old_name
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig, peft.PrefixTuningConfig])
+def test_drafts_do_not_miss_virtual_tokens(config):
+    """Drafts call the model themselves: virtual tokens were left out, and the text was another."""
+    model = peft.get_peft_model(make_model(), config(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    with pytest.raises(ValueError, match=r"draft_loops=1: a library prepares each call of this model, as PEFT"):
+        model.generate(input_ids=make_ids(1, 5), max_new_tokens=4, draft_loops=1)
+
+
+@peft_asks_for_the_old_name
+def test_adapters_of_weights_draft_as_they_decode():
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(make_model(), config).eval()
+    for num_loops in (3, 5):
+        settings = {"input_ids": make_ids(1, 5), "num_loops": num_loops, "max_new_tokens": 8}
+        assert model.generate(**settings, draft_loops=2).equal(model.generate(**settings))

@@ -58,7 +58,7 @@ from .depth_looped import asked_count, check_loops_of_rows, count_to_save, gener
 from .gates_looped import KV_GATES, LearnedGate
 from .halting_looped import ActiveRows, Decision, FixedRule, halting_rule
 from .losses_looped import ExpectedLoss, make_loss
-from .speculation_looped import self_speculation
+from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
 
 # What attention backends and serving engines pass through forward (continuous batching, vLLM); any other keyword that
 # is not a parameter is a mistake.
@@ -410,10 +410,12 @@ def choose_hidden_states(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
-        selected = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if not selected or selected is True:
+        asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if asked is None or isinstance(asked, bool):
             return forward(self, *args, **kwargs)
-        selected = [selected] if isinstance(selected, int) else selected
+        selected = asked if isinstance(asked, (list, tuple, set, range)) else [asked]
+        if not all(type(index) is int for index in selected):
+            raise ValueError(f"output_hidden_states must be a bool, an index or a list of indices, got {asked!r}.")
         outputs = forward(self, *args, **kwargs | {"output_hidden_states": True, "return_dict": True})
         count = len(outputs.hidden_states)
         kept = {index % count for index in selected if -count <= index < count}
@@ -842,6 +844,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
                 f"prefill_chunk_size={cut}: {cuts_show(self.config.kv_sharing)}. Leave it out; the model's own cuts "
                 "are config.prefill_chunk, which bounds memory too."
             )
+        if cut is not None and calls_are_prepared(self):
+            raise ValueError(f"prefill_chunk_size={cut}: {CALLS_ARE_PREPARED}: leave it out.")
         stored = {
             "num_loops": generation_count(self.config, given, self.generation_config),
             "halting": generation_config.to_dict().get("halting"),
@@ -897,6 +901,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
                 "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'."
             )
+        if calls_are_prepared(self):
+            raise ValueError(f"drafts of {type(self).__name__}: {CALLS_ARE_PREPARED}: decode without.")
         if assistant_model is not None:
             own = (*LOOP_SETTINGS, "generator", "loops_of_calls")
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}

@@ -343,11 +343,7 @@ class SelfSpeculation:
                 f"it decodes one row, got {input_ids.shape[0]} (num_return_sequences counts): rows accept different "
                 "numbers of tokens. Call generate row by row",
             ),
-            (
-                "prepare_inputs_for_generation" in vars(model),
-                "a library prepares each call of this model, as PEFT does for its prompt methods, and drafts would "
-                "miss what it adds",
-            ),
+            (calls_are_prepared(model), CALLS_ARE_PREPARED),
             ("halting" in model_kwargs, "halting ends loops early, and verification needs all: use one of the two"),
             (
                 bool(settings.prompt_lookup_num_tokens or settings.assistant_early_exit),
@@ -380,6 +376,16 @@ class SelfSpeculation:
                 "by fewer loops than the text. Ask for fewer, or for 0 to decode without a draft."
             )
         return num_loops
+
+
+CALLS_ARE_PREPARED = (
+    "a library prepares each call of this model, as PEFT does for its prompt methods, and what it adds would be missed"
+)
+
+
+def calls_are_prepared(model) -> bool:
+    """Whether a library has put a method of its own on the model, which adds to what each call of it is given."""
+    return "prepare_inputs_for_generation" in vars(model)
 
 
 def prefill(model, input_ids, num_loops, chunk_size, model_kwargs) -> torch.Tensor:

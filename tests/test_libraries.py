@@ -449,11 +449,15 @@ def test_a_looped_frozen_model_is_not_batched_continuously():
 
 @peft_asks_for_the_old_name
 @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig, peft.PrefixTuningConfig])
-def test_drafts_do_not_miss_virtual_tokens(config):
-    """Drafts call the model themselves: virtual tokens were left out, and the text was another."""
+@pytest.mark.parametrize("settings", [
+    {"draft_loops": 1}, {"assistant_early_exit": 4}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 2},
+    {"assistant_model": make_model()},
+], ids=lambda settings: next(iter(settings)))  # fmt: skip
+def test_virtual_tokens_are_not_missed(config, settings):
+    """Drafts and chunks call the model otherwise: virtual tokens were left out, and the text was another."""
     model = peft.get_peft_model(make_model(), config(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
-    with pytest.raises(ValueError, match=r"draft_loops=1: a library prepares each call of this model, as PEFT"):
-        model.generate(input_ids=make_ids(1, 5), max_new_tokens=4, draft_loops=1)
+    with pytest.raises(ValueError, match=r"a library prepares each call of this model, as PEFT"):
+        model.generate(input_ids=make_ids(1, 5), max_new_tokens=4, **settings)
 
 
 @peft_asks_for_the_old_name

@@ -277,3 +277,10 @@ def test_chosen_hidden_states_are_those_of_all(kv_sharing, call):
         assert all(states[index].equal(every[index]) for index in kept)
         as_tuple = model.model(ids, output_hidden_states=chosen, return_dict=False, **call)
         assert isinstance(as_tuple, tuple)
+
+
+@pytest.mark.parametrize("junk", ["x", 2.5, [2.5], ["a"], [True], [None], torch.tensor([1, 0]), {"a": 1}], ids=str)
+def test_what_chooses_no_hidden_states_is_refused(junk):
+    for model in (make_model(), make_model().model):
+        with pytest.raises(ValueError, match=r"output_hidden_states must be a bool, an index or a list of indices"):
+            model(make_ids(), output_hidden_states=junk)

@@ -36,6 +36,11 @@ class SavedDepth:
         loaded = super().from_dict(config_dict, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return mark_saved(loaded, kwargs) if from_file else loaded
 
+    def to_dict(self) -> dict:
+        """As in transformers, of plain values: what a dict is written by may know no other."""
+        output = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
+        return output | {"num_loops": int(output["num_loops"])}
+
 
 def mark_saved(loaded, asked: dict):
     """`loaded`, which was read from a file under the keywords `asked`: a configuration, or (configuration, rest)."""

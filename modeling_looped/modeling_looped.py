@@ -884,7 +884,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
             )
         num_loops = asked_count(generation_config, self.generation_config)
         halting = (self.generation_config if generation_config is None else generation_config).to_dict().get("halting")
-        if num_loops not in (None, self.config.num_loops) or halting_rule(halting) is not None:
+        other = num_loops is not None and (isinstance(num_loops, torch.Tensor) or num_loops != self.config.num_loops)
+        if other or halting_rule(halting) is not None:
             raise ValueError(
                 f"continuous batching runs config.num_loops={self.config.num_loops} for every token, but the "
                 f"generation config asks for num_loops={num_loops}, halting={halting!r}: load the model with "

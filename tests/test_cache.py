@@ -399,7 +399,11 @@ def test_continuous_batching_finds_the_slot_of_every_loop(kv_sharing):
     assert sorted(generated) == sorted(expected.tolist())
 
 
-@pytest.mark.parametrize("settings", [{"num_loops": 2}, {"halting": "kl"}], ids=["num_loops", "halting"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_loops": 2}, {"num_loops": torch.tensor([3, 2])}, {"halting": "kl"}],
+    ids=["int", "tensor", "halting"],
+)
 def test_continuous_batching_refuses_loops_it_would_not_run(settings):
     """It calls the model without arguments of its own: those of the generation config were silently ignored."""
     model = make_model(num_loops=3)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import (
     AutoConfig,
@@ -227,6 +228,8 @@ def test_a_saved_count_is_a_plain_number_in_files(folders, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["num_loops"] == IN_FILE
     assert json.loads((tmp_path / "generation_config.json").read_text("utf-8"))["num_loops"] == SAVED
     assert model.config.num_loops == LoopedConfig.from_pretrained(tmp_path).num_loops == IN_FILE
+    for config in (model.config, load(folders["frozen", SAVED], None, auto=True).loop.config):
+        assert yaml.safe_load(yaml.safe_dump({"num_loops": config.to_dict()["num_loops"]})) == {"num_loops": IN_FILE}
 
 
 @pytest.mark.parametrize("num_loops", [1, 2, 4, 8])

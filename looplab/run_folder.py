@@ -10,7 +10,7 @@
 Three laws hold at every moment, a kill included. A file is the old one or the new one, and the files of one
 measurement change together. What this project did not write is never removed: only files with a name of `OWNED`, and
 with the digest that was noted when they were written. Every measurement says which weights it is of.
-`docs/run_folders.md` has the files and what to do about each refusal.
+`docs/guides/run_folders.md` has the files and what to do about each refusal.
 """
 
 import fnmatch

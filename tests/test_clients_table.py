@@ -1,4 +1,4 @@
-"""docs/clients.md, executed: a row works, here or in the test that it names, or is refused in the words it quotes."""
+"""docs/guides/clients.md, executed: a row works, here or in the test it names, or is refused in the words it quotes."""
 
 import inspect
 import re
@@ -69,7 +69,7 @@ class Row:
 def read_rows() -> list[Row]:
     rows = []
     for table in re.findall(
-        r"^\| client \|.*\n\|---.*\n((?:\|.*\n)+)", (ROOT / "docs/clients.md").read_text(), re.MULTILINE
+        r"^\| client \|.*\n\|---.*\n((?:\|.*\n)+)", (ROOT / "docs/guides/clients.md").read_text(), re.MULTILINE
     ):
         for line in table.splitlines():
             client, verdict, notes = (cell.strip() for cell in line.strip("|").split(" | ", 2))

@@ -25,7 +25,7 @@ GUIDES = ("train_your_own_data.md", "add_a_system.md", "tune_loops.md", "demo.md
 
 
 def blocks_of(page: str, language: str = "python") -> list[str]:
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / page).read_text(), flags=re.S | re.M)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / "guides" / page).read_text(), flags=re.S | re.M)
     return [block for name, block in fences if name == language]
 
 
@@ -33,7 +33,7 @@ def run_blocks(page: str, blocks: list[str]) -> dict:
     """The names that the blocks leave, run one after the other."""
     names = {}
     for block in blocks:
-        exec(compile(block, f"docs/{page}", "exec"), names)
+        exec(compile(block, f"docs/guides/{page}", "exec"), names)
     return names
 
 
@@ -47,9 +47,9 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", GUIDES)
 def test_what_a_guide_names_exists(page):
-    text = (ROOT / "docs" / page).read_text()
+    text = (ROOT / "docs" / "guides" / page).read_text()
     files = re.findall(r"`((?:docs|tests|recipes|hub_cards|looplab|modeling_looped|data_builders)/[\w./-]*)`", text)
-    files += [f"docs/{name}" for name in re.findall(r"\]\(([\w./-]+)\)", text)]
+    files += [f"docs/guides/{name}" for name in re.findall(r"\]\(([\w./-]+)\)", text)]
     assert [name for name in files if not (ROOT / name).exists()] == []
     code = "\n".join(path.read_text() for path in ROOT.glob("tests/*.py"))
     assert [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in code] == []
@@ -83,7 +83,7 @@ def test_text_of_your_own_trains_and_is_evaluated(folder):
 
 def test_a_recipe_with_a_dataset_and_a_wider_graph_is_accepted():
     [recipe] = blocks_of("train_your_own_data.md", "yaml")
-    page = (ROOT / "docs" / "train_your_own_data.md").read_text()
+    page = (ROOT / "docs" / "guides" / "train_your_own_data.md").read_text()
     [dataset] = re.findall(r"`data.overrides: (\{.*\})`", page)
     [wider] = re.findall(r'--data.overrides "(\{.*\})"', page)
     values = parse_yaml(recipe, "the guide")
@@ -120,7 +120,7 @@ def test_the_new_connection_and_the_new_rule_work(capsys):
 
 
 def test_the_named_verbs_are_those_of_every_object():
-    page = (ROOT / "docs" / "add_a_system.md").read_text()
+    page = (ROOT / "docs" / "guides" / "add_a_system.md").read_text()
     table = {
         kind: re.findall(r"`(\w+)`", verbs)
         for kind, verbs in re.findall(r"^\| ([\w ]+) \| `\w+\.py` \| (.*?) \|", page, flags=re.M)

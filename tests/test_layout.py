@@ -73,7 +73,10 @@ def test_every_figure_of_a_run_has_a_caption():
     assert drawn <= set(FIGURES)
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: path.name)
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_whole(page):
     """Below an empty line the rest of a table renders as text with bars."""
     blocks = re.split(r"\n\s*\n", page.read_text(encoding="utf-8"))

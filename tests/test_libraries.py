@@ -260,7 +260,7 @@ def test_two_processes_share_the_weights(tmp_path):
 
 # Gradients
 
-# What no label teaches, see docs/clients.md: DDP needs find_unused_parameters for these.
+# What no label teaches, see docs/guides/clients.md: DDP needs find_unused_parameters for these.
 UNTAUGHT = {"ouro_gate": lambda name: "exit_gate" not in name}
 
 

@@ -14,7 +14,7 @@ from looplab.lens_plots import call_labels, heat_maps, lens_figures, stages_figu
 from looplab.recorder import layer_calls
 from toys import make_config, make_model
 
-PAGE = Path(__file__).parents[1] / "docs" / "mechanism.md"
+PAGE = Path(__file__).parents[1] / "docs" / "guides" / "mechanism.md"
 GRAPH = {"num_entities": 12, "num_relations": 4, "out_degree": 4, "ood_share": 0.3, "phi": 1.0, "id_holdout": 0.2}
 GRAPH |= {"test_per_kind": 0, "pair_holdout": 0.0}  # only the kinds train, id and ood
 
@@ -186,7 +186,7 @@ def test_without_snapshots_the_remedy_is_named(tmp_path, run, capsys):
 def test_the_pages_example_runs(run, monkeypatch, capsys):
     monkeypatch.chdir(run.parents[1])
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
-    exec(compile(block, "docs/mechanism.md", "exec"), {})
+    exec(compile(block, "docs/guides/mechanism.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("the bridge is best read at core")
     assert len([line for line in lines if line.startswith("[")]) == 10  # five sets of positions, patched and swapped

@@ -39,7 +39,7 @@ from toys import shipped_with, write_pages
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
-GUIDE = (ROOT / "docs" / "publish.md").read_text()
+GUIDE = (ROOT / "docs" / "guides" / "publish.md").read_text()
 REPO = f"{USER}/tiny-khop"
 SHIPPED = shipped_with("configuration_looped", "modeling_looped") | {
     "config.json",
@@ -482,7 +482,7 @@ def test_a_download_of_another_size_raises_and_leaves_nothing(published, hub, tm
 
 
 def test_a_flipped_bit_is_found_by_verification(published, hub, api, tmp_path):
-    """A download is compared by size, not by hash: that is what `hf cache verify` is for (docs/publish.md)."""
+    """A download is compared by size, not by hash: that is what `hf cache verify` is for (docs/guides/publish.md)."""
     where = {"cache_dir": tmp_path / "cache"}
     snapshot_download(REPO, endpoint=hub.url, **where)
     assert api.verify_repo_checksums(REPO, **where).mismatches == []
@@ -501,7 +501,7 @@ def sha256(path: Path) -> str:
 
 
 def commands_of_the_guide(run: Path) -> list[list[str]]:
-    """The command lines of docs/publish.md, of this run and the user of the tests."""
+    """The command lines of docs/guides/publish.md, of this run and the user of the tests."""
     lines = "".join(re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)).splitlines()
     return [line.replace("runs/quickstart", str(run)).replace("user/khop", REPO).split() for line in lines]
 
@@ -564,7 +564,7 @@ def stranger(home: Path, hub: LocalHub, *arguments: str, **more: str) -> dict:
 
 @pytest.mark.slow
 def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub, api, tmp_path):
-    """By repo id, revision and code revision, as docs/publish.md and the model's card say; then without a network.
+    """By repo id, revision and code revision, as docs/guides/publish.md and the card say; then without a network.
 
     The newest commit of the model has code that does not run: who pinned the code does not meet it.
     """

@@ -43,29 +43,29 @@ def test_the_example_of_a_frozen_model_runs(tmp_path, monkeypatch):
     for saved in (model, tokenizer):
         saved.save_pretrained(tmp_path / "smollm2")
     monkeypatch.chdir(tmp_path)
-    [block] = blocks_of("frozen.md")
+    [block] = blocks_of("results/frozen.md")
     names = {}
-    exec(compile(block.replace("window=(12, 15)", "window=(2, 4)"), "docs/frozen.md", "exec"), names)
+    exec(compile(block.replace("window=(12, 15)", "window=(2, 4)"), "docs/results/frozen.md", "exec"), names)
     assert names["again"].loop.config.window == [2, 4]
     assert [path.name for path in (tmp_path / "smollm2-looped").glob("*.safetensors")] == []
 
 
 def test_the_example_of_hyperloop_runs():
-    [block] = blocks_of("hyperloop.md")
+    [block] = blocks_of("results/hyperloop.md")
     names = {}
-    exec(compile(block, "docs/hyperloop.md", "exec"), names)
+    exec(compile(block, "docs/results/hyperloop.md", "exec"), names)
     assert len(names["model"].model.connection.gates) == 3
 
 
 def test_the_example_of_melt_runs():
-    [block] = blocks_of("melt.md")
-    exec(compile(block, "docs/melt.md", "exec"), {})  # it checks itself
+    [block] = blocks_of("results/melt.md")
+    exec(compile(block, "docs/results/melt.md", "exec"), {})  # it checks itself
 
 
 def test_the_example_of_exits_and_drafts_runs(capsys):
     names = {}
-    for block in blocks_of("exits.md"):
-        exec(compile(block, "docs/exits.md", "exec"), names)
+    for block in blocks_of("results/drafts_and_halting.md"):
+        exec(compile(block, "docs/results/drafts_and_halting.md", "exec"), names)
     assert torch.equal(names["text"].sequences, names["plain"])
     assert len(capsys.readouterr().out.splitlines()) == 3
 
@@ -82,27 +82,27 @@ def test_the_examples_of_clients_run(tmp_path, monkeypatch, capsys):
     for saved in (model, tokenizer):
         saved.save_pretrained(tmp_path / "runs/quickstart/model")
     dataset = Dataset.from_list([{"text": f"e{i} r1 r2 e3"} for i in range(16)])
-    sft, generator, server, export = blocks_of("clients.md")
+    sft, generator, server, export = blocks_of("guides/clients.md")
     for block in (sft.replace("max_steps=10", "max_steps=1, disable_tqdm=True, use_cpu=True, bf16=False"), generator):
-        exec(compile(block, "docs/clients.md", "exec"), {"dataset": dataset})
+        exec(compile(block, "docs/guides/clients.md", "exec"), {"dataset": dataset})
     assert "e7 r0 r3 r1" in capsys.readouterr().out
-    exec(compile(server, "docs/clients.md", "exec"), {})
+    exec(compile(server, "docs/guides/clients.md", "exec"), {})
     reloaded = LoopedForCausalLM.from_pretrained(tmp_path / "runs/quickstart/model")
     assert reloaded.generation_config.to_dict()["num_loops"] == 8
     names = {}
-    exec(compile(export.replace("num_loops=8", "num_loops=2"), "docs/clients.md", "exec"), names)
+    exec(compile(export.replace("num_loops=8", "num_loops=2"), "docs/guides/clients.md", "exec"), names)
     ids = torch.tensor([[7, 8, 9, 10]])
     torch.testing.assert_close(names["program"].module()(ids), reloaded(ids, num_loops=2).logits, **FP32)
-    [task] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/clients.md").read_text(), flags=re.S)
+    [task] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/guides/clients.md").read_text(), flags=re.S)
     assert yaml.safe_load(task)["doc_to_text"].endswith("<ans>")
 
 
 def test_the_example_of_molecules_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(ROOT)
-    [block] = blocks_of("molecules.md")
+    [block] = blocks_of("results/molecules.md")
     names = {}
-    exec(compile(block, "docs/molecules.md", "exec"), names)
+    exec(compile(block, "docs/results/molecules.md", "exec"), names)
     assert 2.0 < names["loss"].item() < 5.0
     assert names["written"].shape[1] > 1
 

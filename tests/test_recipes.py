@@ -207,7 +207,7 @@ def test_a_paper_recipe_takes_a_step(name, tmp_path):
     assert LoopedForCausalLM.from_pretrained(tmp_path / name / "model").num_parameters() == summary["parameters"]
 
 
-# docs/paper_scale.md
+# docs/results/paper_scale.md
 
 ROWS_PER_HOP = {"composition": {1: 40_000, 2: 273_600}, "khop": {1: 2_000} | dict.fromkeys(range(2, 41), 15_000)}
 DENSE_BF16 = {"A100": 312, "H100 SXM": 989, "RTX 4090": 165, "RTX 5090": 209, "L4": 121}  # TFLOP/s
@@ -217,8 +217,9 @@ REFERENCE_LAYER_CALLS = 19.6 * 20
 
 
 def table(title: str) -> list[dict]:
-    """Rows of the table below a heading of docs/paper_scale.md."""
-    lines = (ROOT / "docs" / "paper_scale.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
+    """Rows of the table below a heading of docs/results/paper_scale.md."""
+    page = (ROOT / "docs" / "results" / "paper_scale.md").read_text()
+    lines = page.split(f"## {title}\n")[1].split("\n## ")[0].splitlines()
     header, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     return [dict(zip(header, row, strict=True)) for row in rows]
 
@@ -277,7 +278,7 @@ def test_accelerate_reads_the_sharding_config(monkeypatch):
 
 
 # accelerate shards on accelerators only: with CPU processes the same config is data-parallel without a word. Named
-# MULTI_GPU, the processes stay on CPU and gloo, and are sharded. Saving is left out, see docs/paper_scale.md.
+# MULTI_GPU, the processes stay on CPU and gloo, and are sharded. Saving is left out, see docs/results/paper_scale.md.
 SHARDED_ON_CPU = """
 import sys
 from accelerate import PartialState

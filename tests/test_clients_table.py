@@ -1,4 +1,4 @@
-"""docs/guides/clients.md, executed: a row works, here or in the test it names, or is refused in the words it quotes."""
+"""docs/guides/clients.md, executed: a row works, here or in the test it names, or is refused in the words quoted."""
 
 import inspect
 import re

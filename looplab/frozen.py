@@ -32,7 +32,7 @@ from data_builders import TextBlocks, load_task
 from data_builders.fields import Range, check_fields, number, numbers, path
 from data_builders.files import expand_home
 from modeling_looped import FrozenLoopedConfig, default_window, looped
-from modeling_looped.frozen_looped import decoder_layers
+from modeling_looped.frozen_window_looped import decoder_layers
 
 from .loading import load_model
 from .recipe import build_recipe, check_name, expand_paths

@@ -26,9 +26,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modeling_looped import frozen_looped
+from modeling_looped import frozen_window_looped
 from modeling_looped.cache_looped import CACHE_NAME
-from modeling_looped.frozen_looped import METHODS, attach, default_window, detach, looped
+from modeling_looped.frozen_looped import attach, default_window, detach, looped
+from modeling_looped.frozen_solvers_looped import METHODS
 from toys import FP32, make_model
 
 # The toys are float64, so that equal sums are equal to 1e-9; eager attention, routers and rotary angles are computed
@@ -376,7 +377,7 @@ def test_attention_in_blocks_equals_attention_under_the_whole_mask(family, stati
     model, ids = make_frozen(family), make_tokens(tokens=9)
     results = []
     for block in (100, 1, 2, 4):
-        monkeypatch.setattr(frozen_looped, "QUERY_BLOCK", block)
+        monkeypatch.setattr(frozen_window_looped, "QUERY_BLOCK", block)
         cache = StaticCache(config=model.config, max_cache_len=14) if static else DynamicCache(config=model.config)
         with looped(model, WINDOW, 3):
             results.append(in_chunks(model, ids, [6, 3], cache))
@@ -393,7 +394,7 @@ def test_blocks_do_not_cut_what_a_mask_shows(monkeypatch):
     mask[..., :6, :6] = True
     results = []
     for block in (100, 2):
-        monkeypatch.setattr(frozen_looped, "QUERY_BLOCK", block)
+        monkeypatch.setattr(frozen_window_looped, "QUERY_BLOCK", block)
         with looped(model, WINDOW, 3):
             results.append(logits_of(model, ids, attention_mask=mask, use_cache=False))
     torch.testing.assert_close(results[1], results[0], **F64)

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import GatedSharing, RewritingDynamicLayer
-from modeling_looped.halting_looped import Decision
+from modeling_looped.calls_looped import Decision
 from modeling_looped.losses_looped import LoopStates
 
 

@@ -15,78 +15,17 @@ chunk, D hidden size.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 
-from .cache_looped import ActiveCache, readable, recent_rows, rewrite_recent
-from .halting_looped import Decision
-
-# What engines with caches of their own pass through forward: they pack the tokens of several requests in one call.
-ENGINE_ARGUMENTS = frozenset({"attention_instances", "block_table", "cache", "read_index", "write_index"})
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one forward was asked, checked and completed; or one chunk of it.
-
-    Args:
-        embeds: (B, T, D).
-        attention_mask: (B, S) of cached and new tokens, a prepared mask, or None.
-        position_ids: (B or 1, T).
-        past_key_values: the cache, or None.
-        num_loops: an int, or (B,) per row.
-        first_grad_loop: the first loop that is differentiated.
-        decision: the halting rule and what it looks at.
-        generator: seed of the initial state.
-        deciding: (B, T) bool, the tokens that the rule is read at; None for all that are real.
-    """
-
-    embeds: torch.Tensor
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor
-    past_key_values: Cache | None
-    num_loops: int | torch.Tensor
-    first_grad_loop: int
-    decision: Decision
-    generator: torch.Generator | None
-    deciding: torch.Tensor | None = None
-
-
-@dataclass
-class CallContext:
-    """What every layer call of one forward shares; all of it follows the rows that still loop."""
-
-    attention_mask: torch.Tensor | None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
-    position_ids: torch.Tensor
-    past_key_values: Cache | ActiveCache | None
-
-    def check_rows_can_leave(self) -> None:
-        """ValueError where they cannot."""
-        if self.attention_mask is not None and not isinstance(self.attention_mask, torch.Tensor):
-            raise ValueError(
-                "rows cannot leave the batch under flex attention, whose block mask is fixed: use attn_implementation="
-                "'sdpa' or 'eager' with a num_loops per row or a halting rule."
-            )
-
-    def keep(self, rows: torch.Tensor) -> "CallContext":
-        """The context of the (b,) `rows` of this one."""
-
-        def select(tensor):
-            return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
-
-        return replace(
-            self,
-            attention_mask=select(self.attention_mask),
-            position_embeddings=self.position_embeddings and tuple(map(select, self.position_embeddings)),
-            position_ids=select(self.position_ids),
-        )
+from .cache_looped import readable, recent_rows, rewrite_recent
+from .calls_looped import Call, Decision
 
 
 class LeftAligned:

@@ -14,11 +14,9 @@ never satisfies its rule runs `num_loops` loops. What `readout` gives is the rul
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_utils import slice_logits_to_keep
 
 Readout = Callable[[torch.Tensor], torch.Tensor]
 
@@ -146,116 +144,3 @@ def halting_rule(halting: str | dict | FixedRule | None) -> FixedRule | None:
 def nearest(name, names) -> str:
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A halting rule with what it looks at.
-
-    Args:
-        rule: the rule, or None where only a budget can end a row.
-        readout: norm + head on a state, (b, K, D) -> (b, K, V), or None in a model without a head.
-        logits_to_keep: as in `forward`: the last K positions (0: all), or a 1-D tensor of positions.
-        exit_readout: norm + exit gate on a state, (b, K, D) -> (b, K), or None in a model without a gate.
-        visit: called with the rows that still looped, (b,), and their states at these positions, (b, K, D), after
-            every loop.
-
-    Raises:
-        ValueError: the rule reads an exit gate that the model does not have, or positions differ between rows.
-    """
-
-    rule: FixedRule | None
-    readout: Readout | None = None
-    logits_to_keep: int | torch.Tensor = 0
-    exit_readout: Readout | None = None
-    visit: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-
-    def __post_init__(self):
-        if self.rule and self.rule.reads_exit_gate and self.exit_readout is None:
-            raise ValueError(
-                f"the halting rule {type(self.rule).__name__} reads an exit gate, which this model does not have: "
-                "train one with exit_gate=True in the configuration, or use another rule."
-            )
-        keep = self.logits_to_keep
-        if (self.rule or self.visit) and isinstance(keep, torch.Tensor) and keep.ndim != 1:
-            raise ValueError(
-                "halting and the loss of an exit gate need positions that all rows share: logits_to_keep must be an "
-                f"int or a 1-D tensor, got a {keep.ndim}-D tensor."
-            )
-
-    def step(self, memory, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the rule says of states (b, K, D), see `FixedRule.step`."""
-        assert self.rule is not None
-        return self.rule.step(memory, state, self.exit_readout if self.rule.reads_exit_gate else self.readout)
-
-
-class ActiveRows:
-    """Which rows of a batch still loop: a budget per row, a halting rule, and what the rows that left had reached.
-
-    Args:
-        num_loops: an int for all rows, or a (B,) LongTensor with a budget per row.
-        decision: the halting rule and what it looks at.
-    """
-
-    def __init__(self, num_loops: int | torch.Tensor, decision: Decision):
-        self.budget = num_loops if isinstance(num_loops, torch.Tensor) else None
-        self.num_loops = int(num_loops.max()) if isinstance(num_loops, torch.Tensor) else num_loops
-        self.loops_run = self.num_loops
-        self.decision = decision
-        self.may_leave = decision.rule is not None or (
-            self.budget is not None and int(self.budget.min()) < self.num_loops
-        )
-        self.tracks_rows = self.may_leave or decision.visit is not None
-        self.memory = None
-        self.left = []  # (rows, state, loops) of those that halted
-
-    def open(self, real: torch.Tensor) -> None:
-        """Start with all rows; `real` is (B, T) bool, false at padding. Needed only where rows are tracked."""
-        self.real = self._deciding(real.unsqueeze(-1)).squeeze(-1)  # (B, K)
-        self.rows = torch.arange(len(real), device=real.device)
-
-    def _deciding(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return slice_logits_to_keep(hidden_states, self.decision.logits_to_keep)
-
-    def leave(self, loop: int, state: torch.Tensor, close: Callable) -> torch.Tensor | None:
-        """Take the rows that halt after `loop` out of the batch.
-
-        Args:
-            state: (b, ...) of the current rows, kept for those that leave.
-            close: (b, ...) -> (b, T, D), what the rule reads of a state.
-
-        Returns:
-            The (b',) indices, within the current rows, of those that go on; None when all of them do.
-        """
-        if self.decision.visit is not None:
-            self.decision.visit(self.rows, self._deciding(close(state)))
-        if not self.may_leave or loop + 1 == self.num_loops:
-            return None
-        done = torch.zeros(len(self.rows), dtype=torch.bool, device=self.rows.device)
-        if self.budget is not None:
-            done |= self.budget[self.rows] <= loop + 1
-        if self.decision.rule is not None:
-            self.memory, halted = self.decision.step(self.memory, self._deciding(close(state)))
-            real = self.real[self.rows]
-            done |= (halted | ~real).all(dim=1) & real.any(dim=1)
-        if not done.any():
-            return None
-        self._record(done.nonzero().squeeze(1), state, loop + 1)
-        keep = (~done).nonzero().squeeze(1)
-        self.rows = self.rows[keep]
-        self.memory = None if self.memory is None else self.memory[keep]
-        if len(keep) == 0:
-            self.loops_run = loop + 1
-        return keep
-
-    def _record(self, rows: torch.Tensor, state: torch.Tensor, loops: int) -> None:
-        self.left.append((self.rows[rows], state[rows], torch.full_like(rows, loops)))
-
-    def gather(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | int]:
-        """All rows' states in batch order, and the loops each ran: (B,), or one int for all."""
-        if not self.left:
-            return state, self.num_loops
-        self._record(torch.arange(len(self.rows), device=self.rows.device), state, self.num_loops)
-        rows, states, loops = (torch.cat(parts) for parts in zip(*self.left, strict=True))
-        order = rows.argsort()
-        return states[order], loops[order]

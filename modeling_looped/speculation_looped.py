@@ -29,7 +29,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_causal_mask
 
 from .cache_looped import CACHE_NAME, CACHE_NAMES, FirstInputs, OwnInputs, RewritingLayer, one_cache
-from .chunks_looped import CallContext
+from .calls_looped import CallContext
 from .configuration_looped import REWRITING_SHARINGS
 from .depth_looped import check_loops_of_rows
 

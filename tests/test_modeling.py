@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceClassification
 from modeling_looped.connections_looped import NormalStart
-from modeling_looped.modeling_looped import SlotAttention
+from modeling_looped.layers_looped import SlotAttention
 from toys import BF16, FP32, KV_SHARINGS, count_layer_calls, make_config, make_ids, make_model
 
 SHAPES = {

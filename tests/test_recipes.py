@@ -17,7 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from data_builders import DepthSampler, task_builder
 from looplab.benchmark import update_flops
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.modeling_looped import LoopedLayer
+from modeling_looped.layers_looped import LoopedLayer
 from train import Recipe, build_optimizers, main, read_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,164 @@
+"""`generate` of a looped model: its three more settings, and what of transformers' decoding needs to know of loops."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .checks_looped import cuts_show, is_row_mask
+from .configuration_looped import REWRITING_SHARINGS
+from .depth_looped import asked_count, generation_count
+from .halting_looped import halting_rule
+from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
+
+LOOP_SETTINGS = ("num_loops", "halting")
+GENERATION_SETTINGS = (*LOOP_SETTINGS, "draft_loops")  # what a generation config may hold beside those of transformers
+
+
+@dataclass
+class LoopedGenerateOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` plus the loops run.
+
+    Args:
+        loops_used (`torch.LongTensor` of shape `(batch_size, new_tokens)`): loops of the call that made each token.
+    """
+
+    loops_used: torch.Tensor | None = None
+
+
+class LoopedGenerationMixin(GenerationMixin):
+    """`GenerationMixin` with `num_loops`, `halting` and `draft_loops`."""
+
+    def generate(self, *args, **kwargs):
+        r"""`GenerationMixin.generate`, with three more settings, also read from `generation_config`:
+
+            num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`): loops per token.
+            halting (`str` or `dict`): rule by which a token stops looping earlier, see `forward`.
+            draft_loops (`int`): loops that draft tokens for all loops to verify, of one row, see
+                `speculation_looped.py`; 0 for none. How far a draft goes is up to `num_assistant_tokens` and
+                `assistant_confidence_threshold`, as in assisted decoding.
+
+        With `return_dict_in_generate=True` the output of sampling and greedy search also has `loops_used`, a
+        (B, new tokens) LongTensor, and with `draft_loops` the fields of `SpeculativeGenerateOutput`.
+        """
+        call = inspect.signature(super().generate).bind(*args, **kwargs).arguments
+        settings = call.pop("kwargs", {})
+        speculation = self_speculation(self, call, settings)
+        if speculation is not None:
+            return super().generate(**{**call, "custom_generate": speculation}, **settings)
+        return super().generate(**call, **settings)
+
+    def _sample(self, *args, **kwargs):
+        return with_loops_used(super()._sample, *args, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        return with_loops_used(super()._assisted_decoding, *args, **kwargs)
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        """Loop settings are model arguments: a generation config that knows them must not swallow the call's own."""
+        asked = {name: kwargs.pop(name, None) for name in LOOP_SETTINGS}
+        given = generation_config
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        cut = generation_config.prefill_chunk_size
+        if cut is not None and self.config.kv_sharing in REWRITING_SHARINGS and self.config.prefill_chunk != 1:
+            raise ValueError(
+                f"prefill_chunk_size={cut}: {cuts_show(self.config.kv_sharing)}. Leave it out; the model's own cuts "
+                "are config.prefill_chunk, which bounds memory too."
+            )
+        if cut is not None and calls_are_prepared(self):
+            raise ValueError(f"prefill_chunk_size={cut}: {CALLS_ARE_PREPARED}: leave it out.")
+        stored = {
+            "num_loops": generation_count(self.config, given, self.generation_config),
+            "halting": generation_config.to_dict().get("halting"),
+        }
+        for name, value in asked.items():
+            value = stored[name] if value is None else value
+            if value is not None:
+                model_kwargs[name] = value
+        rule = halting_rule(model_kwargs.pop("halting", None))  # built once: raises before any work, not per token
+        if rule is not None:
+            model_kwargs["halting"] = rule
+        return generation_config, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, loops_of_calls=None, tokenizer=None, **kwargs
+    ):
+        # generate looks for inputs_embeds in this signature before it accepts them. The tokenizer, which stop strings
+        # need, it hands on to the model, as it does loops_of_calls.
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        if self.model.is_cut(tokens.shape[1]) and not is_row_mask(inputs.get("attention_mask")):
+            inputs["attention_mask"] = kwargs.get("attention_mask")  # chunks cannot be cut from a prepared mask
+        return inputs
+
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        """As in transformers, where every request runs `config.num_loops`, which the paged cache is sized by.
+
+        Raises:
+            ValueError: the generation config asks for another loop count, or for a halting rule; or tokens depend on
+                where prompts are cut (`kv_sharing`).
+        """
+        if self.config.kv_sharing in REWRITING_SHARINGS:
+            raise ValueError(
+                f"{cuts_show(self.config.kv_sharing)}, and continuous batching cuts prompts as its load has it: use "
+                "generate, or kv_sharing='per_loop' or 'first'."
+            )
+        num_loops = asked_count(generation_config, self.generation_config)
+        halting = (self.generation_config if generation_config is None else generation_config).to_dict().get("halting")
+        other = num_loops is not None and (isinstance(num_loops, torch.Tensor) or num_loops != self.config.num_loops)
+        if other or halting_rule(halting) is not None:
+            raise ValueError(
+                f"continuous batching runs config.num_loops={self.config.num_loops} for every token, but the "
+                f"generation config asks for num_loops={num_loops}, halting={halting!r}: load the model with "
+                "from_pretrained(..., num_loops=...) and leave both out of the generation config."
+            )
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    def _get_candidate_generator(self, generation_config, *args, model_kwargs, assistant_model=None, **kwargs):
+        """Drafting: another model that drafts has a depth of its own, or none, and an early exit of this one means
+        fewer loops, also where the call names a loop count."""
+        if self.config.kv_sharing in REWRITING_SHARINGS:
+            raise ValueError(
+                f"kv_sharing={self.config.kv_sharing!r} cannot verify drafted tokens: several tokens in one call see "
+                "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "
+                "'first'."
+            )
+        if calls_are_prepared(self):
+            raise ValueError(f"drafts of {type(self).__name__}: {CALLS_ARE_PREPARED}: decode without.")
+        if assistant_model is not None:
+            own = (*LOOP_SETTINGS, "generator", "loops_of_calls")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        candidates = super()._get_candidate_generator(
+            generation_config, *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+        if generation_config.assistant_early_exit is not None:
+            candidates.assistant_kwargs["num_loops"] = self.config.loops_of(generation_config.assistant_early_exit)
+        elif assistant_model is not None:
+            for name in LOOP_SETTINGS:  # what it does not find in the call, it takes from its own generation config
+                vars(candidates.generation_config).pop(name, None)
+        return candidates
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *, num_new_tokens=1, **kwargs):
+        if "loops_of_calls" in model_kwargs:  # decoding loops of other libraries call this as well
+            # A call that verifies a draft makes several tokens, all of them at its depth.
+            model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:].expand(-1, num_new_tokens))
+        return super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+        )
+
+
+def with_loops_used(decode: Callable, *args, **kwargs):
+    """What a decoding method of transformers returns, with the loops of its calls.
+
+    They are asked for here, as a model keyword that only `_update_model_kwargs_for_generation` reads: `generate`
+    checks its keywords against the signatures of the model, or of the library that wraps it.
+    """
+    calls = []
+    # In place of the outer call's own, where a model drafts for itself.
+    outputs = decode(*args, **kwargs | {"loops_of_calls": calls})
+    if type(outputs) is not GenerateDecoderOnlyOutput or any(len(call) != len(outputs.sequences) for call in calls):
+        return outputs
+    return LoopedGenerateOutput(**outputs, loops_used=torch.cat(calls, dim=1))

@@ -1,0 +1,299 @@
+"""Llama's layer, except that its KV slot is an argument; with its MLPs, norms and positions.
+
+Legend: B rows, T tokens, D hidden size, H heads, K key-value heads, d head size.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .cache_looped import LAYERS_WRITE_ENGINE_CACHES
+from .configuration_looped import LoopedConfig
+from .gates_looped import KV_GATES
+
+Section = Literal["prelude", "core", "coda"]
+
+
+def make_norm(config: LoopedConfig, size: int | None = None) -> nn.Module:
+    norm = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return norm(size or config.hidden_size, eps=config.norm_eps)
+
+
+def as_is(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Stands for a norm or dropout that a configuration does not have; nn.Identity would cost a module call each."""
+    return hidden_states
+
+
+def make_dropout(probability: float) -> Callable:
+    return nn.Dropout(probability) if probability else as_is
+
+
+def make_outer_norm(config: LoopedConfig) -> Callable:
+    return as_is if config.norm_placement == "pre" else make_norm(config)
+
+
+class LoopedMLP(nn.Module):
+    """GPT-2's MLP: down(act(up(x)))."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class LoopedGatedMLP(LoopedMLP):
+    """Llama's MLP: down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class SlotAttention(nn.Module):
+    """The attention of one KV slot, without parameters: caches, paged attention and engines find the slot here.
+
+    A layer runs it with a different one in every loop. Nothing is written to it after it was made, so that several
+    threads can run one model at different loop counts.
+    """
+
+    def __init__(self, config: LoopedConfig, slot: int):
+        super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None  # both filled by the configuration
+        self.config = config
+        self.layer_idx = slot
+        self.is_causal = True
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries (B, H, T, d), keys and values (B, K, T, d) -> (B, T, H, d), and the attention weights or None."""
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        elif LAYERS_WRITE_ENGINE_CACHES and kwargs.get("cache") is not None:
+            key, value = kwargs.pop("cache").update(key, value, self.layer_idx, kwargs=kwargs)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
+            eager_attention_forward,
+        )
+        return attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+
+class LoopedAttention(nn.Module):
+    """Llama's attention, except that every loop has a KV slot of its own and keys may come from another input.
+
+    The projections are those of all loops; `attentions` holds one attention for every slot of the layer.
+
+    Args:
+        section, index: which layer this is, see `KVSlots.slot`.
+    """
+
+    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+        super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None  # both filled by the configuration
+        self.config, self.index = config, index
+        self.section: Section = section
+        # Under the names that tools look for in an attention of transformers.
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
+        self.attentions = nn.ModuleList()
+        self.open_slots(config.num_loops)
+
+    def open_slots(self, num_loops: int) -> None:
+        """Have an attention for the slot of every loop. They are only ever added, by one thread at a time."""
+        slots = self.config.kv_slots()
+        needed = num_loops if self.section == "core" and slots.per_loop else 1
+        for loop in range(len(self.attentions), needed):
+            attention = SlotAttention(self.config, slots.slot(self.section, self.index, loop))
+            self.attentions.append(attention.train(self.training))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention: SlotAttention | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) -> (B, T, D); keys and values come from `key_value_states` (B, T, D) where given.
+
+        `attention` is the one of the slot, by default of the layer's first. It is an argument, and not the loop's
+        number, so that a compiled layer is the same code in every loop.
+        """
+        attend = self.attentions[0] if attention is None else attention
+        source = hidden_states if key_value_states is None else key_value_states
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, d)
+        key = self.k_norm(self.k_proj(source).unflatten(-1, heads)).transpose(1, 2)
+        value = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)
+
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        output, weights = attend(query, key, value, **kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class LoopedLayer(GradientCheckpointingLayer):
+    """Pre-norm layer; with `norm_placement="sandwich"` each sublayer's output is normalised as well (Ouro)."""
+
+    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+        super().__init__()
+        self.self_attn = LoopedAttention(config, section, index)
+        self.mlp = LoopedGatedMLP(config) if config.gated_mlp else LoopedMLP(config)
+        self.input_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config)
+        # Names of the released Ouro checkpoints.
+        self.input_layernorm_2 = make_outer_norm(config)
+        self.post_attention_layernorm_2 = make_outer_norm(config)
+        self.dropout = make_dropout(config.residual_dropout)
+        self.starts_as_identity = config.residual_init == "zero"
+        self.has_outer_norms = config.norm_placement == "sandwich"
+
+    def initialize(self) -> None:
+        """Values of a fresh model that the layer sets after its modules; those that were loaded stay.
+
+        With `residual_init="zero"` what ends a sublayer is zero, and the layer starts as the identity. That is the
+        output projection, or the outer norm under sandwich norms: a norm fed with zeros would multiply gradients by
+        norm_eps ** -0.5.
+        """
+        if self.starts_as_identity:
+            norms, projections = (
+                (self.input_layernorm_2, self.post_attention_layernorm_2),
+                (self.self_attn.o_proj, self.mlp.down_proj),
+            )
+            for end in norms if self.has_outer_norms else projections:
+                for parameter in end.parameters():
+                    init.zeros_(parameter)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D); keys and values come from `key_value_states` (B, T, D) where given."""
+        if key_value_states is not None:
+            key_value_states = self.input_layernorm(key_value_states)
+        output, _ = self.self_attn(self.input_layernorm(hidden_states), key_value_states, **kwargs)
+        return self.add_and_transform(hidden_states, output)
+
+    def add_and_transform(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The layer after its attention, whose output is (B, T, D)."""
+        hidden_states = hidden_states + self.dropout(self.input_layernorm_2(output))
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.dropout(self.post_attention_layernorm_2(output))
+
+
+class GatedLoopedLayer(LoopedLayer):
+    """A core layer whose keys and values come from a latent that a gate carries from loop to loop (MELT)."""
+
+    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+        super().__init__(config, section, index)
+        self.kv_gate = KV_GATES[config.kv_gate](config)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden_states: torch.Tensor,
+        latent: torch.Tensor | None = None,
+        loop: int = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) and the latent (B, T, D) of the loop before, if there was one -> (B, T, D) and this loop's."""
+        x = self.input_layernorm(hidden_states)
+        latent = self.kv_gate(x, latent, loop)  # (B, T, D)
+        output, _ = self.self_attn(x, latent, **kwargs)
+        return self.add_and_transform(hidden_states, output), latent
+
+
+class LoopedRotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary position embeddings: queries and keys are rotated in every layer, by the same angles in every loop.
+
+    Its name ends as transformers expects of a module whose frequencies it must compute again after loading.
+    """
+
+    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return embeds
+
+
+class LearnedPositions(nn.Module):
+    """A learned table added to the token embeddings, (max_position_embeddings, D)."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+        self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and int(position_ids.max()) >= self.table.num_embeddings:
+            raise ValueError(
+                f"position {int(position_ids.max())} is beyond max_position_embeddings={self.table.num_embeddings}, "
+                "the size of the learned position table: shorten the input or train with a larger table."
+            )
+        return embeds + self.table(position_ids)
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> None:
+        return None
+
+
+class NoPositions(nn.Module):
+    """No positions at all: order is seen through the causal mask only (arXiv 2604.07822, k-hop task)."""
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__()
+
+    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return embeds
+
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> None:
+        return None
+
+
+POSITIONS = {"rope": LoopedRotaryEmbedding, "learned": LearnedPositions, "none": NoPositions}

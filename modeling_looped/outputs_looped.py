@@ -1,0 +1,86 @@
+"""What `forward` is given and what it gives back."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+FORWARD_DOCSTRING = r"""
+        num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Loops of the core, >= 1; `config.num_loops` by default. With a tensor each row gets its own depth, equal
+            to running it alone, and leaves the batch when it has had it.
+        num_grad_loops (`int`, *optional*):
+            Only the last `num_grad_loops` loops are differentiated (truncated back-propagation). Head and exit gate
+            learn from all loops they read.
+        cut_chunks (`bool`, *optional*):
+            With `config.prefill_chunk`: no gradient goes from a chunk of tokens to the KV rows of earlier ones.
+        halting (`str` or `dict`, *optional*):
+            Rule by which a row stops before `num_loops`: `"kl_entropy"`, `"kl"`, `"latent"`, `"q_exit"`, `"fixed"`,
+            or a dict with the rule's thresholds, `{"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": 3.0}`;
+            `"q_exit"` needs `exit_gate=True` in the configuration. It is read at the positions of `logits_to_keep`,
+            padding excluded, and a row stops when all of them agree.
+        generator (`torch.Generator`, *optional*):
+            Seed of `state_init="normal"`, see `connections_looped.py`.
+        past_key_values (`Cache`, *optional*):
+            Keys and values of earlier calls, from which this one goes on and to which it adds; a new `DynamicCache` if
+            not given.
+        cache (`Cache`, *optional*):
+            The same: its name in transformers from 5.24 on.
+
+        Raises `ValueError` for a loop count, mask, token id or halting rule that does not fit, `TypeError` for an
+        unknown keyword.
+"""
+
+
+@dataclass
+class LoopedModelOutput(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` plus the loops run.
+
+    `hidden_states` and `attentions` have one entry per layer call, in the order of the calls; entries of a loop hold
+    the rows that were still looping. A call that `prefill_chunk` cuts has those of one chunk after the other, with
+    padding on the left moved to the end.
+
+    Args:
+        loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.
+    """
+
+    loops_used: torch.Tensor | None = None
+
+
+@dataclass
+class LoopedCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` plus the loops run.
+
+    Args:
+        loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.
+    """
+
+    loops_used: torch.Tensor | None = None
+
+
+def choose_hidden_states(forward: Callable) -> Callable:
+    """Let the indices in `output_hidden_states` count the layer calls that were made; negative ones from the last.
+
+    Transformers counts by the configuration, and how often the core runs is said by the call, or by a rule. All states
+    are kept while such a call runs.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        asked = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if asked is None or isinstance(asked, bool):
+            return forward(self, *args, **kwargs)
+        selected = asked if isinstance(asked, (list, tuple, set, range)) else [asked]
+        if not all(type(index) is int for index in selected):
+            raise ValueError(f"output_hidden_states must be a bool, an index or a list of indices, got {asked!r}.")
+        outputs = forward(self, *args, **kwargs | {"output_hidden_states": True, "return_dict": True})
+        count = len(outputs.hidden_states)
+        kept = {index % count for index in selected if -count <= index < count}
+        outputs.hidden_states = tuple(
+            state if index in kept else None for index, state in enumerate(outputs.hidden_states)
+        )
+        return outputs if kwargs.get("return_dict", self.config.return_dict) else outputs.to_tuple()
+
+    return wrapper

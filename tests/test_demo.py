@@ -126,14 +126,6 @@ def test_the_space_is_four_files_without_a_gap(runs):
     )
 
 
-def test_the_example_of_a_space_runs(runs, tmp_path, monkeypatch):
-    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guides" / "demo.md").read_text(), flags=re.S)
-    shutil.copytree(runs / "khop", tmp_path / "runs" / "quickstart")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, "docs/guides/demo.md", "exec"), {})
-    assert json.loads((tmp_path / "space" / "demo.json").read_text())["hops"]["model"] == "user/khop-looped"
-
-
 def test_the_space_names_the_gradio_that_is_tested():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert pins["gradio"] == demo.GRADIO

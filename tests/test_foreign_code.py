@@ -190,10 +190,3 @@ def test_every_automatic_class_is_told_whom_to_trust():
                 (trust,) = (word.value for word in node.keywords if word.arg == "trust_remote_code")
                 assert not (isinstance(trust, ast.Constant) and trust.value), f"{path}:{node.lineno}"
     assert calls > 5
-
-
-def test_every_guide_that_trusts_a_folder_says_what_that_means():
-    pages = [page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
-    trusting = [page for page in pages if "trust_remote_code=True" in page]
-    assert len(trusting) > 5
-    assert all("somebody else" in page for page in trusting)

@@ -183,15 +183,6 @@ def test_without_snapshots_the_remedy_is_named(tmp_path, run, capsys):
     assert "name the steps to keep in the recipe's `snapshots`" in capsys.readouterr().err
 
 
-def test_the_pages_example_runs(run, monkeypatch, capsys):
-    monkeypatch.chdir(run.parents[1])
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
-    exec(compile(block, "docs/guides/mechanism.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("the bridge is best read at core")
-    assert len([line for line in lines if line.startswith("[")]) == 10  # five sets of positions, patched and swapped
-
-
 def test_the_pages_figures_are_those_that_are_drawn(run):
     named = set(re.findall(r"`(\w+\.png)`", PAGE.read_text()))
     assert named == {path.name.replace(f"_{STEP}", "") for path in (run / "figures").iterdir()}

@@ -1,0 +1,399 @@
+"""Every page of the project, README to docs: its code runs, its commands are accepted, what it names and links exists.
+
+A page with Python is in RUNS, with what a reader has made before its first block, or in ELSEWHERE, with the test that
+runs it where it needs more than this machine has. Nothing that a reader would type is changed.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import train
+from data_builders import dataset_tokenizer, load_task
+from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
+from looplab.cli import main, parser
+from looplab.recipe import build_recipe
+from looplab.yaml_text import parse_yaml
+from modeling_looped import LoopedForCausalLM
+from modeling_looped.cache_looped import SHARINGS
+from modeling_looped.connections_looped import CONNECTIONS
+from modeling_looped.halting_looped import RULES
+from toys import FP32, make_config, make_model, write_pages
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+PARTS = ("docs", "tests", "recipes", "hub_cards", "looplab", "modeling_looped", "data_builders")
+FILES = [*ROOT.glob("*.*"), *(path for part in PARTS for path in (ROOT / part).rglob("*.*"))]
+
+INDICES = ("README.md", "docs/README.md")
+
+every_page = pytest.mark.parametrize("page", PAGES)
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks_of(page: str, *languages: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", read(page), flags=re.S | re.M)
+    return [block for language, block in fences if language in languages]
+
+
+def prose_of(page: str) -> str:
+    return re.sub(r"^```\w*\n.*?^```$", "", read(page), flags=re.S | re.M)
+
+
+# ---- Python
+
+
+def a_model_of_chains() -> dict:
+    """runs/quickstart/model, with weights as they are drawn."""
+    tokenizer = hop_tokenizer(num_entities=20, num_relations=4, readout="last")
+    model = make_model(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, residual_init="normal")
+    model.generation_config.max_new_tokens = 1
+    for saved in (model, tokenizer):
+        saved.save_pretrained("runs/quickstart/model")
+    return {}
+
+
+def a_run_on(name: str, task: str, config: str, **graph) -> dict:
+    """A finished run runs/NAME, with weights as they are drawn."""
+    tokenizer = dataset_tokenizer(load_task(task, config, seed=0, **graph))
+    for saved in (make_model(vocab_size=len(tokenizer), residual_init="normal"), tokenizer):
+        saved.save_pretrained(f"runs/{name}/model")
+    data = {"task": task, "config": config, "seed": 0, "overrides": graph}
+    Path(f"runs/{name}/recipe.yaml").write_text(yaml.safe_dump({"name": name, "data": data}))
+    loops = {"minimum": 1, "maximum": 4, "mean": 2}
+    summary = {"parameters": 51264, "trained_hops": [1, 2, 3], "trained_loops": loops}
+    Path(f"runs/{name}/summary.json").write_text(json.dumps(summary))
+    return {}
+
+
+def a_run_on_chains() -> dict:
+    sizes = {"num_entities": 6, "num_relations": 3, "train_hops": 3, "max_hops": 5}
+    return a_run_on("quickstart", "khop", "quickstart", **sizes, train_per_hop=20, gate_per_hop=5, test_per_hop=5)
+
+
+def a_run_on_compositions() -> dict:
+    sizes = {"num_entities": 12, "num_relations": 4, "out_degree": 4, "ood_share": 0.3, "phi": 1.0}
+    return a_run_on("composition", "composition", "cpu", **sizes, id_holdout=0.2, pair_holdout=0.0)
+
+
+def a_model_and_rows() -> dict:
+    return a_model_of_chains() | {"dataset": Dataset.from_list([{"text": f"e{n} r1 r2 e3"} for n in range(16)])}
+
+
+def a_dense_model() -> dict:
+    """A Llama of twenty layers."""
+    tokenizer = train_byte_bpe(["The capital of France is Paris. The capital of Spain is Madrid."], 270)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=20, num_key_value_heads=2))
+    for saved in (model, tokenizer):
+        saved.save_pretrained("smollm2")
+    return {}
+
+
+def own_files() -> dict:
+    [rows] = blocks_of("docs/guides/train_your_own_data.md", "json")
+    Path("questions.jsonl").write_text(rows)
+    Path("mine.csv").write_text("name,smiles\n" + "".join(f"m{n},{'C' * n}C(=O)Cl\n" for n in range(60)))
+    return {}
+
+
+def toy_molecules() -> dict:
+    """The page's relative paths begin at the checkout."""
+    Path("docs").symlink_to(ROOT / "docs")
+    return {}
+
+
+def check_frozen(names: dict, printed: str) -> None:
+    assert names["again"].loop.config.window == [12, 15]
+    assert list(Path("smollm2-looped").glob("*.safetensors")) == []
+
+
+def check_drafts(names: dict, printed: str) -> None:
+    assert torch.equal(names["text"].sequences, names["plain"])
+
+
+def check_clients(names: dict, printed: str) -> None:
+    reloaded = LoopedForCausalLM.from_pretrained("runs/quickstart/model")
+    assert reloaded.generation_config.to_dict()["num_loops"] == 8
+    ids = torch.tensor([[7, 8, 9, 10]])
+    torch.testing.assert_close(names["program"].module()(ids), reloaded(ids, num_loops=8).logits, **FP32)
+
+
+def check_own_data(names: dict, printed: str) -> None:
+    assert printed.splitlines()[0] == "e2"
+    assert Path("family/modeling_looped.py").exists()
+    assert sum(len(split) for split in names["molecules"].values()) == 60
+    assert "'Cl'" in printed
+
+
+def check_tuning(names: dict, printed: str) -> None:
+    saved = names["again"].generation_config.to_dict()
+    assert (saved["num_loops"], saved["halting"]["max_entropy"]) == (16, 1.15)
+    assert printed.rpartition("tensor(")[2].count("16") == 3  # "fixed" runs all loops in every row
+
+
+def check_new_rule(names: dict, printed: str) -> None:
+    assert names["output"].loops_used.shape == (2, 3)
+    assert 1 <= names["output"].loops_used.min() < 16
+
+
+def check_space(names: dict, printed: str) -> None:
+    assert json.loads(Path("space/demo.json").read_text())["hops"]["model"] == "user/khop-looped"
+
+
+def check_inside(names: dict, printed: str) -> None:
+    lines = printed.splitlines()
+    assert lines[0].startswith("the bridge is best read at core")
+    assert len([line for line in lines if line.startswith("[")]) == 10  # five sets of positions, patched and swapped
+
+
+def check_molecules(names: dict, printed: str) -> None:
+    assert 2.0 < names["loss"].item() < 5.0
+    assert names["written"].shape[1] > 1
+
+
+def nothing(*_) -> dict:
+    return {}
+
+
+# Page -> what a reader has made or defined before its first block, and what must hold of the names that the blocks
+# leave and of what they print, where running is not enough.
+RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
+    "README.md": (a_model_of_chains, nothing),
+    "docs/guides/add_a_system.md": (nothing, check_new_rule),
+    "docs/guides/clients.md": (a_model_and_rows, check_clients),
+    "docs/guides/demo.md": (a_run_on_chains, check_space),
+    "docs/guides/mechanism.md": (a_run_on_compositions, check_inside),
+    "docs/guides/train_your_own_data.md": (own_files, check_own_data),
+    "docs/guides/tune_loops.md": (a_model_of_chains, check_tuning),
+    "docs/results/drafts_and_halting.md": (nothing, check_drafts),
+    "docs/results/frozen.md": (a_dense_model, check_frozen),
+    "docs/results/hyperloop.md": (nothing, nothing),
+    "docs/results/melt.md": (nothing, nothing),
+    "docs/results/molecules.md": (toy_molecules, check_molecules),
+}
+# Page -> the test that runs it, and why it is not run here.
+ELSEWHERE = {
+    "docs/guides/publish.md": ("test_what_is_published_works_where_this_repository_does_not_exist", "needs a Hub"),
+}
+
+
+@every_page
+def test_a_page_with_python_is_run_or_says_where(page):
+    if blocks_of(page, "python"):
+        assert (page in RUNS) != (page in ELSEWHERE)
+    else:
+        assert page not in RUNS.keys() | ELSEWHERE.keys()
+    if page in ELSEWHERE:
+        assert f"def {ELSEWHERE[page][0]}(" in "\n".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
+
+
+# TRL 1.16 uses the old names of activation checkpointing; a CPU may have no bfloat16 to recommend.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("page", RUNS)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    before, check = RUNS[page]
+    names = before()
+    capsys.readouterr()
+    for block in blocks_of(page, "python"):
+        exec(compile(block, page, "exec"), names)
+    check(names, capsys.readouterr().out)
+
+
+# ---- commands
+
+SHELL = ("sh", "bash")
+OTHERS = {"pip", "curl", "hf", "lm_eval", "git", "cd", "docker"}  # programs of others
+
+
+def commands_of(page: str) -> list[list[str]]:
+    lines = "\n".join(blocks_of(page, *SHELL)).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def recipe_of(page: str, words: list[str]) -> tuple[Path | str, list[str]]:
+    """The recipe that a command line trains, a file or the YAML of the page, and its flags."""
+    place = words.index("train.py") + 1
+    path = ROOT / words[place]
+    return path if path.exists() else "\n".join(blocks_of(page, "yaml")), words[place + 1 :]
+
+
+@every_page
+def test_every_block_says_what_it_is(page):
+    """A block that names no language is one that no test looks at."""
+    languages = re.findall(r"^```(\w*)\n.*?^```$", read(page), flags=re.S | re.M)
+    assert set(languages) <= {"python", "yaml", "json", "text", *SHELL}
+
+
+@every_page
+def test_the_commands_of_a_page_are_accepted(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), flags=re.M))
+    for words in commands_of(page):
+        if words[0] == "looped":
+            parser().parse_args(words[1:])  # ends with SystemExit where it does not take them
+        elif "train.py" in words:
+            recipe, flags = recipe_of(page, words)
+            if isinstance(recipe, Path):
+                train.read_recipe(recipe, flags)
+            else:
+                build_recipe(parse_yaml(recipe, page))
+        elif words[0] == "make":
+            assert set(words[1:]) <= targets
+        else:
+            assert words[0] in OTHERS | {"python"}, words
+    assert set(re.findall(r"`make ([\w-]+)", prose_of(page))) <= targets
+
+
+@every_page
+def test_the_verbs_and_options_in_the_prose_exist(page):
+    verbs = next(action.choices for action in parser()._actions if isinstance(action.choices, dict))
+    for span in re.findall(r"`looped ([a-z][^`]*)`", prose_of(page)):
+        verb, *words = span.split()
+        assert verb in verbs, span
+        known = {name for action in verbs[verb]._actions for name in action.option_strings}
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, span
+
+
+@every_page
+def test_yaml_and_json_can_be_read(page):
+    for block in blocks_of(page, "yaml"):
+        assert all(yaml.safe_load_all(block))
+    for block in blocks_of(page, "json"):
+        assert all(json.loads(line) for line in block.splitlines())
+
+
+@pytest.mark.slow
+def test_text_of_your_own_trains_and_is_evaluated(tmp_path, monkeypatch):
+    """The recipe of the guide, in few steps, and the commands below it."""
+    page = "docs/guides/train_your_own_data.md"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    write_pages(tmp_path / "notes" / "2026")
+    [recipe] = blocks_of(page, "yaml")
+    Path("notes.yaml").write_text(recipe)
+    shorter = ["--max_steps", "2", "--batch_size", "4", "--data.vocab_size", "300", "--checkpoint_every", "2"]
+    train.main(train.read_recipe("notes.yaml", shorter))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    [measure] = [words for words in commands_of(page) if words[:2] == ["looped", "eval"]]
+    assert main(measure[1:]) == 0
+    rows = [json.loads(line) for line in Path("runs/notes/text.jsonl").read_text().splitlines()]
+    assert {row["loops"] for row in rows} >= {1, 2, 4, 8}
+
+
+def test_the_dataset_that_a_guide_names_is_accepted():
+    page = "docs/guides/train_your_own_data.md"
+    [recipe] = blocks_of(page, "yaml")
+    [dataset] = re.findall(r"`data.overrides: (\{.*\})`", prose_of(page))
+    values = parse_yaml(recipe, page)
+    values["data"] |= {"files": None, "overrides": yaml.safe_load(dataset)}
+    assert build_recipe(values).data.overrides["column"] == "text"
+
+
+# ---- names, links, tables
+
+KINDS = "py|md|yaml|toml|txt|cff"
+MADE_BY_A_READER = {"notes.yaml", "my_tasks/hops.yaml"}
+MADE_BY_A_RUN = {"recipe.yaml"}
+
+
+def spellings(name: str) -> list[str]:
+    """`{a,b}` written out, as a shell does."""
+    if not (braces := re.search(r"\{([^{}]*)\}", name)):
+        return [name]
+    start, end = braces.span()
+    return [one for word in braces[1].split(",") for one in spellings(name[:start] + word + name[end:])]
+
+
+@every_page
+def test_the_files_and_tests_that_a_page_names_exist(page):
+    spans = re.findall(r"`([^`\n]+)`", prose_of(page))
+    pattern = rf"(?:{'|'.join(PARTS)})/[\w./*{{}},-]*|[\w*{{}},./-]+\.(?:{KINDS})"
+    named = [span for span in spans if re.fullmatch(pattern, span)]
+    for name in {one for span in named for one in spellings(span)} - MADE_BY_A_READER - MADE_BY_A_RUN:
+        assert (ROOT / name).is_dir() or any(file.match(name) for file in FILES), name
+    code = {path.name: path.read_text() for path in ROOT.glob("tests/**/*.py")}
+    for file, function in re.findall(r"`tests/([\w/]+\.py)::(\w+)`", read(page)):
+        assert (ROOT / "tests" / file).exists(), file
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text()
+    for function in re.findall(r"`(test_\w+)`", read(page)):
+        assert any(f"def {function}(" in text for text in code.values()), function
+
+
+def anchor(heading: str) -> str:
+    """GitHub's name of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).replace(" ", "-")
+
+
+@every_page
+def test_the_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, place = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if place:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.M)
+            assert place in {anchor(heading) for heading in headings}, target
+
+
+def test_the_index_links_every_page():
+    linked = re.findall(r"^\| \[.*?\]\(([\w/]+\.md)\) \| .+ \|$", read("docs/README.md"), flags=re.M)
+    assert sorted(f"docs/{page}" for page in linked) == [page for page in PAGES if page not in INDICES]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "LOG.md"])
+def test_tables_are_whole(page):
+    """Below an empty line the rest of a table renders as text with bars; a row of other length loses its cells."""
+    blocks = [block.strip() for block in re.split(r"\n\s*\n", prose_of(page))]
+    for lines in (block.split("\n") for block in blocks if block.startswith("|")):
+        assert re.fullmatch(r"\|(\s*:?-+:?\s*\|)+", lines[1].strip()) if len(lines) > 1 else False, lines[0]
+        widths = {len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in lines}
+        assert len(widths) == 1, lines[0]
+
+
+@every_page
+def test_whoever_trusts_a_folder_is_told_what_that_means(page):
+    assert "trust_remote_code=True" not in read(page) or "somebody else" in read(page)
+
+
+# ---- single pages
+
+
+def test_the_named_verbs_are_those_of_every_object():
+    """The table of docs/guides/add_a_system.md against all connections, policies and rules there are."""
+    page = read("docs/guides/add_a_system.md")
+    table = {
+        kind: re.findall(r"`(\w+)`", verbs)
+        for kind, verbs in re.findall(r"^\| ([\w ]+) \| `\w+\.py` \| (.*?) \|", page, flags=re.M)
+    }
+    streams = {"hyper": {"max_num_loops": 3}}
+    objects = {
+        "loop connection": [
+            kind(make_config(loop_connection=name, **streams.get(name, {}))) for name, kind in CONNECTIONS.items()
+        ],
+        "KV sharing": [kind(make_config(kv_sharing=name)) for name, kind in SHARINGS.items()],
+        "halting rule": [rule() for rule in RULES.values()],
+    }
+    assert set(table) == set(objects)
+    for kind, verbs in table.items():
+        assert verbs
+        assert [(one, verb) for one in objects[kind] for verb in verbs if not callable(getattr(one, verb))] == []

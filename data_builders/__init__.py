@@ -5,26 +5,38 @@ from importlib import import_module
 # A module is imported when one of its names is asked for: most need torch and datasets, which a table of results does
 # without.
 NAMES = {
-    "batching": (
-        "DepthSampler",
-        "HopBatches",
+    "builders": (
+        "export_parquet",
+        "load_molecules",
+        "load_task",
+        "load_text",
+        "task_builder",
+    ),
+    "collator": (
         "LoopCollator",
         "LoopCollatorCallback",
-        "TextBatches",
-        "TextBlocks",
-        "encode_groups",
-        "encode_hops",
-        "encode_rows",
-        "encode_text",
         "stack_rows",
     ),
     "composition": (
         "Composition",
         "CompositionConfig",
     ),
+    "depth": (
+        "DepthSampler",
+    ),
+    "hop_batches": (
+        "HopBatches",
+        "encode_groups",
+        "encode_hops",
+        "encode_rows",
+    ),
     "khop": (
         "Khop",
         "KhopConfig",
+    ),
+    "molecule_batches": (
+        "MoleculeBatches",
+        "PackedMolecules",
     ),
     "molecules": (
         "Molecules",
@@ -37,20 +49,14 @@ NAMES = {
         "MultipleChoice",
         "MultipleChoiceConfig",
     ),
-    "packing": (
-        "MoleculeBatches",
-        "PackedMolecules",
-    ),
-    "tasks": (
-        "export_parquet",
-        "load_molecules",
-        "load_task",
-        "load_text",
-        "task_builder",
-    ),
     "text": (
         "Text",
         "TextConfig",
+    ),
+    "text_batches": (
+        "TextBatches",
+        "TextBlocks",
+        "encode_text",
     ),
     "tokenizers": (
         "dataset_byte_bpe",

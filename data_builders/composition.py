@@ -17,7 +17,8 @@ import datasets
 import numpy as np
 
 from .fields import check_fields, number
-from .hop_rows import FEATURES, hop_tables, source_hash, stream
+from .hop_rows import FEATURES, hop_tables
+from .seeding import source_hash, stream
 
 VERSION = datasets.Version("1.1.0")
 

@@ -3,15 +3,14 @@
 e4 r1 r0 <ans>  ->  e9        start at entity 4, follow relation 1, then relation 0: which entity is it?
 """
 
-import hashlib
-import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from .seeding import TABLE_ROWS
 
 FEATURES = datasets.Features(
     {
@@ -22,10 +21,6 @@ FEATURES = datasets.Features(
         "path": datasets.List(datasets.Value("int32")),
     }
 )
-
-
-# Rows of one Arrow table: small enough for the progress bar to move, large enough to be fast.
-TABLE_ROWS = 10_000
 
 
 def hop_tables(relations: np.ndarray, path: np.ndarray, split_kind: str) -> Iterator[pa.Table]:
@@ -76,13 +71,3 @@ def hop_table(split: datasets.Dataset, columns: Sequence[str] = ()) -> pa.Table:
             f"and {hops} relations."
         )
     return table
-
-
-def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """The random numbers of one purpose: independent of those of every other, and of what was drawn before."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(zlib.crc32(purpose.encode()), *key)))
-
-
-def source_hash(*modules: str) -> str:
-    """Fingerprint of the source files that make the data, so that the cache of an older generator is never reused."""
-    return hashlib.sha256(b"".join(Path(module).read_bytes() for module in (__file__, *modules))).hexdigest()[:16]

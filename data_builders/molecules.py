@@ -27,7 +27,7 @@ from huggingface_hub.constants import HF_HOME
 
 from .fields import check_fields, number
 from .files import find_files, read_text
-from .hop_rows import TABLE_ROWS, source_hash, stream
+from .seeding import TABLE_ROWS, source_hash, stream
 from .tokenizers import SMILES_TOKEN
 
 VERSION = datasets.Version("1.0.0")

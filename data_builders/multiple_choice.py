@@ -21,7 +21,7 @@ from huggingface_hub.dataclasses import type_validator
 
 from .fields import check_fields, number
 from .files import gzip_lines
-from .hop_rows import source_hash, stream
+from .seeding import source_hash, stream
 
 VERSION = datasets.Version("1.0.0")
 

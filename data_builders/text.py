@@ -19,7 +19,7 @@ from huggingface_hub.constants import HF_HOME
 
 from .fields import check_fields, number
 from .files import expand_home, find_files, read_text
-from .hop_rows import source_hash
+from .seeding import source_hash
 
 VERSION = datasets.Version("1.0.0")
 

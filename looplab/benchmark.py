@@ -33,12 +33,13 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
+from data_builders.text_batches import spread_blocks
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
 
 from .evaluation import load_run_model, load_run_task
 from .molecules import SETTINGS, run_molecules
-from .perplexity import run_blocks, spread_blocks
+from .perplexity import run_blocks
 from .runs import Run, open_run
 from .writing import check_folder, write_whole
 

@@ -19,7 +19,7 @@ import jinja2
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from data_builders.tasks import TAGS
+from data_builders.builders import TAGS
 
 from .evaluation import first_question_beyond, line_order, load_run_task
 from .molecule_results import percent

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import MultipleChoice
-from data_builders.tasks import build_splits
+from data_builders.builders import build_splits
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.depth_looped import generation_count
 from modeling_looped.frozen_looped import FrozenLooped

@@ -20,11 +20,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data_builders.text_batches import spread_blocks
 from modeling_looped.cache_looped import CACHE_NAME
 from modeling_looped.configuration_looped import REWRITING_SHARINGS
 
 from .evaluation import groups_of, load_run_model, load_run_task
-from .perplexity import block_losses, run_blocks, spread_blocks, text_rows
+from .perplexity import block_losses, run_blocks, text_rows
 from .results import wilson_interval
 from .runs import Run, open_run, to_json_lines
 

@@ -42,8 +42,8 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules, load_molecules
+from data_builders.molecule_batches import IGNORED
 from data_builders.molecules import rdkit_chem
-from data_builders.packing import IGNORED
 
 from .chemnet import frechet_distance, reference_statistics, statistics_of
 from .evaluation import load_run_model

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks, load_text
+from data_builders.text_batches import spread_blocks
 
 from .bootstrap import bootstrap_intervals
 from .evaluation import load_run_model
@@ -50,13 +51,6 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBl
         )
     run.check_data(splits)
     return blocks
-
-
-def spread_blocks(total: int, limit: int | None) -> torch.Tensor:
-    """Numbers (N,) of at most `limit` of `total` blocks, evenly spread with the first and the last among them."""
-    if limit is None or limit >= total:
-        return torch.arange(total)
-    return torch.linspace(0, total - 1, limit, dtype=torch.float64).long()  # strictly rising
 
 
 def text_digest(blocks: TextBlocks, numbers: torch.Tensor) -> str:

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments, pipeline, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from data_builders.batching import DepthSampler, LoopCollator, LoopCollatorCallback
+from data_builders.collator import LoopCollator, LoopCollatorCallback
+from data_builders.depth import DepthSampler
 from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from toys import FP32, make_ids, make_model
 

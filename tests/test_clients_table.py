@@ -30,7 +30,8 @@ from transformers import (
     pipeline,
 )
 
-from data_builders.batching import DepthSampler, LoopCollator, LoopCollatorCallback
+from data_builders.collator import LoopCollator, LoopCollatorCallback
+from data_builders.depth import DepthSampler
 from data_builders.tokenizers import hop_tokenizer
 from modeling_looped import LoopedForSequenceClassification, looped
 from toys import FP32, KV_SHARINGS, make_config, make_ids, make_model, open_gates

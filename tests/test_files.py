@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_builders import MultipleChoice, load_task
+from data_builders.builders import build_splits
 from data_builders.files import find_files, read_text
 from data_builders.molecules import MoleculesConfig, read_smiles
-from data_builders.tasks import build_splits
 from data_builders.text import TextConfig
 from looplab.yaml_text import read_yaml
 

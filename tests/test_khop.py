@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data_builders import Khop, export_parquet, khop, load_task
-from data_builders.hop_rows import FEATURES, source_hash
+from data_builders.hop_rows import FEATURES
+from data_builders.seeding import source_hash
 
 # The graph of the quickstart with fewer hops: laws do not need its 65,000 rows.
 SMALL = {"train_hops": 3, "max_hops": 8}

@@ -19,7 +19,8 @@ from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
-from data_builders.batching import DepthSampler, LoopCollator, LoopCollatorCallback
+from data_builders.collator import LoopCollator, LoopCollatorCallback
+from data_builders.depth import DepthSampler
 from data_builders.tokenizers import hop_tokenizer
 from modeling_looped import LoopedForCausalLM, LoopedForSequenceClassification, attach, looped
 from modeling_looped.configuration_looped import REWRITING_SHARINGS

@@ -9,10 +9,11 @@ import torch
 from accelerate.state import AcceleratorState
 
 import train
+from data_builders.text_batches import spread_blocks
 from looplab.cli import main
 from looplab.evaluation import load_run_model
 from looplab.memory import measure_memory, with_memory
-from looplab.perplexity import block_losses, run_blocks, spread_blocks
+from looplab.perplexity import block_losses, run_blocks
 from looplab.runs import open_run
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME

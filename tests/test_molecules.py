@@ -36,8 +36,8 @@ from data_builders import (
     train_byte_bpe,
 )
 from data_builders import molecules as molecules_module
-from data_builders.packing import first_fit
-from data_builders.tasks import TASKS
+from data_builders.builders import TASKS
+from data_builders.molecule_batches import first_fit
 from data_builders.tokenizers import SMILES_TOKEN
 from looplab.cli import main
 from looplab.pretrained import PARTS, Part, part_folder, unpack_moses

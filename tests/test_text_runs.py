@@ -17,11 +17,12 @@ from transformers import AutoTokenizer
 
 import train
 from data_builders import TextBlocks, load_text, train_byte_bpe
+from data_builders.text_batches import spread_blocks
 from looplab import perplexity
 from looplab.bootstrap import bootstrap_intervals
 from looplab.cli import main
 from looplab.figures import plot_text_runs
-from looplab.perplexity import block_losses, count_parameters, evaluate_text, spread_blocks
+from looplab.perplexity import block_losses, count_parameters, evaluate_text
 from looplab.readers import reader_of
 from looplab.runs import open_run
 from looplab.seeds import group_runs

@@ -18,8 +18,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .batching import DepthSampler, ShuffledEpochs, TokenStream, check_share
+from .depth import DepthSampler
+from .epochs import ShuffledEpochs, check_share
 from .molecules import augment
+from .text_batches import TokenStream
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
 

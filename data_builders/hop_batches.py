@@ -1,0 +1,186 @@
+"""Batches of one length and one depth; every draw is a pure function of (seed, step), so that resuming replays them.
+
+    num_loops = depth(step)                                    the same on every rank
+    hops      = one hop count, drawn by the rows each has
+    rows      = the next global batch of that hop count's shuffled epochs; a rank takes its contiguous share
+
+Text has no hops; its rows are blocks of T tokens, cut from all documents one after the other. Molecules are packed,
+several to a row: molecule_batches.py.
+
+Legend: N rows, b rows of a rank's batch, T tokens.
+"""
+
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .depth import CHUNK, DepthSampler
+from .epochs import ShuffledEpochs, check_share
+from .hop_rows import hop_table
+from .seeding import stream
+
+
+def encode_hops(
+    split: Dataset, tokenizer: PreTrainedTokenizerBase, hops: list[int] | None = None
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Hop count -> (input_ids (N, T) long, its last column the readout, answers (N,) long); of `hops`, or of all.
+
+    The same ids as calling the tokenizer row by row, many times faster. Raises ValueError for an unknown word, and as
+    `hop_table`.
+    """
+    table = hop_table(split)
+    if hops is not None:
+        table = table.filter(pc.is_in(table["hops"], pa.array(hops, table["hops"].type)))
+    return {group[0]: rows for group, rows in _encode(table, tokenizer, ["hops"]).items()}
+
+
+def encode_groups(
+    split: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+    """(hops, split_kind) -> (input_ids (N, T), answers (N,)), as `encode_hops`: the groups of results."""
+    return _encode(hop_table(split, ["split_kind"]), tokenizer, ["hops", "split_kind"])
+
+
+def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The split with columns input_ids (T,) and shift_labels (1,), for stock Trainer with `LoopCollator`.
+
+    Raises ValueError as `encode_hops`.
+    """
+    encode_hops(split, tokenizer)  # says what is wrong with a row, as the tokenizer does not
+
+    def encode(batch: dict) -> dict:
+        answers = tokenizer.convert_tokens_to_ids(batch["answer"])
+        return {"input_ids": tokenizer(batch["text"])["input_ids"], "shift_labels": [[answer] for answer in answers]}
+
+    return split.map(encode, batched=True)
+
+
+def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, columns: list[str]) -> dict[tuple, tuple]:
+    # What the tokenizer's template appends to every row: the readout token, or nothing.
+    readout = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)
+    groups = {}
+    for key in table.group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns]).to_pylist():
+        chosen = [pc.equal(table[name], key[name]) for name in columns]
+        rows = table.filter(chosen[0] if len(chosen) == 1 else pc.and_(*chosen))
+        words = _token_ids(pc.list_flatten(pc.utf8_split_whitespace(rows["text"])), tokenizer)
+        input_ids = torch.cat([words.view(len(rows), -1), readout.expand(len(rows), -1)], dim=1)  # (N, T)
+        groups[tuple(key[name] for name in columns)] = input_ids, _token_ids(rows["answer"], tokenizer)
+    return groups
+
+
+def _token_ids(words: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Ids (M,) of words: the tokenizer is asked once per distinct word."""
+    coded = words.combine_chunks().dictionary_encode()
+    vocabulary = tokenizer.get_vocab()
+    distinct = [vocabulary.get(word) for word in coded.dictionary.to_pylist()]
+    if None in distinct:
+        unknown = coded.dictionary[distinct.index(None)]
+        raise ValueError(f"the tokenizer has no token for '{unknown}': it was made for another graph.")
+    return torch.tensor(distinct)[torch.from_numpy(coded.indices.to_numpy().astype(np.int64))]
+
+
+class HopBatches(torch.utils.data.Dataset):
+    """Batches of one hop count and one depth; item `step` is this rank's share of the step-th *global* batch:
+
+        {"input_ids": (b, T) long, "shift_labels": (b, 1) long, "logits_to_keep": 1, "num_loops": int, "hops": int}
+
+    A pure function of (seed, step), so that training resumed at a step goes on as if never interrupted, and training
+    on `world` ranks sees the batches of one. Within a hop count the rows come in shuffled epochs, each row once per
+    epoch. There is no last step: index it, or use a DataLoader with `batch_size=None, sampler=range(start, stop)`.
+
+    split: rows with the columns text, answer, hops. batch_size: rows of the global batch. depth: draws `num_loops`.
+    hops: the hop counts to draw from, all by default. weighting: how often a hop count is drawn, in proportion to its
+    "rows" or "uniform". at_least_hops: a depth below the batch's hop count is raised to it. (The paper draws the two
+    apart, which asks a core that follows one relation per loop for answers it cannot reach.) pad_to: length to which
+    rows are filled up with masked copies of the readout token before the one that is read, with an "attention_mask";
+    the answer is the same and the work is that of the paper's code, which pads to 50.
+
+    Raises ValueError for a batch size that does not divide, a hop count without rows, or rows longer than pad_to.
+    """
+
+    def __init__(
+        self,
+        split: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        seed: int,
+        depth: DepthSampler,
+        hops: list[int] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        weighting: Literal["rows", "uniform"] = "rows",
+        at_least_hops: bool = False,
+        pad_to: int | None = None,
+    ):
+        check_share(batch_size, rank, world)
+        if weighting not in ("rows", "uniform"):
+            raise ValueError(f"weighting must be rows or uniform, got {weighting!r}.")
+        self._rows = encode_hops(split, tokenizer, hops)
+        missing = sorted(set(hops or []) - set(self._rows))
+        if missing or not self._rows:
+            raise ValueError(f"the split has no rows of {missing or 'any'} hops; it has {sorted(set(split['hops']))}.")
+        self.hops = list(self._rows)
+        longest = max(input_ids.shape[1] for input_ids, _ in self._rows.values())
+        if pad_to is not None and (pad_to < longest or not tokenizer("")["input_ids"]):
+            raise ValueError(
+                f"pad_to must be at least {longest}, the longest row, and needs a readout token; got {pad_to}."
+            )
+        self.pad_to = pad_to
+        self.num_rows = {k: len(answers) for k, (_, answers) in self._rows.items()}
+        self.batch_size, self.seed, self.depth, self.rank, self.world = batch_size, seed, depth, rank, world
+        self.at_least_hops = at_least_hops
+        weights = np.array([self.num_rows[k] if weighting == "rows" else 1 for k in self.hops])
+        self._weights = weights / weights.sum()
+        # How often each hop count came before each chunk of steps, as far as it is known; and the chunk in use.
+        self._counts = [np.zeros(len(self.hops), dtype=np.int64)]
+        self._chunk = (-1, np.empty(0), np.empty(0))
+        self._epochs = {k: ShuffledEpochs(n, batch_size, seed, "rows of epochs", k) for k, n in self.num_rows.items()}
+
+    def __getitem__(self, step: int) -> dict:
+        if step < 0:
+            raise IndexError(f"step must be >= 0, got {step}.")
+        k, earlier = self._hops_of(step)
+        share = self.batch_size // self.world
+        chosen = self._epochs[k].between(earlier * self.batch_size + self.rank * share, share)
+        input_ids, answers = self._rows[k]
+        batch = {
+            # Four times as fast as input_ids[chosen].
+            "input_ids": input_ids.index_select(0, chosen),
+            "shift_labels": answers.index_select(0, chosen)[:, None],
+            "logits_to_keep": 1,
+            "num_loops": max(self.depth(step), k if self.at_least_hops else 1),
+            "hops": k,
+        }
+        return batch if self.pad_to is None else batch | pad_rows(batch["input_ids"], self.pad_to)
+
+    def _hops_of(self, step: int) -> tuple[int, int]:
+        """Hop count of a step, and how many earlier steps had the same."""
+        chunk, offset = divmod(step, CHUNK)
+        if self._chunk[0] != chunk:
+            while len(self._counts) <= chunk:
+                drawn = self._draw_chunk(len(self._counts) - 1)
+                self._counts.append(self._counts[-1] + np.bincount(drawn, minlength=len(self.hops)))
+            drawn = self._draw_chunk(chunk)
+            earlier = np.empty(CHUNK, dtype=np.int64)
+            for i, count in enumerate(self._counts[chunk]):
+                earlier[drawn == i] = count + np.arange((drawn == i).sum())
+            self._chunk = (chunk, drawn, earlier)
+        _, drawn, earlier = self._chunk
+        return self.hops[drawn[offset]], int(earlier[offset])
+
+    def _draw_chunk(self, chunk: int) -> np.ndarray:
+        """Indices into `hops` (CHUNK,) of one chunk of steps."""
+        return stream(self.seed, "hops of steps", chunk).choice(len(self.hops), size=CHUNK, p=self._weights)
+
+
+def pad_rows(input_ids: torch.Tensor, length: int) -> dict:
+    """Rows (b, T) with their last token, the readout, repeated up to `length`; all copies but the last are masked."""
+    num_copies = length - input_ids.shape[1]
+    mask = torch.ones(len(input_ids), length, dtype=torch.long)
+    mask[:, input_ids.shape[1] - 1 : -1] = 0
+    return {"input_ids": torch.cat([input_ids, input_ids[:, -1:].expand(-1, num_copies)], 1), "attention_mask": mask}

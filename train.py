@@ -57,10 +57,11 @@ from data_builders import (
     load_text,
 )
 from looplab.distillation import Distillation, interpolated
-from looplab.loading import blaming
 from looplab.mistakes import Parser, run_command
-from looplab.recipe import Optim, Recipe, field_names, flatten, read_recipe
-from looplab.run_folder import RunFolder, State, held
+from looplab.recipe import Optim, Recipe, read_recipe
+from looplab.runs.models import blaming
+from looplab.runs.sections import field_names, flatten
+from looplab.training.run_folder import RunFolder, State, held
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
 

@@ -21,9 +21,7 @@ NAMES = {
         "Composition",
         "CompositionConfig",
     ),
-    "depth": (
-        "DepthSampler",
-    ),
+    "depth": ("DepthSampler",),
     "hop_batches": (
         "HopBatches",
         "encode_groups",

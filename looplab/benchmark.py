@@ -34,14 +34,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from data_builders import PackedMolecules
 from data_builders.text_batches import spread_blocks
+from looplab.runs.folder import Run, open_run
+from looplab.runs.models import load_run_model
+from looplab.runs.writing import check_folder, write_whole
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
 
-from .evaluation import load_run_model, load_run_task
+from .evaluation import load_run_task
 from .molecules import SETTINGS, run_molecules
 from .perplexity import run_blocks
-from .runs import Run, open_run
-from .writing import check_folder, write_whole
 
 CONFIDENCE = "assistant_confidence_threshold"
 CONFIDENCES = (0.4, 0.8)  # that of transformers, and one under which drafts are surer, and shorter

@@ -20,12 +20,12 @@ from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from data_builders.builders import TAGS
+from looplab.runs.folder import Run
+from looplab.runs.seeds import to_markdown
 
 from .evaluation import first_question_beyond, line_order, load_run_task
 from .molecule_results import percent
 from .results import THRESHOLDS, depth_facts
-from .runs import Run
-from .seeds import to_markdown
 
 TEMPLATES = Path(__file__).parents[1] / "hub_cards"
 

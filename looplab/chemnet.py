@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .writing import write_whole
+from looplab.runs.writing import write_whole
 
 REFERENCE = 10_000  # molecules of the test split
 BATCH = 256

@@ -48,8 +48,9 @@ def named(text: str) -> str:
 
 
 def run_eval(arguments) -> None:
+    from looplab.runs.folder import open_run
+
     from .readers import reader_of
-    from .runs import open_run
 
     run = open_run(arguments.run)
     reader = reader_of([run])
@@ -66,8 +67,9 @@ def run_eval(arguments) -> None:
 
 
 def run_halting(arguments) -> None:
+    from looplab.runs.folder import open_run
+
     from .readers import reader_of
-    from .runs import open_run
 
     run = open_run(arguments.run)
     path, text = reader_of([run]).halting(
@@ -77,8 +79,9 @@ def run_halting(arguments) -> None:
 
 
 def run_plot(arguments) -> None:
+    from looplab.runs.folder import open_run
+
     from .readers import reader_of
-    from .runs import open_run
 
     runs = [open_run(folder) for folder in arguments.runs]
     for path in reader_of(runs).plot(runs, arguments.output):
@@ -86,17 +89,19 @@ def run_plot(arguments) -> None:
 
 
 def run_table(arguments) -> None:
+    from looplab.runs.folder import open_run
+
     from .readers import reader_of
-    from .runs import open_run
 
     runs = [open_run(folder) for folder in arguments.runs]
     print(reader_of(runs).table(runs, arguments.against))
 
 
 def run_lens(arguments) -> None:
+    from looplab.runs.folder import open_run
+
     from .mechanism import lens_run
     from .readers import MoleculeReader, reader_of
-    from .runs import open_run
 
     run = open_run(arguments.run)
     if isinstance(reader_of([run]), MoleculeReader):
@@ -137,10 +142,11 @@ def run_harness(arguments) -> None:
     import logging
     from pathlib import Path
 
+    from looplab.runs.folder import to_json_lines
+    from looplab.runs.models import load_model
+    from looplab.runs.writing import check_file, write_whole
+
     from .harness import accuracies, score, settle_depth
-    from .loading import load_model
-    from .runs import to_json_lines
-    from .writing import check_file, write_whole
 
     # It warns of what is on purpose here: a model already loaded, data of our own.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -215,16 +221,18 @@ def run_convert(arguments) -> None:
 
 
 def run_memory(arguments) -> None:
+    from looplab.runs.folder import open_run
+
     from .memory import measure_memory, memory_table
-    from .runs import open_run
 
     path = measure_memory(arguments.run, arguments.chunks, arguments.limit, arguments.loops)
     print(f"{memory_table(open_run(arguments.run))}\n\nwritten to {path}")
 
 
 def run_quantize(arguments) -> None:
+    from looplab.runs.folder import open_run
+
     from .quantization import quantization_text, quantize_run
-    from .runs import open_run
 
     path = quantize_run(
         arguments.run,

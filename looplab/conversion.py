@@ -25,12 +25,12 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
+from looplab.runs.models import blaming, quietly
+from looplab.runs.writing import whole_folder
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.frozen_looped import default_window
 
-from .loading import blaming, quietly
 from .ouro import check_tokenizer, ouro_config, ouro_generation_settings, ouro_weights
-from .writing import whole_folder
 
 logger = logging.get_logger(__name__)
 

@@ -27,8 +27,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from data_builders.text import CORPUS
-
-from .writing import whole_folder, write_whole
+from looplab.runs.writing import whole_folder, write_whole
 
 # Below this many characters a paragraph is a heading, a menu entry or a line of a table.
 SHORTEST = 60

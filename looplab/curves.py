@@ -1,4 +1,4 @@
-"""Figures of groups of runs (seeds of one recipe), see seeds.py: means with a band.
+"""Figures of groups of runs (seeds of one recipe), see runs/seeds.py: means with a band.
 
     hops       accuracy against hops at the loops chosen on validation rows      all groups in one
     loops      accuracy and logit margin against loops 1 .. R, a line per hops   one group
@@ -11,10 +11,11 @@ A band is the 95 % t-interval over the runs of a group, or for a single run the 
 from collections.abc import Sequence
 from statistics import fmean
 
+from looplab.runs.folder import Run
+from looplab.runs.intervals import t_interval, wilson_interval
+
 from .plots import FRAME, KIND_WORDS, Figure
-from .results import THRESHOLDS, depth_facts, halting_facts, lines_of, wilson_interval
-from .runs import Run
-from .seeds import t_interval
+from .results import THRESHOLDS, depth_facts, halting_facts, lines_of
 
 # Okabe and Ito, without the yellow that does not show on white and the vermilion that marks the training.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000")

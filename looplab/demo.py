@@ -21,12 +21,13 @@ import numpy as np
 from huggingface_hub import SpaceCard, SpaceCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import load_run_model, load_run_task
+from looplab.runs.folder import AGAIN, Run, open_run
+from looplab.runs.models import load_model, load_run_model
+from looplab.runs.writing import write_whole
+
+from .evaluation import load_run_task
 from .halting import ENTROPY
-from .loading import load_model
 from .readers import READERS, HopReader
-from .runs import AGAIN, Run, open_run
-from .writing import write_whole
 
 TEMPLATES = Path(__file__).parents[1] / "hub_cards" / "space"
 GRADIO = "6.31.0"  # what a Space installs: the version the page is tested with

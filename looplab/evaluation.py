@@ -6,7 +6,7 @@
     loops.jsonl  every loop x held-out hops       accuracy, mean margin, first correct loop; validation and test
 
 Protocol of Loop, Think & Generalize (arXiv 2604.07822): accuracy per hop count while the loops at inference
-are swept. What is evaluated is what ships: the weights in `RUN/model`, loaded by `loading.py`.
+are swept. What is evaluated is what ships: the weights in `RUN/model`, loaded by `runs/models.py`.
 """
 
 import json
@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import encode_groups, load_task
+from looplab.runs.folder import Run, open_run, to_json_lines
+from looplab.runs.intervals import wilson_interval
+from looplab.runs.models import load_run_model
 
-from .loading import check_loops, load_model
 from .readers import HopReader, reader_of
-from .results import THRESHOLDS, hops_solved, wilson_interval
-from .runs import AGAIN, Run, open_run, to_json_lines
+from .results import THRESHOLDS, hops_solved
 from .traces import Trace, joined, trace
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -137,18 +138,6 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
     task = load_task(data["task"], data["config"], **overrides)
     run.check_data(task, only=None if max_hops is None else "train")
     return task
-
-
-def load_run_model(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The saved model of a finished run, see `load_model`, which is to run `loops`; None is its own count.
-
-    Raises:
-        ValueError: there is no model yet, it is damaged or no looped model, or it cannot run so many loops.
-    """
-    run.weights  # noqa: B018 (of the model as it is now: a training may replace it while it is measured)
-    model, tokenizer = load_model(run.model_folder(), AGAIN)
-    check_loops(model, run.model_folder(), *loops)
-    return model, tokenizer
 
 
 def evaluate_run(

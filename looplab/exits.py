@@ -23,12 +23,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from data_builders.molecule_batches import IGNORED
 from data_builders.text_batches import spread_blocks
+from looplab.runs.folder import open_run, to_json_lines
+from looplab.runs.models import load_run_model
 
 from .benchmark import counted_calls, entropy_bound, interleaved, ratio_of, ratio_text
-from .evaluation import load_run_model
 from .halting import Setting
 from .perplexity import run_blocks
-from .runs import open_run, to_json_lines
 
 PROMPT, DECODED = 32, 32  # tokens of a row of text
 BATCHES = (1, 16)

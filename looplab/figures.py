@@ -11,6 +11,10 @@ molecules.png, and once `looped lens` ran ablations.png and readouts.png.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from looplab.runs.folder import Run, open_run
+from looplab.runs.seeds import group_runs
+from looplab.runs.writing import below, write_whole
+
 from .curves import Group, halting_figure, hops_figure, learning_figure, loops_figure
 from .molecule_plots import (
     ablations_figure,
@@ -21,10 +25,7 @@ from .molecule_plots import (
     validity_figure,
 )
 from .plots import heat_map, save, training_curves
-from .runs import Run, open_run
-from .seeds import group_runs
 from .text_plots import held_out_figure, perplexity_figure, training_figure
-from .writing import below, write_whole
 
 
 def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:

@@ -31,14 +31,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_builders import TextBlocks, load_task
 from data_builders.fields import Range, check_fields, number, numbers, path
 from data_builders.files import expand_home
+from looplab.runs.folder import to_json_lines
+from looplab.runs.models import load_model
+from looplab.runs.sections import build_recipe, check_name, expand_paths
+from looplab.runs.writing import below, write_whole
+from looplab.runs.yaml_text import read_yaml, to_yaml
 from modeling_looped import FrozenLoopedConfig, default_window, looped
 from modeling_looped.frozen_window_looped import decoder_layers
-
-from .loading import load_model
-from .recipe import build_recipe, check_name, expand_paths
-from .runs import to_json_lines
-from .writing import below, write_whole
-from .yaml_text import read_yaml, to_yaml
 
 STAGES = ("profile", "sweep", "confirm", "cost")
 SPLITS = {"sweep": "validation", "confirm": "test"}
@@ -365,7 +364,8 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
 def text_comparison(base: Sequence[dict], other: Sequence[dict], seed: int = 0) -> str:
     """Blocks of `other` against the same blocks of the base model, in words: change of the loss with its bootstrap
     95 % interval and Wilcoxon's p, mean agreement and KL."""
-    from .bootstrap import bootstrap_intervals
+    from looplab.runs.intervals import bootstrap_intervals
+
     from .harness import wilcoxon_p
 
     changes = np.subtract([row["nll"] for row in other], [row["nll"] for row in base])

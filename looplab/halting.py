@@ -20,10 +20,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from looplab.runs.folder import open_run, to_json_lines
+from looplab.runs.models import load_run_model
+
 from .benchmark import interleaved, ratio_of
-from .evaluation import MAX_LOOPS, Group, groups_of, load_run_model, load_run_task, trace_groups
+from .evaluation import MAX_LOOPS, Group, groups_of, load_run_task, trace_groups
 from .results import ROUNDING, best_loops, fewest_near_best
-from .runs import open_run, to_json_lines
 from .traces import Trace
 
 POINT = 0.01  # of accuracy that a rule may lose at any hop count

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import MultipleChoice
 from data_builders.builders import build_splits
+from looplab.runs.intervals import bootstrap_intervals
+from looplab.runs.yaml_text import read_yaml
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.depth_looped import generation_count
 from modeling_looped.frozen_looped import FrozenLooped
 
-from .bootstrap import bootstrap_intervals
 from .pretrained import fetched
-from .yaml_text import read_yaml
 
 try:
     from lm_eval import evaluate

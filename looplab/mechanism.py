@@ -14,15 +14,16 @@ import datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from looplab.runs.digests import weights_of
+from looplab.runs.folder import Run, open_run, to_json_lines
+from looplab.runs.models import check_loops, load_model
+from looplab.runs.writing import below
+
 from .evaluation import load_run_task
 from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
 from .lens_plots import lens_figures, stages_figure
-from .loading import check_loops, load_model
 from .plots import save
 from .probes import probe_path
-from .run_folder import weights_of
-from .runs import Run, open_run, to_json_lines
-from .writing import below
 
 LIMIT = 300  # chains per split kind
 PROBE_ROWS = 3000  # training chains of a probe

@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders.text_batches import spread_blocks
+from looplab.runs.folder import Run, open_run, to_json_lines
+from looplab.runs.intervals import wilson_interval
+from looplab.runs.models import load_run_model
 from modeling_looped.cache_looped import CACHE_NAME
 from modeling_looped.configuration_looped import REWRITING_SHARINGS
 
-from .evaluation import groups_of, load_run_model, load_run_task
+from .evaluation import groups_of, load_run_task
 from .perplexity import block_losses, run_blocks, text_rows
-from .results import wilson_interval
-from .runs import Run, open_run, to_json_lines
 
 SHARINGS = ("per_loop", "first", "last", "mean")
 

@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders.molecules import rdkit_chem
+from looplab.runs.folder import Run, rows_on_file, to_json_lines
+from looplab.runs.intervals import paired_interval
+from looplab.runs.models import load_run_model, weights_digest
 
-from .evaluation import load_run_model
-from .molecules import SETTINGS, HeldOut, rows_on_file, run_molecules, weights_digest, write_molecules
+from .molecules import SETTINGS, HeldOut, run_molecules, write_molecules
 from .recorder import LayerCall, edit_head, layer_calls, watching_heads
-from .results import paired_interval
-from .runs import Run, to_json_lines
 from .smiles import EXCLUSIVE, LABELS, RING, canonical_or_none, exclusive_class, faults
 
 VALUES = ("zero", "mean")

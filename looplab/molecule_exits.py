@@ -42,14 +42,14 @@ from data_builders import PackedMolecules
 from data_builders.molecule_batches import IGNORED
 from data_builders.molecules import rdkit_chem
 from data_builders.text_batches import spread_blocks
+from looplab.runs.folder import open_run, to_json_lines
+from looplab.runs.models import load_run_model
 
 from .benchmark import counted_calls, interleaved, ratio_of, ratio_text
 from .chemnet import Statistics, frechet_distance, reference_statistics, statistics_of
-from .evaluation import load_run_model
 from .exits import BATCHES, between_counts, decode, exit_rows, exit_settings, exits_text, quality_of, threshold_text
 from .halting import Setting
 from .molecules import SETTINGS, batch_seed, run_molecules, samples_of, share, write_tokens
-from .runs import open_run, to_json_lines
 from .smiles import KINDS, canonical_or_none, token_kinds
 
 SAMPLES = 1000  # of each setting

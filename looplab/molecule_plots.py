@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from data_builders.molecules import rdkit_chem
+from looplab.runs.folder import Run, json_lines
+from looplab.runs.intervals import t_interval
 
 from .curves import Group, band_words, tidy
 from .lens_plots import call_labels, name_lines, ordered, panel_grid
 from .molecule_ablations import SHOWN, VALUES, cell_of
 from .plots import FRAME
-from .runs import Run, json_lines
-from .seeds import t_interval
 from .smiles import LABELS, canonical_or_none
 from .text_plots import draw_band
 

@@ -21,11 +21,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import load_run_model
+from looplab.runs.folder import Run, to_json_lines
+from looplab.runs.models import load_run_model
+
 from .molecules import run_molecules
 from .probes import probe_accuracy, random_twin
 from .recorder import record
-from .runs import Run, to_json_lines
 from .smiles import RING
 
 ROWS = 100  # molecules that go through the model at once

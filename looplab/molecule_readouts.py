@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
 from data_builders.molecules import rdkit_chem
+from looplab.runs.folder import Run, rows_on_file, to_json_lines
+from looplab.runs.models import load_run_model, weights_digest
 
-from .evaluation import load_run_model
 from .molecule_results import percent
-from .molecules import SETTINGS, HeldOut, measure, rows_on_file, run_molecules, weights_digest, write_molecules
-from .runs import Run, to_json_lines
+from .molecules import SETTINGS, HeldOut, measure, run_molecules, write_molecules
 
 FIT_TOKENS = 300_000
 ITERATIONS = 60

@@ -1,16 +1,16 @@
 """What the files of runs on molecules say: one run by setting and loops, and a Markdown table of groups of seeds.
 
 A group's number is its mean over seeds with [lowest, highest], in % where it is a share; 95 % t-intervals are over
-seeds (seeds.py). `--against` compares validity seed by seed. Wilson's intervals in the text of one run know the chance
+seeds (runs/seeds.py). `--against` compares validity seed by seed. Wilson's intervals in the text of one run know the chance
 of its samples and not of its training.
 """
 
 from collections.abc import Sequence
 
-from .runs import Run
-from .seeds import groups_against, span, to_markdown
+from looplab.runs.folder import Run
+from looplab.runs.seeds import by_seeds, groups_against, interval, span, to_markdown
+
 from .smiles import EXCLUSIVE, LABELS
-from .text_results import by_seeds, interval
 
 SHARES = ("validity", "uniqueness", "novelty", "diversity")
 

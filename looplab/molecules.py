@@ -18,7 +18,7 @@ fcd          Frechet ChemNet distance to 10,000 molecules of the test split (Pre
              network from the package fcd_torch; None where that is not installed
 
 Shares have Wilson's interval, taking uniqueness as a share too; diversity that of a U-statistic. What is evaluated is
-what ships: the weights in `RUN/model`, loaded by `loading.py`.
+what ships: the weights in `RUN/model`, loaded by `runs/models.py`.
 """
 
 import hashlib
@@ -44,16 +44,14 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from data_builders import PackedMolecules, load_molecules
 from data_builders.molecule_batches import IGNORED
 from data_builders.molecules import rdkit_chem
+from looplab.runs.folder import Run, open_run, rows_so_far, to_json_lines
+from looplab.runs.intervals import wilson_interval
+from looplab.runs.models import count_parameters, load_run_model, weights_digest
+from looplab.runs.writing import below, write_whole
 
 from .chemnet import frechet_distance, reference_statistics, statistics_of
-from .evaluation import load_run_model
 from .masking import ValidPrefix
-from .perplexity import count_parameters
-from .results import wilson_interval
-from .run_folder import sha256_of
-from .runs import Run, open_run, rows_so_far, to_json_lines
 from .smiles import EXCLUSIVE, LABELS, canonical_or_none, exclusive_class, faults
-from .writing import below, write_whole
 
 SAMPLES = 10_000  # at the model's own loops, of each setting
 LOOP_SAMPLES = 2_000  # at most, at each other loop count
@@ -369,17 +367,6 @@ def evaluate_molecules(
         "speed": cache_speed(model, tokenizer, own),
     }
     return run.write({"evaluation.json": json.dumps(facts, indent=1) + "\n", "molecules.jsonl": to_json_lines(rows)})
-
-
-def weights_digest(run: Run) -> str:
-    """SHA-256 of the file of the weights, by which rows and samples know them; of shards, that of `Run.weights`."""
-    path = run.model_folder() / "model.safetensors"
-    return sha256_of(path) if path.is_file() else run.weights
-
-
-def rows_on_file(path: Path, facts: dict) -> list[dict]:
-    """The lines of the file that were measured under the same facts, to go on from."""
-    return [row for row in rows_so_far(path) if facts.items() <= row.items()]
 
 
 def forget_samples_of_another_model(run: Run) -> Path:

@@ -9,7 +9,7 @@
                  block_losses in the order of the blocks: runs with the same digest may be compared block by block
     evaluation.json  limit, num_loops (the model's own) and parameters, see `count_parameters`
 
-What is evaluated is what ships: the weights in `RUN/model`, loaded by `loading.py`.
+What is evaluated is what ships: the weights in `RUN/model`, loaded by `runs/models.py`.
 """
 
 import hashlib
@@ -24,10 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks, load_text
 from data_builders.text_batches import spread_blocks
-
-from .bootstrap import bootstrap_intervals
-from .evaluation import load_run_model
-from .runs import Run, open_run, to_json_lines
+from looplab.runs.folder import Run, open_run, to_json_lines
+from looplab.runs.intervals import bootstrap_intervals
+from looplab.runs.models import count_parameters, load_run_model
 
 TOKENS = 2048  # that go through the model at once: their logits are this times the vocabulary
 
@@ -102,24 +101,6 @@ def text_rows(losses: dict[int, torch.Tensor], tokens: int, text: str) -> list[d
 def perplexity(loss: float) -> float:
     """exp(loss); not math.exp, which raises where the loss of a model that went astray is too large."""
     return torch.tensor(loss, dtype=torch.float64).exp().item()
-
-
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of a looped model in three accountings.
-
-    all               every one; a tied matrix counts once
-    one_vocabulary    without the output embedding where it is a matrix of its own: as if embeddings were tied
-    layers            without both, and without a table of positions: layers, norms and what is between loops
-    """
-    embedding, unembedding = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    everything = model.num_parameters()
-    one_vocabulary = everything - (0 if unembedding is embedding else unembedding.numel())
-    positions = sum(parameter.numel() for parameter in model.base_model.positions.parameters())
-    return {
-        "all": everything,
-        "one_vocabulary": one_vocabulary,
-        "layers": one_vocabulary - embedding.numel() - positions,
-    }
 
 
 def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:

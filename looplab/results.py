@@ -9,10 +9,9 @@
 A line is a (split kind, hop count); every line counts alike in a mean. Plain Python, so that tables are quick.
 """
 
-import math
 from collections.abc import Sequence
 
-from .runs import Run
+from looplab.runs.folder import Run
 
 THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
 
@@ -21,38 +20,6 @@ TIE = 0.001
 ROUNDING = 1e-9  # one row of a hundred less is a loss of one point, not of 0.010000000000000009
 
 Line = tuple[str, int]
-
-
-def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share `accuracy` of `n` trials (Wilson 1927); inside [0, 1], and not empty at 0 or 1."""
-    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    # Rounding may leave the share itself outside at 0 and 1, and then an error bar would have a negative length.
-    return max(0.0, min(accuracy, centre - half)), min(1.0, max(accuracy, centre + half))
-
-
-def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
-    """The 95 % interval of the share of `after` less that of `before`, in the same trials (Newcombe 1998, method 10).
-
-    It joins Wilson's intervals of the two shares by their correlation, and is not empty where no trial changed.
-    """
-    n = len(before)
-    (first, low, high), (second, lower, higher) = (
-        (share, *wilson_interval(share, n)) for share in (sum(before) / n, sum(after) / n)
-    )
-    both = sum(b and a for b, a in zip(before, after, strict=True))
-    # both x neither - only one x only the other, with Newcombe's correction of a positive one
-    excess = both * (n - sum(before) - sum(after) + both) - (sum(before) - both) * (sum(after) - both)
-    if excess > 0:
-        excess = max(excess - n / 2, 0)
-    spread = math.sqrt(sum(before) * (n - sum(before)) * sum(after) * (n - sum(after)))
-    phi = excess / spread if spread else 0.0
-
-    def half(one: float, two: float) -> float:
-        return math.sqrt(max(one * one - 2 * phi * one * two + two * two, 0.0))
-
-    change = second - first
-    return change - half(second - lower, high - first), change + half(higher - second, first - low)
 
 
 def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:

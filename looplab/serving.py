@@ -19,10 +19,10 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from looplab.runs.models import blaming, load_model
 from modeling_looped import FrozenLoopedForCausalLM, LoopedForCausalLM
 
 from .limits import Limits, option
-from .loading import blaming, load_model
 from .serving_jobs import Job, Service
 from .serving_requests import CHAT, COMPLETION, Refusal, read_fields, short
 

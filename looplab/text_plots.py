@@ -11,10 +11,11 @@ blocks, or none for held-out losses.
 from collections.abc import Sequence
 from statistics import fmean
 
+from looplab.runs.folder import Run
+from looplab.runs.intervals import t_interval
+
 from .curves import MARKS, PALETTE, Group, band_words, tidy
 from .plots import COLOURS, FRAME, Figure, colormaps
-from .runs import Run
-from .seeds import t_interval
 
 from matplotlib.ticker import EngFormatter, NullLocator  # isort: skip (plots.py says what to install)
 

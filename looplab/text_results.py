@@ -3,15 +3,15 @@
     perplexity    of the test split at the model's own loop count (RUN/text.jsonl, of `looped eval`)
     difference    loss of a run less that of the baseline's run with the same seeds on the same blocks, nats per token
 
-A group's number is its mean over seeds with [lowest, highest]. Intervals are Student's t over seeds (seeds.py); those
+A group's number is its mean over seeds with [lowest, highest]. Intervals are Student's t over seeds (runs/seeds.py); those
 of differences also the bootstrap over blocks, which knows the chance of the test text and not of training.
 """
 
 from collections.abc import Sequence
 from statistics import fmean
 
-from .runs import Run
-from .seeds import groups_against, span, t_interval, to_markdown
+from looplab.runs.folder import Run
+from looplab.runs.seeds import by_seeds, groups_against, interval, span, to_markdown
 
 # Column -> the accounting of `perplexity.count_parameters`.
 PARAMETERS = {
@@ -50,14 +50,6 @@ def own_row(run: Run) -> dict:
         f"{run.folder}/text.jsonl has no line at the model's own {own} loops: run `looped eval {run.folder}` with "
         f"{own} among --loops."
     )
-
-
-def interval(values: Sequence[float], form: str) -> str:
-    """The 95 % t-interval; - of one value, which has none."""
-    if len(values) < 2:
-        return "-"
-    _, low, high = t_interval(values)
-    return f"[{low:{form}}, {high:{form}}]"
 
 
 def text_table(runs: Sequence[Run], against: str | None = None) -> str:
@@ -106,24 +98,6 @@ def quantized_cells(runs: Sequence[Run]) -> dict[str, str]:
     }
 
 
-def seeds_of(run: Run) -> tuple[int, int]:
-    """What tells the runs of a group apart: seed and data.seed."""
-    recipe = run.recipe()
-    return recipe["seed"], recipe["data"]["seed"]
-
-
-def by_seeds(runs: Sequence[Run]) -> dict[tuple[int, int], Run]:
-    """Runs by their seeds; ValueError if two have the same."""
-    found = {}
-    for run in runs:
-        if seeds_of(run) in found:
-            raise ValueError(
-                f"{found[seeds_of(run)].folder} and {run.folder} have the same recipe and seeds: leave one out."
-            )
-        found[seeds_of(run)] = run
-    return found
-
-
 def paired_differences(base: Run, run: Run) -> list[float]:
     """Loss of each block less the baseline's, nats per token; ValueError unless the blocks are the same."""
     rows = [own_row(base), own_row(run)]
@@ -157,7 +131,7 @@ def over_blocks(differences, texts: set[str]) -> str:
         return "-"
     import numpy as np
 
-    from .bootstrap import bootstrap_intervals
+    from looplab.runs.intervals import bootstrap_intervals
 
     [(low, high)] = bootstrap_intervals(np.mean(list(differences), axis=0)[None])
     return f"[{low:+.4f}, {high:+.4f}]"

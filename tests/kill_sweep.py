@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from datasets.utils.logging import disable_progress_bar  # noqa: E402
 
-from looplab.run_folder import weights_of  # noqa: E402
-from looplab.runs import open_run  # noqa: E402
+from looplab.runs.digests import weights_of  # noqa: E402
+from looplab.runs.folder import open_run  # noqa: E402
 from train import main, read_recipe  # noqa: E402
 
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")

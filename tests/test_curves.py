@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from looplab.curves import halting_figure, hops_figure, learning_figure, loops_figure, spread_lines
-from looplab.runs import open_run
-from looplab.seeds import t_interval
+from looplab.runs.folder import open_run
+from looplab.runs.intervals import t_interval
 
 CHANCE = 0.125
 

@@ -24,7 +24,7 @@ from data_builders import dataset_tokenizer, load_task
 from data_builders.tokenizers import smiles_tokenizer
 from looplab import demo
 from looplab.cli import main
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
 from toys import FP32, make_model
 
 ROOT = Path(__file__).parents[1]

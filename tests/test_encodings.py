@@ -67,4 +67,4 @@ def test_yaml_is_read_and_written_in_one_place():
         if (isinstance(node, ast.Import) and "yaml" in [name.name.split(".")[0] for name in node.names])
         or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "yaml")
     }
-    assert imports == {"looplab/yaml_text.py"}
+    assert imports == {"looplab/runs/yaml_text.py"}

@@ -23,7 +23,7 @@ from looplab.evaluation import (
     true_path,
     wilson_interval,
 )
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
 from looplab.traces import Trace, trace
 from toys import make_ids, make_model
 

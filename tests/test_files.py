@@ -18,7 +18,7 @@ from data_builders.builders import build_splits
 from data_builders.files import find_files, read_text
 from data_builders.molecules import MoleculesConfig, read_smiles
 from data_builders.text import TextConfig
-from looplab.yaml_text import read_yaml
+from looplab.runs.yaml_text import read_yaml
 
 LAW = settings(derandomize=True, max_examples=80, deadline=None, database=None)
 MOLECULES = ["CCO", "c1ccccc1", "C[C@H](N)C(=O)O", "[Na+].[Cl-]", "C%10CCCC%10", "*C"]

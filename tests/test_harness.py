@@ -14,9 +14,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_builders import MultipleChoice
-from looplab import bootstrap, harness
+from looplab import harness
 from looplab.cli import main
 from looplab.harness import answer_logprob, compare, mcnemar_p, score, task_names
+from looplab.runs.folder import intervals as bootstrap
 from toys import FP32, SIZES, make_model
 
 WORDS = ["<pad>", "<eos>", "Question:", "Answer:", *(f"w{i}" for i in range(SIZES["vocab_size"] - 4))]

@@ -10,7 +10,7 @@ import pytest
 from looplab.cards import FIGURES
 from looplab.cli import parser
 from looplab.publishing import RECORDS
-from looplab.runs import VERBS
+from looplab.runs.folder import VERBS
 
 ROOT = Path(__file__).parents[1]
 OWN = {"modeling_looped", "data_builders", "looplab", "hub_cards", "train"}
@@ -58,7 +58,7 @@ def test_the_command_line_lists_its_commands():
 
 def test_every_measurement_is_published():
     """`looped memory` wrote a file that nobody published: the list of published ones did not know it."""
-    text = (ROOT / "looplab/runs.py").read_text(encoding="utf-8")
+    text = (ROOT / "looplab/runs/folder.py").read_text(encoding="utf-8")
     documented = set(re.findall(r"^(\w+\.jsonl?) ", ast.get_docstring(ast.parse(text)), re.MULTILINE))
     assert documented - {"run.json"} <= set(RECORDS)  # run.json says where the run lies
     assert set(VERBS) <= documented | {"lens.jsonl", "lens_stages.jsonl"}

@@ -11,10 +11,10 @@ from accelerate.state import AcceleratorState
 import train
 from data_builders.text_batches import spread_blocks
 from looplab.cli import main
-from looplab.evaluation import load_run_model
 from looplab.memory import measure_memory, with_memory
 from looplab.perplexity import block_losses, run_blocks
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
+from looplab.runs.models import load_run_model
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
 from toys import FP32, KV_SHARINGS, make_ids, make_model, write_pages

@@ -30,7 +30,7 @@ from looplab.molecule_exits import (
 )
 from looplab.molecule_plots import exits_figure
 from looplab.molecules import SETTINGS, loss_of_molecules, run_molecules, write_molecules, write_tokens
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
 from looplab.smiles import KINDS, token_kinds
 from modeling_looped import LoopedForCausalLM
 

@@ -21,8 +21,8 @@ from looplab.molecule_ablations import ablations_text, cell_of, mean_outputs, to
 from looplab.molecule_readouts import features_of, fit_head, with_head
 from looplab.molecules import SETTINGS, HeldOut, loss_of_molecules, write_molecules
 from looplab.recorder import edit_head, record, watching_heads
-from looplab.results import paired_interval, wilson_interval
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
+from looplab.runs.intervals import paired_interval, wilson_interval
 from modeling_looped import LoopedForCausalLM
 from toys import FP32, make_ids, make_model
 

@@ -34,7 +34,7 @@ from looplab.molecules import (
     measure,
     write_molecules,
 )
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
 from modeling_looped import LoopedForCausalLM
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from matplotlib.patches import Rectangle
 
 from looplab.figures import plot_runs
 from looplab.plots import heat_map, smooth, training_curves
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
 
 LOOPS, HOPS, TRAINED = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5), 3
 

@@ -29,10 +29,11 @@ from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
 from looplab import cards, molecules, publishing
 from looplab.cards import Names, model_card, render
 from looplab.cli import main
-from looplab.evaluation import load_run_model, load_run_task
+from looplab.evaluation import load_run_task
 from looplab.publishing import publish
 from looplab.readers import READERS
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
+from looplab.runs.models import load_run_model
 from toys import shipped_with, write_pages
 
 # huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.

@@ -29,7 +29,7 @@ from looplab.quantization import (
     quantized_layers,
 )
 from looplab.recorder import record
-from looplab.runs import open_run
+from looplab.runs.folder import open_run
 from toys import FP32, make_ids, make_model, write_pages
 
 ROOT = Path(__file__).parents[1]

@@ -285,7 +285,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 import train
-from looplab.run_folder import RunFolder
+from looplab.training.run_folder import RunFolder
 
 PartialState(cpu=True)
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -7,16 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from looplab.results import (
-    best_loops,
-    depth_facts,
-    depth_text,
-    fewest_near_best,
-    halting_facts,
-    halting_text,
-    wilson_interval,
-)
-from looplab.runs import open_run
+from looplab.results import best_loops, depth_facts, depth_text, fewest_near_best, halting_facts, halting_text
+from looplab.runs.folder import open_run
+from looplab.runs.intervals import wilson_interval
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,7 +118,9 @@ def test_an_interval_holds_the_share_it_is_of():
             assert 0 <= low <= right / n <= high <= 1
 
 
-@pytest.mark.parametrize("module", ["looplab.runs", "looplab.recipe", "looplab.seeds", "data_builders.files"])
+@pytest.mark.parametrize(
+    "module", ["looplab.runs.folder", "looplab.recipe", "looplab.runs.seeds", "data_builders.files"]
+)
 def test_what_reads_results_imports_no_torch(module):
     """A table, or a folder that is misspelt, is a matter of a fraction of a second."""
     code = f"import sys, {module}; print(sorted({{'torch', 'datasets', 'transformers'}} & set(sys.modules)))"

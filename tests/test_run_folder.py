@@ -23,27 +23,18 @@ from safetensors.torch import load_file, save_file
 
 from data_builders import dataset_byte_bpe
 from looplab.cli import main as looped
-from looplab.evaluation import evaluate_run, grid_table, load_run_model
+from looplab.evaluation import evaluate_run, grid_table
 from looplab.plots import training_curves
 from looplab.publishing import check_measured
-from looplab.recipe import Recipe, field_names, flatten, read_recipe
+from looplab.recipe import Recipe, read_recipe
 from looplab.results import depth_text
-from looplab.run_folder import (
-    FREE,
-    RECORDS,
-    RunFolder,
-    defaults,
-    files_in,
-    locked,
-    owned,
-    read_state,
-    replaced_folder,
-    settle,
-    sha256_of,
-    weights_of,
-)
-from looplab.runs import VERBS, open_run
-from looplab.seeds import markdown_table
+from looplab.runs.digests import sha256_of, weights_of
+from looplab.runs.folder import VERBS, open_run
+from looplab.runs.models import load_run_model
+from looplab.runs.records import RECORDS, locked, owned, replaced_folder, settle
+from looplab.runs.sections import field_names, flatten
+from looplab.runs.seeds import markdown_table
+from looplab.training.run_folder import FREE, RunFolder, defaults, files_in, read_state
 from toys import write_pages
 from train import main
 

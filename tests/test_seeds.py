@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import yaml
 
-from looplab.runs import open_run
-from looplab.seeds import T, group_runs, markdown_table, span, t_interval, t_quantile
+from looplab.runs.folder import open_run
+from looplab.runs.intervals import T, t_interval, t_quantile
+from looplab.runs.seeds import group_runs, markdown_table, span
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from looplab.cli import main
 from looplab.limits import LIMITS, Limits
-from looplab.loading import load_model
+from looplab.runs.models import load_model
 from looplab.serving import Server, check_kind, listen
 from looplab.serving_jobs import Service, Turns, at_work, begun
 from looplab.serving_requests import CHAT, COMPLETION, GENERATION

@@ -19,13 +19,14 @@ import train
 from data_builders import TextBlocks, load_text, train_byte_bpe
 from data_builders.text_batches import spread_blocks
 from looplab import perplexity
-from looplab.bootstrap import bootstrap_intervals
 from looplab.cli import main
 from looplab.figures import plot_text_runs
-from looplab.perplexity import block_losses, count_parameters, evaluate_text
+from looplab.perplexity import block_losses, evaluate_text
 from looplab.readers import reader_of
-from looplab.runs import open_run
-from looplab.seeds import group_runs
+from looplab.runs.folder import open_run
+from looplab.runs.intervals import bootstrap_intervals
+from looplab.runs.models import count_parameters
+from looplab.runs.seeds import group_runs
 from looplab.text_plots import held_out_figure, perplexity_figure, training_figure
 from looplab.text_results import text_table
 from modeling_looped import LoopedForCausalLM

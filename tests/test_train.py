@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import train
 from data_builders import train_byte_bpe
-from looplab.recipe import build_recipe
-from looplab.yaml_text import parse_yaml
+from looplab.runs.sections import build_recipe
+from looplab.runs.yaml_text import parse_yaml
 from modeling_looped import LoopedForCausalLM
 from toys import make_model, write_pages
 from train import lr_factor, main, read_recipe

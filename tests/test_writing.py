@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from looplab.writing import below, remove_partials, whole_folder, write_whole
+from looplab.runs.writing import below, remove_partials, whole_folder, write_whole
 
 OLD, NEW = "old\n", "new\n" * 50_000
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplab.yaml_text import parse_yaml, read_yaml, to_yaml
+from looplab.runs.yaml_text import parse_yaml, read_yaml, to_yaml
 
 ROOT = Path(__file__).parents[1]
 LAW = settings(derandomize=True, max_examples=60, deadline=None, database=None)
@@ -138,7 +138,7 @@ def test_a_file_that_is_no_utf_8_is_refused_with_its_place(raw, message, tmp_pat
 def test_a_recipe_is_read_in_utf_8_whatever_the_locale(tmp_path):
     """With and without a byte-order mark, and with the line ends of other systems."""
     (tmp_path / "r.yaml").write_bytes("\ufeffname: é\r\nmodel: {}\r\n".encode())
-    code = "import sys; from looplab.yaml_text import read_yaml; print(ascii(read_yaml(sys.argv[1])))"
+    code = "import sys; from looplab.runs.yaml_text import read_yaml; print(ascii(read_yaml(sys.argv[1])))"
     environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(tmp_path / "r.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -32,17 +32,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from .run_folder import (
-    commit,
-    data_of,
-    note_records,
-    read_object,
-    read_records,
-    refuse_other_data,
-    sha256_of,
-    weights_of,
-    write_records,
-)
+from .digests import data_of, refuse_other_data, sha256_of, weights_of
+from .records import commit, note_records, read_object, read_records, write_records
 from .yaml_text import parse_yaml
 
 logger = logging.getLogger(__name__)
@@ -339,3 +330,8 @@ def rows_so_far(path: Path) -> list[dict]:
 
 def to_json_lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def rows_on_file(path: Path, facts: dict) -> list[dict]:
+    """The lines of the file that were measured under the same facts, to go on from."""
+    return [row for row in rows_so_far(path) if facts.items() <= row.items()]

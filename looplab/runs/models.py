@@ -21,10 +21,12 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
+from looplab.mistakes import sentence
 from modeling_looped import LoopedForCausalLM  # which registers all classes of ours
 from modeling_looped.configuration_looped import too_many_loops
 
-from .mistakes import sentence
+from .digests import sha256_of
+from .folder import AGAIN, Run
 
 
 def load_model(
@@ -138,3 +140,39 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def load_run_model(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The saved model of a finished run, see `load_model`, which is to run `loops`; None is its own count.
+
+    Raises:
+        ValueError: there is no model yet, it is damaged or no looped model, or it cannot run so many loops.
+    """
+    run.weights  # noqa: B018 (of the model as it is now: a training may replace it while it is measured)
+    model, tokenizer = load_model(run.model_folder(), AGAIN)
+    check_loops(model, run.model_folder(), *loops)
+    return model, tokenizer
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters of a looped model in three accountings.
+
+    all               every one; a tied matrix counts once
+    one_vocabulary    without the output embedding where it is a matrix of its own: as if embeddings were tied
+    layers            without both, and without a table of positions: layers, norms and what is between loops
+    """
+    embedding, unembedding = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    everything = model.num_parameters()
+    one_vocabulary = everything - (0 if unembedding is embedding else unembedding.numel())
+    positions = sum(parameter.numel() for parameter in model.base_model.positions.parameters())
+    return {
+        "all": everything,
+        "one_vocabulary": one_vocabulary,
+        "layers": one_vocabulary - embedding.numel() - positions,
+    }
+
+
+def weights_digest(run: Run) -> str:
+    """SHA-256 of the file of the weights, by which rows and samples know them; of shards, that of `Run.weights`."""
+    path = run.model_folder() / "model.safetensors"
+    return sha256_of(path) if path.is_file() else run.weights

@@ -9,13 +9,11 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
-from .results import THRESHOLDS, depth_facts, halting_facts
-from .runs import Run
+from looplab.results import THRESHOLDS, depth_facts, halting_facts
 
-# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+from .folder import Run
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -63,21 +61,6 @@ def recipe_key(run: Run) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of the 95 % t-interval; of one value, that value three times."""
-    mean = fmean(values)
-    if len(values) < 2:
-        return mean, mean, mean
-    freedom = len(values) - 1
-    half = (T[freedom - 1] if freedom <= len(T) else t_quantile(freedom)) * stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
-
-
-def t_quantile(freedom: int, z: float = 1.959964) -> float:
-    """Quantile of Student's t, from the normal's `z`; three digits from 10 degrees of freedom on (Cornish-Fisher)."""
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
 def span(values: Iterable[float | None], digits: int = 0, scale: float = 1) -> str:
     """`mean [lowest, highest]`; one number where they agree, and - without values."""
     known = [scale * value for value in values if value is not None]
@@ -118,3 +101,29 @@ def to_markdown(rows: Sequence[dict[str, str]]) -> str:
     columns = list(dict.fromkeys(column for cells in rows for column in cells))
     lines = [columns, ["---"] * len(columns)] + [[cells.get(column, "-") for column in columns] for cells in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def interval(values: Sequence[float], form: str) -> str:
+    """The 95 % t-interval; - of one value, which has none."""
+    if len(values) < 2:
+        return "-"
+    _, low, high = t_interval(values)
+    return f"[{low:{form}}, {high:{form}}]"
+
+
+def seeds_of(run: Run) -> tuple[int, int]:
+    """What tells the runs of a group apart: seed and data.seed."""
+    recipe = run.recipe()
+    return recipe["seed"], recipe["data"]["seed"]
+
+
+def by_seeds(runs: Sequence[Run]) -> dict[tuple[int, int], Run]:
+    """Runs by their seeds; ValueError if two have the same."""
+    found = {}
+    for run in runs:
+        if seeds_of(run) in found:
+            raise ValueError(
+                f"{found[seeds_of(run)].folder} and {run.folder} have the same recipe and seeds: leave one out."
+            )
+        found[seeds_of(run)] = run
+    return found

@@ -18,371 +18,50 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from .recipe import Recipe, flatten
-from .writing import below, check_folder, partial_of, remove_partials, write_whole
-from .yaml_text import read_yaml, to_yaml
+from looplab.recipe import Recipe
+from looplab.runs.digests import data_of, refuse_other_data, sha256_of, tokenizer_of, weights_of
+from looplab.runs.records import (
+    OLD,
+    RECORDS,
+    _records_or_none,
+    commit,
+    locked,
+    note_records,
+    owned,
+    read_object,
+    remove_whole,
+    replace_folder,
+    replaced_folder,
+    settle,
+    to_json,
+)
+from looplab.runs.sections import flatten
+from looplab.runs.writing import remove_partials, write_whole
+from looplab.runs.yaml_text import read_yaml, to_yaml
 
 logger = logging.getLogger(__name__)
 
-# Measurements of a model, and what they are kept in.
-RECORDS = (
-    "evaluation.json", "grid.jsonl", "loops.jsonl", "text.jsonl", "molecules.jsonl", "halting.jsonl", "memory.jsonl",
-    "lens*.jsonl", "probes.jsonl", "ablations.jsonl", "readouts.jsonl", "quantization.json",
-)  # fmt: skip
-MODEL_FILES = (
-    "config.json", "generation_config.json", "*_looped.py", "model.safetensors", "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
-CHECKPOINT_FILES = (
-    "state.json", "pytorch_model*", "model*.safetensors*", "optimizer*", "scheduler*.bin", "sampler*.bin",
-    "random_states_*.pkl", "scaler.pt",
-)  # fmt: skip
-FIGURES = (
-    "grid", "training", "hops", "loops", "halting", "learning", "perplexity", "validity", "faults", "molecules",
-    "exits", "ablations", "readouts", "stages", "lens*", "patch*", "swap*", "probe*",
-)  # fmt: skip
-# Paths in a run folder that this project writes; a star stays within a folder.
-OWNED = (
-    "run.json", "recipe.yaml", "metrics.jsonl", "summary.json", *RECORDS, ".*.partial",
-    *(f"{folder}/{name}" for folder in ("model", "model_int*", "tokenizer", "snapshots/step-?????????", ".*.partial",
-                                        "snapshots/.*.partial")
-      for name in MODEL_FILES),
-    *(f"checkpoints/{folder}/{name}" for folder in ("step-?????????", "partial") for name in CHECKPOINT_FILES),
-    "checkpoints/*/pytorch_model_*/*", "checkpoints/*/optimizer_*/*", "checkpoints/*/.state.json.*.partial",
-    "records/index.json", "records/lock", "records/.*.partial", "records/commit*/*.json*", "samples/model.json",
-    "samples/*-loops*.jsonl", *(f"figures/{name}.png" for name in FIGURES),
-    "tracker/events.out.tfevents.*", "tracker/*/events.out.tfevents.*", "tracker/hparams.yml",
-)  # fmt: skip
-OWNED_PARTS = [pattern.split("/") for pattern in OWNED]
 
 # Fields of a recipe that may change when a run goes on: none of them changes what an update does, but for schedules
 # that follow the budget.
 FREE = frozenset({"max_steps", "max_seconds", "log_every", "checkpoint_every", "eval_loops", "snapshots", "trackers"})
 
 OTHERS = "Give this run another --name, or replace the one there with --overwrite true."
-OLD = ".replaced"  # where a folder is while another takes its place
-MAX_SOURCES = 1000  # files whose digests are kept one by one
-
-
-def owned(path: str) -> bool:
-    """Whether `path`, relative to a run folder, is a name that this project writes."""
-    parts = path.split("/")
-    return any(len(parts) == len(names) and all(map(fnmatch.fnmatchcase, parts, names)) for names in OWNED_PARTS)
 
 
 # Digests
 
 
-@lru_cache(maxsize=4096)
-def _sha256(path: str, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read once as long as size and time of change stay."""
-    stat = path.stat()
-    return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _tensors(path: str, size: int, changed: int) -> tuple[str, ...]:
-    """A line per tensor of a safetensors file: name, dtype, shape, SHA-256 of its bytes."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size:
-            raise ValueError(f"{path} is no safetensors file")
-        header = json.loads(file.read(length))
-        lines = []
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                if 8 + length + end > size:
-                    raise ValueError(f"{path} is cut short")
-                file.seek(8 + length + begin)
-                lines.append(f"{name} {tensor['dtype']} {tensor['shape']} {_digest_of(file, end - begin)}\n")
-    return tuple(lines)
-
-
-def _digest_of(file, length: int) -> str:
-    """SHA-256 of the next `length` bytes."""
-    digest = hashlib.sha256()
-    while length > 0 and (block := file.read(min(length, 2**24))):
-        digest.update(block)
-        length -= len(block)
-    return digest.hexdigest()
-
-
-def weights_of(folder: Path) -> str:
-    """SHA-256 of the tensors saved in `folder`, whatever files they are in.
-
-    Raises:
-        ValueError: there are none, or a file is damaged or missing.
-    """
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        stats = [(folder / name).stat() for name in names]
-        lines = [_tensors(str(folder / n), s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the weights in {folder} are damaged or missing ({error}): save them again.") from error
-    return hashlib.sha256("".join(sorted(line for file in lines for line in file)).encode()).hexdigest()
-
-
-def data_of(splits: Mapping) -> dict:
-    """What tells data sets apart, of a `datasets.DatasetDict`.
-
-    {"splits": {split: SHA-256 of its rows}, "sources": {file: SHA-256 of its rows}}; sources are left out where rows
-    do not name them, or name more than MAX_SOURCES.
-    """
-    digests, sources = {}, {}
-    for split in sorted(splits):
-        whole = hashlib.sha256()
-        for rows in splits[split].iter(batch_size=10_000):
-            whole.update(json.dumps(rows, sort_keys=True).encode())
-            pairs = zip(rows.get("source", ()), rows["text"], strict=False)
-            for source, group in groupby(pairs, key=lambda pair: pair[0]):
-                if len(sources) <= MAX_SOURCES:
-                    digest = sources.setdefault(source, hashlib.sha256())
-                    digest.update(json.dumps([split, *(text for _, text in group)]).encode())
-        digests[split] = whole.hexdigest()
-    sources = sources if len(sources) <= MAX_SOURCES else {}
-    return {"splits": digests, "sources": {name: digest.hexdigest() for name, digest in sources.items()}}
-
-
-def data_changes(before: dict, after: dict) -> str:
-    """What differs between two results of `data_of`, in words; '' if nothing does."""
-    said = []
-    for kind, noun in (("sources", "file"), ("splits", "split")):
-        old, new = before[kind], after[kind]
-        for word, names in (
-            ("new", new.keys() - old.keys()),
-            ("gone", old.keys() - new.keys()),
-            ("changed", {name for name in old.keys() & new.keys() if old[name] != new[name]}),
-        ):
-            if names:
-                shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-                said.append(f"{word} {noun}{'s' if len(names) > 1 else ''}: {shown}")
-        if said:
-            break
-    return "; ".join(said)
-
-
-def tokenizer_of(tokenizer) -> str:
-    """SHA-256 of what a tokenizer does: its parts but for padding and truncation, which the last call left there."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
-    kept["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
 # Files, whole or not at all
 
 
-def remove_whole(folder: Path) -> None:
-    """Remove a file or folder of our own making that may be half written; of a link, the link."""
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def replace_folder(partial: Path, folder: Path, ours: Callable[[Path], bool]) -> None:
-    """Give `partial` the name `folder`. Of a folder that is there, files that are not `ours` stay: see `settle`."""
-    if os.path.lexists(folder):
-        os.rename(folder, folder.with_name(folder.name + OLD))
-    os.rename(partial, folder)
-    settle(folder, ours)
-
-
-@contextmanager
-def replaced_folder(folder: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder beside `folder` to write to, which takes its place when all went well (`replace_folder`).
-
-    Raises:
-        ValueError: `folder` is a link or a file.
-    """
-    check_folder(folder)
-    settle(folder, ours)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(folder)
-    partial.mkdir()
-    try:
-        yield partial
-    except BaseException:
-        remove_whole(partial)
-        raise
-    replace_folder(partial, folder, ours)
-
-
-def settle(folder: Path, ours: Callable[[Path], bool]) -> None:
-    """End a `replace_folder` that was cut short: before its second rename it is taken back, after that completed.
-
-    ours(path in `folder`): whether a file of the old folder may go. The others are moved to the same place in the new
-    one, under NAME.kept where that place is taken.
-    """
-    old = folder.with_name(folder.name + OLD)
-    if not os.path.lexists(old):
-        return
-    if not os.path.lexists(folder):
-        os.rename(old, folder)
-        return
-    if old.is_symlink() or not old.is_dir():
-        os.rename(old, free_name(folder))
-        return
-    for place, folders, files in os.walk(old, topdown=False):
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        # The notes of what is ours go last.
-        for name in sorted((*files, *links), key=lambda name: name in ("run.json", "index.json")):
-            path = Path(place, name)
-            target = folder / path.relative_to(old)
-            if not path.is_symlink() and ours(path):
-                path.unlink()
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # Nor where a run is going to write.
-            taken = os.path.lexists(target) or owned(target.relative_to(folder).as_posix())
-            target = free_name(target) if taken else target
-            os.rename(path, target)
-            logger.warning(f"{target} was not written by this project, or was changed since: it is kept.")
-        os.rmdir(place)
-
-
-def free_name(path: Path) -> Path:
-    """`path` with .kept behind it, and a number where that is taken."""
-    names = (path.with_name(f"{path.name}.kept{number or ''}") for number in range(1_000_000))
-    return next(name for name in names if not os.path.lexists(name))
-
-
 # Measurements and the weights they are of
-
-
-@contextmanager
-def locked(path: Path, busy: str, timeout: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path`, which names this process; the system frees it when the process ends, however it does.
-
-    Raises:
-        ValueError: `busy`, and who holds it.
-        OSError: the file cannot be written.
-    """
-    owner = f"process {os.getpid()} on {platform.node()}\n".encode()
-
-    def name_owner(descriptor: int) -> None:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner, 0)
-
-    if path.is_symlink():
-        path.unlink()
-    lock = FileLock(path, timeout=timeout, on_acquired=name_owner)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
-        raise ValueError(f"{busy} ({holder} holds {path}): wait for it, or end it.") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def read_object(path: Path, remedy: str) -> dict:
-    """The JSON object in `path`, {} if there is no such file; ValueError with `remedy` if it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        error = f"it holds {type(found).__name__}, not an object"
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as problem:
-        error = problem
-    raise ValueError(f"{path} is damaged ({error}): {remedy}")
-
-
-def to_json(value) -> str:
-    return json.dumps(value, indent=1) + "\n"
-
-
-def read_records(run: Path) -> dict:
-    """records/index.json of a run: file -> {"sha256": of it, "weights": {folder: digest of the weights measured}}."""
-    found = read_object(run / "records" / "index.json", "delete it, and measure again.")
-    known = {name: entry for name, entry in found.items() if isinstance(entry, dict)}
-    return {
-        name: e for name, e in known.items() if isinstance(e.get("sha256"), str) and isinstance(e.get("weights"), dict)
-    }
-
-
-@contextmanager
-def writing_records(run: Path) -> Iterator[None]:
-    """Hold the records of a run for the moment in which they are written."""
-    below(run, "records").mkdir(exist_ok=True)
-    with locked(run / "records" / "lock", f"another measurement is being written to {run}", timeout=60.0):
-        commit(run)
-        yield
-
-
-def write_records(run: Path, files: Mapping[str, str], weights: Mapping[str, str]) -> None:
-    """Write files of one measurement and what they are of: all of them change, or none.
-
-    Args:
-        files: name in the run folder -> text.
-        weights: folder in the run folder -> `weights_of` it when it was measured.
-    """
-    with writing_records(run):
-        partial = run / "records" / "commit.partial"
-        remove_whole(partial)
-        partial.mkdir()
-        try:
-            for name, text in files.items():
-                write_whole(partial / name, text)
-            made = {name: {"sha256": sha256_of(partial / name), "weights": dict(weights)} for name in files}
-            write_whole(partial / "index.json", to_json(_records_or_none(run) | made))
-            os.rename(partial, run / "records" / "commit")
-        except BaseException:
-            remove_whole(partial)
-            raise
-        commit(run)
-
-
-def commit(run: Path) -> None:
-    """Put the files of a complete measurement in their places, one that a kill interrupted too."""
-    complete = run / "records" / "commit"
-    if complete.is_symlink() or not complete.is_dir():
-        return
-    for path in sorted(complete.iterdir()):
-        # Two readers may do so at once.
-        with suppress(FileNotFoundError):
-            os.replace(path, (complete.parent if path.name == "index.json" else run) / path.name)
-    with suppress(FileNotFoundError):
-        complete.rmdir()
-
-
-def note_records(run: Path, entries: Mapping[str, dict]) -> None:
-    """Add entries to records/index.json, of files that are written already."""
-    with writing_records(run):
-        write_whole(run / "records" / "index.json", to_json(_records_or_none(run) | dict(entries)))
-
-
-def _records_or_none(run: Path) -> dict:
-    # What cannot be read is written anew: its files count as unknown, and are measured again.
-    try:
-        return read_records(run)
-    except ValueError:
-        return {}
 
 
 # One training
@@ -852,13 +531,3 @@ def vars_at(recipe: Recipe, name: str):
     for part in name.split("."):
         value = vars(value)[part]
     return value
-
-
-def refuse_other_data(folder: Path, before: dict, after: dict) -> None:
-    """ValueError, with what changed, if two results of `data_of` differ."""
-    changes = data_changes(before, after)
-    if changes:
-        raise ValueError(
-            f"the data of {folder} are not those it began with ({changes}): restore the files its recipe names, or "
-            "train on the new ones under another --name."
-        )

@@ -15,11 +15,7 @@ hits both, and a ratio is the median over the pairs. Nothing here is a test: num
 """
 
 import json
-import math
-import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,12 +24,22 @@ from statistics import median
 import numpy as np
 import psutil
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
 from data_builders.text_batches import spread_blocks
+from looplab.instruments.halting_settings import entropy_bound
+from looplab.instruments.timing import (
+    compared,
+    counted_calls,
+    interleaved,
+    machine,
+    matmul_peak,
+    ratio_of,
+    ratio_text,
+    seconds_per_unit,
+)
 from looplab.runs.folder import Run, open_run
 from looplab.runs.models import load_run_model
 from looplab.runs.writing import check_folder, write_whole
@@ -185,50 +191,6 @@ def compile_layers(model: PreTrainedModel) -> None:
         piece.compile()
 
 
-def seconds(action: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def seconds_per_unit(action: Callable[[], float]) -> float:
-    """Seconds over what `action` says it did."""
-    start = time.perf_counter()
-    amount = action()
-    return (time.perf_counter() - start) / amount
-
-
-def interleaved(
-    first: Callable, second: Callable, rounds: int, warmup: int = 2, timed: Callable = seconds
-) -> list[tuple[float, float]]:
-    """`timed` of (first, second), in turn `rounds` times after `warmup` untimed turns (which also compile)."""
-    for _ in range(warmup):
-        first(), second()
-    return [(timed(first), timed(second)) for _ in range(rounds)]
-
-
-def compared(
-    pairs: Sequence[tuple[float, float]], amount: float, sides: tuple[str, str] = ("looped", "llama")
-) -> dict:
-    """`amount` per second of both sides, and first over second: the median of the pairs, with its range."""
-    return {
-        sides[0]: amount / median(ours for ours, _ in pairs),
-        sides[1]: amount / median(theirs for _, theirs in pairs),
-        **ratio_of(pairs),
-    }
-
-
-def ratio_of(pairs: Sequence[tuple[float, float]]) -> dict:
-    """How many times as fast the first is as the second, of (first, second) seconds: median, range and pairs."""
-    ratios = [second / first for first, second in pairs]
-    return {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": len(ratios)}
-
-
-def ratio_text(row: dict) -> str:
-    """The ratio of a row that has what `ratio_of` gives."""
-    return f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
-
-
 def training_row(width: int, work: Workload, rounds: int, compiled: bool, peak: float) -> dict:
     looped, llama = build_pair(width, work)
     if compiled:
@@ -292,21 +254,6 @@ def kv_row(width: int, work: Workload, kv_sharing: str) -> dict:
     return row | {"looped": looped, "llama": llama, "ratio": looped / llama, "tokens": work.tokens}
 
 
-@contextmanager
-def counted_calls(model: PreTrainedModel) -> Iterator[list[int]]:
-    """A list that gets the rows of every call of a core layer."""
-    calls = []
-    hooks = [
-        layer.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
-        for layer in model.model.core
-    ]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
     """KL + entropy halting against fixed loops on one batch of the run's test rows, all hop counts mixed.
 
@@ -353,11 +300,6 @@ def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
             row |= ratio_of(pairs)
             results.append(row)
     return results
-
-
-def entropy_bound(vocab_size: int) -> float:
-    """The bound of arXiv 2604.07822, 3.00 nats of ln 217, scaled to another vocabulary."""
-    return 3.0 / math.log(217) * math.log(vocab_size)
 
 
 @torch.inference_mode()
@@ -455,26 +397,6 @@ def molecule_prompts(run: Run, tokenizer: PreTrainedTokenizerBase, work: Workloa
     begun = work.molecule_prompt - 1
     numbers = spread_blocks(len(test), work.molecules).tolist()
     return torch.tensor([[tokenizer.bos_token_id, *test.tokens(number)[:begun].tolist()] for number in numbers])
-
-
-def matmul_peak(size: int) -> float:
-    """GFLOP/s of the best of 10 fp32 products of two (size, size) matrices: what this process can reach."""
-    a, b = torch.randn(2, size, size)
-    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(10)) / 1e9
-
-
-def machine() -> dict:
-    """What the numbers were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "machine": names[0] if names else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
-    }
 
 
 def bench(

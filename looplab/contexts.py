@@ -14,19 +14,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from looplab.instruments.timing import compared, interleaved, ratio_text
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
 
-from .benchmark import (
-    Workload,
-    build_pair,
-    compared,
-    interleaved,
-    kv_bytes_per_token,
-    model_sizes,
-    ratio_text,
-    training_step,
-)
+from .benchmark import Workload, build_pair, kv_bytes_per_token, model_sizes, training_step
 
 SHARINGS = ("per_loop", "first", "last", "mean", "gated")
 

@@ -11,33 +11,14 @@ A band is the 95 % t-interval over the runs of a group, or for a single run the 
 from collections.abc import Sequence
 from statistics import fmean
 
+from looplab.instruments.drawing import FRAME, MARKS, PALETTE, STYLES, Group, band_words, tidy
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval, wilson_interval
 
-from .plots import FRAME, KIND_WORDS, Figure
+from .plots import KIND_WORDS, Figure
 from .results import THRESHOLDS, depth_facts, halting_facts, lines_of
 
-# Okabe and Ito, without the yellow that does not show on white and the vermilion that marks the training.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000")
-STYLES = ("-", "--", ":", "-.")
-MARKS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: no two of many lines are alike
 MOST_LINES = 6
-
-Group = tuple[str, Sequence[Run]]
-
-
-def band_words(groups: Sequence[Group], alone: str = "95 % Wilson interval of one run's rows") -> str:
-    """What the bands of a figure are; `alone` says what that of a group of one run is."""
-    seeds = sorted({len(runs) for _, runs in groups})
-    several = [str(count) for count in seeds if count > 1]
-    words = [f"95 % t-interval over {' or '.join(several)} seeds"] if several else []
-    return "band: " + "; ".join(words + ([alone] if 1 in seeds else []))
-
-
-def tidy(axes, ylabel: str, xlabel: str) -> None:
-    axes.set_ylabel(ylabel)
-    axes.set_xlabel(xlabel)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def chance_line(axes, runs: Sequence[Run]) -> None:

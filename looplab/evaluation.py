@@ -1,7 +1,7 @@
 """Accuracy of a trained run over (loops x hops), and single questions.
 
     for every (hops, split_kind) group of rows:
-        trace(model, rows, answers, loops)        one forward: the answer after every loop, see traces.py
+        trace(model, rows, answers, loops)        one forward: the answer after every loop, see instruments/traces.py
     grid.jsonl   loops x hops                     the `evaluate` module in hop_accuracy/: full-vocabulary argmax
     loops.jsonl  every loop x held-out hops       accuracy, mean margin, first correct loop; validation and test
 
@@ -22,13 +22,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import encode_groups, load_task
+from looplab.instruments.traces import Trace, joined, trace
 from looplab.runs.folder import Run, open_run, to_json_lines
 from looplab.runs.intervals import wilson_interval
 from looplab.runs.models import load_run_model
 
 from .readers import HopReader, reader_of
 from .results import THRESHOLDS, hops_solved
-from .traces import Trace, joined, trace
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_LOOPS = 50  # how far overthinking is followed

@@ -23,11 +23,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from data_builders.molecule_batches import IGNORED
 from data_builders.text_batches import spread_blocks
+from looplab.instruments.halting_settings import Setting, exit_settings, threshold_text
+from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
 from looplab.runs.folder import open_run, to_json_lines
 from looplab.runs.models import load_run_model
 
-from .benchmark import counted_calls, entropy_bound, interleaved, ratio_of, ratio_text
-from .halting import Setting
 from .perplexity import run_blocks
 
 PROMPT, DECODED = 32, 32  # tokens of a row of text
@@ -37,21 +37,6 @@ THRESHOLDS = {
     "latent": (0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
     "q_exit": (0.1, 0.3, 0.5, 0.7, 0.9, 0.99),
 }
-
-
-def exit_settings(model: PreTrainedModel, num_loops: int, thresholds: dict[str, Sequence[float]]) -> list[Setting]:
-    """Every rule of `thresholds` that the model has, with at most `num_loops` loops, then the fixed counts below.
-
-    Raises:
-        ValueError: there is only one loop.
-    """
-    if num_loops < 2:
-        raise ValueError(f"num_loops={num_loops} leaves no loop out: exits are measured with 2 or more.")
-    bound = entropy_bound(model.config.vocab_size)
-    rules = [{"rule": "kl_entropy", "kl_threshold": kl, "max_entropy": bound} for kl in thresholds["kl_entropy"]]
-    rules += [{"rule": "latent", "threshold": change} for change in thresholds["latent"]]
-    rules += [{"rule": "q_exit", "q": q} for q in thresholds["q_exit"] if model.config.exit_gate]
-    return [Setting(rule, num_loops) for rule in rules] + [Setting(None, fixed) for fixed in range(1, num_loops)]
 
 
 @dataclass(frozen=True)
@@ -208,8 +193,3 @@ def exits_text(rows: Sequence[dict]) -> str:
             f"{row['loss']:>8.3f}{row['fixed_loss']:>8.3f}{100 * row['agreement']:>6.1f} %   {ratio_text(row)}"
         )
     return "\n".join(text)
-
-
-def threshold_text(row: dict) -> str:
-    """The threshold of a row's rule; of a fixed count, that."""
-    return f"{row.get('kl_threshold', row.get('threshold', row.get('q', row['num_loops']))):g}"

@@ -11,11 +11,12 @@ molecules.png, and once `looped lens` ran ablations.png and readouts.png.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from looplab.instruments.drawing import Group, all_have, groups_folder, own_folder, save
 from looplab.runs.folder import Run, open_run
 from looplab.runs.seeds import group_runs
-from looplab.runs.writing import below, write_whole
+from looplab.runs.writing import write_whole
 
-from .curves import Group, halting_figure, hops_figure, learning_figure, loops_figure
+from .curves import halting_figure, hops_figure, learning_figure, loops_figure
 from .molecule_plots import (
     ablations_figure,
     exits_figure,
@@ -24,7 +25,7 @@ from .molecule_plots import (
     readouts_figure,
     validity_figure,
 )
-from .plots import heat_map, save, training_curves
+from .plots import heat_map, training_curves
 from .text_plots import held_out_figure, perplexity_figure, training_figure
 
 
@@ -116,17 +117,6 @@ def draw_perplexity(groups: Sequence[Group], folder: Path) -> list[Path]:
     return [] if figure is None else [save(figure, folder / "perplexity.png")]
 
 
-def own_folder(run: Run, runs: Sequence[Run], output: str | Path | None) -> Path:
-    """Where a run's own figures go: `output` for a run that is drawn alone, otherwise RUN/figures."""
-    return below(run.folder, "figures") if output is None or len(runs) > 1 else Path(output)
-
-
-def groups_folder(runs: Sequence[Run], groups: Sequence[Group], output: str | Path | None) -> Path:
-    """`output`, or figures/<groups> beside the first run."""
-    names = "_and_".join(name for name, _ in groups)
-    return below(runs[0].folder.parent, "figures", names) if output is None else Path(output)
-
-
 def draw(groups: Sequence[Group], path: Callable[[str, str], Path]) -> list[Path]:
     """The figures for which all runs have the files; `path` of a kind of figure and the group's name, or ''."""
     runs = [run for _, members in groups for run in members]
@@ -139,7 +129,3 @@ def draw(groups: Sequence[Group], path: Callable[[str, str], Path]) -> list[Path
     if all(run.recipe().get("data", {}).get("task") == "composition" for run in runs):
         paths.append(save(learning_figure(groups), path("learning", "")))
     return paths
-
-
-def all_have(runs: Sequence[Run], file: str) -> bool:
-    return all((run.folder / file).is_file() for run in runs)

@@ -416,8 +416,9 @@ def study(path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: b
     Raises:
         ValueError: the recipe does not fit, its folder holds the study of another one, or something was not fetched.
     """
+    from looplab.instruments.drawing import save
+
     from .frozen_plots import profile_figure, sweep_figure
-    from .plots import save
 
     recipe = read_recipe(path)
     figures = below(recipe.folder, "figures")

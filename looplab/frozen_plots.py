@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .plots import FRAME
+from looplab.instruments.drawing import FRAME
 
 from matplotlib.figure import Figure  # isort: skip (plots.py says what to install when there is none)
 

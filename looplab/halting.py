@@ -13,20 +13,20 @@ that never halt.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from looplab.instruments.halting_settings import Setting
+from looplab.instruments.timing import interleaved, ratio_of
+from looplab.instruments.traces import Trace
 from looplab.runs.folder import open_run, to_json_lines
 from looplab.runs.models import load_run_model
 
-from .benchmark import interleaved, ratio_of
 from .evaluation import MAX_LOOPS, Group, groups_of, load_run_task, trace_groups
 from .results import ROUNDING, best_loops, fewest_near_best
-from .traces import Trace
 
 POINT = 0.01  # of accuracy that a rule may lose at any hop count
 SOLVABLE = 0.6
@@ -34,21 +34,6 @@ KL = [10 ** (-k / 2) for k in range(13)]  # nats
 ENTROPY = (0.02, 0.05, 0.1, 0.2, 0.35, 3.0 / math.log(217))  # of ln V; the last is the bound of arXiv 2604.07822
 CHANGE = [10 ** (-k / 4) for k in range(13)]
 TIMED_ROWS = 64  # of each hop count
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A halting rule with its thresholds, as `forward` takes it, and the budget; rule None runs all loops."""
-
-    halting: dict | None
-    num_loops: int
-
-    @property
-    def rule(self) -> str:
-        return self.halting["rule"] if self.halting else "fixed"
-
-    def row(self) -> dict:
-        return {"num_loops": self.num_loops, **(self.halting or {"rule": "fixed"})}
 
 
 def sweep(vocab_size: int, budgets: Sequence[int]) -> list[Setting]:

@@ -8,7 +8,7 @@
     patch(model, clean, corrupted)               one clean state put into the corrupted run: does the answer come back?
     swap_bridge(model, chains, facts)            b exchanged with another b' in the state: does the answer follow b'?
 
-Each returns a table, a dict per layer call and position or set of positions, counted as in `recorder.py`; shares are
+Each returns a table, a dict per layer call and position or set of positions, counted as in `instruments/recorder.py`; shares are
 fractions.
 
 Methods: Loop, Think & Generalize (arXiv 2604.07822) for lens, patching and bridge swap on two-hop chains. Legend: N
@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .recorder import Recording, edit, layer_calls, record
+from looplab.instruments.recorder import Recording, edit, layer_calls, record
 
 BATCH = 512  # chains run at once
 

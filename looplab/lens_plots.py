@@ -11,34 +11,10 @@ Figures count loops and layers from 1, the rows from 0. Depth grows upwards.
 
 from collections.abc import Callable, Sequence
 
-from .plots import COLOURS, KIND_WORDS
+from .plots import KIND_WORDS
 
 from matplotlib.figure import Figure  # isort: skip (plots.py says what to install when there is none)
-
-NAN = float("nan")
-
-
-def call_of(row: dict) -> tuple[str, int, int]:
-    return row["section"], row["loop"], row["layer"]
-
-
-def call_labels(calls: Sequence[tuple[str, int, int]]) -> list[str]:
-    """A name per layer call, without a number that is the same for all."""
-    loops = {loop for section, loop, _ in calls if section == "core"}
-    layers = {layer for section, _, layer in calls if section == "core"}
-
-    def name(section: str, loop: int, layer: int) -> str:
-        if section != "core":
-            return f"{section} {layer + 1}"
-        parts = [f"loop {loop + 1}"] * (len(loops) > 1) + [f"layer {layer + 1}"] * (len(layers) > 1)
-        return ", ".join(parts) or "core"
-
-    return [name(*call) for call in calls]
-
-
-def ordered(values) -> list:
-    """Distinct values in order of appearance."""
-    return list(dict.fromkeys(values))
+from looplab.instruments.drawing import NAN, call_labels, call_of, name_lines, ordered, panel_grid, shade, share
 
 
 def kind_title(row: dict) -> str:
@@ -50,10 +26,6 @@ def entity_word(row: dict) -> str:
     if row["hop"] == row["hops"]:
         return "answer"
     return "bridge" if row["hops"] == 2 else f"bridge {row['hop']}"
-
-
-def share(value: float) -> str:
-    return f"{100 * value:.0f} %"
 
 
 def lens_figures(rows: Sequence[dict]) -> dict[str, Figure]:
@@ -118,34 +90,6 @@ def heat_maps(
     figure.colorbar(image, ax=list(panels.flat), aspect=30).set_label(scale, fontsize=8.5)
     figure.suptitle(title, fontsize=11)
     return figure
-
-
-def panel_grid(lines: Sequence[str], columns: Sequence[str], width: float, height: float):
-    """A figure of lines x columns panels of about `width` x `height` inches, with room for the names beside them."""
-    size = (1.9 + width * len(columns), max(0.6 + max(height, 1.3) * len(lines), 2.9))
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(len(lines), len(columns), squeeze=False)
-
-
-def shade(axes, values: Sequence[Sequence[float]], numbers: bool = True):
-    """Fractions as colours and, in %, as numbers; what was not measured stays white."""
-    percent = [[100 * value for value in across] for across in values]
-    image = axes.imshow(percent, cmap=COLOURS, vmin=0, vmax=100, origin="lower", aspect="auto")
-    axes.tick_params(length=0)
-    for y, across in enumerate(percent):
-        for x, value in enumerate(across):
-            if numbers and value == value:
-                colour = "white" if value < 55 else "black"
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=6.5)
-    return image
-
-
-def name_lines(across, name: str, labels: Sequence[str]) -> None:
-    """The line's name and its layer calls on the left panel; none on the others."""
-    across[0].set_yticks(range(len(labels)), labels, fontsize=7.5)
-    across[0].set_ylabel(name, fontsize=9)
-    for axes in across[1:]:
-        axes.set_yticks([])
 
 
 def stages_figure(rows: Sequence[dict]) -> Figure:

@@ -14,6 +14,7 @@ import datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from looplab.instruments.drawing import save
 from looplab.runs.digests import weights_of
 from looplab.runs.folder import Run, open_run, to_json_lines
 from looplab.runs.models import check_loops, load_model
@@ -22,7 +23,6 @@ from looplab.runs.writing import below
 from .evaluation import load_run_task
 from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
 from .lens_plots import lens_figures, stages_figure
-from .plots import save
 from .probes import probe_path
 
 LIMIT = 300  # chains per split kind

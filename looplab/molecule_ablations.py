@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders.molecules import rdkit_chem
+from looplab.instruments.recorder import LayerCall, edit_head, layer_calls, watching_heads
 from looplab.runs.folder import Run, rows_on_file, to_json_lines
 from looplab.runs.intervals import paired_interval
 from looplab.runs.models import load_run_model, weights_digest
 
 from .molecules import SETTINGS, HeldOut, run_molecules, write_molecules
-from .recorder import LayerCall, edit_head, layer_calls, watching_heads
 from .smiles import EXCLUSIVE, LABELS, RING, canonical_or_none, exclusive_class, faults
 
 VALUES = ("zero", "mean")

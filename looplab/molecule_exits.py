@@ -42,13 +42,13 @@ from data_builders import PackedMolecules
 from data_builders.molecule_batches import IGNORED
 from data_builders.molecules import rdkit_chem
 from data_builders.text_batches import spread_blocks
+from looplab.instruments.halting_settings import Setting, exit_settings, setting_of, threshold_text
+from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
 from looplab.runs.folder import open_run, to_json_lines
 from looplab.runs.models import load_run_model
 
-from .benchmark import counted_calls, interleaved, ratio_of, ratio_text
 from .chemnet import Statistics, frechet_distance, reference_statistics, statistics_of
-from .exits import BATCHES, between_counts, decode, exit_rows, exit_settings, exits_text, quality_of, threshold_text
-from .halting import Setting
+from .exits import BATCHES, between_counts, decode, exit_rows, exits_text, quality_of
 from .molecules import SETTINGS, batch_seed, run_molecules, samples_of, share, write_tokens
 from .smiles import KINDS, canonical_or_none, token_kinds
 
@@ -85,12 +85,6 @@ def cheapest(rows: Sequence[dict]) -> list[dict]:
 
     names = dict.fromkeys(row["rule"] for row in rows if row["rule"] != "fixed")
     return [min((row for row in rows if row["rule"] == name), key=rank) for name in names]
-
-
-def setting_of(row: dict) -> Setting:
-    """The setting of a row of halting.jsonl."""
-    thresholds = {key: row[key] for key in ("rule", "kl_threshold", "max_entropy", "threshold", "q") if key in row}
-    return Setting(None if row["rule"] == "fixed" else thresholds, row["num_loops"])
 
 
 def kind_rows(

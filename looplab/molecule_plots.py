@@ -15,15 +15,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from data_builders.molecules import rdkit_chem
+from looplab.instruments.drawing import (
+    FRAME,
+    Group,
+    band_words,
+    call_labels,
+    draw_band,
+    name_lines,
+    ordered,
+    panel_grid,
+    tidy,
+)
 from looplab.runs.folder import Run, json_lines
 from looplab.runs.intervals import t_interval
 
-from .curves import Group, band_words, tidy
-from .lens_plots import call_labels, name_lines, ordered, panel_grid
 from .molecule_ablations import SHOWN, VALUES, cell_of
-from .plots import FRAME
 from .smiles import LABELS, canonical_or_none
-from .text_plots import draw_band
 
 FLOOR = 0.01  # % of the samples: where a fault that no sample has is drawn
 DRAWN = 20

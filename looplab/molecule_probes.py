@@ -21,12 +21,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from looplab.instruments.linear_probe import probe_accuracy, random_twin
+from looplab.instruments.recorder import record
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
 
 from .molecules import run_molecules
-from .probes import probe_accuracy, random_twin
-from .recorder import record
 from .smiles import RING
 
 ROWS = 100  # molecules that go through the model at once

@@ -7,13 +7,11 @@ Several runs (seeds) are drawn as one heat map of their mean and their lowest ac
 colour-blind readers see as others do. Figures of seeds are in curves.py.
 """
 
-import io
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
+from looplab.instruments.drawing import COLOURS, FRAME
 from looplab.runs.folder import Run
-from looplab.runs.writing import write_whole
 
 try:
     from matplotlib import colormaps
@@ -24,15 +22,7 @@ try:
 except ImportError as error:
     raise ValueError("plots need matplotlib: pip install 'looped-transformers[plots]'.") from error
 
-COLOURS = "cividis"
-FRAME = "#d55e00"  # vermilion of Okabe and Ito, apart from every colour of cividis
 KIND_WORDS = {"atomic": "facts", "train": "training rows", "id": "held out", "ood": "out of distribution"}
-
-
-def save(figure: Figure, path: Path) -> Path:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=160)
-    return write_whole(path, picture.getvalue())
 
 
 def cells_of(run: Run) -> dict[tuple[int, str, int], dict]:

@@ -11,6 +11,7 @@ A line is a (split kind, hop count); every line counts alike in a mean. Plain Py
 
 from collections.abc import Sequence
 
+from looplab.instruments.halting_settings import SETTING_FIELDS
 from looplab.runs.folder import Run
 
 THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
@@ -153,9 +154,6 @@ def halting_facts(rows: Sequence[dict]) -> dict[str, dict]:
             "apart": max(abs(row["loops"] - row["simulated_loops"]) for row in chosen),
         }
     return facts
-
-
-SETTING_FIELDS = ("kl_threshold", "max_entropy", "threshold", "num_loops")
 
 
 def halting_text(rows: Sequence[dict]) -> str:

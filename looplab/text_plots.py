@@ -11,13 +11,14 @@ blocks, or none for held-out losses.
 from collections.abc import Sequence
 from statistics import fmean
 
+from looplab.instruments.drawing import COLOURS, FRAME, Group, band_words, tidy
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval
 
-from .curves import MARKS, PALETTE, Group, band_words, tidy
-from .plots import COLOURS, FRAME, Figure, colormaps
+from .plots import Figure, colormaps
 
 from matplotlib.ticker import EngFormatter, NullLocator  # isort: skip (plots.py says what to install)
+from looplab.instruments.drawing import draw_band
 
 TOKENS_LABEL = "training tokens"
 
@@ -94,19 +95,6 @@ def held_out_figure(groups: Sequence[Group]) -> Figure:
         axes.set_title(band_words(several), fontsize=9, color="0.3", loc="left")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
-
-
-def draw_band(axes, x: Sequence[float], points: Sequence[tuple], index: int, label: str, *, shaded: bool) -> None:
-    """A line through (middle, low, high) `points`, and its band; of one point, that and its error bar."""
-    middle, low, high = zip(*points, strict=True)
-    colour, mark = PALETTE[index % len(PALETTE)], MARKS[index % len(MARKS)]
-    if len(points) == 1:
-        errors = [[middle[0] - low[0]], [high[0] - middle[0]]]
-        axes.errorbar(x, middle, errors, fmt=mark, markersize=4.5, capsize=3, color=colour, label=label)
-        return
-    axes.plot(x, middle, marker=mark, markersize=4.5, linewidth=1.8, color=colour, label=label)
-    if shaded:
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def loop_points(runs: Sequence[Run]) -> dict[int, tuple[float, float, float]]:

@@ -4,17 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from looplab.benchmark import (
-    QUICK,
-    build_pair,
-    compared,
-    connection_flops,
-    forward_flops,
-    interleaved,
-    kv_row,
-    update_flops,
-)
+from looplab.benchmark import QUICK, build_pair, connection_flops, forward_flops, kv_row, update_flops
 from looplab.contexts import SHARINGS, context_row, filled_cache, step_at
+from looplab.instruments.timing import compared, interleaved
 from modeling_looped.connections_looped import CONNECTIONS
 from toys import make_config, make_ids, make_model
 

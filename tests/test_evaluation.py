@@ -23,8 +23,8 @@ from looplab.evaluation import (
     true_path,
     wilson_interval,
 )
+from looplab.instruments.traces import Trace, trace
 from looplab.runs.folder import open_run
-from looplab.traces import Trace, trace
 from toys import make_ids, make_model
 
 WRONG = 0  # the padding id, which is never an answer

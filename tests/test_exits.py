@@ -5,7 +5,8 @@ import torch
 
 from looplab import exits
 from looplab.benchmark import CONFIDENCE, QUICK, accepted_row, speculation_row
-from looplab.exits import counted_calls, decode, exit_rows, exit_settings, exits_text
+from looplab.exits import counted_calls, decode, exit_rows, exits_text
+from looplab.instruments.halting_settings import exit_settings
 from toys import FP32, make_ids, make_model
 
 PROMPT, DECODED = 4, 6

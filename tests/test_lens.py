@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from data_builders import hop_tokenizer
+from looplab.instruments.linear_probe import fit_probe, probe_accuracy, random_twin, with_bias
+from looplab.instruments.recorder import edit, layer_calls, record
 from looplab.lens import (
     Chains,
     accuracy,
@@ -20,8 +22,7 @@ from looplab.lens import (
     redirect,
     swap_bridge,
 )
-from looplab.probes import fit_probe, probe_accuracy, probe_path, random_twin, unseen, with_bias
-from looplab.recorder import edit, layer_calls, record
+from looplab.probes import probe_path, unseen
 from toys import FP32, make_model
 
 ENTITIES, RELATIONS = 8, 3

@@ -18,16 +18,8 @@ from looplab import exits, molecule_exits, molecules
 from looplab.benchmark import QUICK, molecule_prompts, speculation_rows
 from looplab.cli import main
 from looplab.exits import between_counts, counted_calls, decode
-from looplab.halting import Setting
-from looplab.molecule_exits import (
-    cheapest,
-    kind_rows,
-    loops_of_tokens,
-    molecule_rows,
-    sample_row,
-    setting_of,
-    timed_row,
-)
+from looplab.instruments.halting_settings import Setting, setting_of
+from looplab.molecule_exits import cheapest, kind_rows, loops_of_tokens, molecule_rows, sample_row, timed_row
 from looplab.molecule_plots import exits_figure
 from looplab.molecules import SETTINGS, loss_of_molecules, run_molecules, write_molecules, write_tokens
 from looplab.runs.folder import open_run

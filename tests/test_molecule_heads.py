@@ -17,10 +17,10 @@ from data_builders import PackedMolecules, load_molecules
 from looplab import molecule_readouts, molecules
 from looplab.cli import main
 from looplab.figures import plot_molecule_runs
+from looplab.instruments.recorder import edit_head, record, watching_heads
 from looplab.molecule_ablations import ablations_text, cell_of, mean_outputs, token_kinds
 from looplab.molecule_readouts import features_of, fit_head, with_head
 from looplab.molecules import SETTINGS, HeldOut, loss_of_molecules, write_molecules
-from looplab.recorder import edit_head, record, watching_heads
 from looplab.runs.folder import open_run
 from looplab.runs.intervals import paired_interval, wilson_interval
 from modeling_looped import LoopedForCausalLM

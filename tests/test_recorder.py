@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from looplab.recorder import edit, layer_calls, record
+from looplab.instruments.recorder import edit, layer_calls, record
 from toys import FP32, make_ids, make_model
 
 # One of every way a state enters, runs through and leaves the loop.

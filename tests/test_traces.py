@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from looplab.traces import trace
+from looplab.instruments.traces import trace
 from modeling_looped.halting_looped import RULES
 from toys import count_layer_calls, make_ids, make_model
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from looplab.runs.digests import sha256_of
-from looplab.runs.writing import below, check_folder, partial_of, write_whole
+from .digests import sha256_of
+from .writing import below, check_folder, partial_of, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,136 @@
+"""What all figures share: colours, panels, bands, and where they are saved."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from looplab.plots import Figure
+from looplab.runs.folder import Run
+from looplab.runs.writing import below, write_whole
+
+
+def own_folder(run: Run, runs: Sequence[Run], output: str | Path | None) -> Path:
+    """Where a run's own figures go: `output` for a run that is drawn alone, otherwise RUN/figures."""
+    return below(run.folder, "figures") if output is None or len(runs) > 1 else Path(output)
+
+
+def groups_folder(runs: Sequence[Run], groups: Sequence[Group], output: str | Path | None) -> Path:
+    """`output`, or figures/<groups> beside the first run."""
+    names = "_and_".join(name for name, _ in groups)
+    return below(runs[0].folder.parent, "figures", names) if output is None else Path(output)
+
+
+def all_have(runs: Sequence[Run], file: str) -> bool:
+    return all((run.folder / file).is_file() for run in runs)
+
+
+COLOURS = "cividis"
+
+
+FRAME = "#d55e00"  # vermilion of Okabe and Ito, apart from every colour of cividis
+
+
+def save(figure: Figure, path: Path) -> Path:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=160)
+    return write_whole(path, picture.getvalue())
+
+
+# Okabe and Ito, without the yellow that does not show on white and the vermilion that marks the training.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000")
+
+
+STYLES = ("-", "--", ":", "-.")
+
+
+MARKS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: no two of many lines are alike
+
+
+Group = tuple[str, Sequence[Run]]
+
+
+def band_words(groups: Sequence[Group], alone: str = "95 % Wilson interval of one run's rows") -> str:
+    """What the bands of a figure are; `alone` says what that of a group of one run is."""
+    seeds = sorted({len(runs) for _, runs in groups})
+    several = [str(count) for count in seeds if count > 1]
+    words = [f"95 % t-interval over {' or '.join(several)} seeds"] if several else []
+    return "band: " + "; ".join(words + ([alone] if 1 in seeds else []))
+
+
+def tidy(axes, ylabel: str, xlabel: str) -> None:
+    axes.set_ylabel(ylabel)
+    axes.set_xlabel(xlabel)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_band(axes, x: Sequence[float], points: Sequence[tuple], index: int, label: str, *, shaded: bool) -> None:
+    """A line through (middle, low, high) `points`, and its band; of one point, that and its error bar."""
+    middle, low, high = zip(*points, strict=True)
+    colour, mark = PALETTE[index % len(PALETTE)], MARKS[index % len(MARKS)]
+    if len(points) == 1:
+        errors = [[middle[0] - low[0]], [high[0] - middle[0]]]
+        axes.errorbar(x, middle, errors, fmt=mark, markersize=4.5, capsize=3, color=colour, label=label)
+        return
+    axes.plot(x, middle, marker=mark, markersize=4.5, linewidth=1.8, color=colour, label=label)
+    if shaded:
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+NAN = float("nan")
+
+
+def call_of(row: dict) -> tuple[str, int, int]:
+    return row["section"], row["loop"], row["layer"]
+
+
+def call_labels(calls: Sequence[tuple[str, int, int]]) -> list[str]:
+    """A name per layer call, without a number that is the same for all."""
+    loops = {loop for section, loop, _ in calls if section == "core"}
+    layers = {layer for section, _, layer in calls if section == "core"}
+
+    def name(section: str, loop: int, layer: int) -> str:
+        if section != "core":
+            return f"{section} {layer + 1}"
+        parts = [f"loop {loop + 1}"] * (len(loops) > 1) + [f"layer {layer + 1}"] * (len(layers) > 1)
+        return ", ".join(parts) or "core"
+
+    return [name(*call) for call in calls]
+
+
+def ordered(values) -> list:
+    """Distinct values in order of appearance."""
+    return list(dict.fromkeys(values))
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def panel_grid(lines: Sequence[str], columns: Sequence[str], width: float, height: float):
+    """A figure of lines x columns panels of about `width` x `height` inches, with room for the names beside them."""
+    size = (1.9 + width * len(columns), max(0.6 + max(height, 1.3) * len(lines), 2.9))
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(len(lines), len(columns), squeeze=False)
+
+
+def shade(axes, values: Sequence[Sequence[float]], numbers: bool = True):
+    """Fractions as colours and, in %, as numbers; what was not measured stays white."""
+    percent = [[100 * value for value in across] for across in values]
+    image = axes.imshow(percent, cmap=COLOURS, vmin=0, vmax=100, origin="lower", aspect="auto")
+    axes.tick_params(length=0)
+    for y, across in enumerate(percent):
+        for x, value in enumerate(across):
+            if numbers and value == value:
+                colour = "white" if value < 55 else "black"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=6.5)
+    return image
+
+
+def name_lines(across, name: str, labels: Sequence[str]) -> None:
+    """The line's name and its layer calls on the left panel; none on the others."""
+    across[0].set_yticks(range(len(labels)), labels, fontsize=7.5)
+    across[0].set_ylabel(name, fontsize=9)
+    for axes in across[1:]:
+        axes.set_yticks([])

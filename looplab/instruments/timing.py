@@ -1,0 +1,91 @@
+"""The stopwatch: alternatives timed in turn in one process, ratios of pairs, and what the machine is."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+
+def seconds(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def seconds_per_unit(action: Callable[[], float]) -> float:
+    """Seconds over what `action` says it did."""
+    start = time.perf_counter()
+    amount = action()
+    return (time.perf_counter() - start) / amount
+
+
+def interleaved(
+    first: Callable, second: Callable, rounds: int, warmup: int = 2, timed: Callable = seconds
+) -> list[tuple[float, float]]:
+    """`timed` of (first, second), in turn `rounds` times after `warmup` untimed turns (which also compile)."""
+    for _ in range(warmup):
+        first(), second()
+    return [(timed(first), timed(second)) for _ in range(rounds)]
+
+
+def compared(
+    pairs: Sequence[tuple[float, float]], amount: float, sides: tuple[str, str] = ("looped", "llama")
+) -> dict:
+    """`amount` per second of both sides, and first over second: the median of the pairs, with its range."""
+    return {
+        sides[0]: amount / median(ours for ours, _ in pairs),
+        sides[1]: amount / median(theirs for _, theirs in pairs),
+        **ratio_of(pairs),
+    }
+
+
+def ratio_of(pairs: Sequence[tuple[float, float]]) -> dict:
+    """How many times as fast the first is as the second, of (first, second) seconds: median, range and pairs."""
+    ratios = [second / first for first, second in pairs]
+    return {"ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": len(ratios)}
+
+
+def ratio_text(row: dict) -> str:
+    """The ratio of a row that has what `ratio_of` gives."""
+    return f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})"
+
+
+@contextmanager
+def counted_calls(model: PreTrainedModel) -> Iterator[list[int]]:
+    """A list that gets the rows of every call of a core layer."""
+    calls = []
+    hooks = [
+        layer.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
+        for layer in model.model.core
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def matmul_peak(size: int) -> float:
+    """GFLOP/s of the best of 10 fp32 products of two (size, size) matrices: what this process can reach."""
+    a, b = torch.randn(2, size, size)
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(10)) / 1e9
+
+
+def machine() -> dict:
+    """What the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "machine": names[0] if names else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+    }

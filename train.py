@@ -29,7 +29,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -39,34 +38,19 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, get_int_from_env, set_seed
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from data_builders import (
-    DepthSampler,
-    HopBatches,
-    MoleculeBatches,
-    PackedMolecules,
-    TextBatches,
-    TextBlocks,
-    dataset_byte_bpe,
-    dataset_smiles_tokenizer,
-    dataset_tokenizer,
-    encode_groups,
-    load_molecules,
-    load_task,
-    load_text,
-)
 from looplab.distillation import Distillation, interpolated
 from looplab.mistakes import Parser, run_command
 from looplab.recipe import Optim, Recipe, read_recipe
 from looplab.runs.models import blaming
 from looplab.runs.sections import field_names, flatten
-from looplab.training.run_folder import RunFolder, State, held
+from looplab.tasks.hops.training import HopTask
+from looplab.tasks.language.training import TextTask
+from looplab.tasks.molecules.training import MoleculeTask
+from looplab.tasks.training import State
+from looplab.training.run_folder import RunFolder, held
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.losses_looped import exit_distribution
-
-# Held-out tokens that go through the model at once: their logits are this times the vocabulary.
-CHECKED_TOKENS = 2048
 
 
 def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
@@ -105,82 +89,6 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
     }[optim.schedule]
     shape = optim.final_share + (1.0 - optim.final_share) * shape
     return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
-
-
-@torch.no_grad()
-def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops: int) -> dict[str, float]:
-    """Share of `rows` whose argmax over the vocabulary at the readout is the answer; ranks share the work.
-
-    rows: (hops, split_kind) -> (input_ids (N, T), answers (N,)). Result: "2", "3", .. and "2 id", "2 ood"..
-    """
-    right, total = Counter(), Counter()
-    model.eval()
-    for (k, split_kind), group in rows.items():
-        if k not in hops:
-            continue
-        correct = torch.zeros((), device=accelerator.device)
-        share = (part[accelerator.process_index :: accelerator.num_processes].split(512) for part in group)
-        for input_ids, answers in zip(*share, strict=True):
-            input_ids, answers = input_ids.to(accelerator.device), answers.to(accelerator.device)
-            logits = model(
-                input_ids=input_ids, logits_to_keep=1, num_loops=num_loops, use_cache=False
-            ).logits  # (b, 1, V)
-            correct += (logits[:, -1].argmax(-1) == answers).sum()
-        for key in (str(k), f"{k} {split_kind}"):
-            right[key] += accelerator.reduce(correct).item()
-            total[key] += len(group[1])
-    model.train()
-    return {key: right[key] / total[key] for key in total}
-
-
-@torch.no_grad()
-def held_out_loss(
-    accelerator: Accelerator,
-    model: LoopedForCausalLM,
-    held_out: TextBlocks | PackedMolecules,
-    number: int,
-    num_loops: int,
-) -> float:
-    """Mean cross-entropy, in nats per token, over the first `number` blocks or molecules; ranks share the work."""
-    total, count = torch.zeros((2, 1), dtype=torch.float64, device=accelerator.device)
-    model.eval()
-    share = torch.arange(number)[accelerator.process_index :: accelerator.num_processes]
-    for chosen in share.split(max(1, int(CHECKED_TOKENS / held_out.mean_length))):
-        rows = {name: value.to(accelerator.device) for name, value in held_out.rows(chosen).items()}
-        labels = rows.pop("shift_labels").flatten()
-        logits = model(**rows, num_loops=num_loops, use_cache=False).logits  # (b, T, V)
-        total += F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
-        count += (labels >= 0).sum()
-    model.train()
-    return (accelerator.reduce(total) / accelerator.reduce(count)).item()
-
-
-@torch.no_grad()
-def held_out_exits(
-    accelerator: Accelerator,
-    model: LoopedForCausalLM,
-    held_out: TextBlocks | PackedMolecules,
-    number: int,
-    num_loops: int,
-) -> dict[str, float]:
-    """Where the exit gate would leave, means over the tokens of the first `number` blocks or molecules; ranks share
-    the work.
-
-    expected_loss (nats) of the loop a token leaves after, the mean loop, and the entropy (nats) of its distribution.
-    """
-    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    model.eval()
-    share = torch.arange(number)[accelerator.process_index :: accelerator.num_processes]
-    for chosen in share.split(max(1, int(CHECKED_TOKENS / held_out.mean_length))):
-        rows = {name: value.to(accelerator.device) for name, value in held_out.rows(chosen).items()}
-        gate_logits, losses = model.exits(**rows, num_loops=num_loops)  # (b, T, R)
-        p, loops = exit_distribution(gate_logits), torch.arange(1, num_loops + 1, device=gate_logits.device)
-        each = torch.stack([(p * losses).sum(-1), (p * loops).sum(-1), torch.special.entr(p).sum(-1)])
-        kept = rows["shift_labels"] != -100
-        totals += torch.cat([each[:, kept].double().sum(1), kept.sum().double()[None]])
-    model.train()
-    *sums, tokens = accelerator.reduce(totals).tolist()
-    return dict(zip(("expected_loss", "mean_loop", "entropy"), (value / tokens for value in sums), strict=True))
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
@@ -233,247 +141,6 @@ def check_max_loops(config: LoopedConfig, asked: dict[str, int], eval_loops: lis
                 f"{name} asks for {loops} loops, and model.max_num_loops is {config.max_num_loops}: raise it, or ask "
                 "for fewer."
             )
-
-
-def load_tokenizer(field_name: str, folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; ValueError, naming the recipe's field, if there is none."""
-    if not (Path(folder) / "tokenizer_config.json").is_file():
-        raise ValueError(f"{field_name}: there is no tokenizer in the folder {folder!r}.")
-    with blaming(folder, f"name another folder in {field_name}."):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-class HopTask:
-    """Chains of relations: the answer is read at one token, and deeper chains come in as shallower ones are learnt."""
-
-    logits_to_keep = 1
-    generation = {"max_new_tokens": 1}  # noqa: RUF012
-
-    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator, run: RunFolder):
-        self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
-        data, curriculum = recipe.data, recipe.curriculum
-        # Training rows by hop count, and the gate's held-out rows, which are not the test's.
-        with accelerator.main_process_first():
-            dataset = load_task(data.task, data.config, **({"seed": data.seed} | data.overrides))
-            run.check_data(dataset)
-        if recipe.init_from is None:
-            self.tokenizer = dataset_tokenizer(dataset, readout=data.readout)
-        else:
-            self.tokenizer = load_tokenizer("init_from", recipe.init_from)
-            if bool(self.tokenizer("")["input_ids"]) != (data.readout == "token"):
-                raise ValueError(
-                    f"data.readout is {data.readout}, but not so for the tokenizer in {recipe.init_from}."
-                )
-        self.train_rows = dataset["train"]
-        self.gate_rows = encode_groups(dataset["validation"], self.tokenizer)
-        self.gate_hops = sorted({k for k, _ in self.gate_rows})
-        self.train_hops = sorted(self.train_rows.unique("hops"))
-        self.start_hops = curriculum.start_hops or self.train_hops[-1]
-        self.stop_hops = curriculum.stop_hops or self.train_hops[-1]
-        ends = {self.start_hops, self.stop_hops}
-        if self.start_hops > self.stop_hops or not ends <= set(self.train_hops) & set(self.gate_hops):
-            raise ValueError(
-                f"curriculum.start_hops {self.start_hops} and stop_hops {self.stop_hops} must be in order and have "
-                f"both training rows (hops {self.train_hops}) and held-out rows (hops {self.gate_hops})."
-            )
-
-    def first_state(self) -> State:
-        return State(stage=self.start_hops)
-
-    def is_through(self, state: State) -> bool:
-        """Whether the last stage has passed and the run is to end there, whatever budget remains."""
-        return self.recipe.curriculum.after_last == "stop" and state.learnable_depth == self.stop_hops
-
-    def begin(self, state: State):
-        """Train on 1 .. `state.stage` hops."""
-        data = self.recipe.data
-        self.batches = HopBatches(
-            self.train_rows, self.tokenizer, self.recipe.batch_size, self.recipe.seed, self.depth,
-            hops=[k for k in self.train_hops if k <= state.stage], rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes, weighting=data.weighting, at_least_hops=data.at_least_hops,
-            pad_to=data.pad_to,
-        )  # fmt: skip
-
-    def describe(self, batch: dict, state: State) -> dict:
-        """What a training row of metrics.jsonl says beside loss and loops."""
-        return {"stage": state.stage, "hops": batch["hops"]}
-
-    def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """Measure the gate, note it in `state`, and return the row of metrics.jsonl."""
-        hops = [k for k in self.gate_hops if k <= state.stage]
-        accuracy = held_out_accuracy(self.accelerator, model, self.gate_rows, hops, num_loops)
-        state.gate = {key: value for key, value in accuracy.items() if key.isdigit()}
-        row = {"stage": state.stage, "gate": state.gate}
-        row["gate_by_split_kind"] = {key: value for key, value in accuracy.items() if not key.isdigit()}
-        if self.recipe.eval_loops:
-            row["gate_at_loops"] = {
-                str(r): held_out_accuracy(self.accelerator, model, self.gate_rows, hops, r)
-                for r in self.recipe.eval_loops
-            }
-        return row
-
-    def advance(self, state: State) -> bool:
-        """Whether the check let a new stage begin; after the last one, the run may end."""
-        curriculum = self.recipe.curriculum
-        rested = state.step - state.stage_start >= curriculum.min_steps
-        if not rested or state.gate[str(state.stage)] <= curriculum.threshold:
-            return False
-        state.learnable_depth = state.stage
-        if state.stage == self.stop_hops:
-            state.finished |= curriculum.after_last == "stop"
-        elif not state.finished:
-            state.stage, state.stage_start = next(k for k in self.train_hops if k > state.stage), state.step
-            self.begin(state)
-            return True
-        return False
-
-    def progress(self, state: State) -> dict:
-        """What the progress bar shows beside the loss."""
-        return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}
-
-    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """What was reached, the gate over all hops, and what was trained on."""
-        gate = held_out_accuracy(self.accelerator, model, self.gate_rows, self.gate_hops, num_loops)
-        return {
-            "stage": state.stage,
-            "learnable_depth": state.learnable_depth,
-            "gate": {key: value for key, value in gate.items() if key.isdigit()},
-            "gate_by_split_kind": {key: value for key, value in gate.items() if not key.isdigit()},
-            "trained_hops": [k for k in self.train_hops if k <= state.stage],
-        }
-
-    def headline(self, summary: dict) -> str:
-        return f"learnable depth {summary['learnable_depth']}, gate {summary['gate']}"
-
-
-class TextTask:
-    """Plain text: every token predicts the next, in blocks of one length, and there are no stages."""
-
-    logits_to_keep = 0  # all
-    generation = {}  # noqa: RUF012
-
-    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator, run: RunFolder):
-        self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
-        data = recipe.data
-        with accelerator.main_process_first():
-            dataset = load_text(data.files, **({"seed": data.seed} | data.overrides))
-            run.check_data(dataset)
-            if recipe.init_from is not None:
-                self.tokenizer = load_tokenizer("init_from", recipe.init_from)
-            elif data.tokenizer is not None:
-                self.tokenizer = load_tokenizer("data.tokenizer", data.tokenizer)
-            elif run.kept_tokenizer() is not None:
-                with blaming(run.kept_tokenizer(), "delete it, and the tokenizer is learnt again."):
-                    self.tokenizer = AutoTokenizer.from_pretrained(run.kept_tokenizer(), trust_remote_code=False)
-            else:
-                self.tokenizer = dataset_byte_bpe(dataset["train"], data.vocab_size)
-            self.batches = TextBatches(
-                dataset["train"], self.tokenizer, data.sequence_length, recipe.batch_size, recipe.seed, depth,
-                rank=accelerator.process_index, world=accelerator.num_processes,
-            )  # fmt: skip
-            self.held_out = TextBlocks(dataset["validation"], self.tokenizer, data.sequence_length)
-            # What `looped eval` measures on: refused now, and not when the training is done.
-            TextBlocks(dataset["test"], self.tokenizer, data.sequence_length)
-        self.num_held_out = len(self.held_out)
-        if data.validation_tokens is not None:
-            self.num_held_out = min(self.num_held_out, max(1, data.validation_tokens // data.sequence_length))
-
-    def first_state(self) -> State:
-        return State()
-
-    def is_through(self, state: State) -> bool:
-        """Whether the run is to end whatever budget remains: there are no stages to pass."""
-        return False
-
-    def begin(self, state: State):
-        """Nothing: the batches are the same from the first step to the last."""
-
-    def describe(self, batch: dict, state: State) -> dict:
-        """What a training row of metrics.jsonl says beside loss and loops."""
-        return {}
-
-    def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """Measure the held-out loss, note it in `state`, and return the row of metrics.jsonl."""
-        state.gate = {
-            str(r): held_out_loss(self.accelerator, model, self.held_out, self.num_held_out, r)
-            for r in dict.fromkeys([num_loops, *self.recipe.eval_loops])
-        }
-        row = self.measured(state, num_loops)
-        if model.config.exit_gate:
-            row["exits"] = held_out_exits(self.accelerator, model, self.held_out, self.num_held_out, num_loops)
-        return row
-
-    def measured(self, state: State, num_loops: int) -> dict:
-        """Nats per token and perplexity at `num_loops` and, if asked for, at each of `eval_loops`."""
-        # Not math.exp: it raises where the loss of a model that went astray is too large.
-        values = {r: {"loss": loss, "perplexity": torch.tensor(loss).exp().item()} for r, loss in state.gate.items()}
-        row = {"held_out": values[str(num_loops)]}
-        if self.recipe.eval_loops:
-            row["held_out_at_loops"] = {str(r): values[str(r)] for r in self.recipe.eval_loops}
-        return row
-
-    def advance(self, state: State) -> bool:
-        """Whether the check let a new stage begin: there is one stage."""
-        return False
-
-    def progress(self, state: State) -> dict:
-        """What the progress bar shows beside the loss."""
-        return {"held_out": next(iter(state.gate.values()), None)}
-
-    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """The last check, which came after the last step, and how much text there was."""
-        return self.measured(state, num_loops) | {
-            "train_tokens": self.batches.blocks.num_tokens,
-            "held_out_tokens": self.num_held_out * self.held_out.sequence_length,
-        }
-
-    def headline(self, summary: dict) -> str:
-        loss, perplexity = summary["held_out"].values()
-        return (
-            f"held-out text {loss:.3f} nats per token, perplexity {perplexity:.1f}, at {summary['gate_loops']} loops"
-        )
-
-
-class MoleculeTask(TextTask):
-    """SMILES: as text, but each molecule is by itself, several of them in a row of one length."""
-
-    # Jindal and Ju 2026, arXiv 2605.06322: how molecules are written.
-    generation = {"do_sample": True, "temperature": 0.8, "top_k": 40, "max_new_tokens": 120}  # noqa: RUF012
-
-    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator, run: RunFolder):
-        self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
-        data = recipe.data
-        with accelerator.main_process_first():
-            dataset = load_molecules(data.config, data.files, **({"seed": data.seed} | data.overrides))
-            run.check_data(dataset)
-            if recipe.init_from is not None:
-                self.tokenizer = load_tokenizer("init_from", recipe.init_from)
-            else:
-                self.tokenizer = dataset_smiles_tokenizer(dataset)
-            self.batches = MoleculeBatches(
-                dataset["train"], self.tokenizer, data.sequence_length, recipe.batch_size, recipe.seed, depth,
-                rank=accelerator.process_index, world=accelerator.num_processes,
-                spellings=data.spellings, spelling_seed=data.seed,
-            )  # fmt: skip
-            self.held_out = PackedMolecules(dataset["validation"], self.tokenizer, data.sequence_length)
-            # What `looped eval` measures on: refused now, and not when the training is done.
-            for split in dataset.keys() - {"train", "validation"}:
-                PackedMolecules(dataset[split], self.tokenizer, data.sequence_length)
-        self.num_held_out = len(self.held_out)
-        if data.validation_tokens is not None:
-            ends = self.held_out.lengths.cumsum()
-            self.num_held_out = max(1, int((ends <= data.validation_tokens).sum()))
-
-    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """The last check, which came after the last step, and how many molecules there were."""
-        return self.measured(state, num_loops) | {
-            "train_molecules": self.batches.num_molecules,
-            "train_tokens": self.batches.num_tokens,
-            "held_out_molecules": self.num_held_out,
-        }
-
-    def headline(self, summary: dict) -> str:
-        return f"held-out molecules {summary['held_out']['loss']:.4f} nats per token, at {summary['gate_loops']} loops"
 
 
 TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask, "molecules": MoleculeTask}

@@ -21,34 +21,28 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import psutil
 import torch
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from data_builders import PackedMolecules
-from data_builders.text_batches import spread_blocks
-from looplab.instruments.halting_settings import entropy_bound
 from looplab.instruments.timing import (
     compared,
-    counted_calls,
     interleaved,
     machine,
     matmul_peak,
-    ratio_of,
     ratio_text,
     seconds_per_unit,
 )
-from looplab.runs.folder import Run, open_run
+from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
 from looplab.runs.writing import check_folder, write_whole
+from looplab.tasks.hops.halting import halting_rows
+from looplab.tasks.molecules.samples import SETTINGS
+from looplab.tasks.molecules.task import molecule_prompts
+from looplab.tasks.text.task import text_prompts
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
-
-from .evaluation import load_run_task
-from .molecules import SETTINGS, run_molecules
-from .perplexity import run_blocks
 
 CONFIDENCE = "assistant_confidence_threshold"
 CONFIDENCES = (0.4, 0.8)  # that of transformers, and one under which drafts are surer, and shorter
@@ -254,54 +248,6 @@ def kv_row(width: int, work: Workload, kv_sharing: str) -> dict:
     return row | {"looped": looped, "llama": llama, "ratio": looped / llama, "tokens": work.tokens}
 
 
-def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
-    """KL + entropy halting against fixed loops on one batch of the run's test rows, all hop counts mixed.
-
-    At the largest trained loop count and at twice that; the entropy bound is the paper's 3.00 nats of ln 217, scaled
-    to the vocabulary. `layer_calls` counts rows through core layers, by forward hooks.
-    """
-    run = open_run(folder)
-    model, tokenizer = load_run_model(run)
-    model.eval()
-    test = load_run_task(run)["test"]
-    hops = np.array(test["hops"][:])
-    rows = test.select(
-        np.concatenate([np.flatnonzero(hops == count)[: work.rows_per_hop] for count in np.unique(hops)])
-    )
-    inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
-    answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]), device=model.device)
-    max_entropy = entropy_bound(model.config.vocab_size)
-
-    def call(loops: int, halting: dict | None) -> Callable:
-        @torch.inference_mode()
-        def forward():
-            return model(**inputs, num_loops=loops, halting=halting, logits_to_keep=1, use_cache=False)
-
-        return forward
-
-    def once(forward: Callable) -> dict:
-        with counted_calls(model) as calls:
-            output = forward()
-        accuracy = (output.logits[:, -1].argmax(-1) == answers).float().mean().item()
-        loops_used = output.loops_used[:, -1].float().mean().item()
-        return {"accuracy": accuracy, "layer_calls": sum(calls), "loops_used": loops_used}
-
-    results = []
-    largest = run.trained_loops()[1]
-    for loops in (largest, 2 * largest):
-        for kl_threshold in (0.1, 0.01, 0.001):
-            rule = {"rule": "kl_entropy", "kl_threshold": kl_threshold, "max_entropy": max_entropy}
-            halted, fixed = call(loops, rule), call(loops, None)
-            ours, theirs = once(halted), once(fixed)
-            pairs = interleaved(halted, fixed, rounds)
-            row = {"measure": "halting", "mode": f"kl < {kl_threshold}", "run": run.name, "loops": loops} | rule
-            row |= ours | {"fixed_accuracy": theirs["accuracy"], "fixed_layer_calls": theirs["layer_calls"]}
-            row |= {"layer_calls_saved": 1 - ours["layer_calls"] / theirs["layer_calls"], "rows": len(rows)}
-            row |= ratio_of(pairs)
-            results.append(row)
-    return results
-
-
 @torch.inference_mode()
 def speculation_row(
     model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, rounds: int, ends: bool = False, **settings
@@ -383,20 +329,6 @@ def speculation_rows(folder: str | Path, work: Workload, rounds: int) -> list[di
         mode = "sampled" if do_sample else "greedy"
         results.append({"mode": mode, "run": run.name, "width": model.config.hidden_size} | row)
     return results
-
-
-def text_prompts(run: Run, tokenizer: PreTrainedTokenizerBase, work: Workload) -> torch.Tensor:
-    """(prompts, prompt) tokens of the test split of a run on text."""
-    blocks = run_blocks(run, tokenizer)["test"]
-    return blocks.rows(spread_blocks(len(blocks), work.prompts))["input_ids"][:, : work.prompt]
-
-
-def molecule_prompts(run: Run, tokenizer: PreTrainedTokenizerBase, work: Workload) -> torch.Tensor:
-    """(molecules, molecule_prompt): `<bos>` and the first tokens of molecules of the test split."""
-    test = PackedMolecules(run_molecules(run)["test"], tokenizer, run.recipe()["data"]["sequence_length"])
-    begun = work.molecule_prompt - 1
-    numbers = spread_blocks(len(test), work.molecules).tolist()
-    return torch.tensor([[tokenizer.bos_token_id, *test.tokens(number)[:begun].tolist()] for number in numbers])
 
 
 def bench(

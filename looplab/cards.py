@@ -11,21 +11,19 @@ a value that a template asks for and nobody gave is an error, where `RepoCard.fr
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from datasets import DatasetDict
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from data_builders.builders import TAGS
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
-
-from .evaluation import first_question_beyond, line_order, load_run_task
-from .molecule_results import percent
-from .results import THRESHOLDS, depth_facts
+from looplab.tasks.card import Names, between, run_data
+from looplab.tasks.hops.card import HopCard
+from looplab.tasks.molecules.card import MoleculeCard
+from looplab.tasks.text.card import TextCard
 
 TEMPLATES = Path(__file__).parents[1] / "hub_cards"
 
@@ -50,179 +48,6 @@ FIGURES = {
     "probe": "Accuracy of a linear probe for the bridge, and for the answer",
     "stages": "What states say and cause, over training",
 }
-
-# What the kinds of test questions are.
-KINDS = {
-    "khop": {
-        "id": "chains that training did not have, of hop counts that its data hold",
-        "ood": "chains of more hops than any in its data",
-    },
-    "composition": {
-        "id": "two facts that training composed, but not with each other",
-        "ood": "two facts that training never composed with anything",
-        "ood_first": "the first of two facts was never composed in training",
-        "ood_second": "the second of two facts was never composed in training",
-        "pair": "two relations that never follow each other in training",
-    },
-}
-
-MOST_LOOPS_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a card calls things: the repositories (None where there is none) and the licences, as the Hub spells them.
-
-    The licence of the data may be another one than the model's. `base_model` is the model on the Hub that the run
-    started from.
-    """
-
-    model_id: str
-    licence: str
-    dataset_id: str | None = None
-    data_licence: str | None = None
-    base_model: str | None = None
-
-
-class HopCard:
-    """Card of a model that follows chains."""
-
-    template = "model_hops.md"
-    metrics = ("accuracy",)
-
-    def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Mean accuracy over hop counts of every held-out kind, at the loops of the grid and the chosen ones."""
-        facts, cells = depth_facts(run), {}
-        for row in run.grid():
-            cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
-        results = []
-        for kind, accuracy in facts["accuracy"].items():
-            hops = sorted({count for line in cells[kind].values() for count in line})
-            means = {loops: sum(line.values()) / len(line) for loops, line in cells[kind].items()}
-            for loops, mean in sorted((means | {facts["loops"]: accuracy}).items()):
-                arguments = {"num_loops": loops, "split_kind": kind, "hops": hops}
-                name = f"Accuracy, {kind}, {loops} loops"
-                results.append(result(run, names, "accuracy", name, round(mean, 4), arguments))
-        return results
-
-    def values(self, run: Run) -> dict:
-        """What `model_hops.md` asks for beyond `common_values`."""
-        task, grid, facts, summary = load_run_task(run), run.grid(), depth_facts(run), run.summary()
-        evaluation, (low, high) = run.evaluation(), run.trained_loops()
-        question = first_question_beyond(task["test"], summary["trained_hops"])
-        number = task["test"]["text"][:].index(question)
-        words = {word for text in task["train"]["text"][:] for word in text.split()}
-        measured = {row["split_kind"] for row in grid}
-        depth = max(summary["trained_hops"])
-        return {
-            "task_text": {
-                "khop": f"Its graph is permutations, and it was trained on chains of up to {depth} hops.",
-                "composition": "It was trained on single facts and on pairs of some; others it never saw in a pair.",
-            }[run.task()],
-            "question": question,
-            "answer": task["test"]["answer"][number],
-            "loops_shown": spread({row["loops"] for row in grid}),
-            "chance": f"{100 * evaluation['chance']:.1f}",
-            "kinds": {kind: text for kind, text in KINDS[run.task()].items() if kind in measured},
-            "table": grid_markdown(grid, low, high),
-            "loops": facts["loops"],
-            "reach": " / ".join(str(facts["reach"][threshold]) for threshold in THRESHOLDS),
-            "learnable_depth": facts["learnable_depth"],
-            "entities": sum(word[0] == "e" for word in words),
-            "relations": sum(word[0] == "r" for word in words),
-            "hops_text": between(min(summary["trained_hops"]), depth),
-            "limit": evaluation["limit"],
-            "limit_of": "questions per hop count and kind",
-        }
-
-
-class TextCard:
-    """Card of a model of text."""
-
-    template = "model_text.md"
-    metrics = ("perplexity",)
-
-    def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Perplexity at every loop count that was measured."""
-        return [
-            result(
-                run, names, "perplexity", f"Perplexity, {row['loops']} loops", round(row["perplexity"], 3),
-                {"num_loops": row["loops"]},
-            )
-            for row in run.text()
-        ]  # fmt: skip
-
-    def values(self, run: Run) -> dict:
-        """What `model_text.md` asks for beyond `common_values`."""
-        rows, summary, evaluation = run.text(), run.summary(), run.evaluation()
-        low, high = run.trained_loops()
-        table = [
-            {
-                "loops": f"[{row['loops']}]" if low <= row["loops"] <= high else str(row["loops"]),
-                "perplexity": f"{row['perplexity']:.2f}",
-                "95 % interval": " - ".join(f"{bound:.2f}" for bound in row["interval"]),
-                "nats per token": f"{row['loss']:.4f}",
-            }
-            for row in rows
-        ]
-        return {
-            "parameters_one_vocabulary": f"{evaluation['parameters']['one_vocabulary']:,}",
-            "parameters_layers": f"{evaluation['parameters']['layers']:,}",
-            "tokens": f"{summary['tokens']:,}",
-            "test_tokens": f"{rows[0]['tokens']:,}",
-            "sequence_length": run.recipe()["data"]["sequence_length"],
-            "loops_shown": spread({row["loops"] for row in rows}),
-            "table": to_markdown(table),
-            "limit": evaluation["limit"],
-            "limit_of": "blocks of text",
-        }
-
-
-class MoleculeCard:
-    """Card of a model that writes molecules."""
-
-    template = "model_molecules.md"
-    metrics = ("validity", "uniqueness", "novelty", "diversity", "fcd")
-
-    def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Every measure of every way of sampling, at every loop count."""
-        settings = {setting["name"]: setting for setting in run.evaluation()["settings"]}
-        results = []
-        for row in run.molecules():
-            setting = settings[row["setting"]]
-            arguments = {name: setting[name] for name in ("temperature", "top_k")}
-            arguments |= {"num_loops": row["loops"], "samples": row["n"]}
-            for metric in self.metrics:
-                value = row["fcd"] if metric == "fcd" else row[metric]["share"]
-                if value is not None:
-                    name = f"{metric.capitalize()}, {row['setting']}, {row['loops']} loops"
-                    results.append(result(run, names, metric, name, round(value, 4), arguments))
-        return results
-
-    def values(self, run: Run) -> dict:
-        """What `model_molecules.md` asks for beyond `common_values`."""
-        rows, summary, evaluation = run.molecules(), run.summary(), run.evaluation()
-        low, high = run.trained_loops()
-        titles = {"valid": "validity", "unique": "uniqueness", "new": "novelty", "diversity": "diversity"}
-        table = []
-        for row in rows:
-            cells = {"sampling": f"`{row['setting']}`", "samples": f"{row['n']:,}"}
-            cells["loops"] = f"[{row['loops']}]" if low <= row["loops"] <= high else str(row["loops"])
-            cells |= {title: percent(row[measure]) for title, measure in titles.items()}
-            table.append(cells | {"FCD": "-" if row["fcd"] is None else f"{row['fcd']:.2f}"})
-        return {
-            "parameters_layers": f"{evaluation['parameters']['layers']:,}",
-            "tokens": f"{summary['tokens']:,}",
-            "loops_shown": spread({row["loops"] for row in rows}),
-            "settings": {
-                setting["name"]: f"temperature {setting['temperature']}, "
-                + (f"the {setting['top_k']} most probable tokens" if setting["top_k"] else "all tokens")
-                for setting in evaluation["settings"]
-            },
-            "table": to_markdown(table),
-            "limit": evaluation["limit"],
-            "limit_of": "samples",
-        }
 
 
 CARDS = {"khop": HopCard(), "composition": HopCard(), "text": TextCard(), "molecules": MoleculeCard()}
@@ -296,34 +121,6 @@ def common_values(run: Run, names: Names) -> dict:
     }  # fmt: skip
 
 
-def result(run: Run, names: Names, metric: str, name: str, value: float, arguments: dict) -> EvalResult:
-    """One line of the model-index; the measured data are those of the run's test split."""
-    _, config, _ = run_data(run)
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=names.dataset_id or run.task(),
-        dataset_name=run.task(),
-        dataset_config=config,
-        dataset_split="test",
-        metric_type=metric,
-        metric_name=name,
-        metric_value=value,
-        metric_args=arguments,
-    )
-
-
-def run_data(run: Run) -> tuple[str, str, dict]:
-    """Task, config and fields that `data_builders.task_builder` made the run's data from."""
-    task, data = run.task(), run.recipe()["data"]
-    overrides, config = {"seed": data["seed"]} | data["overrides"], data["config"]
-    if data["files"] is not None or "dataset" in overrides:
-        config = "files"
-        overrides |= {} if data["files"] is None else {"files": data["files"]}
-    elif task == "text":
-        config = "corpus"
-    return task, config, overrides
-
-
 def dataset_card(run: Run, names: Names, exported: DatasetCard, dataset: DatasetDict) -> DatasetCard:
     """The card of a run's data.
 
@@ -374,31 +171,3 @@ def render(template: str, **values) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(**values)
-
-
-def grid_markdown(rows: Sequence[dict], low: int, high: int) -> str:
-    """Accuracies in %: a line per (split kind, hops), a column per loop count; of trained facts, too."""
-    cells = {(row["split_kind"], row["hops"], row["loops"]): row for row in rows}
-    loops = sorted({row["loops"] for row in rows})
-    lines = []
-    for line in sorted({key[:2] for key in cells}, key=line_order):
-        row = cells[(*line, loops[0])]
-        cell = {"questions": line[0], "hops": f"{line[1]}{'*' if row['trained'] else ''}", "n": str(row["n"])}
-        for count in loops:
-            name = f"[{count}]" if low <= count <= high else str(count)
-            cell[name] = f"{100 * cells[(*line, count)]['accuracy']:.1f}"
-        lines.append(cell)
-    return to_markdown(lines)
-
-
-def spread(loops: set[int]) -> tuple[int, ...]:
-    """At most `MOST_LOOPS_SHOWN` of the loop counts, the least and the largest among them."""
-    ordered = sorted(loops)
-    if len(ordered) <= MOST_LOOPS_SHOWN:
-        return tuple(ordered)
-    last = MOST_LOOPS_SHOWN - 1
-    return tuple(ordered[round(i * (len(ordered) - 1) / last)] for i in range(MOST_LOOPS_SHOWN))
-
-
-def between(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low} to {high}"

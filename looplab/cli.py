@@ -49,8 +49,7 @@ def named(text: str) -> str:
 
 def run_eval(arguments) -> None:
     from looplab.runs.folder import open_run
-
-    from .readers import reader_of
+    from looplab.tasks.registry import reader_of
 
     run = open_run(arguments.run)
     reader = reader_of([run])
@@ -68,8 +67,7 @@ def run_eval(arguments) -> None:
 
 def run_halting(arguments) -> None:
     from looplab.runs.folder import open_run
-
-    from .readers import reader_of
+    from looplab.tasks.registry import reader_of
 
     run = open_run(arguments.run)
     path, text = reader_of([run]).halting(
@@ -80,8 +78,7 @@ def run_halting(arguments) -> None:
 
 def run_plot(arguments) -> None:
     from looplab.runs.folder import open_run
-
-    from .readers import reader_of
+    from looplab.tasks.registry import reader_of
 
     runs = [open_run(folder) for folder in arguments.runs]
     for path in reader_of(runs).plot(runs, arguments.output):
@@ -90,8 +87,7 @@ def run_plot(arguments) -> None:
 
 def run_table(arguments) -> None:
     from looplab.runs.folder import open_run
-
-    from .readers import reader_of
+    from looplab.tasks.registry import reader_of
 
     runs = [open_run(folder) for folder in arguments.runs]
     print(reader_of(runs).table(runs, arguments.against))
@@ -99,15 +95,15 @@ def run_table(arguments) -> None:
 
 def run_lens(arguments) -> None:
     from looplab.runs.folder import open_run
-
-    from .mechanism import lens_run
-    from .readers import MoleculeReader, reader_of
+    from looplab.tasks.hops.mechanism import lens_run
+    from looplab.tasks.molecules.task import MoleculeReader
+    from looplab.tasks.registry import reader_of
 
     run = open_run(arguments.run)
     if isinstance(reader_of([run]), MoleculeReader):
-        from .molecule_ablations import ablate_run
-        from .molecule_probes import probe_run
-        from .molecule_readouts import readouts_run
+        from looplab.tasks.molecules.ablations import ablate_run
+        from looplab.tasks.molecules.probes import probe_run
+        from looplab.tasks.molecules.readouts import readouts_run
 
         for option, value in {"--snapshot": arguments.snapshot, "--hops": arguments.hops}.items():
             if value is not None:
@@ -170,7 +166,7 @@ def run_frozen(arguments) -> None:
 
 
 def run_ask(arguments) -> None:
-    from .evaluation import ask
+    from looplab.tasks.hops.ask import ask
 
     ask(arguments.run, arguments.question, loops=arguments.loops)
 

@@ -9,25 +9,22 @@ A published Space is the same files with repo ids in place of folders: `space_fi
 """
 
 import json
-import math
 import tempfile
 from collections.abc import Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-import datasets
-import numpy as np
 from huggingface_hub import SpaceCard, SpaceCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from looplab.runs.folder import AGAIN, Run, open_run
 from looplab.runs.models import load_model, load_run_model
 from looplab.runs.writing import write_whole
-
-from .evaluation import load_run_task
-from .halting import ENTROPY
-from .readers import READERS, HopReader
+from looplab.tasks.hops.card import hops_part
+from looplab.tasks.hops.task import HopReader
+from looplab.tasks.molecules.card import molecules_part
+from looplab.tasks.registry import READERS
 
 TEMPLATES = Path(__file__).parents[1] / "hub_cards" / "space"
 GRADIO = "6.31.0"  # what a Space installs: the version the page is tested with
@@ -82,54 +79,6 @@ def demo_settings(runs: Sequence[Run], models: Sequence[str]) -> dict:
         part["max_loops"] = min(2 * high, config.get("max_num_loops") or 2 * high)  # a gate per loop sets a limit
         parts[kind] = part | PARTS[kind](run, config)
     return {"title": "Move the loop slider", **parts}
-
-
-def hops_part(run: Run, config: dict) -> dict:
-    task, summary = load_run_task(run), run.summary()
-    facts = facts_of_task(task)
-    answers = {answer for known in facts.values() for answer in known.values()}
-    number = sum(len(known) for known in facts.values())
-    entity, known = next(iter(facts.items()))
-    relation, other = next(iter(known.items()))
-    return {
-        "text": f"A looped transformer of {summary['parameters']:,} parameters knows {number:,} facts such as "
-        f"{entity} {relation} &rarr; {other}. Asked to follow several in a row, it thinks as many loops as you say.",
-        "facts": facts,
-        "trained_hops": [min(summary["trained_hops"]), max(summary["trained_hops"])],
-        "max_hops": max(task["test"]["hops"][:]),
-        "chance": 1 / len(answers),
-        "halting": halting_of(run, config["vocab_size"]),
-    }
-
-
-def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
-    """Entity -> relation -> entity: the graph of a hop task, all of which is in train."""
-    train = task["train"].select(np.flatnonzero(np.array(task["train"]["hops"][:]) == 1))
-    facts = {}
-    for text, answer in zip(train["text"][:], train["answer"][:], strict=True):
-        entity, relation = text.split()
-        facts.setdefault(entity, {})[relation] = answer
-    return facts
-
-
-def halting_of(run: Run, vocab_size: int) -> dict:
-    """The rule KL + entropy as `looped halting` chose it on validation rows; without that, the bounds of its paper.
-
-    Its bound on entropy is taken as a share of ln V (arXiv 2604.07822 has V = 217): of 27 words no distribution has
-    much more than 3 nats, so that every answer would count as settled.
-    """
-    if (run.folder / "halting.jsonl").is_file():
-        for row in run.halting():
-            if row["measure"] == "chosen" and row["rule"] == "kl_entropy":
-                return {name: row[name] for name in ("rule", "kl_threshold", "max_entropy")}
-    return {"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": max(ENTROPY) * math.log(vocab_size)}
-
-
-def molecules_part(run: Run, config: dict) -> dict:
-    return {
-        "text": f"A looped transformer of {run.summary()['parameters']:,} parameters writes molecules token by token, "
-        "and makes as many passes over its layers for each as you say."
-    }
 
 
 PARTS = {"hops": hops_part, "molecules": molecules_part}

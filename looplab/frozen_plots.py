@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from looplab.instruments.drawing import FRAME
 
-from matplotlib.figure import Figure  # isort: skip (plots.py says what to install when there is none)
+from matplotlib.figure import Figure  # isort: skip (tasks/hops/run_figures.py says what to install when there is none)
 
 
 def profile_figure(rows: Sequence[dict]) -> Figure:

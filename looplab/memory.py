@@ -18,17 +18,14 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from data_builders.text_batches import spread_blocks
 from looplab.runs.folder import Run, open_run, to_json_lines
-from looplab.runs.intervals import wilson_interval
 from looplab.runs.models import load_run_model
+from looplab.tasks.hops.evaluation import HopMeasure
+from looplab.tasks.text.perplexity import TextMeasure
 from modeling_looped.cache_looped import CACHE_NAME
 from modeling_looped.configuration_looped import REWRITING_SHARINGS
-
-from .evaluation import groups_of, load_run_task
-from .perplexity import block_losses, run_blocks, text_rows
 
 SHARINGS = ("per_loop", "first", "last", "mean")
 
@@ -53,38 +50,6 @@ def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, i
     sharings = [own] if own == "gated" else list(SHARINGS)
     lengths = [chunk or None for chunk in chunks]
     return [(s, chunk) for s in sharings for chunk in (lengths if s in REWRITING_SHARINGS else [None])]
-
-
-class TextMeasure:
-    """Test perplexity."""
-
-    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, limit: int | None):
-        self.blocks = run_blocks(run, tokenizer)["test"]
-        self.numbers = spread_blocks(len(self.blocks), limit)
-
-    def __call__(self, model: PreTrainedModel) -> dict:
-        losses = block_losses(model, self.blocks, self.numbers, [model.config.num_loops])
-        (row,) = text_rows(losses, len(self.numbers) * self.blocks.sequence_length, "")
-        return {name: row[name] for name in ("loss", "perplexity", "interval", "block_losses")}
-
-
-class HopMeasure:
-    """Accuracy over the test rows of trained hop counts."""
-
-    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, limit: int | None):
-        trained = run.summary()["trained_hops"]
-        groups = groups_of(load_run_task(run)["test"], tokenizer, limit)
-        self.groups = [group for group in groups if group.hops in trained]
-
-    @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel) -> dict:
-        right = total = 0
-        for group in self.groups:
-            for ids, answers in zip(group.input_ids.split(512), group.answers.split(512), strict=True):
-                logits = model(ids.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1]
-                right += int((logits.argmax(-1).cpu() == answers).sum())
-                total += len(answers)
-        return {"accuracy": right / total, "interval": wilson_interval(right / total, total), "n": total}
 
 
 MEASURES = {"text": TextMeasure, "khop": HopMeasure, "composition": HopMeasure}

@@ -29,10 +29,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from data_builders import export_parquet, load_task
 from looplab.runs.folder import AGAIN, VERBS, Run, open_run
 from looplab.runs.models import blaming, load_run_model
+from looplab.tasks.card import Names, run_data
+from looplab.tasks.hops.task import HopReader
+from looplab.tasks.registry import reader_of
 
-from .cards import FIGURES, Names, dataset_card, model_card, run_data
+from .cards import FIGURES, dataset_card, model_card
 from .demo import space_files
-from .readers import HopReader, reader_of
 
 # Records of a run that are published, where it has them.
 RECORDS = ("recipe.yaml", "summary.json", "metrics.jsonl", *VERBS)

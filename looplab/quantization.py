@@ -36,8 +36,7 @@ from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
 from looplab.runs.records import owned, replaced_folder
 from looplab.runs.writing import below
-
-from .perplexity import block_losses, run_blocks
+from looplab.tasks.text.perplexity import block_losses, run_blocks
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3, step 3)
 TOKENS_AT_ONCE = 2048  # that go through the model in one call

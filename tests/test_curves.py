@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from looplab.curves import halting_figure, hops_figure, learning_figure, loops_figure, spread_lines
 from looplab.runs.folder import open_run
 from looplab.runs.intervals import t_interval
+from looplab.tasks.hops.seed_figures import halting_figure, hops_figure, learning_figure, loops_figure, spread_lines
 
 CHANCE = 0.125
 

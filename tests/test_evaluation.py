@@ -9,22 +9,20 @@ import pytest
 import torch
 import yaml
 
-import looplab.evaluation
+import looplab.tasks.hops.evaluation
 from data_builders import hop_tokenizer, load_task
-from looplab.evaluation import (
-    Group,
-    accuracy_grid,
-    grid_table,
-    groups_of,
-    hops_solved,
-    load_run_task,
-    loop_rows,
-    trace_groups,
-    true_path,
-    wilson_interval,
-)
 from looplab.instruments.traces import Trace, trace
 from looplab.runs.folder import open_run
+from looplab.tasks.hops.ask import true_path
+from looplab.tasks.hops.evaluation import (
+    accuracy_grid,
+    grid_table,
+    hops_solved,
+    loop_rows,
+    trace_groups,
+    wilson_interval,
+)
+from looplab.tasks.hops.rows import Group, groups_of, load_run_task
 from toys import make_ids, make_model
 
 WRONG = 0  # the padding id, which is never an answer
@@ -155,7 +153,9 @@ def test_deeper_test_chains_leave_the_others_as_they_were(tmp_path):
 
 
 def test_the_metric_agrees_with_counting_by_hand():
-    metric = evaluate.load(str(Path(looplab.evaluation.__file__).parent / "hop_accuracy"), keep_in_memory=True)
+    metric = evaluate.load(
+        str(Path(looplab.tasks.hops.evaluation.__file__).parent / "hop_accuracy"), keep_in_memory=True
+    )
     result = metric.compute(
         predictions=[1, 2, 3, 4], references=[1, 0, 3, 0], hops=[1, 1, 2, 2], split_kind=["id", "id", "id", "ood"]
     )

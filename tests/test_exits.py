@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from looplab import exits
 from looplab.benchmark import CONFIDENCE, QUICK, accepted_row, speculation_row
-from looplab.exits import counted_calls, decode, exit_rows, exits_text
 from looplab.instruments.halting_settings import exit_settings
+from looplab.tasks.language import exits
+from looplab.tasks.language.exits import counted_calls, decode, exit_rows, exits_text
 from toys import FP32, make_ids, make_model
 
 PROMPT, DECODED = 4, 6

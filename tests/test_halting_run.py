@@ -3,10 +3,21 @@
 import pytest
 import torch
 
-from looplab.evaluation import Group, trace_groups
-from looplab.halting import POINT, choose, frontier, loops_used, mean_outcome, outcome, run_setting, sweep, timed_rows
 from looplab.instruments.halting_settings import Setting
 from looplab.instruments.traces import Trace, trace
+from looplab.tasks.hops.evaluation import trace_groups
+from looplab.tasks.hops.halting import (
+    POINT,
+    choose,
+    frontier,
+    loops_used,
+    mean_outcome,
+    outcome,
+    run_setting,
+    sweep,
+    timed_rows,
+)
+from looplab.tasks.hops.rows import Group
 from toys import make_ids, make_model
 
 LOOPS = 8

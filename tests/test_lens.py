@@ -8,7 +8,7 @@ import torch
 from data_builders import hop_tokenizer
 from looplab.instruments.linear_probe import fit_probe, probe_accuracy, random_twin, with_bias
 from looplab.instruments.recorder import edit, layer_calls, record
-from looplab.lens import (
+from looplab.tasks.hops.lens import (
     Chains,
     accuracy,
     chains_of,
@@ -22,7 +22,7 @@ from looplab.lens import (
     redirect,
     swap_bridge,
 )
-from looplab.probes import probe_path, unseen
+from looplab.tasks.hops.probes import probe_path, unseen
 from toys import FP32, make_model
 
 ENTITIES, RELATIONS = 8, 3

@@ -43,7 +43,7 @@ def here(toy_runs, toy_cache, tmp_path, monkeypatch):
     (tmp_path / "here" / "study.yaml").write_text(study)
     monkeypatch.chdir(tmp_path / "here")
     for name, value in {"BATCH": 4, "MAX_TOKENS": 8, "reference_statistics": lambda _: None}.items():
-        monkeypatch.setattr(f"looplab.molecules.{name}", value)
+        monkeypatch.setattr(f"looplab.tasks.molecules.evaluation.{name}", value)
     return tmp_path / "here"
 
 

@@ -12,7 +12,7 @@ from data_builders import dataset_tokenizer, load_task
 from looplab.cli import main
 from looplab.instruments.drawing import call_labels
 from looplab.instruments.recorder import layer_calls
-from looplab.lens_plots import heat_maps, lens_figures, stages_figure
+from looplab.tasks.hops.lens_figures import heat_maps, lens_figures, stages_figure
 from toys import make_config, make_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "guides" / "mechanism.md"

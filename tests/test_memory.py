@@ -12,9 +12,9 @@ import train
 from data_builders.text_batches import spread_blocks
 from looplab.cli import main
 from looplab.memory import measure_memory, with_memory
-from looplab.perplexity import block_losses, run_blocks
 from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
+from looplab.tasks.text.perplexity import block_losses, run_blocks
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
 from toys import FP32, KV_SHARINGS, make_ids, make_model, write_pages

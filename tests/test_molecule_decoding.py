@@ -8,10 +8,10 @@ import torch
 from transformers import LogitsProcessorList
 
 from data_builders import smiles_tokenizer
-from looplab.masking import ValidPrefix
-from looplab.molecule_probes import grammar, probe_grammar, probes_text, states_by_pass
-from looplab.molecules import SETTINGS, write_molecules
-from looplab.smiles import faults
+from looplab.tasks.molecules.masking import ValidPrefix
+from looplab.tasks.molecules.probes import grammar, probe_grammar, probes_text, states_by_pass
+from looplab.tasks.molecules.samples import SETTINGS, write_molecules
+from looplab.tasks.molecules.smiles import faults
 from toys import make_model
 
 SMILES = [

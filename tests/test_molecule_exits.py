@@ -14,16 +14,20 @@ from transformers import AutoTokenizer
 
 import train
 from data_builders import PackedMolecules
-from looplab import exits, molecule_exits, molecules
-from looplab.benchmark import QUICK, molecule_prompts, speculation_rows
+from looplab.benchmark import QUICK, speculation_rows
 from looplab.cli import main
-from looplab.exits import between_counts, counted_calls, decode
 from looplab.instruments.halting_settings import Setting, setting_of
-from looplab.molecule_exits import cheapest, kind_rows, loops_of_tokens, molecule_rows, sample_row, timed_row
-from looplab.molecule_plots import exits_figure
-from looplab.molecules import SETTINGS, loss_of_molecules, run_molecules, write_molecules, write_tokens
 from looplab.runs.folder import open_run
-from looplab.smiles import KINDS, token_kinds
+from looplab.tasks.language import exits
+from looplab.tasks.language.exits import between_counts, counted_calls, decode
+from looplab.tasks.molecules import evaluation as molecules
+from looplab.tasks.molecules import exits as molecule_exits
+from looplab.tasks.molecules.exits import cheapest, kind_rows, loops_of_tokens, molecule_rows, sample_row, timed_row
+from looplab.tasks.molecules.figures import exits_figure
+from looplab.tasks.molecules.held_out import loss_of_molecules, run_molecules
+from looplab.tasks.molecules.samples import SETTINGS, write_molecules, write_tokens
+from looplab.tasks.molecules.smiles import KINDS, token_kinds
+from looplab.tasks.molecules.task import molecule_prompts
 from modeling_looped import LoopedForCausalLM
 
 ROOT = Path(__file__).parents[1]

@@ -14,15 +14,17 @@ from transformers import AutoTokenizer
 
 import train
 from data_builders import PackedMolecules, load_molecules
-from looplab import molecule_readouts, molecules
 from looplab.cli import main
-from looplab.figures import plot_molecule_runs
 from looplab.instruments.recorder import edit_head, record, watching_heads
-from looplab.molecule_ablations import ablations_text, cell_of, mean_outputs, token_kinds
-from looplab.molecule_readouts import features_of, fit_head, with_head
-from looplab.molecules import SETTINGS, HeldOut, loss_of_molecules, write_molecules
 from looplab.runs.folder import open_run
 from looplab.runs.intervals import paired_interval, wilson_interval
+from looplab.tasks.molecules import evaluation as molecules
+from looplab.tasks.molecules import readouts as molecule_readouts
+from looplab.tasks.molecules.ablations import ablations_text, cell_of, mean_outputs, token_kinds
+from looplab.tasks.molecules.figures import plot_molecule_runs
+from looplab.tasks.molecules.held_out import HeldOut, loss_of_molecules
+from looplab.tasks.molecules.readouts import features_of, fit_head, with_head
+from looplab.tasks.molecules.samples import SETTINGS, write_molecules
 from modeling_looped import LoopedForCausalLM
 from toys import FP32, make_ids, make_model
 

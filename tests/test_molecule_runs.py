@@ -21,20 +21,15 @@ from transformers import AutoTokenizer
 
 import train
 from data_builders import PackedMolecules, load_molecules
-from looplab import chemnet, molecules
-from looplab.chemnet import frechet_distance
 from looplab.cli import main
-from looplab.molecules import (
-    SETTINGS,
-    default_loops,
-    evaluate_molecules,
-    fingerprints,
-    internal_diversity,
-    loss_of_molecules,
-    measure,
-    write_molecules,
-)
 from looplab.runs.folder import open_run
+from looplab.tasks.molecules import chemnet
+from looplab.tasks.molecules import evaluation as molecules
+from looplab.tasks.molecules.chemnet import frechet_distance
+from looplab.tasks.molecules.evaluation import default_loops, evaluate_molecules
+from looplab.tasks.molecules.held_out import loss_of_molecules
+from looplab.tasks.molecules.measures import fingerprints, internal_diversity, measure
+from looplab.tasks.molecules.samples import SETTINGS, write_molecules
 from modeling_looped import LoopedForCausalLM
 
 ROOT = Path(__file__).parents[1]

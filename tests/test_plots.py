@@ -6,9 +6,9 @@ import pytest
 import yaml
 from matplotlib.patches import Rectangle
 
-from looplab.figures import plot_runs
-from looplab.plots import heat_map, smooth, training_curves
 from looplab.runs.folder import open_run
+from looplab.tasks.hops.figures import plot_runs
+from looplab.tasks.hops.run_figures import heat_map, smooth, training_curves
 
 LOOPS, HOPS, TRAINED = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5), 3
 

@@ -26,14 +26,16 @@ from safetensors.torch import load_file, save_file
 import train
 from card_rules import card_problems
 from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
-from looplab import cards, molecules, publishing
-from looplab.cards import Names, model_card, render
+from looplab import cards, publishing
+from looplab.cards import model_card, render
 from looplab.cli import main
-from looplab.evaluation import load_run_task
 from looplab.publishing import publish
-from looplab.readers import READERS
 from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
+from looplab.tasks.card import Names
+from looplab.tasks.hops.rows import load_run_task
+from looplab.tasks.molecules import evaluation as molecules
+from looplab.tasks.registry import READERS
 from toys import shipped_with, write_pages
 
 # huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from looplab.results import best_loops, depth_facts, depth_text, fewest_near_best, halting_facts, halting_text
 from looplab.runs.folder import open_run
 from looplab.runs.intervals import wilson_interval
+from looplab.tasks.hops.results import (
+    best_loops,
+    depth_facts,
+    depth_text,
+    fewest_near_best,
+    halting_facts,
+    halting_text,
+)
 
 ROOT = Path(__file__).parents[1]
 

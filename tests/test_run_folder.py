@@ -23,17 +23,16 @@ from safetensors.torch import load_file, save_file
 
 from data_builders import dataset_byte_bpe
 from looplab.cli import main as looped
-from looplab.evaluation import evaluate_run, grid_table
-from looplab.plots import training_curves
 from looplab.publishing import check_measured
 from looplab.recipe import Recipe, read_recipe
-from looplab.results import depth_text
 from looplab.runs.digests import sha256_of, weights_of
 from looplab.runs.folder import VERBS, open_run
 from looplab.runs.models import load_run_model
 from looplab.runs.records import RECORDS, locked, owned, replaced_folder, settle
 from looplab.runs.sections import field_names, flatten
-from looplab.runs.seeds import markdown_table
+from looplab.tasks.hops.evaluation import evaluate_run, grid_table
+from looplab.tasks.hops.results import depth_text, markdown_table
+from looplab.tasks.hops.run_figures import training_curves
 from looplab.training.run_folder import FREE, RunFolder, defaults, files_in, read_state
 from toys import write_pages
 from train import main
@@ -404,7 +403,7 @@ def test_data_that_change_are_refused_and_named(text, tmp_path):
 
 
 def looped_or_raise(verb: str, run: Path) -> None:
-    from looplab.readers import reader_of
+    from looplab.tasks.registry import reader_of
 
     reader_of([open_run(run)]).evaluate(open_run(run), loops=None, limit=2, max_loops=None, max_hops=None, masked=None)
 

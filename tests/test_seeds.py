@@ -8,7 +8,8 @@ import yaml
 
 from looplab.runs.folder import open_run
 from looplab.runs.intervals import T, t_interval, t_quantile
-from looplab.runs.seeds import group_runs, markdown_table, span
+from looplab.runs.seeds import group_runs, span
+from looplab.tasks.hops.results import markdown_table
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 
 from data_builders import smiles_tokenizer
-from looplab.smiles import EXCLUSIVE, LABELS, canonical_or_none, exclusive_class, faults, unmatched
+from looplab.tasks.molecules.smiles import EXCLUSIVE, LABELS, canonical_or_none, exclusive_class, faults, unmatched
 
 
 @pytest.mark.parametrize(

@@ -18,17 +18,17 @@ from transformers import AutoTokenizer
 import train
 from data_builders import TextBlocks, load_text, train_byte_bpe
 from data_builders.text_batches import spread_blocks
-from looplab import perplexity
 from looplab.cli import main
-from looplab.figures import plot_text_runs
-from looplab.perplexity import block_losses, evaluate_text
-from looplab.readers import reader_of
 from looplab.runs.folder import open_run
 from looplab.runs.intervals import bootstrap_intervals
 from looplab.runs.models import count_parameters
 from looplab.runs.seeds import group_runs
-from looplab.text_plots import held_out_figure, perplexity_figure, training_figure
-from looplab.text_results import text_table
+from looplab.tasks.language.figures import held_out_figure, training_figure
+from looplab.tasks.registry import reader_of
+from looplab.tasks.text import perplexity
+from looplab.tasks.text.figures import perplexity_figure, plot_text_runs
+from looplab.tasks.text.perplexity import block_losses, evaluate_text
+from looplab.tasks.text.results import text_table
 from modeling_looped import LoopedForCausalLM
 from toys import SIZES, count_layer_calls, make_model, write_pages
 

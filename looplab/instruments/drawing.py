@@ -6,9 +6,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from looplab.plots import Figure
 from looplab.runs.folder import Run
 from looplab.runs.writing import below, write_whole
+from looplab.tasks.hops.run_figures import Figure
 
 
 def own_folder(run: Run, runs: Sequence[Run], output: str | Path | None) -> Path:

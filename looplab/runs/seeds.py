@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from looplab.results import THRESHOLDS, depth_facts, halting_facts
-
 from .folder import Run
 
 
@@ -68,32 +66,6 @@ def span(values: Iterable[float | None], digits: int = 0, scale: float = 1) -> s
         return "-"
     mean, low, high = (f"{value:,.{digits}f}" for value in (fmean(known), min(known), max(known)))
     return low if low == high else f"{mean} [{low}, {high}]"
-
-
-def markdown_table(runs: Sequence[Run]) -> str:
-    """A line per group: mean [lowest, highest] over its runs, measured on test rows at loops chosen on validation."""
-    rows = []
-    for name, members in group_runs(runs).items():
-        facts = [depth_facts(run) for run in members]
-        cells = {"runs": name, "seeds": str(len(members))}
-        cells["learnable depth"] = span((fact["learnable_depth"] for fact in facts), 1)
-        cells["loops"] = span((fact["loops"] for fact in facts), 1)
-        for threshold in THRESHOLDS:
-            reach = span((fact["reach"][threshold] for fact in facts), 1)
-            cells[f"hops >= {100 * threshold:.0f} %"] = reach
-        cells["ratio"] = span((fact["ratio"] for fact in facts), 2)
-        for kind in facts[0]["accuracy"]:
-            cells[f"{kind} %"] = span((fact["accuracy"].get(kind) for fact in facts), 1, 100)
-        last = " / ".join(dict.fromkeys(str(fact["max_loops"]) for fact in facts))
-        cells[f"kept at {last} loops"] = span((fact["kept"] for fact in facts), 2)
-        if all((run.folder / "halting.jsonl").is_file() for run in members):
-            halted = [halting_facts(run.halting()) for run in members]
-            for rule in halted[0]:
-                cells[f"{rule}: loops saved %"] = span((fact[rule]["saved"] for fact in halted), 0, 100)
-                cells[f"{rule}: speed"] = span((fact[rule]["time"][1] for fact in halted), 2)
-                cells[f"{rule}: most points lost"] = span((fact[rule]["largest_loss"] for fact in halted), 1, 100)
-        rows.append(cells)
-    return to_markdown(rows)
 
 
 def to_markdown(rows: Sequence[dict[str, str]]) -> str:

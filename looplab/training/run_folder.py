@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from looplab.recipe import Recipe
@@ -44,6 +44,7 @@ from looplab.runs.records import (
 from looplab.runs.sections import flatten
 from looplab.runs.writing import remove_partials, write_whole
 from looplab.runs.yaml_text import read_yaml, to_yaml
+from looplab.tasks.training import State
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +66,6 @@ OTHERS = "Give this run another --name, or replace the one there with --overwrit
 
 
 # One training
-
-
-@dataclass
-class State:
-    """What a run knows beside weights, optimizers and random states."""
-
-    stage: int = 0  # deepest hop count in training; text has none
-    stage_start: int = 0  # step at which the stage began
-    step: int = 0  # updates made
-    tokens: int = 0  # input tokens of all ranks, without padding between molecules
-    seconds: float = 0.0
-    learnable_depth: int = 0  # deepest hop count that passed the gate
-    gate: dict[str, float] = field(default_factory=dict)  # last check: hops -> accuracy, or loops -> nats per token
-    finished: bool = False
 
 
 def read_state(checkpoint: Path) -> State:

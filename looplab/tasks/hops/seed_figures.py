@@ -15,8 +15,9 @@ from looplab.instruments.drawing import FRAME, MARKS, PALETTE, STYLES, Group, ba
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval, wilson_interval
 
-from .plots import KIND_WORDS, Figure
 from .results import THRESHOLDS, depth_facts, halting_facts, lines_of
+from .rows import KIND_WORDS
+from .run_figures import Figure
 
 MOST_LINES = 6
 

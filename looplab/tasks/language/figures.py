@@ -14,10 +14,9 @@ from statistics import fmean
 from looplab.instruments.drawing import COLOURS, FRAME, Group, band_words, tidy
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval
+from looplab.tasks.hops.run_figures import Figure, colormaps
 
-from .plots import Figure, colormaps
-
-from matplotlib.ticker import EngFormatter, NullLocator  # isort: skip (plots.py says what to install)
+from matplotlib.ticker import EngFormatter  # isort: skip (tasks/hops/run_figures.py says what to install)
 from looplab.instruments.drawing import draw_band
 
 TOKENS_LABEL = "training tokens"
@@ -94,44 +93,4 @@ def held_out_figure(groups: Sequence[Group]) -> Figure:
     if several:
         axes.set_title(band_words(several), fontsize=9, color="0.3", loc="left")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return figure
-
-
-def loop_points(runs: Sequence[Run]) -> dict[int, tuple[float, float, float]]:
-    """Loop count -> (mean, low, high) of the test perplexity, where all of a group's runs were measured."""
-    by_loops = [{row["loops"]: row for row in run.text()} for run in runs]
-    points = {}
-    for count in sorted(set.intersection(*map(set, by_loops))):
-        rows = [rows[count] for rows in by_loops]
-        alone = rows[0]["perplexity"], *rows[0]["interval"]
-        points[count] = alone if len(rows) == 1 else t_interval([row["perplexity"] for row in rows])
-    return points
-
-
-def perplexity_figure(groups: Sequence[Group]) -> Figure | None:
-    """Test perplexity over loops, those of the training shaded; None where fewer than two loop counts were measured.
-
-    Groups with a single loop count, such as plain stacks, are points with error bars.
-    """
-    measured = [(name, loop_points(runs)) for name, runs in groups]
-    counts = sorted({count for _, points in measured for count in points})
-    if len(counts) < 2:
-        return None
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for index, (name, points) in enumerate(measured):
-        if points:
-            draw_band(axes, list(points), list(points.values()), index, name, shaded=True)
-    spans = {run.trained_loops() for _, runs in groups for run in runs}
-    if len(spans) == 1:
-        [(first, last)] = spans
-        axes.axvspan(first - 0.5, last + 0.5, color=FRAME, alpha=0.08, linewidth=0, label="loops in training")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, counts)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
-    tidy(axes, "test perplexity", "loops at inference (logarithmic)")
-    bands = band_words(groups, "95 % bootstrap interval over one run's test blocks")
-    axes.set_title(bands, fontsize=9, color="0.3", loc="left")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure

@@ -29,8 +29,10 @@ from data_builders.molecules import rdkit_chem
 from looplab.runs.folder import Run, rows_on_file, to_json_lines
 from looplab.runs.models import load_run_model, weights_digest
 
-from .molecule_results import percent
-from .molecules import SETTINGS, HeldOut, measure, run_molecules, write_molecules
+from .held_out import HeldOut, run_molecules
+from .measures import measure
+from .results import percent
+from .samples import SETTINGS, write_molecules
 
 FIT_TOKENS = 300_000
 ITERATIONS = 60

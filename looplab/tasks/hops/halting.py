@@ -12,21 +12,24 @@ that never halt.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from looplab.instruments.halting_settings import Setting
-from looplab.instruments.timing import interleaved, ratio_of
+from looplab.benchmark import Workload
+from looplab.instruments.halting_settings import Setting, entropy_bound
+from looplab.instruments.timing import counted_calls, interleaved, ratio_of
 from looplab.instruments.traces import Trace
 from looplab.runs.folder import open_run, to_json_lines
 from looplab.runs.models import load_run_model
 
-from .evaluation import MAX_LOOPS, Group, groups_of, load_run_task, trace_groups
+from .evaluation import MAX_LOOPS, trace_groups
 from .results import ROUNDING, best_loops, fewest_near_best
+from .rows import Group, groups_of, load_run_task
 
 POINT = 0.01  # of accuracy that a rule may lose at any hop count
 SOLVABLE = 0.6
@@ -225,3 +228,51 @@ def timed_rows(test, lines: Sequence[tuple[str, int]]) -> list[int]:
         if line in places and len(places[line]) < TIMED_ROWS:
             places[line].append(index)
     return [index for line in lines for index in places[line]]
+
+
+def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
+    """KL + entropy halting against fixed loops on one batch of the run's test rows, all hop counts mixed.
+
+    At the largest trained loop count and at twice that; the entropy bound is the paper's 3.00 nats of ln 217, scaled
+    to the vocabulary. `layer_calls` counts rows through core layers, by forward hooks.
+    """
+    run = open_run(folder)
+    model, tokenizer = load_run_model(run)
+    model.eval()
+    test = load_run_task(run)["test"]
+    hops = np.array(test["hops"][:])
+    rows = test.select(
+        np.concatenate([np.flatnonzero(hops == count)[: work.rows_per_hop] for count in np.unique(hops)])
+    )
+    inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
+    answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]), device=model.device)
+    max_entropy = entropy_bound(model.config.vocab_size)
+
+    def call(loops: int, halting: dict | None) -> Callable:
+        @torch.inference_mode()
+        def forward():
+            return model(**inputs, num_loops=loops, halting=halting, logits_to_keep=1, use_cache=False)
+
+        return forward
+
+    def once(forward: Callable) -> dict:
+        with counted_calls(model) as calls:
+            output = forward()
+        accuracy = (output.logits[:, -1].argmax(-1) == answers).float().mean().item()
+        loops_used = output.loops_used[:, -1].float().mean().item()
+        return {"accuracy": accuracy, "layer_calls": sum(calls), "loops_used": loops_used}
+
+    results = []
+    largest = run.trained_loops()[1]
+    for loops in (largest, 2 * largest):
+        for kl_threshold in (0.1, 0.01, 0.001):
+            rule = {"rule": "kl_entropy", "kl_threshold": kl_threshold, "max_entropy": max_entropy}
+            halted, fixed = call(loops, rule), call(loops, None)
+            ours, theirs = once(halted), once(fixed)
+            pairs = interleaved(halted, fixed, rounds)
+            row = {"measure": "halting", "mode": f"kl < {kl_threshold}", "run": run.name, "loops": loops} | rule
+            row |= ours | {"fixed_accuracy": theirs["accuracy"], "fixed_layer_calls": theirs["layer_calls"]}
+            row |= {"layer_calls_saved": 1 - ours["layer_calls"] / theirs["layer_calls"], "rows": len(rows)}
+            row |= ratio_of(pairs)
+            results.append(row)
+    return results

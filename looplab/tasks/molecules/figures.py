@@ -9,6 +9,7 @@ readouts.png    each pass read by the model's own head and by one fitted for it 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
@@ -18,18 +19,25 @@ from data_builders.molecules import rdkit_chem
 from looplab.instruments.drawing import (
     FRAME,
     Group,
+    all_have,
     band_words,
     call_labels,
     draw_band,
+    groups_folder,
     name_lines,
     ordered,
+    own_folder,
     panel_grid,
+    save,
     tidy,
 )
 from looplab.runs.folder import Run, json_lines
 from looplab.runs.intervals import t_interval
+from looplab.runs.seeds import group_runs
+from looplab.runs.writing import write_whole
+from looplab.tasks.language.figures import held_out_figure, training_figure
 
-from .molecule_ablations import SHOWN, VALUES, cell_of
+from .ablations import SHOWN, VALUES, cell_of
 from .smiles import LABELS, canonical_or_none
 
 FLOOR = 0.01  # % of the samples: where a fault that no sample has is drawn
@@ -195,3 +203,41 @@ def molecules_picture(run: Run) -> bytes:
     drawing.DrawMolecules([Chem.MolFromSmiles(smiles) for smiles in valid], legends=valid)
     drawing.FinishDrawing()
     return drawing.GetDrawingText()
+
+
+def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
+    """As `plot_runs`, for runs on molecules: of what was not measured there is no picture.
+
+    Raises:
+        ValueError: a run has no held-out losses yet, or its samples are gone.
+    """
+    paths = []
+    for run in runs:
+        figures = own_folder(run, runs, output)
+        own = [save(training_figure(run), figures / "training.png")]
+        if all_have([run], "molecules.jsonl"):
+            own += draw_molecules([(run.name, [run])], figures)
+            own.append(write_whole(figures / "molecules.png", molecules_picture(run)))
+        if all_have([run], "halting.jsonl"):
+            own.append(save(exits_figure(run), figures / "exits.png"))
+        if all_have([run], "ablations.jsonl"):
+            own.append(save(ablations_figure(run.ablations(), run.name), figures / "ablations.png"))
+        if all_have([run], "readouts.jsonl"):
+            own.append(save(readouts_figure(run.readouts(), run.name), figures / "readouts.png"))
+        paths += run.drew(own)
+    if len(runs) > 1:
+        groups = list(group_runs(runs).items())
+        folder = groups_folder(runs, groups, output)
+        paths.append(save(held_out_figure(groups), folder / "held_out.png"))
+        if all_have(runs, "molecules.jsonl"):
+            paths += draw_molecules(groups, folder)
+    return paths
+
+
+def draw_molecules(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """validity.png, and faults.png of each group, with its name where there are several."""
+    paths = [save(validity_figure(groups), folder / "validity.png")]
+    for name, members in groups:
+        file = f"faults_{name}.png" if len(groups) > 1 else "faults.png"
+        paths.append(save(faults_figure(members, name), folder / file))
+    return paths

@@ -46,10 +46,12 @@ from looplab.instruments.halting_settings import Setting, exit_settings, setting
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
 from looplab.runs.folder import open_run, to_json_lines
 from looplab.runs.models import load_run_model
+from looplab.tasks.language.exits import BATCHES, between_counts, decode, exit_rows, exits_text, quality_of
 
 from .chemnet import Statistics, frechet_distance, reference_statistics, statistics_of
-from .exits import BATCHES, between_counts, decode, exit_rows, exits_text, quality_of
-from .molecules import SETTINGS, batch_seed, run_molecules, samples_of, share, write_tokens
+from .held_out import run_molecules
+from .measures import share
+from .samples import SETTINGS, batch_seed, samples_of, write_tokens
 from .smiles import KINDS, canonical_or_none, token_kinds
 
 SAMPLES = 1000  # of each setting

@@ -10,7 +10,7 @@
     random_init      the probe on the same pass of a model with random weights: what any network keeps of its input
 
 A high accuracy means little where the controls have it, too; `over_controls` is the accuracy less the best of them.
-Probes are those of probes.py, on standardised states, fitted on 80 % of the molecules of the test split and measured
+Probes are those of tasks/hops/probes.py, on standardised states, fitted on 80 % of the molecules of the test split and measured
 on the others (SMolLM, arXiv 2605.06322, without controls). A row of RUN/probes.jsonl per pass, layer and target.
 """
 
@@ -26,7 +26,7 @@ from looplab.instruments.recorder import record
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
 
-from .molecules import run_molecules
+from .held_out import run_molecules
 from .smiles import RING
 
 ROWS = 100  # molecules that go through the model at once

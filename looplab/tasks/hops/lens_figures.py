@@ -11,9 +11,9 @@ Figures count loops and layers from 1, the rows from 0. Depth grows upwards.
 
 from collections.abc import Callable, Sequence
 
-from .plots import KIND_WORDS
+from .rows import KIND_WORDS
 
-from matplotlib.figure import Figure  # isort: skip (plots.py says what to install when there is none)
+from matplotlib.figure import Figure  # isort: skip (tasks/hops/run_figures.py says what to install when there is none)
 from looplab.instruments.drawing import NAN, call_labels, call_of, name_lines, ordered, panel_grid, shade, share
 
 

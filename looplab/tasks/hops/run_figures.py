@@ -4,7 +4,7 @@
     training.png   loss and gate accuracy per hop count over wall minutes; dashed where a hop count was added
 
 Several runs (seeds) are drawn as one heat map of their mean and their lowest accuracy. Colours are cividis, which
-colour-blind readers see as others do. Figures of seeds are in curves.py.
+colour-blind readers see as others do. Figures of seeds are in tasks/hops/seed_figures.py.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from looplab.instruments.drawing import COLOURS, FRAME
 from looplab.runs.folder import Run
+
+from .rows import KIND_WORDS
 
 try:
     from matplotlib import colormaps
@@ -21,8 +23,6 @@ try:
     from matplotlib.patches import Rectangle
 except ImportError as error:
     raise ValueError("plots need matplotlib: pip install 'looped-transformers[plots]'.") from error
-
-KIND_WORDS = {"atomic": "facts", "train": "training rows", "id": "held out", "ood": "out of distribution"}
 
 
 def cells_of(run: Run) -> dict[tuple[int, str, int], dict]:

@@ -11,57 +11,24 @@ are swept. What is evaluated is what ships: the weights in `RUN/model`, loaded b
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import evaluate
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_builders import encode_groups, load_task
 from looplab.instruments.traces import Trace, joined, trace
 from looplab.runs.folder import Run, open_run, to_json_lines
 from looplab.runs.intervals import wilson_interval
 from looplab.runs.models import load_run_model
 
-from .readers import HopReader, reader_of
 from .results import THRESHOLDS, hops_solved
+from .rows import Group, groups_of, line_order, load_run_task
 
 LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_LOOPS = 50  # how far overthinking is followed
 TRAIN_ROWS = 1000  # rows of each (hops, split_kind) group of the train split: a check of memory, not a result
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows of one hop count and split kind: `input_ids` (N, T) ending in the readout token, `answers` (N,)."""
-
-    hops: int
-    split_kind: str
-    input_ids: torch.Tensor
-    answers: torch.Tensor
-
-
-def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Group]:
-    """`rows` split by (split_kind, hops), at most `limit` of each (the same ones every time).
-
-    Raises:
-        ValueError: two questions of one group have different lengths, or one has a word that the tokenizer lacks.
-    """
-    hops, kinds = np.array(rows["hops"][:]), np.array(rows["split_kind"][:])
-    groups = []
-    for kind, count in sorted(set(zip(kinds.tolist(), hops.tolist(), strict=True))):
-        members = np.flatnonzero((kinds == kind) & (hops == count))
-        if limit is not None and limit < len(members):
-            members = np.sort(np.random.default_rng(0).choice(members, limit, replace=False))
-        chosen = rows.select(members)
-        if len({len(text.split()) for text in chosen["text"]}) > 1:
-            raise ValueError(f"questions of {count} hops ({kind}) differ in length; a group must have one length.")
-        groups.append(Group(count, kind, *encode_groups(chosen, tokenizer)[count, kind]))
-    return groups
 
 
 def trace_groups(
@@ -115,29 +82,6 @@ def loop_rows(split: str, group: Group, traced: Trace) -> list[dict]:
         | {"n": len(group.answers)}
         for loop, (accuracy, margin, share) in enumerate(columns, start=1)
     ]
-
-
-def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict:
-    """The data of a run, from its recipe; already in the datasets cache where the run was trained.
-
-    Args:
-        max_hops: test up to this hop count instead of the recipe's; the rows of the other hop counts stay the same.
-
-    Raises:
-        ValueError: the task has no hops, max_hops is given and it is not k-hop, or it is below the trained hops; the
-            data are not those the run was trained on.
-    """
-    data = run.recipe()["data"]
-    if not isinstance(reader_of([run]), HopReader):
-        raise ValueError(f"{run.folder} is a run on {data['task']}, which has no hops: `looped eval` measures it.")
-    overrides = {"seed": data["seed"]} | data["overrides"]
-    if max_hops is not None:
-        if data["task"] != "khop":
-            raise ValueError(f"--max-hops {max_hops} is for the task khop; the chains of {data['task']} have 2 hops.")
-        overrides["max_hops"] = max_hops
-    task = load_task(data["task"], data["config"], **overrides)
-    run.check_data(task, only=None if max_hops is None else "train")
-    return task
 
 
 def evaluate_run(
@@ -209,90 +153,26 @@ def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, in
     return "\n".join(text)
 
 
-def line_order(line: tuple[str, int]) -> tuple[int, str, int]:
-    """What was trained on first, then held-out rows, easy before hard."""
-    kinds = ["atomic", "train", "id", "ood_first", "ood_second", "ood", "pair"]
-    return kinds.index(line[0]) if line[0] in kinds else len(kinds), line[0], line[1]
-
-
 def print_grid(run: Run) -> None:
     """Print the grid of an evaluated run."""
     print(f"\n{run.folder}")
     print(grid_table(run.grid(), run.evaluation()["chance"], run.trained_loops()))
 
 
-def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
-    """Entities along the chain of `question`, by following the atomic facts; None where a fact does not exist."""
-    facts = {
-        text: answer
-        for text, answer, kind in zip(*(train_rows[name][:] for name in ("text", "answer", "split_kind")), strict=True)
-        if kind == "atomic"
-    }
-    entity, *relations = question.split()
-    path = [entity]
-    for relation in relations:
-        if f"{path[-1]} {relation}" not in facts:
-            return None
-        path.append(facts[f"{path[-1]} {relation}"])
-    return path
+class HopMeasure:
+    """Accuracy over the test rows of trained hop counts."""
 
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, limit: int | None):
+        trained = run.summary()["trained_hops"]
+        groups = groups_of(load_run_task(run)["test"], tokenizer, limit)
+        self.groups = [group for group in groups if group.hops in trained]
 
-def first_question_beyond(test_rows: datasets.Dataset, trained_hops: Sequence[int]) -> str:
-    """The first test question one hop count beyond the training, or of the deepest hop count if none is beyond."""
-    hops = test_rows["hops"][:]
-    deepest = min(set(hops) - set(trained_hops), default=max(hops))
-    return test_rows[hops.index(deepest)]["text"]
-
-
-def ask(folder: str | Path, question: str | None = None, loops: Sequence[int] = (1, 2, 4, 8, 16)) -> None:
-    """Print the generated answer to `question` ("e3 r1 r2") at several loop counts, and the true chain.
-
-    Without a question, one is taken from the test split, one hop count beyond the training.
-
-    Raises:
-        ValueError: no such run, an empty question, or a word the tokenizer does not know.
-    """
-    run = open_run(folder)
-    if question is not None and not question.strip():
-        raise ValueError('the question is empty: give an entity and relations, such as "e3 r1 r2", or leave it out.')
-    task = load_run_task(run)
-    model, tokenizer = load_run_model(run, *loops)
-    question = first_question_beyond(task["test"], run.summary()["trained_hops"]) if question is None else question
-    words, known = question.split(), tokenizer.get_vocab()
-    unknown = [word for word in words if word not in known]
-    if unknown:
-        examples = ", ".join(task["test"]["text"][:3])
-        raise ValueError(f"unknown words {unknown} in the question {question!r}; questions look like: {examples}.")
-    path = true_path(task["train"], question)
-    print(f"question  {question}")
-    if path is None:
-        print("chain     not in the graph: the question is an entity followed by relations it has")
-    else:
-        steps = "".join(f" -{relation}-> {entity}" for relation, entity in zip(words[1:], path[1:], strict=True))
-        print(f"chain     {path[0]}{steps}   ({len(path) - 1} hops)")
-    print("loops     answer   probability")
-    inputs = tokenizer(question, return_tensors="pt").to(model.device)
-    for num_loops in loops:
-        answer, probability = generate_answer(model, inputs, num_loops)
-        word = tokenizer.decode(answer)
-        place = "" if path is None or word not in path else "correct" if word == path[-1] else on_the_way(path, word)
-        print(f"{num_loops:>5}     {word:<8} {100 * probability:10.1f} %   {place}".rstrip())
-
-
-def on_the_way(path: list[str], word: str) -> str:
-    return f"(the chain after {path.index(word)} of {len(path) - 1} hops)"
-
-
-@torch.inference_mode()
-def generate_answer(model: PreTrainedModel, inputs: dict, num_loops: int) -> tuple[int, float]:
-    """The one generated token and its probability."""
-    output = model.generate(
-        **inputs,
-        num_loops=num_loops,
-        max_new_tokens=1,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    token = int(output.sequences[0, -1])
-    return token, float(output.logits[0][0].softmax(-1)[token])
+    @torch.inference_mode()
+    def __call__(self, model: PreTrainedModel) -> dict:
+        right = total = 0
+        for group in self.groups:
+            for ids, answers in zip(group.input_ids.split(512), group.answers.split(512), strict=True):
+                logits = model(ids.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1]
+                right += int((logits.argmax(-1).cpu() == answers).sum())
+                total += len(answers)
+        return {"accuracy": right / total, "interval": wilson_interval(right / total, total), "n": total}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from looplab.instruments.halting_settings import SETTING_FIELDS
 from looplab.runs.folder import Run
+from looplab.runs.seeds import group_runs, span, to_markdown
 
 THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
 
@@ -180,3 +181,29 @@ def halting_text(rows: Sequence[dict]) -> str:
             f"{100 * fact['largest_loss']:.1f} points; {middle:.2f} ({low:.2f} - {high:.2f}) times as fast; {setting}"
         )
     return "\n".join(text)
+
+
+def markdown_table(runs: Sequence[Run]) -> str:
+    """A line per group: mean [lowest, highest] over its runs, measured on test rows at loops chosen on validation."""
+    rows = []
+    for name, members in group_runs(runs).items():
+        facts = [depth_facts(run) for run in members]
+        cells = {"runs": name, "seeds": str(len(members))}
+        cells["learnable depth"] = span((fact["learnable_depth"] for fact in facts), 1)
+        cells["loops"] = span((fact["loops"] for fact in facts), 1)
+        for threshold in THRESHOLDS:
+            reach = span((fact["reach"][threshold] for fact in facts), 1)
+            cells[f"hops >= {100 * threshold:.0f} %"] = reach
+        cells["ratio"] = span((fact["ratio"] for fact in facts), 2)
+        for kind in facts[0]["accuracy"]:
+            cells[f"{kind} %"] = span((fact["accuracy"].get(kind) for fact in facts), 1, 100)
+        last = " / ".join(dict.fromkeys(str(fact["max_loops"]) for fact in facts))
+        cells[f"kept at {last} loops"] = span((fact["kept"] for fact in facts), 2)
+        if all((run.folder / "halting.jsonl").is_file() for run in members):
+            halted = [halting_facts(run.halting()) for run in members]
+            for rule in halted[0]:
+                cells[f"{rule}: loops saved %"] = span((fact[rule]["saved"] for fact in halted), 0, 100)
+                cells[f"{rule}: speed"] = span((fact[rule]["time"][1] for fact in halted), 2)
+                cells[f"{rule}: most points lost"] = span((fact[rule]["largest_loss"] for fact in halted), 1, 100)
+        rows.append(cells)
+    return to_markdown(rows)

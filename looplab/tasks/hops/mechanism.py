@@ -5,7 +5,7 @@ lens_step-N.jsonl    the same of RUN/snapshots/step-N          figures/lens_step
 lens_stages.jsonl    what tells the stages of training apart   figures/stages.png
 
 Every row names its `measure` (accuracy, lens, patch, swap, probe), the snapshot and its step, `hops`, `split_kind`,
-and `at`: the words of its positions. The other fields are those of the functions in lens.py and probes.py.
+and `at`: the words of its positions. The other fields are those of the functions in tasks/hops/lens.py and tasks/hops/probes.py.
 """
 
 from pathlib import Path
@@ -20,10 +20,10 @@ from looplab.runs.folder import Run, open_run, to_json_lines
 from looplab.runs.models import check_loops, load_model
 from looplab.runs.writing import below
 
-from .evaluation import load_run_task
 from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
-from .lens_plots import lens_figures, stages_figure
+from .lens_figures import lens_figures, stages_figure
 from .probes import probe_path
+from .rows import load_run_task
 
 LIMIT = 300  # chains per split kind
 PROBE_ROWS = 3000  # training chains of a probe

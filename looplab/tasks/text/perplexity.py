@@ -124,3 +124,16 @@ def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit:
     rows = text_rows(losses, len(numbers) * blocks.sequence_length, text_digest(blocks, numbers))
     facts = {"limit": limit, "num_loops": own, "parameters": count_parameters(model)}
     return run.write({"evaluation.json": json.dumps(facts, indent=1) + "\n", "text.jsonl": to_json_lines(rows)})
+
+
+class TextMeasure:
+    """Test perplexity."""
+
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, limit: int | None):
+        self.blocks = run_blocks(run, tokenizer)["test"]
+        self.numbers = spread_blocks(len(self.blocks), limit)
+
+    def __call__(self, model: PreTrainedModel) -> dict:
+        losses = block_losses(model, self.blocks, self.numbers, [model.config.num_loops])
+        (row,) = text_rows(losses, len(self.numbers) * self.blocks.sequence_length, "")
+        return {name: row[name] for name in ("loss", "perplexity", "interval", "block_losses")}

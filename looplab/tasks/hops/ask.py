@@ -1,0 +1,83 @@
+"""One question asked of a model, at every loop count: `looped ask`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import PreTrainedModel
+
+from looplab.runs.folder import open_run
+from looplab.runs.models import load_run_model
+
+from .rows import first_question_beyond, load_run_task
+
+
+def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
+    """Entities along the chain of `question`, by following the atomic facts; None where a fact does not exist."""
+    facts = {
+        text: answer
+        for text, answer, kind in zip(*(train_rows[name][:] for name in ("text", "answer", "split_kind")), strict=True)
+        if kind == "atomic"
+    }
+    entity, *relations = question.split()
+    path = [entity]
+    for relation in relations:
+        if f"{path[-1]} {relation}" not in facts:
+            return None
+        path.append(facts[f"{path[-1]} {relation}"])
+    return path
+
+
+def ask(folder: str | Path, question: str | None = None, loops: Sequence[int] = (1, 2, 4, 8, 16)) -> None:
+    """Print the generated answer to `question` ("e3 r1 r2") at several loop counts, and the true chain.
+
+    Without a question, one is taken from the test split, one hop count beyond the training.
+
+    Raises:
+        ValueError: no such run, an empty question, or a word the tokenizer does not know.
+    """
+    run = open_run(folder)
+    if question is not None and not question.strip():
+        raise ValueError('the question is empty: give an entity and relations, such as "e3 r1 r2", or leave it out.')
+    task = load_run_task(run)
+    model, tokenizer = load_run_model(run, *loops)
+    question = first_question_beyond(task["test"], run.summary()["trained_hops"]) if question is None else question
+    words, known = question.split(), tokenizer.get_vocab()
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        examples = ", ".join(task["test"]["text"][:3])
+        raise ValueError(f"unknown words {unknown} in the question {question!r}; questions look like: {examples}.")
+    path = true_path(task["train"], question)
+    print(f"question  {question}")
+    if path is None:
+        print("chain     not in the graph: the question is an entity followed by relations it has")
+    else:
+        steps = "".join(f" -{relation}-> {entity}" for relation, entity in zip(words[1:], path[1:], strict=True))
+        print(f"chain     {path[0]}{steps}   ({len(path) - 1} hops)")
+    print("loops     answer   probability")
+    inputs = tokenizer(question, return_tensors="pt").to(model.device)
+    for num_loops in loops:
+        answer, probability = generate_answer(model, inputs, num_loops)
+        word = tokenizer.decode(answer)
+        place = "" if path is None or word not in path else "correct" if word == path[-1] else on_the_way(path, word)
+        print(f"{num_loops:>5}     {word:<8} {100 * probability:10.1f} %   {place}".rstrip())
+
+
+def on_the_way(path: list[str], word: str) -> str:
+    return f"(the chain after {path.index(word)} of {len(path) - 1} hops)"
+
+
+@torch.inference_mode()
+def generate_answer(model: PreTrainedModel, inputs: dict, num_loops: int) -> tuple[int, float]:
+    """The one generated token and its probability."""
+    output = model.generate(
+        **inputs,
+        num_loops=num_loops,
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    token = int(output.sequences[0, -1])
+    return token, float(output.logits[0][0].softmax(-1)[token])

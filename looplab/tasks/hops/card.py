@@ -1,0 +1,139 @@
+"""What a model card and the demo page say of a run on hops."""
+
+import math
+from collections.abc import Sequence
+
+import datasets
+import numpy as np
+from huggingface_hub import EvalResult
+
+from looplab.runs.folder import Run
+from looplab.runs.seeds import to_markdown
+from looplab.tasks.card import Names, between, result, spread
+
+from .halting import ENTROPY
+from .results import THRESHOLDS, depth_facts
+from .rows import first_question_beyond, line_order, load_run_task
+
+# What the kinds of test questions are.
+KINDS = {
+    "khop": {
+        "id": "chains that training did not have, of hop counts that its data hold",
+        "ood": "chains of more hops than any in its data",
+    },
+    "composition": {
+        "id": "two facts that training composed, but not with each other",
+        "ood": "two facts that training never composed with anything",
+        "ood_first": "the first of two facts was never composed in training",
+        "ood_second": "the second of two facts was never composed in training",
+        "pair": "two relations that never follow each other in training",
+    },
+}
+
+
+class HopCard:
+    """Card of a model that follows chains."""
+
+    template = "model_hops.md"
+    metrics = ("accuracy",)
+
+    def results(self, run: Run, names: Names) -> list[EvalResult]:
+        """Mean accuracy over hop counts of every held-out kind, at the loops of the grid and the chosen ones."""
+        facts, cells = depth_facts(run), {}
+        for row in run.grid():
+            cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
+        results = []
+        for kind, accuracy in facts["accuracy"].items():
+            hops = sorted({count for line in cells[kind].values() for count in line})
+            means = {loops: sum(line.values()) / len(line) for loops, line in cells[kind].items()}
+            for loops, mean in sorted((means | {facts["loops"]: accuracy}).items()):
+                arguments = {"num_loops": loops, "split_kind": kind, "hops": hops}
+                name = f"Accuracy, {kind}, {loops} loops"
+                results.append(result(run, names, "accuracy", name, round(mean, 4), arguments))
+        return results
+
+    def values(self, run: Run) -> dict:
+        """What `model_hops.md` asks for beyond `common_values`."""
+        task, grid, facts, summary = load_run_task(run), run.grid(), depth_facts(run), run.summary()
+        evaluation, (low, high) = run.evaluation(), run.trained_loops()
+        question = first_question_beyond(task["test"], summary["trained_hops"])
+        number = task["test"]["text"][:].index(question)
+        words = {word for text in task["train"]["text"][:] for word in text.split()}
+        measured = {row["split_kind"] for row in grid}
+        depth = max(summary["trained_hops"])
+        return {
+            "task_text": {
+                "khop": f"Its graph is permutations, and it was trained on chains of up to {depth} hops.",
+                "composition": "It was trained on single facts and on pairs of some; others it never saw in a pair.",
+            }[run.task()],
+            "question": question,
+            "answer": task["test"]["answer"][number],
+            "loops_shown": spread({row["loops"] for row in grid}),
+            "chance": f"{100 * evaluation['chance']:.1f}",
+            "kinds": {kind: text for kind, text in KINDS[run.task()].items() if kind in measured},
+            "table": grid_markdown(grid, low, high),
+            "loops": facts["loops"],
+            "reach": " / ".join(str(facts["reach"][threshold]) for threshold in THRESHOLDS),
+            "learnable_depth": facts["learnable_depth"],
+            "entities": sum(word[0] == "e" for word in words),
+            "relations": sum(word[0] == "r" for word in words),
+            "hops_text": between(min(summary["trained_hops"]), depth),
+            "limit": evaluation["limit"],
+            "limit_of": "questions per hop count and kind",
+        }
+
+
+def grid_markdown(rows: Sequence[dict], low: int, high: int) -> str:
+    """Accuracies in %: a line per (split kind, hops), a column per loop count; of trained facts, too."""
+    cells = {(row["split_kind"], row["hops"], row["loops"]): row for row in rows}
+    loops = sorted({row["loops"] for row in rows})
+    lines = []
+    for line in sorted({key[:2] for key in cells}, key=line_order):
+        row = cells[(*line, loops[0])]
+        cell = {"questions": line[0], "hops": f"{line[1]}{'*' if row['trained'] else ''}", "n": str(row["n"])}
+        for count in loops:
+            name = f"[{count}]" if low <= count <= high else str(count)
+            cell[name] = f"{100 * cells[(*line, count)]['accuracy']:.1f}"
+        lines.append(cell)
+    return to_markdown(lines)
+
+
+def hops_part(run: Run, config: dict) -> dict:
+    task, summary = load_run_task(run), run.summary()
+    facts = facts_of_task(task)
+    answers = {answer for known in facts.values() for answer in known.values()}
+    number = sum(len(known) for known in facts.values())
+    entity, known = next(iter(facts.items()))
+    relation, other = next(iter(known.items()))
+    return {
+        "text": f"A looped transformer of {summary['parameters']:,} parameters knows {number:,} facts such as "
+        f"{entity} {relation} &rarr; {other}. Asked to follow several in a row, it thinks as many loops as you say.",
+        "facts": facts,
+        "trained_hops": [min(summary["trained_hops"]), max(summary["trained_hops"])],
+        "max_hops": max(task["test"]["hops"][:]),
+        "chance": 1 / len(answers),
+        "halting": halting_of(run, config["vocab_size"]),
+    }
+
+
+def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
+    """Entity -> relation -> entity: the graph of a hop task, all of which is in train."""
+    train = task["train"].select(np.flatnonzero(np.array(task["train"]["hops"][:]) == 1))
+    facts = {}
+    for text, answer in zip(train["text"][:], train["answer"][:], strict=True):
+        entity, relation = text.split()
+        facts.setdefault(entity, {})[relation] = answer
+    return facts
+
+
+def halting_of(run: Run, vocab_size: int) -> dict:
+    """The rule KL + entropy as `looped halting` chose it on validation rows; without that, the bounds of its paper.
+
+    Its bound on entropy is taken as a share of ln V (arXiv 2604.07822 has V = 217): of 27 words no distribution has
+    much more than 3 nats, so that every answer would count as settled.
+    """
+    if (run.folder / "halting.jsonl").is_file():
+        for row in run.halting():
+            if row["measure"] == "chosen" and row["rule"] == "kl_entropy":
+                return {name: row[name] for name in ("rule", "kl_threshold", "max_entropy")}
+    return {"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": max(ENTROPY) * math.log(vocab_size)}

@@ -1,0 +1,59 @@
+"""Which figures a set of runs gets, and where: what `looped plot RUN...` draws.
+
+Each run's own go to RUN/figures/, or where --output says of a run alone: grid.png and training.png (tasks/hops/run_figures.py), and as
+far as it has the files, hops.png and loops.png (of `looped eval`), halting.png (of `looped halting`), learning.png
+(composition). Several runs are grouped by recipe, and the figures of groups (tasks/hops/seed_figures.py) go to one folder, with the
+group in their names. Runs on text have their own (tasks/language/figures.py): training.png, and once evaluated perplexity.png; of
+groups held_out.png and perplexity.png. Runs on molecules (tasks/molecules/figures.py): training.png, validity.png, faults.png,
+molecules.png, and once `looped lens` ran ablations.png and readouts.png.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from looplab.instruments.drawing import Group, all_have, groups_folder, own_folder, save
+from looplab.runs.folder import open_run
+from looplab.runs.seeds import group_runs
+
+from .run_figures import heat_map, training_curves
+from .seed_figures import halting_figure, hops_figure, learning_figure, loops_figure
+
+
+def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
+    """Draw every run, and groups of seeds where there are several runs; returns the PNG paths.
+
+    Args:
+        output: folder for the figures of one run, or for those that show several together; unless given RUN/figures,
+            or `figures/<groups>` beside the first run.
+
+    Raises:
+        ValueError: no such run, it has not been evaluated, or the runs were evaluated on different grids.
+    """
+    runs = [open_run(folder) for folder in folders]
+    paths = []
+    for run in runs:
+        figures = own_folder(run, runs, output)
+        own = [save(heat_map([run]), figures / "grid.png"), save(training_curves(run), figures / "training.png")]
+        own += draw([(run.name, [run])], lambda kind, _, figures=figures: figures / f"{kind}.png")
+        paths += run.drew(own)
+    if len(runs) > 1:
+        groups = list(group_runs(runs).items())
+        folder = groups_folder(runs, groups, output)
+        several = [(name, members) for name, members in groups if len(members) > 1]
+        paths += [save(heat_map(members), folder / f"grid_{name}.png") for name, members in several]
+        paths += draw(groups, lambda kind, name: folder / f"{kind}{'_' if name else ''}{name}.png")
+    return paths
+
+
+def draw(groups: Sequence[Group], path: Callable[[str, str], Path]) -> list[Path]:
+    """The figures for which all runs have the files; `path` of a kind of figure and the group's name, or ''."""
+    runs = [run for _, members in groups for run in members]
+    paths = []
+    if all_have(runs, "loops.jsonl"):
+        paths.append(save(hops_figure(groups), path("hops", "")))
+        paths += [save(loops_figure(group), path("loops", group[0])) for group in groups]
+    if all_have(runs, "halting.jsonl"):
+        paths += [save(halting_figure(group), path("halting", group[0])) for group in groups]
+    if all(run.recipe().get("data", {}).get("task") == "composition" for run in runs):
+        paths.append(save(learning_figure(groups), path("learning", "")))
+    return paths

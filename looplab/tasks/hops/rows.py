@@ -1,0 +1,83 @@
+"""The questions of a run, in groups of one hop count and split kind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from data_builders import encode_groups, load_task
+from looplab.runs.folder import Run
+from looplab.tasks.registry import reader_of
+
+from .task import HopReader
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one hop count and split kind: `input_ids` (N, T) ending in the readout token, `answers` (N,)."""
+
+    hops: int
+    split_kind: str
+    input_ids: torch.Tensor
+    answers: torch.Tensor
+
+
+def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Group]:
+    """`rows` split by (split_kind, hops), at most `limit` of each (the same ones every time).
+
+    Raises:
+        ValueError: two questions of one group have different lengths, or one has a word that the tokenizer lacks.
+    """
+    hops, kinds = np.array(rows["hops"][:]), np.array(rows["split_kind"][:])
+    groups = []
+    for kind, count in sorted(set(zip(kinds.tolist(), hops.tolist(), strict=True))):
+        members = np.flatnonzero((kinds == kind) & (hops == count))
+        if limit is not None and limit < len(members):
+            members = np.sort(np.random.default_rng(0).choice(members, limit, replace=False))
+        chosen = rows.select(members)
+        if len({len(text.split()) for text in chosen["text"]}) > 1:
+            raise ValueError(f"questions of {count} hops ({kind}) differ in length; a group must have one length.")
+        groups.append(Group(count, kind, *encode_groups(chosen, tokenizer)[count, kind]))
+    return groups
+
+
+def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict:
+    """The data of a run, from its recipe; already in the datasets cache where the run was trained.
+
+    Args:
+        max_hops: test up to this hop count instead of the recipe's; the rows of the other hop counts stay the same.
+
+    Raises:
+        ValueError: the task has no hops, max_hops is given and it is not k-hop, or it is below the trained hops; the
+            data are not those the run was trained on.
+    """
+    data = run.recipe()["data"]
+    if not isinstance(reader_of([run]), HopReader):
+        raise ValueError(f"{run.folder} is a run on {data['task']}, which has no hops: `looped eval` measures it.")
+    overrides = {"seed": data["seed"]} | data["overrides"]
+    if max_hops is not None:
+        if data["task"] != "khop":
+            raise ValueError(f"--max-hops {max_hops} is for the task khop; the chains of {data['task']} have 2 hops.")
+        overrides["max_hops"] = max_hops
+    task = load_task(data["task"], data["config"], **overrides)
+    run.check_data(task, only=None if max_hops is None else "train")
+    return task
+
+
+def line_order(line: tuple[str, int]) -> tuple[int, str, int]:
+    """What was trained on first, then held-out rows, easy before hard."""
+    kinds = ["atomic", "train", "id", "ood_first", "ood_second", "ood", "pair"]
+    return kinds.index(line[0]) if line[0] in kinds else len(kinds), line[0], line[1]
+
+
+def first_question_beyond(test_rows: datasets.Dataset, trained_hops: Sequence[int]) -> str:
+    """The first test question one hop count beyond the training, or of the deepest hop count if none is beyond."""
+    hops = test_rows["hops"][:]
+    deepest = min(set(hops) - set(trained_hops), default=max(hops))
+    return test_rows[hops.index(deepest)]["text"]
+
+
+KIND_WORDS = {"atomic": "facts", "train": "training rows", "id": "held out", "ood": "out of distribution"}

@@ -1,0 +1,63 @@
+"""What a model card and the demo page say of a run on molecules."""
+
+from huggingface_hub import EvalResult
+
+from looplab.runs.folder import Run
+from looplab.runs.seeds import to_markdown
+from looplab.tasks.card import Names, result, spread
+
+from .results import percent
+
+
+class MoleculeCard:
+    """Card of a model that writes molecules."""
+
+    template = "model_molecules.md"
+    metrics = ("validity", "uniqueness", "novelty", "diversity", "fcd")
+
+    def results(self, run: Run, names: Names) -> list[EvalResult]:
+        """Every measure of every way of sampling, at every loop count."""
+        settings = {setting["name"]: setting for setting in run.evaluation()["settings"]}
+        results = []
+        for row in run.molecules():
+            setting = settings[row["setting"]]
+            arguments = {name: setting[name] for name in ("temperature", "top_k")}
+            arguments |= {"num_loops": row["loops"], "samples": row["n"]}
+            for metric in self.metrics:
+                value = row["fcd"] if metric == "fcd" else row[metric]["share"]
+                if value is not None:
+                    name = f"{metric.capitalize()}, {row['setting']}, {row['loops']} loops"
+                    results.append(result(run, names, metric, name, round(value, 4), arguments))
+        return results
+
+    def values(self, run: Run) -> dict:
+        """What `model_molecules.md` asks for beyond `common_values`."""
+        rows, summary, evaluation = run.molecules(), run.summary(), run.evaluation()
+        low, high = run.trained_loops()
+        titles = {"valid": "validity", "unique": "uniqueness", "new": "novelty", "diversity": "diversity"}
+        table = []
+        for row in rows:
+            cells = {"sampling": f"`{row['setting']}`", "samples": f"{row['n']:,}"}
+            cells["loops"] = f"[{row['loops']}]" if low <= row["loops"] <= high else str(row["loops"])
+            cells |= {title: percent(row[measure]) for title, measure in titles.items()}
+            table.append(cells | {"FCD": "-" if row["fcd"] is None else f"{row['fcd']:.2f}"})
+        return {
+            "parameters_layers": f"{evaluation['parameters']['layers']:,}",
+            "tokens": f"{summary['tokens']:,}",
+            "loops_shown": spread({row["loops"] for row in rows}),
+            "settings": {
+                setting["name"]: f"temperature {setting['temperature']}, "
+                + (f"the {setting['top_k']} most probable tokens" if setting["top_k"] else "all tokens")
+                for setting in evaluation["settings"]
+            },
+            "table": to_markdown(table),
+            "limit": evaluation["limit"],
+            "limit_of": "samples",
+        }
+
+
+def molecules_part(run: Run, config: dict) -> dict:
+    return {
+        "text": f"A looped transformer of {run.summary()['parameters']:,} parameters writes molecules token by token, "
+        "and makes as many passes over its layers for each as you say."
+    }

@@ -1,0 +1,42 @@
+"""`looped halting` on text."""
+
+from pathlib import Path
+
+from data_builders.text_batches import spread_blocks
+from looplab.instruments.halting_settings import exit_settings
+from looplab.runs.folder import open_run, to_json_lines
+from looplab.runs.models import load_run_model
+from looplab.tasks.language.exits import BATCHES, DECODED, PROMPT, THRESHOLDS, exit_rows
+
+from .perplexity import run_blocks
+
+
+def exits_run(folder: str | Path, num_loops: int | None = None, limit: int | None = None, rounds: int = 5) -> Path:
+    """Write RUN/halting.jsonl, see `exit_rows`.
+
+    Args:
+        folder: a finished run on text.
+        num_loops: all loops; the model's own unless given.
+        limit: so many rows of test text, 64 unless given, and at least 16.
+        rounds: timed pairs.
+
+    Raises:
+        ValueError: no such run, it has not finished, its text has changed, its blocks are too short, there are too
+            few rows, or only one loop.
+    """
+    run = open_run(folder)
+    model, tokenizer = load_run_model(run, num_loops)
+    model.eval()
+    blocks = run_blocks(run, tokenizer)["test"]
+    if blocks.sequence_length < PROMPT + DECODED:
+        raise ValueError(
+            f"data.sequence_length of {run.folder} is {blocks.sequence_length}, and exits are measured on rows of "
+            f"{PROMPT} + {DECODED} tokens: train on longer ones."
+        )
+    numbers = spread_blocks(len(blocks), 64 if limit is None else limit)
+    if len(numbers) < max(BATCHES):
+        raise ValueError(f"there are {len(numbers)} rows of test text, and a batch takes {max(BATCHES)}: allow more.")
+    rows = {name: value[:, : PROMPT + DECODED].to(model.device) for name, value in blocks.rows(numbers).items()}
+    num_loops = model.config.num_loops if num_loops is None else num_loops
+    results = exit_rows(model, rows, PROMPT, num_loops, exit_settings(model, num_loops, THRESHOLDS), rounds)
+    return run.write({"halting.jsonl": to_json_lines(results)})

@@ -19,14 +19,8 @@ different chains here.
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import re
-import shutil
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -34,212 +28,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, get_int_from_env, set_seed
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-from looplab.distillation import Distillation, interpolated
 from looplab.mistakes import Parser, run_command
-from looplab.recipe import Optim, Recipe, read_recipe
-from looplab.runs.models import blaming
 from looplab.runs.sections import field_names, flatten
-from looplab.tasks.hops.training import HopTask
-from looplab.tasks.language.training import TextTask
-from looplab.tasks.molecules.training import MoleculeTask
+from looplab.tasks.registry import TASKS
 from looplab.tasks.training import State
+from looplab.training.model import build_model, check_max_loops
+from looplab.training.objectives import DistillationLoss, ExitLoss, LabelLoss
+from looplab.training.optimizers import build_optimizers, lr_factor
+from looplab.training.provenance import provenance
+from looplab.training.recipe import Recipe, read_recipe
 from looplab.training.run_folder import RunFolder, held
-from modeling_looped import LoopedConfig, LoopedForCausalLM
-
-
-def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
-    """AdamW; with Muon, that takes the matrices of the layers (Jordan et al. 2024) and AdamW keeps the rest."""
-    parts = [model.model.prelude, model.model.core, model.model.coda] if optim.kind == "muon" else []
-    gates = [p for name, p in model.named_parameters() if ".kv_gate." in name and optim.kv_gate_lr is not None]
-    taken = {id(p) for p in gates}
-    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2 and id(p) not in taken]
-    taken |= {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        {"params": gates, "weight_decay": 0.0, "lr": optim.kv_gate_lr},
-    ]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=tuple(optim.betas))]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
-    """Multiplier of the learning rates, `stage_step` updates into the stage and with `progress` in [0, 1] of the run.
-
-    A linear warm-up, times: 1 (constant), 1 - progress (linear), half a cosine, or 1 and a linear end over the last
-    fifth (wsd), of which `final_share` stays.
-    """
-    shape = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
-        "wsd": min(1.0, 5.0 * (1.0 - progress)),
-    }[optim.schedule]
-    shape = optim.final_share + (1.0 - optim.final_share) * shape
-    return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
-
-
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
-    """A model with fresh weights for the ids of `tokenizer`, or that of `init_from`; ValueError if they do not fit."""
-    # Ids may have holes.
-    num_ids = 1 + max(tokenizer.get_vocab().values())
-    if recipe.init_from is None:
-        token_ids = {
-            "vocab_size": num_ids,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        config = LoopedConfig(**(token_ids | recipe.model))
-        if num_ids > config.vocab_size:
-            raise ValueError(
-                f"model.vocab_size must be at least {num_ids}, the tokens of the tokenizer, got {config.vocab_size}."
-            )
-        return LoopedForCausalLM(config)
-    with blaming(recipe.init_from, "name another folder in init_from."):
-        config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
-    # KV gates that the weights were trained without start as fresh ones do.
-    model = load_trained("init_from", recipe.init_from, may_lack=".kv_gate.", config=config)
-    if num_ids > config.vocab_size:
-        raise ValueError(f"init_from: {recipe.init_from} has {num_ids} tokens, and a model for {config.vocab_size}.")
-    return model
-
-
-def load_trained(field_name: str, folder: str, may_lack: str | None = None, **options) -> LoopedForCausalLM:
-    """The model saved in a folder, in float32; ValueError, naming the recipe's field, if it is not whole.
-
-    may_lack: part of the names of tensors that may be missing.
-    """
-    with blaming(folder, f"name another folder in {field_name}."):
-        model, report = LoopedForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    missing = [name for name in report["missing_keys"] if may_lack is None or may_lack not in name]
-    wrong = sorted([*missing, *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])])
-    if wrong:
-        raise ValueError(f"{field_name}: the weights in {folder} do not fit its config.json ({wrong[0]}).")
-    return model
-
-
-def check_max_loops(config: LoopedConfig, asked: dict[str, int], eval_loops: list[int]):
-    """ValueError for a field of the recipe that asks for loops the model has no parameters for."""
-    for name, loops in (asked | {"eval_loops": max(eval_loops, default=1)}).items():
-        if config.max_num_loops is not None and loops > config.max_num_loops:
-            raise ValueError(
-                f"{name} asks for {loops} loops, and model.max_num_loops is {config.max_num_loops}: raise it, or ask "
-                "for fewer."
-            )
-
-
-TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask, "molecules": MoleculeTask}
-
-
-class LabelLoss:
-    """Cross-entropy of the tokens asked for."""
-
-    def __init__(self, recipe: Recipe, logits_to_keep: int):
-        self.logits_to_keep, self.label_smoothing = logits_to_keep, recipe.optim.label_smoothing
-        self.settings = {"num_grad_loops": recipe.num_grad_loops, "cut_chunks": recipe.cut_chunks}
-
-    def begin(self, progress: float):
-        """Called before an update with the share of the run that is done."""
-
-    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
-        """The loss of (b, T) rows with (b, K) labels, summed over the labels."""
-        logits = model(
-            **rows, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False, **self.settings
-        ).logits  # (b, K, V)
-        logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
-
-
-class ExitLoss(LabelLoss):
-    """The model's own loss: expected under its exit gate, or the gate's alone (Ouro), see `losses_looped.py`."""
-
-    def __init__(self, recipe: Recipe, logits_to_keep: int):
-        super().__init__(recipe, logits_to_keep)
-        if recipe.optim.label_smoothing or recipe.distill.teacher is not None:
-            raise ValueError(
-                "a model with an exit_gate learns from what every loop says of the labels: leave "
-                "optim.label_smoothing and distill out."
-            )
-
-    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
-        return model(
-            **rows, shift_labels=labels, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False,
-            num_items_in_batch=1, **self.settings,
-        ).loss  # fmt: skip
-
-
-class DistillationLoss:
-    """What a teacher says of every token; labels are not used."""
-
-    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, device: torch.device):
-        distill = recipe.distill
-        if recipe.data.task == "molecules":
-            raise ValueError("distill is for rows without padding, which packed molecules have: leave it out.")
-        if recipe.num_grad_loops is not None or recipe.optim.label_smoothing:
-            raise ValueError("distill takes neither num_grad_loops nor optim.label_smoothing: leave them out.")
-        self.interpolates = distill.phase == "interpolation"
-        if self.interpolates and (recipe.gradient_checkpointing or recipe.cut_chunks):
-            raise ValueError(
-                "distill.phase 'interpolation' keeps the rows of both memories, which gradient_checkpointing and "
-                "cut_chunks would lose: leave them out."
-            )
-        teacher = load_trained("distill.teacher", distill.teacher).to(device)
-        alignment = 0.0 if self.interpolates else distill.alignment
-        self.distillation = Distillation(student, teacher, alignment, distill.all_loops)
-        self.student, self.alpha, self.settings = student, 0.0, {"cut_chunks": recipe.cut_chunks}
-
-    def begin(self, progress: float):
-        """The gated memory's share rises from 0 to 1 over the run."""
-        self.alpha = progress
-
-    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
-        """The mean loss of (b, T) rows, times their (b, K) labels."""
-        with (
-            interpolated(self.student) if self.interpolates else nullcontext() as sharing,
-            self.distillation.on(rows, num_loops),
-        ):
-            if sharing is not None:
-                sharing.alpha = self.alpha
-            # One label per position: all of them are read.
-            loss = model(
-                **rows, shift_labels=rows["input_ids"], num_loops=num_loops, use_cache=self.interpolates,
-                **self.settings,
-            ).loss  # fmt: skip
-        return loss * labels.numel()
-
-
-def provenance(accelerator: Accelerator) -> dict:
-    """Where a run was made: commit of this file's repository (None outside of one), machine, versions."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    git = shutil.which("git")
-    commit = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip() if git else ""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
-    return {
-        "commit": commit or None,
-        "hardware": {
-            "cpu": names[0] if names else platform.processor(),
-            "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
-            "processes": accelerator.num_processes,
-        },
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "accelerate", "datasets")},
-    }
 
 
 def over(recipe: Recipe, state: State) -> bool:

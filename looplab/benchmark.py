@@ -26,14 +26,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from looplab.instruments.timing import (
-    compared,
-    interleaved,
-    machine,
-    matmul_peak,
-    ratio_text,
-    seconds_per_unit,
-)
+from looplab.instruments.timing import compared, interleaved, machine, matmul_peak, ratio_text, seconds_per_unit
 from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
 from looplab.runs.writing import check_folder, write_whole

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_melt import as_policy, make_melt
 
-from looplab.distillation import Distillation, attention_outputs, by_loop, interpolated
+from looplab.training.distillation import Distillation, attention_outputs, by_loop, interpolated
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.calls_looped import Decision
 from toys import FP32, make_ids, make_model

@@ -21,8 +21,8 @@ from data_builders import (
 from data_builders.fields import Range
 from looplab import frozen
 from looplab.cli import parser
-from looplab.recipe import Recipe, read_recipe
 from looplab.runs.sections import build_recipe, field_names
+from looplab.training.recipe import Recipe, read_recipe
 
 ROOT = Path(__file__).parents[1]
 HOPS = {

@@ -126,7 +126,7 @@ def test_an_interval_holds_the_share_it_is_of():
 
 
 @pytest.mark.parametrize(
-    "module", ["looplab.runs.folder", "looplab.recipe", "looplab.runs.seeds", "data_builders.files"]
+    "module", ["looplab.runs.folder", "looplab.training.recipe", "looplab.runs.seeds", "data_builders.files"]
 )
 def test_what_reads_results_imports_no_torch(module):
     """A table, or a folder that is misspelt, is a matter of a fraction of a second."""

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from data_builders import dataset_byte_bpe
 from looplab.cli import main as looped
 from looplab.publishing import check_measured
-from looplab.recipe import Recipe, read_recipe
 from looplab.runs.digests import sha256_of, weights_of
 from looplab.runs.folder import VERBS, open_run
 from looplab.runs.models import load_run_model
@@ -33,6 +32,7 @@ from looplab.runs.sections import field_names, flatten
 from looplab.tasks.hops.evaluation import evaluate_run, grid_table
 from looplab.tasks.hops.results import depth_text, markdown_table
 from looplab.tasks.hops.run_figures import training_curves
+from looplab.training.recipe import Recipe, read_recipe
 from looplab.training.run_folder import FREE, RunFolder, defaults, files_in, read_state
 from toys import write_pages
 from train import main

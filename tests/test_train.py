@@ -26,9 +26,10 @@ import train
 from data_builders import train_byte_bpe
 from looplab.runs.sections import build_recipe
 from looplab.runs.yaml_text import parse_yaml
+from looplab.training.optimizers import lr_factor
 from modeling_looped import LoopedForCausalLM
 from toys import make_model, write_pages
-from train import lr_factor, main, read_recipe
+from train import main, read_recipe
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "recipes" / "smoke.yaml"

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from huggingface_hub.dataclasses import type_validator
 
 from data_builders.files import expand_home
-from looplab.recipe import Recipe
+from looplab.training.recipe import Recipe
 
 
 def refuse_fields(section_name: str, section, names: Iterable[str], task: str):

@@ -24,7 +24,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
-from looplab.recipe import Recipe
 from looplab.runs.digests import data_of, refuse_other_data, sha256_of, tokenizer_of, weights_of
 from looplab.runs.records import (
     OLD,
@@ -45,6 +44,8 @@ from looplab.runs.sections import flatten
 from looplab.runs.writing import remove_partials, write_whole
 from looplab.runs.yaml_text import read_yaml, to_yaml
 from looplab.tasks.training import State
+
+from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

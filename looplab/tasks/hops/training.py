@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 
 from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups, load_task
-from looplab.recipe import Recipe
 from looplab.tasks.training import State, load_tokenizer
+from looplab.training.recipe import Recipe
 from looplab.training.run_folder import RunFolder
 from modeling_looped import LoopedForCausalLM
 

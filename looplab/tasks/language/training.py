@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from transformers import AutoTokenizer
 
 from data_builders import DepthSampler, PackedMolecules, TextBatches, TextBlocks, dataset_byte_bpe, load_text
-from looplab.recipe import Recipe
 from looplab.runs.models import blaming
 from looplab.tasks.training import State, load_tokenizer
+from looplab.training.recipe import Recipe
 from looplab.training.run_folder import RunFolder
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution

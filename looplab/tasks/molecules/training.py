@@ -3,9 +3,9 @@
 from accelerate import Accelerator
 
 from data_builders import DepthSampler, MoleculeBatches, PackedMolecules, dataset_smiles_tokenizer, load_molecules
-from looplab.recipe import Recipe
 from looplab.tasks.language.training import TextTask
 from looplab.tasks.training import State, load_tokenizer
+from looplab.training.recipe import Recipe
 from looplab.training.run_folder import RunFolder
 from modeling_looped import LoopedForCausalLM
 

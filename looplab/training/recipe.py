@@ -12,10 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 from data_builders.fields import MOST_LOOPS, check_fields, number, numbers, path
 from data_builders.files import expand_home
+from looplab.mistakes import sentence
 from looplab.runs.sections import build_recipe, check_name, expand_paths, refuse_fields
 from looplab.runs.yaml_text import parse_yaml, read_yaml
-
-from .mistakes import sentence
 
 Number = int | float
 
@@ -81,7 +80,7 @@ class Optim:
 @strict
 @dataclass
 class Distill:
-    """Learn from a model with a KV row per loop to do with one row per token (MELT), see `looplab/distillation.py`."""
+    """Learn from a model with a KV row per loop to do with one row per token (MELT), see `looplab/training/distillation.py`."""
 
     teacher: str | None = path()  # a saved model's folder; None: learn from the labels
     phase: Literal["interpolation", "alignment"] = "alignment"

@@ -1,0 +1,61 @@
+"""The model that a recipe trains: with fresh weights, or from a folder."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from looplab.runs.models import blaming
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+
+from .recipe import Recipe
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
+    """A model with fresh weights for the ids of `tokenizer`, or that of `init_from`; ValueError if they do not fit."""
+    # Ids may have holes.
+    num_ids = 1 + max(tokenizer.get_vocab().values())
+    if recipe.init_from is None:
+        token_ids = {
+            "vocab_size": num_ids,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        config = LoopedConfig(**(token_ids | recipe.model))
+        if num_ids > config.vocab_size:
+            raise ValueError(
+                f"model.vocab_size must be at least {num_ids}, the tokens of the tokenizer, got {config.vocab_size}."
+            )
+        return LoopedForCausalLM(config)
+    with blaming(recipe.init_from, "name another folder in init_from."):
+        config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
+    # KV gates that the weights were trained without start as fresh ones do.
+    model = load_trained("init_from", recipe.init_from, may_lack=".kv_gate.", config=config)
+    if num_ids > config.vocab_size:
+        raise ValueError(f"init_from: {recipe.init_from} has {num_ids} tokens, and a model for {config.vocab_size}.")
+    return model
+
+
+def load_trained(field_name: str, folder: str, may_lack: str | None = None, **options) -> LoopedForCausalLM:
+    """The model saved in a folder, in float32; ValueError, naming the recipe's field, if it is not whole.
+
+    may_lack: part of the names of tensors that may be missing.
+    """
+    with blaming(folder, f"name another folder in {field_name}."):
+        model, report = LoopedForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    missing = [name for name in report["missing_keys"] if may_lack is None or may_lack not in name]
+    wrong = sorted([*missing, *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if wrong:
+        raise ValueError(f"{field_name}: the weights in {folder} do not fit its config.json ({wrong[0]}).")
+    return model
+
+
+def check_max_loops(config: LoopedConfig, asked: dict[str, int], eval_loops: list[int]):
+    """ValueError for a field of the recipe that asks for loops the model has no parameters for."""
+    for name, loops in (asked | {"eval_loops": max(eval_loops, default=1)}).items():
+        if config.max_num_loops is not None and loops > config.max_num_loops:
+            raise ValueError(
+                f"{name} asks for {loops} loops, and model.max_num_loops is {config.max_num_loops}: raise it, or ask "
+                "for fewer."
+            )

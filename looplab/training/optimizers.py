@@ -1,0 +1,47 @@
+"""Optimizers and learning-rate schedules of a recipe."""
+
+import math
+
+import torch
+
+from modeling_looped import LoopedForCausalLM
+
+from .recipe import Optim
+
+
+def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
+    """AdamW; with Muon, that takes the matrices of the layers (Jordan et al. 2024) and AdamW keeps the rest."""
+    parts = [model.model.prelude, model.model.core, model.model.coda] if optim.kind == "muon" else []
+    gates = [p for name, p in model.named_parameters() if ".kv_gate." in name and optim.kv_gate_lr is not None]
+    taken = {id(p) for p in gates}
+    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2 and id(p) not in taken]
+    taken |= {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": gates, "weight_decay": 0.0, "lr": optim.kv_gate_lr},
+    ]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=tuple(optim.betas))]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
+    """Multiplier of the learning rates, `stage_step` updates into the stage and with `progress` in [0, 1] of the run.
+
+    A linear warm-up, times: 1 (constant), 1 - progress (linear), half a cosine, or 1 and a linear end over the last
+    fifth (wsd), of which `final_share` stays.
+    """
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 + 0.5 * math.cos(math.pi * progress),
+        "wsd": min(1.0, 5.0 * (1.0 - progress)),
+    }[optim.schedule]
+    shape = optim.final_share + (1.0 - optim.final_share) * shape
+    return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))

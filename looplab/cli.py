@@ -178,7 +178,7 @@ def run_demo(arguments) -> None:
 
 
 def run_bench(arguments) -> None:
-    from .benchmark import bench
+    from looplab.bench.bench import bench
 
     bench(
         arguments.output,
@@ -217,9 +217,8 @@ def run_convert(arguments) -> None:
 
 
 def run_memory(arguments) -> None:
+    from looplab.bench.memory import measure_memory, memory_table
     from looplab.runs.folder import open_run
-
-    from .memory import measure_memory, memory_table
 
     path = measure_memory(arguments.run, arguments.chunks, arguments.limit, arguments.loops)
     print(f"{memory_table(open_run(arguments.run))}\n\nwritten to {path}")

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from looplab.benchmark import QUICK, build_pair, connection_flops, forward_flops, kv_row, update_flops
-from looplab.contexts import SHARINGS, context_row, filled_cache, step_at
+from looplab.bench.contexts import SHARINGS, context_row, filled_cache, step_at
+from looplab.bench.flops import connection_flops, forward_flops, update_flops
+from looplab.bench.pair import QUICK, build_pair
+from looplab.bench.speed import kv_row
 from looplab.instruments.timing import compared, interleaved
 from modeling_looped.connections_looped import CONNECTIONS
 from toys import make_config, make_ids, make_model
@@ -90,7 +92,7 @@ def test_a_step_at_a_context_leaves_it_as_it_was(kv_sharing, monkeypatch):
         caches.append(filled_cache(model, tokens))
         return caches[-1]
 
-    monkeypatch.setattr("looplab.contexts.filled_cache", fill)
+    monkeypatch.setattr("looplab.bench.contexts.filled_cache", fill)
     step_at(model, 9, steps=3)()
     cache = caches[0]
     slots = model.config.kv_slots().count(model.config.num_loops)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from looplab.benchmark import CONFIDENCE, QUICK, accepted_row, speculation_row
+from looplab.bench.pair import QUICK
+from looplab.bench.speculation import CONFIDENCE, accepted_row, speculation_row
 from looplab.instruments.halting_settings import exit_settings
 from looplab.tasks.language import exits
 from looplab.tasks.language.exits import counted_calls, decode, exit_rows, exits_text

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState
 
 import train
 from data_builders.text_batches import spread_blocks
+from looplab.bench.memory import measure_memory, with_memory
 from looplab.cli import main
-from looplab.memory import measure_memory, with_memory
 from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
 from looplab.tasks.text.perplexity import block_losses, run_blocks

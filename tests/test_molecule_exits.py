@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 import train
 from data_builders import PackedMolecules
-from looplab.benchmark import QUICK, speculation_rows
+from looplab.bench.pair import QUICK
+from looplab.bench.speculation import speculation_rows
 from looplab.cli import main
 from looplab.instruments.halting_settings import Setting, setting_of
 from looplab.runs.folder import open_run

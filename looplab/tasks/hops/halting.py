@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from looplab.benchmark import Workload
+from looplab.bench.pair import Workload
 from looplab.instruments.halting_settings import Setting, entropy_bound
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of
 from looplab.instruments.traces import Trace

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data_builders.text_batches import spread_blocks
-from looplab.benchmark import Workload
+from looplab.bench.pair import Workload
 from looplab.runs.folder import Run
 from looplab.tasks.base import refuse_hop_options, refuse_masked
 

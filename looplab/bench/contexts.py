@@ -4,7 +4,7 @@
               kv_sharing and loop count, against a Llama as deep as the loops unrolled; batch 1, dynamic caches
     chunks    training step of kv_sharing="gated" at each chunk length, tokens/s, against a row per loop
 
-Weights are random; rows and pairs are those of `benchmark.py`.
+Weights are random; rows and pairs are those of `bench/bench.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from looplab.instruments.timing import compared, interleaved, ratio_text
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
 
-from .benchmark import Workload, build_pair, kv_bytes_per_token, model_sizes, training_step
+from .pair import Workload, build_pair, kv_bytes_per_token, model_sizes, training_step
 
 SHARINGS = ("per_loop", "first", "last", "mean", "gated")
 

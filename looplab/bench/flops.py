@@ -1,0 +1,50 @@
+"""Floating-point operations, counted from a configuration."""
+
+from modeling_looped import LoopedConfig
+
+
+def forward_flops(
+    config: LoopedConfig, batch: int, tokens: int, num_loops: int, logits_kept: int | None = None
+) -> int:
+    """Matrix-product FLOPs (2 per multiply-add) of one forward; a training step is three times that.
+
+    Every loop counts. Attention is counted over all tokens x tokens pairs, norms and activations not at all.
+
+    Args:
+        logits_kept: positions whose logits are computed, all unless given.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = 2 * hidden * (2 * heads + 2 * keys) + 4 * tokens * heads
+    mlp = 2 * hidden * config.intermediate_size * (3 if config.gated_mlp else 2)
+    layer_calls = config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * num_loops
+    connection = num_loops * connection_flops(config)
+    head = 2 * hidden * config.vocab_size
+    return batch * (tokens * (layer_calls * (attention + mlp) + connection) + (logits_kept or tokens) * head)
+
+
+def connection_flops(config: LoopedConfig) -> int:
+    """Matrix-product FLOPs of the loop connection, per token and loop."""
+    hidden, streams = config.hidden_size, config.num_streams
+    if config.loop_connection != "hyper":
+        return {"plain": 0, "inject_add": 0, "inject_concat": 4 * hidden * hidden}[config.loop_connection]
+    gates, mixing = {
+        "diagonal": (3 * streams, 0),
+        "identity": (2 * streams, 0),
+        "sinkhorn": (2 * streams + streams**2, streams**2),
+        "static": (0, streams**2),
+    }[config.hyper_mixing]
+    return 2 * streams * hidden * gates + 2 * mixing * hidden
+
+
+def update_flops(config: LoopedConfig, batch: int, tokens: dict[int, float], loops: dict[int, float]) -> float:
+    """FLOPs of one update of `batch` rows that are read at one position: 3 x `forward_flops` (backward is two).
+
+    Without attention and head this is the usual 6 x layer weights x loops x tokens.
+
+    Args:
+        tokens: length of a batch's rows -> its share of the updates.
+        loops: number of loops -> its share of the updates.
+    """
+    cost = {(t, r): forward_flops(config, batch, t, r, logits_kept=1) for t in tokens for r in loops}
+    return 3 * sum(tokens[t] * loops[r] * cost[t, r] for t, r in cost)

@@ -1,0 +1,67 @@
+"""Rows of `looped bench`: training, hyper-connections, decoding, KV policies."""
+
+from statistics import median
+
+import torch
+
+from looplab.instruments.timing import compared, interleaved
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+
+from .flops import forward_flops
+from .pair import Workload, build_pair, compile_layers, decoding, kv_bytes_per_token, model_sizes, training_step
+
+
+def training_row(width: int, work: Workload, rounds: int, compiled: bool, peak: float) -> dict:
+    looped, llama = build_pair(width, work)
+    if compiled:
+        compile_layers(looped)
+        compile_layers(llama)
+    input_ids = torch.randint(1, work.vocab, (work.batch, work.tokens), generator=torch.Generator().manual_seed(0))
+    pairs = interleaved(training_step(looped, input_ids), training_step(llama, input_ids), rounds)
+    row = {
+        "measure": "training",
+        "unit": "tokens/s",
+        "mode": "compiled layers" if compiled else "eager",
+        "width": width,
+    }
+    row |= compared(pairs, input_ids.numel())
+    flops = 3 * forward_flops(looped.config, work.batch, work.tokens, work.loops)
+    gflops = flops / median(ours for ours, _ in pairs) / 1e9
+    return row | {"batch": work.batch, "tokens": work.tokens, "gflops": gflops, "of_peak": gflops / peak}
+
+
+def hyper_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
+    """Hyperloop (arXiv 2604.21254) of begin 1, middle `layers` x 3 and end 1 against the plain loop of the same."""
+    sections = {"num_prelude_layers": 1, "num_core_layers": work.layers, "num_coda_layers": 1, "num_loops": 3}
+    sizes = model_sizes(width, work) | sections
+    plain = LoopedForCausalLM(LoopedConfig(**sizes))
+    hyper = LoopedForCausalLM(LoopedConfig(**sizes, loop_connection="hyper", loop_embedding="learned"))
+    if compiled:
+        compile_layers(hyper)
+        compile_layers(plain)
+    input_ids = torch.randint(1, work.vocab, (work.batch, work.tokens), generator=torch.Generator().manual_seed(0))
+    pairs = interleaved(training_step(hyper, input_ids), training_step(plain, input_ids), rounds)
+    row = {"measure": "hyper", "unit": "tokens/s", "mode": "compiled" if compiled else "eager", "width": width}
+    row |= compared(pairs, input_ids.numel(), ("hyper", "plain"))
+    return row | {"batch": work.batch, "tokens": work.tokens}
+
+
+def decode_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
+    looped, llama = build_pair(width, work)
+    cache = {}
+    if compiled:
+        torch.compiler.reset()
+        cache = {"cache_implementation": "static"}
+        for model in (looped, llama):
+            model.forward = torch.compile(model.forward, dynamic=False)
+    prompt = torch.randint(1, work.vocab, (1, work.prompt), generator=torch.Generator().manual_seed(0))
+    pairs = interleaved(*(decoding(model, prompt, work.new_tokens, **cache) for model in (looped, llama)), rounds)
+    mode = "compiled, static cache" if compiled else "eager"
+    row = {"measure": "decode", "unit": "tokens/s", "mode": mode, "width": width}
+    return row | compared(pairs, work.new_tokens) | {"batch": 1, "tokens": work.new_tokens}
+
+
+def kv_row(width: int, work: Workload, kv_sharing: str) -> dict:
+    looped, llama = (kv_bytes_per_token(model, work.tokens) for model in build_pair(width, work, kv_sharing))
+    row = {"measure": "kv_bytes", "unit": "bytes/token", "mode": kv_sharing, "width": width}
+    return row | {"looped": looped, "llama": llama, "ratio": looped / llama, "tokens": work.tokens}

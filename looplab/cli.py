@@ -193,7 +193,7 @@ def run_bench(arguments) -> None:
 
 
 def run_convert(arguments) -> None:
-    from .conversion import convert
+    from looplab.convert.conversion import convert
 
     done = convert(
         arguments.source,
@@ -225,9 +225,8 @@ def run_memory(arguments) -> None:
 
 
 def run_quantize(arguments) -> None:
+    from looplab.convert.quantization import quantization_text, quantize_run
     from looplab.runs.folder import open_run
-
-    from .quantization import quantization_text, quantize_run
 
     path = quantize_run(
         arguments.run,

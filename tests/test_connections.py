@@ -8,7 +8,7 @@ from families import make_frozen, make_tokens
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
 
-from looplab.conversion import looped_config, to_looped
+from looplab.convert.conversion import looped_config, to_looped
 from looplab.training.optimizers import build_optimizers
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.connections_looped import (

@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from data_builders.tokenizers import hop_tokenizer
-from looplab import conversion
 from looplab.cli import main
-from looplab.conversion import check_core, compare, convert, looped_config, to_looped
+from looplab.convert import conversion
+from looplab.convert.conversion import check_core, compare, convert, looped_config, to_looped
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.frozen_looped import default_window
 from toys import FP32

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from data_builders.tokenizers import hop_tokenizer
 from looplab.cli import main
-from looplab.conversion import convert
+from looplab.convert.conversion import convert
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
 from ouro_reference import exit_probabilities, ouro_loops, random_weights

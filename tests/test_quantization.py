@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from data_builders import load_task
 from looplab.cli import main
-from looplab.instruments.recorder import record
-from looplab.quantization import (
+from looplab.convert.quantization import (
     DAMPING,
     Grid,
     collect_inputs,
@@ -29,6 +28,7 @@ from looplab.quantization import (
     quantize_run,
     quantized_layers,
 )
+from looplab.instruments.recorder import record
 from looplab.runs.folder import open_run
 from toys import FP32, make_ids, make_model, write_pages
 

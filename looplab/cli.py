@@ -125,11 +125,11 @@ def run_lens(arguments) -> None:
 
 def run_fetch(arguments) -> None:
     if arguments.name == "corpus":
-        from .corpora import describe_corpus, fetch_corpus
+        from looplab.pretrained.corpora import describe_corpus, fetch_corpus
 
         print(describe_corpus(fetch_corpus(arguments.output)))
     else:
-        from .pretrained import fetch
+        from looplab.pretrained.parts import fetch
 
         print(fetch(arguments.name, arguments.output))
 
@@ -138,11 +138,10 @@ def run_harness(arguments) -> None:
     import logging
     from pathlib import Path
 
+    from looplab.pretrained.harness import accuracies, score, settle_depth
     from looplab.runs.folder import to_json_lines
     from looplab.runs.models import load_model
     from looplab.runs.writing import check_file, write_whole
-
-    from .harness import accuracies, score, settle_depth
 
     # It warns of what is on purpose here: a model already loaded, data of our own.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -159,7 +158,7 @@ def run_harness(arguments) -> None:
 
 
 def run_frozen(arguments) -> None:
-    from .frozen import study
+    from looplab.pretrained.study import study
 
     path = study(arguments.recipe, arguments.stages, arguments.trust_remote_code)
     print(f"{path.read_text(encoding='utf-8')}\nwritten to {path}")

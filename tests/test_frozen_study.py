@@ -9,9 +9,9 @@ import yaml
 from families import make_frozen
 from test_harness import data, toy_tokenizer, words  # noqa: F401 (a fixture)
 
-from looplab import frozen
 from looplab.cli import main
-from looplab.frozen import BASE, Setting, best, gains, read_recipe, report, study
+from looplab.pretrained.parts import study as frozen
+from looplab.pretrained.study import BASE, Setting, best, gains, read_recipe, report, study
 from modeling_looped import looped
 
 GRID = [{"window": [[1, 2], [3, 4]], "num_loops": 2, "horizon": [1, 2]}]

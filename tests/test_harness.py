@@ -14,9 +14,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_builders import MultipleChoice
-from looplab import harness
 from looplab.cli import main
-from looplab.harness import answer_logprob, compare, mcnemar_p, score, task_names
+from looplab.pretrained.harness import answer_logprob, compare, mcnemar_p, score, task_names
+from looplab.pretrained.parts import harness
 from looplab.runs.folder import intervals as bootstrap
 from toys import FP32, SIZES, make_model
 

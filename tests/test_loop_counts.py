@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from data_builders.tokenizers import hop_tokenizer
-from looplab.harness import settle_depth
+from looplab.pretrained.harness import settle_depth
 from modeling_looped import FrozenLoopedForCausalLM, LoopedConfig, LoopedForCausalLM, attach
 from toys import make_config, make_ids, make_model
 

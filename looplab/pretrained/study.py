@@ -162,7 +162,7 @@ def read_recipe(path: str | Path) -> FrozenRecipe:
 
 def load(recipe: FrozenRecipe, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The recipe's model in float32, in evaluation mode, and its tokenizer; errors as of `load_model`."""
-    from .pretrained import PARTS, fetched
+    from .parts import PARTS, fetched
 
     folder = fetched(recipe.model) if recipe.model in PARTS else recipe.model
     return load_model(folder, "name another `model` in the recipe.", trust_remote_code, torch.float32)
@@ -418,7 +418,7 @@ def study(path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: b
     """
     from looplab.instruments.drawing import save
 
-    from .frozen_plots import profile_figure, sweep_figure
+    from .study_figures import profile_figure, sweep_figure
 
     recipe = read_recipe(path)
     figures = below(recipe.folder, "figures")

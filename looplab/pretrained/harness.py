@@ -23,7 +23,7 @@ from modeling_looped import LoopedForCausalLM
 from modeling_looped.depth_looped import generation_count
 from modeling_looped.frozen_looped import FrozenLooped
 
-from .pretrained import fetched
+from .parts import fetched
 
 try:
     from lm_eval import evaluate

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .limits import LIMITS, Limits, option
+from looplab.publish.limits import LIMITS, Limits, option
+
 from .mistakes import Parser, run_command
 
 
@@ -171,7 +172,7 @@ def run_ask(arguments) -> None:
 
 
 def run_demo(arguments) -> None:
-    from .demo import demo
+    from looplab.publish.demo import demo
 
     demo(arguments.runs, port=arguments.port)
 
@@ -239,7 +240,7 @@ def run_quantize(arguments) -> None:
 
 
 def run_publish(arguments) -> None:
-    from .publishing import publish
+    from looplab.publish.publishing import publish
 
     publish(
         arguments.run,
@@ -255,7 +256,7 @@ def run_publish(arguments) -> None:
 
 
 def run_serve(arguments) -> None:
-    from .serving import serve
+    from looplab.publish.serving import serve
 
     limits = Limits(**{name: getattr(arguments, name) for name in LIMITS})
     serve(arguments.model, host=arguments.host, port=arguments.port, device=arguments.device, limits=limits)

@@ -22,8 +22,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from data_builders import dataset_tokenizer, load_task
 from data_builders.tokenizers import smiles_tokenizer
-from looplab import demo
 from looplab.cli import main
+from looplab.publish import demo
 from looplab.runs.folder import open_run
 from toys import FP32, make_model
 

@@ -109,8 +109,8 @@ class Page:
 @pytest.fixture
 def places(toy_runs, toy_cache, tmp_path, monkeypatch):
     """The toy runs, and a copy of them whose models are to be poisoned; servers end at once."""
-    monkeypatch.setattr("looplab.demo.load_app", lambda _: Page())
-    monkeypatch.setattr("looplab.serving.Server.run", lambda *_, **__: None)
+    monkeypatch.setattr("looplab.publish.demo.load_app", lambda _: Page())
+    monkeypatch.setattr("looplab.publish.serving.Server.run", lambda *_, **__: None)
     (tmp_path / "new").mkdir()
     monkeypatch.chdir(tmp_path / "new")
     return {"runs": toy_runs, "new": tmp_path / "new"}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from looplab.cards import FIGURES
 from looplab.cli import parser
-from looplab.publishing import RECORDS
+from looplab.publish.cards import FIGURES
+from looplab.publish.publishing import RECORDS
 from looplab.runs.folder import VERBS
 
 ROOT = Path(__file__).parents[1]

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 import train
 from card_rules import card_problems
 from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
-from looplab import cards, publishing
-from looplab.cards import model_card, render
 from looplab.cli import main
-from looplab.publishing import publish
+from looplab.publish import cards, publishing
+from looplab.publish.cards import model_card, render
+from looplab.publish.publishing import publish
 from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
 from looplab.tasks.card import Names

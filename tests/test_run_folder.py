@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from data_builders import dataset_byte_bpe
 from looplab.cli import main as looped
-from looplab.publishing import check_measured
+from looplab.publish.publishing import check_measured
 from looplab.runs.digests import sha256_of, weights_of
 from looplab.runs.folder import VERBS, open_run
 from looplab.runs.models import load_run_model

@@ -25,11 +25,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from looplab.cli import main
-from looplab.limits import LIMITS, Limits
+from looplab.publish.limits import LIMITS, Limits
+from looplab.publish.serving import Server, check_kind, listen
+from looplab.publish.serving_jobs import Service, Turns, at_work, begun
+from looplab.publish.serving_requests import CHAT, COMPLETION, GENERATION
 from looplab.runs.models import load_model
-from looplab.serving import Server, check_kind, listen
-from looplab.serving_jobs import Service, Turns, at_work, begun
-from looplab.serving_requests import CHAT, COMPLETION, GENERATION
 from modeling_looped import attach
 from toys import make_model, open_gates
 

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server of one saved model, with a depth per request: `looped serve`.
 
-Starlette and uvicorn do the HTTP, this module the endpoints; `serving_requests.py` says what a request may say and
-`serving_jobs.py` how many are answered at once. `transformers serve` is built on the same two, but has no hook for any
+Starlette and uvicorn do the HTTP, this module the endpoints; `publish/serving_requests.py` says what a request may say and
+`publish/serving_jobs.py` how many are answered at once. `transformers serve` is built on the same two, but has no hook for any
 of that: it answers one request after the other, without limits, and loads whatever model a request names.
 The model runs by this package's code rather than by the copy saved in its folder.
 """

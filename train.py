@@ -35,7 +35,9 @@ from transformers import GenerationConfig
 
 from looplab.mistakes import Parser, run_command
 from looplab.runs.sections import field_names, flatten
-from looplab.tasks.registry import TASKS
+from looplab.tasks.hops.training import HopTask
+from looplab.tasks.language.training import TextTask
+from looplab.tasks.molecules.training import MoleculeTask
 from looplab.tasks.training import State
 from looplab.training.model import build_model, check_max_loops
 from looplab.training.objectives import DistillationLoss, ExitLoss, LabelLoss
@@ -43,6 +45,8 @@ from looplab.training.optimizers import build_optimizers, lr_factor
 from looplab.training.provenance import provenance
 from looplab.training.recipe import Recipe, read_recipe
 from looplab.training.run_folder import RunFolder, held
+
+TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask, "molecules": MoleculeTask}
 
 
 def over(recipe: Recipe, state: State) -> bool:
@@ -230,7 +234,7 @@ if __name__ == "__main__":
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields: " + " ".join(f"--{name}" for name in field_names()),
+        epilog="fields: " + " ".join(f"--{name}" for name in field_names(Recipe)),
         allow_abbrev=False,
     )
     parser.add_argument("recipe", help="YAML file of the fields below")

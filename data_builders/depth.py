@@ -10,8 +10,6 @@ from .seeding import stream
 
 # Nodes of the Gauss-Hermite rule over the log-normal rate; 64 give the mean to about 1e-12 for sigma <= 1.
 NODES = 64
-
-
 # Steps whose depths, or hop counts, are drawn at once.
 CHUNK = 4096
 

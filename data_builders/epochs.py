@@ -9,7 +9,7 @@ from .seeding import stream
 class ShuffledEpochs:
     """The endless sequence of shuffled epochs of `num_rows` rows, each row once per epoch: a function of the seed.
 
-    purpose, key: name the stream of random numbers, see `hop_rows.stream`.
+    purpose, key: name the stream of random numbers, see `seeding.stream`.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int, purpose: str, *key: int):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
+from . import hop_rows
 from .fields import check_fields, number
 from .hop_rows import FEATURES, hop_tables
 from .seeding import source_hash, stream
@@ -80,7 +81,7 @@ class Khop(datasets.ArrowBasedBuilder):
     ]
 
     def __init__(self, *args, hash: str | None = None, **kwargs):
-        super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
+        super().__init__(*args, hash=hash or source_hash(__file__, hop_rows.__file__), **kwargs)
         config = self.config
         check_fields(config)
         if config.max_hops < config.train_hops:

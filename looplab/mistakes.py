@@ -20,7 +20,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import NoReturn
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # "Validation error for field 'num_loops': ValueError: must be ..." -> field, what is wrong with it
 FIELD = re.compile(r"Validation error for field '(\w+)': \w+: (.*)")
@@ -47,8 +51,22 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, UnicodeDecodeError):
         return f"what is read is not text in UTF-8 ({said}): save it as UTF-8."
     if isinstance(error, ImportError) and said:
-        return f"a package is missing ({said}): install the extra that needs it."
+        extra = extra_with(error.name or "")
+        return f"{said}: pip install 'looped-transformers[{extra}]'." if extra else f"a package is missing ({said})."
     return said or type(error).__name__ if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+
+
+def extra_with(module: str) -> str | None:
+    """The extra of this project that installs a module; None if no extra does, or the project is not installed."""
+    try:
+        needs = [Requirement(need) for need in metadata.requires("looped-transformers") or ()]
+    except metadata.PackageNotFoundError:
+        return None
+    package = canonicalize_name(module.split(".")[0])
+    extras = [
+        re.search(r"extra == .(\w+)", str(need.marker)) for need in needs if canonicalize_name(need.name) == package
+    ]
+    return next((found[1] for found in extras if found), None)
 
 
 class Parser(argparse.ArgumentParser):

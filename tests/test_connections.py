@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from looplab.convert.conversion import looped_config, to_looped
 from looplab.training.optimizers import build_optimizers
+from looplab.training.recipe import Optim
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.connections_looped import (
     CONNECTIONS,
@@ -19,7 +20,6 @@ from modeling_looped.connections_looped import (
 )
 from modeling_looped.frozen_looped import looped
 from toys import FP32, make_config, make_ids, make_model
-from train import Optim
 
 SECTIONS = {"num_prelude_layers": 1, "num_coda_layers": 1, "loop_connection": "hyper"}
 SHARED = {"hyper_gates": "shared", "loop_embedding": "sinusoidal"}

@@ -10,7 +10,7 @@ from families import make_frozen
 from test_harness import data, toy_tokenizer, words  # noqa: F401 (a fixture)
 
 from looplab.cli import main
-from looplab.pretrained.parts import study as frozen
+from looplab.pretrained import study as frozen
 from looplab.pretrained.study import BASE, Setting, best, gains, read_recipe, report, study
 from modeling_looped import looped
 

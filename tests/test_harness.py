@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_builders import MultipleChoice
 from looplab.cli import main
+from looplab.pretrained import harness
 from looplab.pretrained.harness import answer_logprob, compare, mcnemar_p, score, task_names
-from looplab.pretrained.parts import harness
-from looplab.runs.folder import intervals as bootstrap
+from looplab.runs import intervals as bootstrap
 from toys import FP32, SIZES, make_model
 
 WORDS = ["<pad>", "<eos>", "Question:", "Answer:", *(f"w{i}" for i in range(SIZES["vocab_size"] - 4))]

@@ -42,8 +42,8 @@ def here(toy_runs, toy_cache, tmp_path, monkeypatch):
     study = (toy_runs / "study.yaml").read_text().replace(str(toy_runs), str(tmp_path / "here"))
     (tmp_path / "here" / "study.yaml").write_text(study)
     monkeypatch.chdir(tmp_path / "here")
-    for name, value in {"BATCH": 4, "MAX_TOKENS": 8, "reference_statistics": lambda _: None}.items():
-        monkeypatch.setattr(f"looplab.tasks.molecules.evaluation.{name}", value)
+    for name, value in {"samples.BATCH": 4, "samples.MAX_TOKENS": 8, "evaluation.reference_statistics": None}.items():
+        monkeypatch.setattr(f"looplab.tasks.molecules.{name}", value or (lambda _: None))
     return tmp_path / "here"
 
 

@@ -21,8 +21,8 @@ from looplab.instruments.halting_settings import Setting, setting_of
 from looplab.runs.folder import open_run
 from looplab.tasks.language import exits
 from looplab.tasks.language.exits import between_counts, counted_calls, decode
-from looplab.tasks.molecules import evaluation as molecules
 from looplab.tasks.molecules import exits as molecule_exits
+from looplab.tasks.molecules import samples
 from looplab.tasks.molecules.exits import cheapest, kind_rows, loops_of_tokens, molecule_rows, sample_row, timed_row
 from looplab.tasks.molecules.figures import exits_figure
 from looplab.tasks.molecules.held_out import loss_of_molecules, run_molecules
@@ -70,7 +70,7 @@ def rows(test_split, loaded):
 @pytest.fixture
 def small(monkeypatch):
     for module, name, value in [
-        (molecules, "MAX_TOKENS", 25),
+        (samples, "MAX_TOKENS", 25),
         (molecule_exits, "TIMED", (1, 3)),
         (molecule_exits, "PARTS", 10),
         (molecule_exits, "reference_statistics", lambda test: None),
@@ -179,7 +179,7 @@ def test_loops_are_counted_up_to_the_end(loaded, small):
         loops += used[:stop]
     assert len(lengths) > 3
     assert loops_of_tokens(output, tokenizer.eos_token_id).tolist() == loops
-    assert write_molecules(model, tokenizer, 20, SETTINGS[0], LOOPS, 0) == molecules.samples_of(
+    assert write_molecules(model, tokenizer, 20, SETTINGS[0], LOOPS, 0) == samples.samples_of(
         write_tokens(model, tokenizer, 20, SETTINGS[0], LOOPS, 0, halting=NEVER).sequences, tokenizer
     )
 
@@ -203,7 +203,7 @@ def test_a_rule_is_compared_to_the_line_between_fixed_counts():
 
 
 def test_halting_writes_and_prints_every_measure(run, small, capsys, monkeypatch):
-    monkeypatch.setattr(molecules, "MAX_TOKENS", 10)
+    monkeypatch.setattr(samples, "MAX_TOKENS", 10)
     assert main(["halting", str(run.folder), "--limit", "4"]) == 0
     text, rows = capsys.readouterr().out, run.halting()
     by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("exit", "kind", "sample")}

@@ -16,10 +16,11 @@ import train
 from data_builders import PackedMolecules, load_molecules
 from looplab.cli import main
 from looplab.instruments.recorder import edit_head, record, watching_heads
-from looplab.runs.folder import open_run
+from looplab.runs.folder import open_run, rows_on_file
 from looplab.runs.intervals import paired_interval, wilson_interval
-from looplab.tasks.molecules import evaluation as molecules
+from looplab.runs.models import weights_digest
 from looplab.tasks.molecules import readouts as molecule_readouts
+from looplab.tasks.molecules import samples
 from looplab.tasks.molecules.ablations import ablations_text, cell_of, mean_outputs, token_kinds
 from looplab.tasks.molecules.figures import plot_molecule_runs
 from looplab.tasks.molecules.held_out import HeldOut, loss_of_molecules
@@ -248,7 +249,7 @@ def test_a_fresh_head_is_at_the_minimum(parts):
 
 def test_lens_writes_prints_and_draws(home, tmp_path, monkeypatch, capsys):
     """Every cell once; started again, what is there is kept and only what is missing is measured."""
-    monkeypatch.setattr(molecules, "MAX_TOKENS", 30)
+    monkeypatch.setattr(samples, "MAX_TOKENS", 30)
     run = open_run(shutil.copytree(home / "mol", tmp_path / "mol"))
     command = ["lens", str(run.folder), "--limit", "12", "--no-probes"]
     assert main(command) == 0
@@ -276,4 +277,4 @@ def test_lens_writes_prints_and_draws(home, tmp_path, monkeypatch, capsys):
     assert {"ablations.png", "readouts.png"} <= set(paths)
     # Other weights: nothing is kept.
     (run.folder / "ablations.jsonl").write_text(json.dumps(rows[0] | {"weights": "others"}) + "\n")
-    assert molecules.rows_on_file(run.folder / "ablations.jsonl", {"weights": molecules.weights_digest(run)}) == []
+    assert rows_on_file(run.folder / "ablations.jsonl", {"weights": weights_digest(run)}) == []

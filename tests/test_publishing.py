@@ -35,6 +35,7 @@ from looplab.runs.models import load_run_model
 from looplab.tasks.card import Names
 from looplab.tasks.hops.rows import load_run_task
 from looplab.tasks.molecules import evaluation as molecules
+from looplab.tasks.molecules import samples
 from looplab.tasks.registry import READERS
 from toys import shipped_with, write_pages
 
@@ -97,8 +98,8 @@ def smiles(home):
     make_run(recipe, f"--output_dir={home}", "--name=smiles", "--optim.lr=1e-2", "--max_steps=60",
              "--curriculum.check_every=1000", f"--data.files=[{toys}]")  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(molecules, "BATCH", 20)
-        patch.setattr(molecules, "MAX_TOKENS", 40)
+        patch.setattr(samples, "BATCH", 20)
+        patch.setattr(samples, "MAX_TOKENS", 40)
         patch.setattr(molecules, "reference_statistics", lambda test: None)
         molecules.evaluate_molecules(home / "smiles", limit=20, loops=[1, 3])
     return home / "smiles"

@@ -29,7 +29,7 @@ from data_builders import (
     train_byte_bpe,
 )
 from data_builders.text import documents
-from looplab.pretrained.parts import corpora
+from looplab.pretrained import corpora
 from toys import write_pages
 
 SIZES = {"document_characters": 150, "validation_share": 0.2, "test_share": 0.2}

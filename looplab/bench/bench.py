@@ -4,7 +4,7 @@
     decode     `generate`, greedy, batch 1, new tokens/s; eager with a dynamic cache, compiled with a static one
     kv_bytes   bytes of the cache tensors per token, for each kv_sharing
     hyper      training step of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
-    context    decoding at long contexts, and chunks: training with gated KV, see `bench/contexts.py`
+    context    decoding at long contexts, and chunks: training with gated KV, see `contexts.py`
     halting    layer calls and wall time of the KL + entropy rule against fixed loops, on a trained run
     speculation  decoding with `draft_loops` against plain decoding, batch 1, new tokens/s: on a trained run on text or
                molecules, and where every draft is accepted because loops change nothing, which is as fast as it gets

@@ -4,7 +4,7 @@
               kv_sharing and loop count, against a Llama as deep as the loops unrolled; batch 1, dynamic caches
     chunks    training step of kv_sharing="gated" at each chunk length, tokens/s, against a row per loop
 
-Weights are random; rows and pairs are those of `bench/bench.py`.
+Weights are random; rows and pairs are those of `bench.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ def chunk_row(width: int, work: Workload, rounds: int, chunk: int) -> dict:
 def memory_plan(
     widths: Sequence[int], work: Workload, rounds: int, contexts: Sequence[int], loops: Sequence[int]
 ) -> list[Callable[[], list[dict]]]:
-    """Measurements for `benchmark.bench`."""
+    """Measurements for `bench.bench`."""
     plan = [
         lambda w=w, s=s, r=r, c=c: [context_row(w, work, rounds, s, r, c)]
         for w in widths

@@ -17,8 +17,6 @@ from modeling_looped import LoopedConfig, LoopedForCausalLM
 from .pair import Workload, model_sizes
 
 CONFIDENCE = "assistant_confidence_threshold"
-
-
 CONFIDENCES = (0.4, 0.8)  # that of transformers, and one under which drafts are surer, and shorter
 
 

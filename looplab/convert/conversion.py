@@ -2,7 +2,7 @@
 
 The layers below the core become the prelude, those above it the coda, and no weight changes: at one loop the looped
 model is the source. That is not assumed but measured on the files that were written, before they get their name.
-Ouro is a looped model already: it only changes its names (`convert/ouro.py`), and its tensors are compared.
+Ouro is a looped model already: it only changes its names (`ouro.py`), and its tensors are compared.
 """
 
 import copy

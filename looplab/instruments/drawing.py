@@ -8,7 +8,9 @@ from matplotlib.figure import Figure
 
 from looplab.runs.folder import Run
 from looplab.runs.writing import below, write_whole
-from looplab.tasks.hops.run_figures import Figure
+
+# A name and the runs that go by it: seeds of one recipe.
+Group = tuple[str, Sequence[Run]]
 
 
 def own_folder(run: Run, runs: Sequence[Run], output: str | Path | None) -> Path:
@@ -27,8 +29,6 @@ def all_have(runs: Sequence[Run], file: str) -> bool:
 
 
 COLOURS = "cividis"
-
-
 FRAME = "#d55e00"  # vermilion of Okabe and Ito, apart from every colour of cividis
 
 
@@ -40,15 +40,8 @@ def save(figure: Figure, path: Path) -> Path:
 
 # Okabe and Ito, without the yellow that does not show on white and the vermilion that marks the training.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000")
-
-
 STYLES = ("-", "--", ":", "-.")
-
-
 MARKS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: no two of many lines are alike
-
-
-Group = tuple[str, Sequence[Run]]
 
 
 def band_words(groups: Sequence[Group], alone: str = "95 % Wilson interval of one run's rows") -> str:

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from lm_eval import evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from scipy.stats import wilcoxon
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import MultipleChoice
@@ -25,15 +29,7 @@ from modeling_looped.frozen_looped import FrozenLooped
 
 from .parts import fetched
 
-try:
-    from lm_eval import evaluate
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
-    from scipy.stats import wilcoxon
-except ImportError as error:
-    raise ValueError("the harness needs lm-eval: pip install 'looped-transformers[eval]'.") from error
-
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent / "benchmarks"
 
 
 @dataclass(frozen=True)

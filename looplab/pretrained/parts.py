@@ -82,12 +82,10 @@ def load_gguf(folder: Path, gguf_file: str):
     """The causal LM of a GGUF file, its tensors dequantised to float32, and its tokenizer.
 
     Raises:
-        ValueError: gguf is not installed, or model and tokenizer do not agree on the special tokens.
+        ImportError: gguf is not installed.
+        ValueError: model and tokenizer do not agree on the special tokens.
     """
-    try:
-        import gguf  # noqa: F401 (transformers says too little without it)
-    except ImportError as error:
-        raise ValueError("reading a GGUF file needs gguf: pip install 'looped-transformers[eval]'.") from error
+    import gguf  # noqa: F401 (transformers says too little without it)
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

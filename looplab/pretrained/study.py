@@ -41,7 +41,7 @@ from modeling_looped.frozen_window_looped import decoder_layers
 
 STAGES = ("profile", "sweep", "confirm", "cost")
 SPLITS = {"sweep": "validation", "confirm": "test"}
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent / "benchmarks"
 TEXT = "text"  # beside the tasks' names
 
 

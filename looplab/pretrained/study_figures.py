@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from looplab.instruments.drawing import FRAME
+from matplotlib.figure import Figure
 
-from matplotlib.figure import Figure  # isort: skip (tasks/hops/run_figures.py says what to install when there is none)
+from looplab.instruments.drawing import FRAME
 
 
 def profile_figure(rows: Sequence[dict]) -> Figure:

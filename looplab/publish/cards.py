@@ -17,6 +17,7 @@ import jinja2
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
+import hub_cards
 from data_builders.builders import TAGS
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
@@ -25,7 +26,7 @@ from looplab.tasks.hops.card import HopCard
 from looplab.tasks.molecules.card import MoleculeCard
 from looplab.tasks.text.card import TextCard
 
-TEMPLATES = Path(__file__).parents[1] / "hub_cards"
+TEMPLATES = Path(hub_cards.__file__).parent
 
 # Figures of a run that a card shows, in this order, and what they show.
 FIGURES = {

@@ -18,6 +18,7 @@ from types import ModuleType
 from huggingface_hub import SpaceCard, SpaceCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import hub_cards
 from looplab.runs.folder import AGAIN, Run, open_run
 from looplab.runs.models import load_model, load_run_model
 from looplab.runs.writing import write_whole
@@ -26,7 +27,7 @@ from looplab.tasks.hops.task import HopReader
 from looplab.tasks.molecules.card import molecules_part
 from looplab.tasks.registry import READERS
 
-TEMPLATES = Path(__file__).parents[1] / "hub_cards" / "space"
+TEMPLATES = Path(hub_cards.__file__).parent / "space"
 GRADIO = "6.31.0"  # what a Space installs: the version the page is tested with
 
 
@@ -96,14 +97,11 @@ def load_app(folder: Path) -> ModuleType:
     """The app.py in `folder`.
 
     Raises:
-        ValueError: gradio is not installed.
+        ImportError: gradio is not installed.
     """
     spec = spec_from_file_location("looped_space", folder / "app.py")
     app = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(app)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the page needs {error.name}: pip install 'looped-transformers[demo]'.") from error
+    spec.loader.exec_module(app)
     return app
 
 

@@ -2,7 +2,7 @@
 
     model      USER/NAME           model/, the run's own records below run/, figures/, and a card
     dataset    datasets/USER/NAME  --dataset: the run's data as parquet, and a card; `load_dataset` needs no code
-    Space      spaces/USER/NAME    --space: the page with the loop slider (publish/demo.py), of the model
+    Space      spaces/USER/NAME    --space: the page with the loop slider (demo.py), of the model
     collection                     ties them together, where there is more than the model
 
 What is uploaded is a list of names, never a folder: checkpoints and whatever else lies in RUN stay where they are. A

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server of one saved model, with a depth per request: `looped serve`.
 
-Starlette and uvicorn do the HTTP, this module the endpoints; `publish/serving_requests.py` says what a request may say and
-`publish/serving_jobs.py` how many are answered at once. `transformers serve` is built on the same two, but has no hook for any
+Starlette and uvicorn do the HTTP, this module the endpoints; `serving_requests.py` says what a request may say and
+`serving_jobs.py` how many are answered at once. `transformers serve` is built on the same two, but has no hook for any
 of that: it answers one request after the other, without limits, and loads whatever model a request names.
 The model runs by this package's code rather than by the copy saved in its folder.
 """
@@ -17,6 +17,12 @@ from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from pathlib import Path
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
 from transformers import PreTrainedConfig
 
 from looplab.runs.models import blaming, load_model
@@ -25,16 +31,6 @@ from modeling_looped import FrozenLoopedForCausalLM, LoopedForCausalLM
 from .limits import Limits, option
 from .serving_jobs import Job, Service
 from .serving_requests import CHAT, COMPLETION, Refusal, read_fields, short
-
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import Response, StreamingResponse
-    from starlette.routing import Route
-except ImportError as error:
-    raise ValueError("serving needs starlette and uvicorn: pip install 'looped-transformers[serve]'.") from error
 
 MODELS = {each.__name__ for each in (LoopedForCausalLM, FrozenLoopedForCausalLM)}
 REMEDY = "name a folder that save_pretrained wrote, such as RUN/model."

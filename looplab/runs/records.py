@@ -23,27 +23,19 @@ RECORDS = (
     "evaluation.json", "grid.jsonl", "loops.jsonl", "text.jsonl", "molecules.jsonl", "halting.jsonl", "memory.jsonl",
     "lens*.jsonl", "probes.jsonl", "ablations.jsonl", "readouts.jsonl", "quantization.json",
 )  # fmt: skip
-
-
 MODEL_FILES = (
     "config.json", "generation_config.json", "*_looped.py", "model.safetensors", "model-?????-of-?????.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-
-
 CHECKPOINT_FILES = (
     "state.json", "pytorch_model*", "model*.safetensors*", "optimizer*", "scheduler*.bin", "sampler*.bin",
     "random_states_*.pkl", "scaler.pt",
 )  # fmt: skip
-
-
 FIGURES = (
     "grid", "training", "hops", "loops", "halting", "learning", "perplexity", "validity", "faults", "molecules",
     "exits", "ablations", "readouts", "stages", "lens*", "patch*", "swap*", "probe*",
 )  # fmt: skip
-
-
 # Paths in a run folder that this project writes; a star stays within a folder.
 OWNED = (
     "run.json", "recipe.yaml", "metrics.jsonl", "summary.json", *RECORDS, ".*.partial",
@@ -56,11 +48,7 @@ OWNED = (
     "samples/*-loops*.jsonl", *(f"figures/{name}.png" for name in FIGURES),
     "tracker/events.out.tfevents.*", "tracker/*/events.out.tfevents.*", "tracker/hparams.yml",
 )  # fmt: skip
-
-
 OWNED_PARTS = [pattern.split("/") for pattern in OWNED]
-
-
 OLD = ".replaced"  # where a folder is while another takes its place
 
 

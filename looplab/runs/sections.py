@@ -1,4 +1,4 @@
-"""Dataclasses as sections of a YAML file: fields by dotted names, checked by type, with the nearest name for a wrong one."""
+"""Dataclasses as sections of a YAML file: fields have dotted names and types; a wrong name meets the nearest one."""
 
 import difflib
 import re
@@ -8,7 +8,6 @@ from dataclasses import fields, is_dataclass
 from huggingface_hub.dataclasses import type_validator
 
 from data_builders.files import expand_home
-from looplab.training.recipe import Recipe
 
 
 def refuse_fields(section_name: str, section, names: Iterable[str], task: str):
@@ -35,7 +34,7 @@ def expand_paths(section, prefix: str = ""):
             setattr(section, item.name, paths[0] if isinstance(value, str) else paths)
 
 
-def field_names(section: type = Recipe, prefix: str = "") -> list[str]:
+def field_names(section: type, prefix: str = "") -> list[str]:
     """Dotted names of a recipe's fields."""
     names = [prefix + item.name for item in fields(section)]
     return names + [
@@ -43,7 +42,7 @@ def field_names(section: type = Recipe, prefix: str = "") -> list[str]:
     ]
 
 
-def build_recipe(values: dict, section: type = Recipe, prefix: str = "", root: type | None = None):
+def build_recipe(values: dict, section: type, prefix: str = "", root: type | None = None):
     """A recipe, of the type `section`, from nested plain values; ValueError for an unknown field, with the nearest
     name among those of `root`, and a wrong type."""
     if not isinstance(values, dict):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from .folder import Run
+from .intervals import t_interval
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -12,10 +12,7 @@ from collections.abc import Sequence
 
 from looplab.runs.folder import Run
 from looplab.tasks.hops.task import HopReader
-from looplab.tasks.hops.training import HopTask
-from looplab.tasks.language.training import TextTask
 from looplab.tasks.molecules.task import MoleculeReader
-from looplab.tasks.molecules.training import MoleculeTask
 from looplab.tasks.text.task import TextReader
 
 Reader = HopReader | TextReader | MoleculeReader
@@ -41,6 +38,3 @@ def reader_of(runs: Sequence[Run]) -> Reader:
                 f"{runs[0].folder} is a run on {runs[0].task()} and {run.folder} on {run.task()}: read them apart."
             )
     return READERS[runs[0].task()]
-
-
-TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask, "molecules": MoleculeTask}

@@ -80,7 +80,7 @@ class Optim:
 @strict
 @dataclass
 class Distill:
-    """Learn from a model with a KV row per loop to do with one row per token (MELT), see `looplab/training/distillation.py`."""
+    """Learn from a model with a KV entry per loop to do with one entry per token (MELT), see `distillation.py`."""
 
     teacher: str | None = path()  # a saved model's folder; None: learn from the labels
     phase: Literal["interpolation", "alignment"] = "alignment"
@@ -244,4 +244,4 @@ def read_recipe(path: str | Path, flags: list[str] = ()) -> Recipe:
             if not isinstance(place, dict):
                 raise ValueError(f"{name}: {section} is a value, it has no fields.")
         place[leaf] = parse_yaml(text, f"the argument {name}")
-    return build_recipe(values)
+    return build_recipe(values, Recipe)

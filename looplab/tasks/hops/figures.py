@@ -1,11 +1,9 @@
 """Which figures a set of runs gets, and where: what `looped plot RUN...` draws.
 
-Each run's own go to RUN/figures/, or where --output says of a run alone: grid.png and training.png (tasks/hops/run_figures.py), and as
-far as it has the files, hops.png and loops.png (of `looped eval`), halting.png (of `looped halting`), learning.png
-(composition). Several runs are grouped by recipe, and the figures of groups (tasks/hops/seed_figures.py) go to one folder, with the
-group in their names. Runs on text have their own (tasks/language/figures.py): training.png, and once evaluated perplexity.png; of
-groups held_out.png and perplexity.png. Runs on molecules (tasks/molecules/figures.py): training.png, validity.png, faults.png,
-molecules.png, and once `looped lens` ran ablations.png and readouts.png.
+Figures of one run go to RUN/figures/, or to --output if the run is drawn alone: grid.png and training.png
+(run_figures.py), hops.png and loops.png after `looped eval`, halting.png after `looped halting`, learning.png for the
+task composition. Several runs are grouped by recipe; figures of groups (seed_figures.py) go to one folder and have the
+group in their names.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,8 +8,8 @@
     patch(model, clean, corrupted)               one clean state put into the corrupted run: does the answer come back?
     swap_bridge(model, chains, facts)            b exchanged with another b' in the state: does the answer follow b'?
 
-Each returns a table, a dict per layer call and position or set of positions, counted as in `instruments/recorder.py`; shares are
-fractions.
+Each returns a table: a dict per layer call and position, or set of positions, counted as in instruments/recorder.py.
+Shares are fractions.
 
 Methods: Loop, Think & Generalize (arXiv 2604.07822) for lens, patching and bridge swap on two-hop chains. Legend: N
 chains, T tokens, K hops, V vocabulary, D hidden size.

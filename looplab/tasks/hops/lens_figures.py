@@ -11,10 +11,11 @@ Figures count loops and layers from 1, the rows from 0. Depth grows upwards.
 
 from collections.abc import Callable, Sequence
 
-from .rows import KIND_WORDS
+from matplotlib.figure import Figure
 
-from matplotlib.figure import Figure  # isort: skip (tasks/hops/run_figures.py says what to install when there is none)
 from looplab.instruments.drawing import NAN, call_labels, call_of, name_lines, ordered, panel_grid, shade, share
+
+from .rows import KIND_WORDS
 
 
 def kind_title(row: dict) -> str:

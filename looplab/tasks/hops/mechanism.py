@@ -5,7 +5,7 @@ lens_step-N.jsonl    the same of RUN/snapshots/step-N          figures/lens_step
 lens_stages.jsonl    what tells the stages of training apart   figures/stages.png
 
 Every row names its `measure` (accuracy, lens, patch, swap, probe), the snapshot and its step, `hops`, `split_kind`,
-and `at`: the words of its positions. The other fields are those of the functions in tasks/hops/lens.py and tasks/hops/probes.py.
+and `at`: the words of its positions. The other fields are those of the functions in lens.py and probes.py.
 """
 
 from pathlib import Path

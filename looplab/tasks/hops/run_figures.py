@@ -4,25 +4,22 @@
     training.png   loss and gate accuracy per hop count over wall minutes; dashed where a hop count was added
 
 Several runs (seeds) are drawn as one heat map of their mean and their lowest accuracy. Colours are cividis, which
-colour-blind readers see as others do. Figures of seeds are in tasks/hops/seed_figures.py.
+colour-blind readers see as others do. Figures of seeds are in seed_figures.py.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
 
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
 from looplab.instruments.drawing import COLOURS, FRAME
 from looplab.runs.folder import Run
 
 from .rows import KIND_WORDS
-
-try:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-except ImportError as error:
-    raise ValueError("plots need matplotlib: pip install 'looped-transformers[plots]'.") from error
 
 
 def cells_of(run: Run) -> dict[tuple[int, str, int], dict]:

@@ -11,13 +11,14 @@ A band is the 95 % t-interval over the runs of a group, or for a single run the 
 from collections.abc import Sequence
 from statistics import fmean
 
+from matplotlib.figure import Figure
+
 from looplab.instruments.drawing import FRAME, MARKS, PALETTE, STYLES, Group, band_words, tidy
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval, wilson_interval
 
 from .results import THRESHOLDS, depth_facts, halting_facts, lines_of
 from .rows import KIND_WORDS
-from .run_figures import Figure
 
 MOST_LINES = 6
 

@@ -11,13 +11,13 @@ blocks, or none for held-out losses.
 from collections.abc import Sequence
 from statistics import fmean
 
-from looplab.instruments.drawing import COLOURS, FRAME, Group, band_words, tidy
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from looplab.instruments.drawing import COLOURS, FRAME, Group, band_words, draw_band, tidy
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval
-from looplab.tasks.hops.run_figures import Figure, colormaps
-
-from matplotlib.ticker import EngFormatter  # isort: skip (tasks/hops/run_figures.py says what to install)
-from looplab.instruments.drawing import draw_band
 
 TOKENS_LABEL = "training tokens"
 

@@ -8,7 +8,7 @@ Every cell (layer call x head x value) writes the same samples, with the same ra
 predicts the tokens of the same test molecules. The latter is without sampling noise and tells more:
 
     loss        nats per token, and of the tokens of one kind: `)`, which closes a branch; ring digits; all others
-    shares      of the samples: validity, each of `faults` and of `exclusive` (tasks/molecules/smiles.py)
+    shares      of the samples: validity, each of `faults` and of `exclusive` (smiles.py)
 
 RUN/ablations.jsonl has a line per cell: section, loop, layer, head, value; loss {kind: {"nats", "change",
 "interval"}}, validity, faults {label: ...} and exclusive {class: ...}, each {"share", "change", "interval"}. A change

@@ -38,7 +38,7 @@ from .chemnet import reference_statistics
 from .held_out import LOSS_MOLECULES, loss_of_molecules, run_molecules
 from .masking import ValidPrefix
 from .measures import measure
-from .samples import MAX_TOKENS, SETTINGS, cache_speed, forget_samples_of_another_model, sample_file
+from .samples import SETTINGS, cache_speed, forget_samples_of_another_model, sample_file
 
 SAMPLES = 10_000  # at the model's own loops, of each setting
 LOOP_SAMPLES = 2_000  # at most, at each other loop count
@@ -99,7 +99,7 @@ def evaluate_molecules(
         "num_loops": own,
         "parameters": count_parameters(model),
         "settings": [asdict(setting) for setting in SETTINGS],
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": samples.MAX_TOKENS,
         "seed": seed,
         "speed": cache_speed(model, tokenizer, own),
     }

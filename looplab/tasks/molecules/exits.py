@@ -1,10 +1,10 @@
 """How many loops the tokens of a molecule need: what `looped halting RUN` does for the task molecules.
 
 RUN/halting.jsonl has rows of three measures; `rule` with its thresholds and `num_loops` name the setting, see
-`exits.exit_settings`, and the rule `fixed` is a fixed loop count, which a rule must beat at as many loops.
+`halting_settings.exit_settings`, and the rule `fixed` is a fixed loop count, which a rule must beat at as many loops.
 
     exit      held-out molecules, teacher-forced from `<bos>` to `<eos>`, one row per setting and batch size: the
-              fields of `exits.exit_rows`. A complete molecule leaves the batch, so that no padding is run or counted
+              fields of `language.exits.exit_rows`. A complete molecule leaves the batch: no padding is run or counted
     kind      the same tokens, one row per rule and kind of the token that is predicted (`smiles.KINDS`): kind, tokens,
               and loss, full_loss, agreement and loops of these tokens. Each rule is at the threshold with the fewest
               loops of those at most 0.01 nats per token above the best fixed count, or else at the nearest to it
@@ -12,7 +12,7 @@ RUN/halting.jsonl has rows of three measures; `rule` with its thresholds and `nu
               numbers:
 
     n                     molecules
-    validity              {"share", "interval"} as in `molecules.measure`
+    validity              {"share", "interval"} as in `measures.measure`
     fixed_validity        share at the same mean loops, on the straight lines between the fixed counts
     fcd, fcd_of_test      distance to 10,000 test molecules of the valid ones, and of n test molecules: the fewer
                           they are the larger it is, so compare equal n. None without fcd_torch

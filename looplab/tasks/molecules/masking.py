@@ -28,14 +28,12 @@ class ValidPrefix(LogitsProcessor):
         least: probability below which a token is left out unasked.
 
     Raises:
-        ValueError: partialsmiles is not installed.
+        ImportError: partialsmiles is not installed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, least: float = LEAST):
-        try:
-            import partialsmiles
-        except ImportError as error:
-            raise ValueError("this needs partialsmiles: pip install 'looped-transformers[molecules]'.") from error
+        import partialsmiles
+
         self.least, self.eos = least, tokenizer.eos_token_id
         self.words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.special = {tokenizer.pad_token_id, tokenizer.bos_token_id}

@@ -10,8 +10,9 @@
     random_init      the probe on the same pass of a model with random weights: what any network keeps of its input
 
 A high accuracy means little where the controls have it, too; `over_controls` is the accuracy less the best of them.
-Probes are those of tasks/hops/probes.py, on standardised states, fitted on 80 % of the molecules of the test split and measured
-on the others (SMolLM, arXiv 2605.06322, without controls). A row of RUN/probes.jsonl per pass, layer and target.
+The probes (instruments/linear_probe.py) read standardised states. They are fitted on 80 % of the molecules of the test
+split and measured on the others (SMolLM, arXiv 2605.06322, without controls). RUN/probes.jsonl has a line per loop,
+layer and target.
 """
 
 from collections.abc import Sequence

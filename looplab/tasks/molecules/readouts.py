@@ -10,7 +10,7 @@ reads after p passes, for p = 1 .. num_loops (SMolLM, arXiv 2605.06322); nothing
     samples   written by `generate`, the head in place of lm_head and num_loops = p: the same seeds for both heads
 
 RUN/readouts.jsonl has a line per pass and head (own | fresh): loops, head, loss, loss_interval (over molecules), the
-fields of `molecules.measure`; fit_loss and fit_tokens, the end of the fit, None of the own head. Each line also has
+fields of `measures.measure`; fit_loss and fit_tokens, the end of the fit, None of the own head. Each line also has
 what it was measured under (weights, molecules, setting); started again, it goes on with the passes that are missing.
 """
 

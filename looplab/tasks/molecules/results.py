@@ -1,8 +1,8 @@
 """What the files of runs on molecules say: one run by setting and loops, and a Markdown table of groups of seeds.
 
 A group's number is its mean over seeds with [lowest, highest], in % where it is a share; 95 % t-intervals are over
-seeds (runs/seeds.py). `--against` compares validity seed by seed. Wilson's intervals in the text of one run know the chance
-of its samples and not of its training.
+seeds (runs/intervals.py). `--against` compares validity seed by seed. Wilson's intervals in the text of one run know
+the chance of its samples and not the chance of its training.
 """
 
 from collections.abc import Sequence

@@ -15,8 +15,6 @@ from looplab.runs.models import weights_digest
 from looplab.runs.writing import below, write_whole
 
 BATCH = 500  # samples that are written at once, and seeded alike
-
-
 MAX_TOKENS = 120
 
 

@@ -19,7 +19,7 @@ class MoleculeReader:
     """Runs on molecules; `limit` and `masked` count samples, other arguments mean what they do to `HopReader`."""
 
     def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
-        """Write the files of `molecules.evaluate_molecules`.
+        """Write the files of `evaluation.evaluate_molecules`.
 
         Raises:
             ValueError: `max_loops` or `max_hops` is given.
@@ -30,7 +30,7 @@ class MoleculeReader:
         return evaluate_molecules(run.folder, loops=loops, limit=limit, masked=masked)
 
     def halting(self, run: Run, *, limit, max_loops, max_hops) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `molecule_exits.exits_of_molecules`; returns it and what it says.
+        """Write RUN/halting.jsonl by `exits.exits_of_molecules`; returns it and what it says.
 
         Raises:
             ValueError: `max_hops` is given.

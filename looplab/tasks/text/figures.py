@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from looplab.instruments.drawing import (
@@ -19,7 +20,6 @@ from looplab.instruments.drawing import (
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval
 from looplab.runs.seeds import group_runs
-from looplab.tasks.hops.run_figures import Figure
 from looplab.tasks.language.figures import held_out_figure, training_figure
 
 

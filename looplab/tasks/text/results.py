@@ -3,8 +3,9 @@
     perplexity    of the test split at the model's own loop count (RUN/text.jsonl, of `looped eval`)
     difference    loss of a run less that of the baseline's run with the same seeds on the same blocks, nats per token
 
-A group's number is its mean over seeds with [lowest, highest]. Intervals are Student's t over seeds (runs/seeds.py); those
-of differences also the bootstrap over blocks, which knows the chance of the test text and not of training.
+A group's number is its mean over seeds with [lowest, highest]. Intervals are Student's t over seeds
+(runs/intervals.py). A difference also has the bootstrap over blocks, which knows the chance of the test text and not
+the chance of training.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from statistics import fmean
 from looplab.runs.folder import Run
 from looplab.runs.seeds import by_seeds, groups_against, interval, span, to_markdown
 
-# Column -> the accounting of `perplexity.count_parameters`.
+# Column -> the accounting of `count_parameters`.
 PARAMETERS = {
     "parameters": "all",
     "with one vocabulary matrix": "one_vocabulary",

@@ -27,7 +27,7 @@ SHIPPED_WITH = {"torch", "transformers", "huggingface_hub"}
 
 
 def files_of(part: str) -> list[Path]:
-    return [ROOT / "train.py"] if part == "train" else sorted((ROOT / part).glob("*.py"))
+    return [ROOT / "train.py"] if part == "train" else sorted((ROOT / part).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -66,7 +66,8 @@ def test_every_measurement_is_published():
 
 def test_every_figure_of_a_run_has_a_caption():
     """A picture without one is neither shown on the card nor published."""
-    text = "".join((ROOT / "looplab" / name).read_text(encoding="utf-8") for name in ("figures.py", "lens_plots.py"))
+    pages = [*ROOT.glob("looplab/tasks/*/figures.py"), ROOT / "looplab/tasks/hops/lens_figures.py"]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
     written = (r'figures / f?"(\w+)\.png"', r"^    (\w+)\.png  ", r'path\("(\w+)"')
     drawn = {name for pattern in written for name in re.findall(pattern, text, re.MULTILINE)}
     assert {"grid", "ablations", "readouts", "lens", "hops"} <= drawn

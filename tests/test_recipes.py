@@ -15,10 +15,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from data_builders import DepthSampler, task_builder
-from looplab.benchmark import update_flops
+from looplab.bench.flops import update_flops
+from looplab.training.optimizers import build_optimizers
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.layers_looped import LoopedLayer
-from train import Recipe, build_optimizers, main, read_recipe
+from train import Recipe, main, read_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"

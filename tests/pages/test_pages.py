@@ -255,7 +255,7 @@ def test_the_commands_of_a_page_are_accepted(page, monkeypatch):
             if isinstance(recipe, Path):
                 train.read_recipe(recipe, flags)
             else:
-                build_recipe(parse_yaml(recipe, page))
+                build_recipe(parse_yaml(recipe, page), Recipe)
         elif words[0] == "make":
             assert set(words[1:]) <= targets
         else:

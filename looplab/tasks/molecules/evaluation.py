@@ -99,7 +99,7 @@ def evaluate_molecules(
         "num_loops": own,
         "parameters": count_parameters(model),
         "settings": [asdict(setting) for setting in SETTINGS],
-        "max_tokens": samples.MAX_TOKENS,
+        "max_tokens": writing.MAX_TOKENS,
         "seed": seed,
         "speed": cache_speed(model, tokenizer, own),
     }

@@ -34,6 +34,7 @@ from data_builders.molecules import rdkit_chem
 from looplab.runs.folder import open_run, to_json_lines
 from looplab.runs.models import count_parameters, load_run_model
 
+from . import samples as writing
 from .chemnet import reference_statistics
 from .held_out import LOSS_MOLECULES, loss_of_molecules, run_molecules
 from .masking import ValidPrefix

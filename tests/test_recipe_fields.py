@@ -4,7 +4,6 @@ the field."""
 import copy
 import re
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import get_args
 
 import datasets
@@ -22,8 +21,8 @@ from data_builders.fields import Range
 from looplab import frozen
 from looplab.cli import parser
 from looplab.recipe import Recipe, build_recipe, field_names, read_recipe
+from toys import ROOT
 
-ROOT = Path(__file__).parents[1]
 HOPS = {
     "name": "run",
     "model": {},

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,8 +16,7 @@ from looplab.results import (
     wilson_interval,
 )
 from looplab.runs import open_run
-
-ROOT = Path(__file__).parents[1]
+from toys import ROOT
 
 
 def loop_row(split, hops, loops, accuracy, first=0.0, kind=None):

@@ -64,3 +64,13 @@ def toy_runs(tmp_path_factory, trained):
     folder = tmp_path_factory.mktemp("toy_runs")
     make_toy_runs(folder, trained)
     return folder
+
+
+@pytest.fixture(scope="session")
+def benchmarks(tmp_path_factory):
+    """A folder of `toy_questions.write_benchmarks`."""
+    from toy_questions import write_benchmarks
+
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder)
+    return folder

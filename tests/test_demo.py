@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import SpaceCard
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -24,6 +23,7 @@ from data_builders.tokenizers import smiles_tokenizer
 from looplab import demo
 from looplab.cli import main
 from looplab.runs import open_run
+from toy_runs import written_run
 from toys import FP32, ROOT, make_model
 
 CHROMIUM = shutil.which("chromium")
@@ -41,8 +41,7 @@ def write_run(folder, data, tokenizer, **sizes):
     sizes = {"num_core_layers": 1, "residual_init": "normal", "vocab_size": len(tokenizer), **sizes}
     for saved in (make_model(**sizes), tokenizer):
         saved.save_pretrained(folder / "model")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": folder.name, "data": data}))
-    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    written_run(folder, {"name": folder.name, "data": data}, summary=SUMMARY)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Laws of what is read off RUN/loops.jsonl and RUN/halting.jsonl: choose on validation rows, measure on test rows."""
 
-import json
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from looplab.results import (
     halting_text,
     wilson_interval,
 )
-from looplab.runs import open_run
+from toy_runs import written_run
 from toys import ROOT
 
 
@@ -35,10 +34,7 @@ def make_run(tmp_path):
             for hops, accuracies in lines.items()
             for loops, accuracy in enumerate(accuracies, start=1)
         ]
-        (tmp_path / "recipe.yaml").write_text("name: toy\n")
-        (tmp_path / "summary.json").write_text(json.dumps({"learnable_depth": learnable}))
-        (tmp_path / "loops.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return open_run(tmp_path)
+        return written_run(tmp_path, {"name": "toy"}, summary={"learnable_depth": learnable}, loops=rows)
 
     return make
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import train
 from data_builders.tokenizers import hop_tokenizer
 from looplab.cli import main
+from looplab.runs import Run, open_run
 from toys import ROOT, SIZES, write_pages
 
 SHORT = ["--max_steps=2", "--curriculum.check_every=2", "--checkpoint_every=2", "--optim.warmup_steps=0"]
@@ -79,6 +80,18 @@ def write_llama(folder: Path) -> None:
     sizes = {name: value for name, value in SIZES.items() if name not in ("num_core_layers", "num_loops")}
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=6)).save_pretrained(folder)
     hop_tokenizer(num_entities=20, num_relations=4).save_pretrained(folder)
+
+
+def written_run(folder: Path, recipe: dict, **files: dict | list[dict]) -> Run:
+    """A run that nobody trained: `summary={..}` becomes its summary.json, and `grid=[{..}, ..]` its grid.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name, content in files.items():
+        if isinstance(content, dict):
+            (folder / f"{name}.json").write_text(json.dumps(content))
+        else:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return open_run(folder)
 
 
 def edit_json(path: Path, **fields) -> None:

@@ -1,6 +1,7 @@
-"""Settings of the whole suite."""
+"""Settings of the whole suite, and what its modules share: trained runs, a Hugging Face home, a fresh accelerator."""
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def pytest_configure(config):
     fuzz = settings(SUITE, derandomize=False, max_examples=examples or 1, print_blob=True)
     settings.register_profile("looped", SUITE if examples is None else fuzz)
     settings.load_profile("looped")
+    # The caches of datasets, of models and of their code: nobody's own, and one per process of pytest-xdist. They are
+    # read when the libraries are imported, here and in the processes that tests start.
+    home = tempfile.TemporaryDirectory(prefix="hf-home-")
+    os.environ["HF_HOME"] = home.name
+    config.add_cleanup(home.cleanup)
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +39,38 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Precision and launcher belong to the process in accelerate: every test finds them unset."""
+    yield
+    from toy_runs import reset_accelerator
+
+    reset_accelerator()
+
+
 @pytest.fixture(scope="session")
-def toy_runs(tmp_path_factory):
+def trained(tmp_path_factory):
+    """trained("hops" | "text" | "molecules", "--field=value", ...) is the folder of such a run: see `TrainedRuns`."""
+    from toy_runs import TrainedRuns
+
+    return TrainedRuns(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def toy_runs(tmp_path_factory, trained):
     """The folder of `toy_runs.make_toy_runs`, to look at: what a test breaks or writes, it copies."""
     from toy_runs import make_toy_runs
 
     folder = tmp_path_factory.mktemp("toy_runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-        make_toy_runs(folder)
+    make_toy_runs(folder, trained)
     return folder
 
 
-@pytest.fixture
-def toy_cache(toy_runs, monkeypatch):
-    """The cache of `datasets` that the toy runs were trained from."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", toy_runs / "cache")
+@pytest.fixture(scope="session")
+def benchmarks(tmp_path_factory):
+    """A folder of `toy_questions.write_benchmarks`."""
+    from toy_questions import write_benchmarks
+
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder)
+    return folder

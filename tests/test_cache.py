@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from modeling_looped.cache_looped import CACHE_NAME, RewritingDynamicLayer
-from toys import FP32, KV_SHARINGS, make_ids, make_model, open_gates
+from toys import FP32, KV_SHARINGS, make_ids, make_model, open_gates, stepwise
 
 every_sharing = pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
 every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -27,15 +27,6 @@ CACHES = {
     "static": lambda config: StaticCache(config=config, max_cache_len=16),
 }
 every_cache = pytest.mark.parametrize("kind", CACHES)
-
-
-def stepwise(model, ids, cache, sizes, **kwargs):
-    """Logits of `ids` fed in pieces of the given sizes through one cache."""
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(model(ids[:, start : start + size], past_key_values=cache, use_cache=True, **kwargs).logits)
-        start += size
-    return torch.cat(pieces, dim=1)
 
 
 def oracle(model, ids, sizes, num_loops):
@@ -109,7 +100,7 @@ def test_cached_equals_the_naive_twin(kv_sharing, attn, num_loops, kind, sizes):
     model = open_gates(make_model(attn=attn, kv_sharing=kv_sharing))
     ids = make_ids()
     cache = CACHES[kind](model.config)
-    logits = stepwise(model, ids, cache, sizes, num_loops=num_loops)
+    logits = stepwise(model, ids, sizes, cache, num_loops=num_loops)
     torch.testing.assert_close(logits, oracle(model, ids, sizes, num_loops), **FP32)
     assert int(cache.get_seq_length()) == ids.shape[1]
     slots = model.config.kv_slots().count(num_loops)
@@ -131,7 +122,7 @@ def test_cached_equals_uncached(kv_sharing, attn, num_loops, connection):
         num_coda_layers=1,
     )
     ids = make_ids()
-    logits = stepwise(model, ids, DynamicCache(config=model.config), (3, 1, 2, 1), num_loops=num_loops)
+    logits = stepwise(model, ids, (3, 1, 2, 1), num_loops=num_loops)
     torch.testing.assert_close(logits, model(ids, num_loops=num_loops, use_cache=False).logits, **FP32)
 
 
@@ -142,7 +133,7 @@ def test_last_is_the_uncached_model_within_one_call_only():
     ids = make_ids()
     uncached = model(ids, use_cache=False).logits
     assert model(ids, use_cache=True).logits.equal(uncached)
-    assert not torch.allclose(stepwise(model, ids, DynamicCache(), (1,) * 7), uncached, atol=1e-2)
+    assert not torch.allclose(stepwise(model, ids, (1,) * 7, DynamicCache()), uncached, atol=1e-2)
 
 
 @torch.no_grad()
@@ -225,12 +216,10 @@ def test_a_cropped_cache_continues_as_a_fresh_one(kv_sharing):
     model = open_gates(make_model(kv_sharing=kv_sharing))
     ids, other = make_ids(), make_ids(seed=9)
     cache = DynamicCache(config=model.config)
-    stepwise(model, ids, cache, (4, 3), num_loops=5)
+    stepwise(model, ids, (4, 3), cache, num_loops=5)
     cache.crop(-3)
     continued = model(other[:, :2], past_key_values=cache, num_loops=5).logits
-    fresh = stepwise(
-        model, torch.cat([ids[:, :4], other[:, :2]], 1), DynamicCache(config=model.config), (4, 2), num_loops=5
-    )
+    fresh = stepwise(model, torch.cat([ids[:, :4], other[:, :2]], 1), (4, 2), num_loops=5)
     torch.testing.assert_close(continued, fresh[:, 4:], **FP32)
 
 

@@ -7,38 +7,26 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
-import train
 from looplab.cli import main
+from toy_runs import failure
+from toys import ROOT
 
-ROOT = Path(__file__).parents[1]
 COMMANDS = ("eval", "halting", "plot", "table", "ask", "demo", "bench", "quantize", "publish", "memory")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def evaluated(trained, tmp_path_factory):
     """The smoke recipe, trained for 20 steps and evaluated."""
-    folder = tmp_path_factory.mktemp("runs")
-    train.main(train.read_recipe(ROOT / "recipes" / "smoke.yaml", [f"--output_dir={folder}"]))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main(["eval", str(folder / "smoke"), "--loops", "1", "2", "5", "--max-loops", "6"]) == 0
-    return folder / "smoke"
+    run = trained.copy(tmp_path_factory.mktemp("runs"), "hops")
+    assert main(["eval", str(run), "--loops", "1", "2", "5", "--max-loops", "6"]) == 0
+    return run
 
 
 @pytest.fixture
-def run(trained, tmp_path):
+def run(evaluated, tmp_path):
     """A copy of that run to break."""
-    return Path(shutil.copytree(trained, tmp_path / "smoke"))
-
-
-def failure(capfd, *arguments) -> str:
-    """What a failing command says, without progress bars; it must be one line."""
-    capfd.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("looped ")]
-    assert len(lines) == 1
-    return lines[0]
+    return Path(shutil.copytree(evaluated, tmp_path / "smoke"))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -59,21 +47,21 @@ def test_help_is_shown_without_importing_anything_heavy(command):
         assert all(name in done.stdout for name in COMMANDS)
 
 
-def test_eval_writes_the_grid(trained):
-    rows = [json.loads(line) for line in (trained / "grid.jsonl").read_text().splitlines()]
+def test_eval_writes_the_grid(evaluated):
+    rows = [json.loads(line) for line in (evaluated / "grid.jsonl").read_text().splitlines()]
     assert {row["loops"] for row in rows} == {1, 2, 5}
     assert {row["hops"] for row in rows if row["split_kind"] == "ood"} == {4, 5, 6, 7, 8}
-    trained_hops = json.loads((trained / "summary.json").read_text())["trained_hops"]
+    trained_hops = json.loads((evaluated / "summary.json").read_text())["trained_hops"]
     assert all(row["trained"] == (row["hops"] in trained_hops) for row in rows)
-    assert json.loads((trained / "evaluation.json").read_text()) == {"chance": 1 / 8, "limit": None}
-    assert not list(trained.glob("*.tmp"))
+    assert json.loads((evaluated / "evaluation.json").read_text()) == {"chance": 1 / 8, "limit": None}
+    assert not list(evaluated.glob("*.tmp"))
 
 
-def test_eval_follows_held_out_rows_over_every_loop(trained):
-    rows = [json.loads(line) for line in (trained / "loops.jsonl").read_text().splitlines()]
+def test_eval_follows_held_out_rows_over_every_loop(evaluated):
+    rows = [json.loads(line) for line in (evaluated / "loops.jsonl").read_text().splitlines()]
     grid = {
         (row["split_kind"], row["hops"], row["loops"]): row["accuracy"]
-        for row in map(json.loads, (trained / "grid.jsonl").read_text().splitlines())
+        for row in map(json.loads, (evaluated / "grid.jsonl").read_text().splitlines())
     }
     for split in ("validation", "test"):
         cells = {(row["hops"], row["loops"]) for row in rows if row["split"] == split}
@@ -118,8 +106,8 @@ def test_halting_says_so_where_a_run_solves_nothing(run, capfd):
     assert not (run / "halting.jsonl").exists()
 
 
-def test_ask_shows_the_true_chain_and_an_answer_per_loop_count(trained, capsys):
-    assert main(["ask", str(trained), "e3 r1 r0", "--loops", "1", "4"]) == 0
+def test_ask_shows_the_true_chain_and_an_answer_per_loop_count(evaluated, capsys):
+    assert main(["ask", str(evaluated), "e3 r1 r0", "--loops", "1", "4"]) == 0
     question, chain, header, *answers = capsys.readouterr().out.splitlines()
     assert question == "question  e3 r1 r0"
     assert chain.startswith("chain     e3 -r1-> e")
@@ -129,16 +117,16 @@ def test_ask_shows_the_true_chain_and_an_answer_per_loop_count(trained, capsys):
     assert all(0 < float(line.split()[2]) <= 100 for line in answers)
 
 
-def test_ask_without_a_question_takes_one_hop_beyond_the_training(trained, capsys):
-    assert main(["ask", str(trained), "--loops", "2"]) == 0
-    trained_hops = json.loads((trained / "summary.json").read_text())["trained_hops"]
+def test_ask_without_a_question_takes_one_hop_beyond_the_training(evaluated, capsys):
+    assert main(["ask", str(evaluated), "--loops", "2"]) == 0
+    trained_hops = json.loads((evaluated / "summary.json").read_text())["trained_hops"]
     assert f"({max(trained_hops) + 1} hops)" in capsys.readouterr().out
 
 
-def test_bench_writes_every_kind_of_row(trained, tmp_path, capsys):
+def test_bench_writes_every_kind_of_row(evaluated, tmp_path, capsys):
     assert main(["bench", "--quick", "--contexts", "6", "--memory-loops", "2", "--output", str(tmp_path)]) == 0
     assert "gated KV trained in chunks" in capsys.readouterr().out
-    assert main(["bench", "--quick", "--no-compile", "--output", str(tmp_path), "--run", str(trained)]) == 0
+    assert main(["bench", "--quick", "--no-compile", "--output", str(tmp_path), "--run", str(evaluated)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert {row["measure"] for row in rows} == {"training", "decode", "kv_bytes", "hyper", "speculation", "halting"}
     assert all(row["machine"] and row["threads"] == 1 and row["matmul_peak_gflops"] > 0 for row in rows)
@@ -153,10 +141,10 @@ def test_bench_writes_every_kind_of_row(trained, tmp_path, capsys):
     assert all(word in table for word in words)
 
 
-def test_an_unknown_run_is_one_sentence_with_the_nearest_name(trained, capfd):
+def test_an_unknown_run_is_one_sentence_with_the_nearest_name(evaluated, capfd):
     for command in ("eval", "halting", "plot", "table"):
-        wrong = trained.parent / "smokee"
-        expected = f"looped {command}: there is no run folder {wrong}; did you mean {trained}?"
+        wrong = evaluated.parent / "smokee"
+        expected = f"looped {command}: there is no run folder {wrong}; did you mean {evaluated}?"
         assert failure(capfd, command, wrong) == expected
     assert "no run folder" in failure(capfd, "ask", "nowhere/at-all", "e1 r1")
     assert "no run folder" in failure(capfd, "bench", "--quick", "--run", "nowhere")
@@ -182,14 +170,14 @@ def test_a_half_written_file_is_named(run, capfd):
     assert f"{run / 'summary.json'} cannot be read" in failure(capfd, "eval", run)
 
 
-def test_an_unknown_word_in_a_question_is_named_with_examples(trained, capfd):
-    message = failure(capfd, "ask", trained, "e3 r99")
+def test_an_unknown_word_in_a_question_is_named_with_examples(evaluated, capfd):
+    message = failure(capfd, "ask", evaluated, "e3 r99")
     assert "unknown words ['r99']" in message
     assert "questions look like: e" in message
 
 
-def test_a_loop_count_below_one_is_refused_before_any_work(trained, capfd):
+def test_a_loop_count_below_one_is_refused_before_any_work(evaluated, capfd):
     with pytest.raises(SystemExit) as end:
-        main(["eval", str(trained), "--loops", "0"])
+        main(["eval", str(evaluated), "--loops", "0"])
     assert end.value.code == 2
     assert "must be an integer from 1 to 10000, got '0'" in capfd.readouterr().err

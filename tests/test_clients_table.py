@@ -34,9 +34,7 @@ from data_builders.collator import LoopCollator, LoopCollatorCallback
 from data_builders.depth import DepthSampler
 from data_builders.tokenizers import hop_tokenizer
 from modeling_looped import LoopedForSequenceClassification, looped
-from toys import FP32, KV_SHARINGS, make_config, make_ids, make_model, open_gates
-
-ROOT = Path(__file__).parents[1]
+from toys import FP32, KV_SHARINGS, ROOT, make_config, make_ids, make_model, open_gates
 
 pytestmark = [
     # PEFT 0.21 asks transformers for the old name of activation checkpointing.

@@ -1,13 +1,10 @@
 """The figures of groups are read off their artists: which loops, whose band, what is marked."""
 
-import json
-
 import pytest
-import yaml
 
-from looplab.runs.folder import open_run
 from looplab.runs.intervals import t_interval
 from looplab.tasks.hops.seed_figures import halting_figure, hops_figure, learning_figure, loops_figure, spread_lines
+from toy_runs import written_run
 
 CHANCE = 0.125
 
@@ -21,8 +18,6 @@ def make_run(tmp_path):
     """make_run("name", shift): a run of 4 loops on 2, 3 (trained) and 4 hops, with its files of eval and halting."""
 
     def make(name, shift=0.0, kinds=None):
-        run = tmp_path / name
-        run.mkdir()
         lines = [(kind, 2) for kind in kinds] if kinds else [("id", 2), ("id", 3), ("ood", 4)]
         loops = [
             {
@@ -52,20 +47,9 @@ def make_run(tmp_path):
             | {"gate_by_split_kind": {"2 id": 1 - shift, "2 ood": step / 100 - shift}}
             for step in ((20, 40, 80, 160) if shift else (20, 40, 80))
         ]
-        texts = {
-            "recipe.yaml": yaml.safe_dump({"name": name}),
-            "summary.json": json.dumps(
-                {"trained_hops": [1, 2, 3], "learnable_depth": 3, "trained_loops": {"minimum": 2, "maximum": 3}}
-            ),
-            "evaluation.json": json.dumps({"chance": CHANCE, "limit": None}),
-            **{
-                f"{file}.jsonl": "".join(json.dumps(row) + "\n" for row in rows)
-                for file, rows in (("loops", loops), ("halting", halting), ("metrics", gates))
-            },
-        }
-        for file, text in texts.items():
-            (run / file).write_text(text)
-        return open_run(run)
+        summary = {"trained_hops": [1, 2, 3], "learnable_depth": 3, "trained_loops": {"minimum": 2, "maximum": 3}}
+        facts = {"summary": summary, "evaluation": {"chance": CHANCE, "limit": None}}
+        return written_run(tmp_path / name, {"name": name}, **facts, loops=loops, halting=halting, metrics=gates)
 
     return make
 

@@ -13,10 +13,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-import yaml
 from huggingface_hub import SpaceCard
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -25,9 +23,9 @@ from data_builders.tokenizers import smiles_tokenizer
 from looplab.cli import main
 from looplab.publish import demo
 from looplab.runs.folder import open_run
-from toys import FP32, make_model
+from toy_runs import written_run
+from toys import FP32, ROOT, make_model
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")
 KHOP = {"num_entities": 6, "num_relations": 3, "train_hops": 3, "max_hops": 5}
 KHOP |= {"train_per_hop": 20, "gate_per_hop": 5, "test_per_hop": 5}
@@ -43,26 +41,23 @@ def write_run(folder, data, tokenizer, **sizes):
     sizes = {"num_core_layers": 1, "residual_init": "normal", "vocab_size": len(tokenizer), **sizes}
     for saved in (make_model(**sizes), tokenizer):
         saved.save_pretrained(folder / "model")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": folder.name, "data": data}))
-    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    written_run(folder, {"name": folder.name, "data": data}, summary=SUMMARY)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Finished runs of models with random weights: khop, composition, molecules, text."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        for name, config, overrides, readout in (
-            ("khop", "quickstart", KHOP, "last"),
-            ("composition", "cpu", COMPOSITION, "token"),
-        ):
-            data = {"task": name, "config": config, "seed": 0, "overrides": overrides}
-            task = load_task(name, config, seed=0, **overrides)
-            write_run(folder / name, data, dataset_tokenizer(task, readout=readout))
-        for name in ("molecules", "text"):
-            write_run(folder / name, {"task": name}, smiles_tokenizer(SMILES))
-        yield folder
+    for name, config, overrides, readout in (
+        ("khop", "quickstart", KHOP, "last"),
+        ("composition", "cpu", COMPOSITION, "token"),
+    ):
+        data = {"task": name, "config": config, "seed": 0, "overrides": overrides}
+        task = load_task(name, config, seed=0, **overrides)
+        write_run(folder / name, data, dataset_tokenizer(task, readout=readout))
+    for name in ("molecules", "text"):
+        write_run(folder / name, {"task": name}, smiles_tokenizer(SMILES))
+    return folder
 
 
 def settings_of(runs, *names):

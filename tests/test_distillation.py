@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from test_melt import as_policy, make_melt
 
 from looplab.training.distillation import Distillation, attention_outputs, by_loop, interpolated
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.calls_looped import Decision
-from toys import FP32, make_ids, make_model
+from toys import FP32, as_policy, make_ids, make_melt, make_model
 
 OURO = {"norm_placement": "sandwich", "norm_between_loops": True}
 

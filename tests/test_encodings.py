@@ -1,11 +1,11 @@
 """Text is UTF-8 wherever it is read or written, whatever the locale says, and YAML is read in one place."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from toys import ROOT
+
 SOURCES = sorted(
     [ROOT / "train.py", *(path for name in ("modeling_looped", "data_builders", "looplab", "hub_cards")
                           for path in (ROOT / name).rglob("*.py"))]

@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-import datasets
 import pandas
 import pytest
 from hypothesis import given, settings
@@ -23,12 +22,6 @@ from looplab.runs.yaml_text import read_yaml
 LAW = settings(derandomize=True, max_examples=80, deadline=None, database=None)
 MOLECULES = ["CCO", "c1ccccc1", "C[C@H](N)C(=O)O", "[Na+].[Cl-]", "C%10CCCC%10", "*C"]
 SMILES = st.sampled_from(MOLECULES)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """What tests read is nobody else's: it stays out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from test_wrong_commands import READ, VERBS, arguments_of, command, readable
+from command_lines import READ, VERBS, arguments_of, command, readable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from looplab.cli import main
-from toy_runs import ROOT, SHORT, edit_json
+from toy_runs import SHORT, edit_json
+from toys import ROOT
 
 EVIL = """
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -107,7 +107,7 @@ class Page:
 
 
 @pytest.fixture
-def places(toy_runs, toy_cache, tmp_path, monkeypatch):
+def places(toy_runs, tmp_path, monkeypatch):
     """The toy runs, and a copy of them whose models are to be poisoned; servers end at once."""
     monkeypatch.setattr("looplab.publish.demo.load_app", lambda _: Page())
     monkeypatch.setattr("looplab.publish.serving.Server.run", lambda *_, **__: None)
@@ -137,23 +137,19 @@ def test_no_command_runs_it(places, tmp_path, verb, action, kind):
 
 @pytest.mark.parametrize("field", ["init_from", "data.tokenizer", "distill.teacher"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_train_runs_none_of_what_a_recipe_names(places, tmp_path, field, kind):
+def test_train_runs_none_of_what_a_recipe_names(places, trained, tmp_path, field, kind):
     mark = poison(Path(shutil.copytree(places["runs"] / "text" / "model", tmp_path / "poisoned" / "model")), kind)
-    flags = [f"--output_dir={tmp_path}", *SHORT, f"--data.files=['{places['runs']}/pages/*.txt']"]
-    flags += ["--data.overrides={document_characters: 500, validation_share: 0.1, test_share: 0.1}"]
-    flags += [f"--{field}={tmp_path}/poisoned/model"]
+    flags = [f"--output_dir={tmp_path}", *SHORT, *trained.data["text"], f"--{field}={tmp_path}/poisoned/model"]
     flags += {
         "init_from": ["--model={}", "--data.vocab_size=null"],
         "data.tokenizer": ["--data.vocab_size=null"],
-        "distill.teacher": ["--data.vocab_size=280", "--model.kv_sharing=first"],
+        "distill.teacher": ["--model.kv_sharing=first"],
     }[field]
     said = ""
     try:
         train.main(train.read_recipe(ROOT / "recipes" / "smoke_text.yaml", flags))
     except ValueError as error:
         said = str(error)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
     assert not mark.exists()
     if kind == "pickle" and field != "data.tokenizer":
         assert f"{tmp_path}/poisoned/model" in said

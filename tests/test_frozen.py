@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
-from accelerate.state import AcceleratorState
 from families import EXPERT_FAMILIES, FAMILIES, make_frozen, make_tokens
 from transformers import (
     BloomConfig,
@@ -753,15 +752,6 @@ def test_a_model_whose_weights_are_offloaded_hears_its_loop_count():
     torch.testing.assert_close(logits_of(model, ids), base, **F64)
 
 
-@pytest.fixture
-def fresh_accelerator():
-    """Precision is the process's in accelerate: neither another test's nor left behind."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("fresh_accelerator")
 def test_what_wrapped_a_looped_forward_outlives_the_loop():
     """accelerate's prepare keeps the forward that it found, and the model without the loop has no `loop` to ask."""
     model, ids = make_frozen("llama", dtype=torch.float32), make_tokens()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from families import make_frozen
-from test_harness import data, toy_tokenizer, words  # noqa: F401 (a fixture)
+from toy_questions import toy_tokenizer, words
 
 from looplab.cli import main
 from looplab.pretrained import study as frozen
@@ -18,7 +18,7 @@ GRID = [{"window": [[1, 2], [3, 4]], "num_loops": 2, "horizon": [1, 2]}]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, data):  # noqa: F811
+def folder(tmp_path_factory, benchmarks):
     """A model with its tokenizer, text, and a recipe over them."""
     import numpy as np
 
@@ -27,13 +27,13 @@ def folder(tmp_path_factory, data):  # noqa: F811
     toy_tokenizer().save_pretrained(folder / "model")
     rng = np.random.default_rng(0)
     (folder / "text.txt").write_text("\n\n".join(words(rng, 400) for _ in range(60)))
-    write(folder / "recipe.yaml", folder, data)
+    write(folder / "recipe.yaml", folder, benchmarks)
     return folder
 
 
-def write(path, folder, data, **fields):  # noqa: F811
+def write(path, folder, benchmarks, **fields):
     recipe = {
-        "name": "toy", "model": str(folder / "model"), "benchmarks": str(data),
+        "name": "toy", "model": str(folder / "model"), "benchmarks": str(benchmarks),
         "text": {"files": [str(folder / "text.txt")], "document_characters": 500, "validation_share": 0.3,
                  "test_share": 0.3},
         "sweep": {"arc_easy": 5, "text": 2}, "confirm": {"arc_easy": 4, "text": 3}, "grid": GRID,
@@ -125,8 +125,8 @@ def test_nothing_on_file_is_measured_again(done, folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_study_of_another_recipe_is_not_mixed_in(done, folder, data, capsys):  # noqa: F811
-    other = write(folder / "other.yaml", folder, data, sweep={"arc_easy": 3, "text": 2})
+def test_a_study_of_another_recipe_is_not_mixed_in(done, folder, benchmarks, capsys):
+    other = write(folder / "other.yaml", folder, benchmarks, sweep={"arc_easy": 3, "text": 2})
     assert main(["frozen", str(other)]) == 2
     assert "another recipe" in capsys.readouterr().err
 

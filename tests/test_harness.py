@@ -8,10 +8,8 @@ from math import comb, exp
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from toy_questions import toy_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_builders import MultipleChoice
 from looplab.cli import main
@@ -20,72 +18,24 @@ from looplab.pretrained.harness import answer_logprob, compare, mcnemar_p, score
 from looplab.runs import intervals as bootstrap
 from toys import FP32, SIZES, make_model
 
-WORDS = ["<pad>", "<eos>", "Question:", "Answer:", *(f"w{i}" for i in range(SIZES["vocab_size"] - 4))]
-
-
-def toy_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-def words(rng, number: int) -> str:
-    return " ".join(f"w{i}" for i in rng.integers(len(WORDS) - 4, size=number))
-
-
-def write_requests(path, documents):
-    """Lines as in the published files: one per choice, then the same without the question."""
-    path.parent.mkdir(parents=True)
-    lines = []
-    for offset in (0, 1_000_000):
-        for i, document in enumerate(documents):
-            for idx, choice in enumerate(document["choices"]):
-                text = document["query"] if offset == 0 else "Answer:"
-                line = {"doc": {**document, "query": text}, "request": {"context": text, "continuation": f" {choice}"}}
-                lines.append(json.dumps({**line, "idx": idx, "doc_id": i + offset}))
-    path.write_bytes(gzip.compress("\n".join(lines).encode()))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """12 validation and 9 test questions of every benchmark; question 0 of test is question 3 of validation."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    for config in MultipleChoice.builder_configs.values():
-        rng = np.random.default_rng(7)
-        for split, rows in (("validation", 12), ("test", 9)):
-            documents = [
-                {
-                    "query": config.prefix + words(rng, 4) + config.suffix,
-                    "choices": [words(rng, length) for length in rng.permutation([1, 2, 3, 5])],
-                    "gold": int(rng.integers(4)),
-                }
-                for _ in range(rows)
-            ]
-            if split == "validation":
-                shared = documents[3]
-            else:
-                documents[0] = shared
-            write_requests(folder / config.file(split), documents)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("datasets")
 
 
-def dataset(data, cache, name="arc_easy", **fields):
-    builder = MultipleChoice(config_name=name, data_dir=str(data), cache_dir=str(cache), **fields)
+def dataset(benchmarks, cache, name="arc_easy", **fields):
+    builder = MultipleChoice(config_name=name, data_dir=str(benchmarks), cache_dir=str(cache), **fields)
     builder.download_and_prepare()
     return builder.as_dataset()
 
 
-def test_rows_are_those_of_the_file(data, cache):
+def test_rows_are_those_of_the_file(benchmarks, cache):
     """Question, choices and answer of every row, found again by its id in the file."""
-    path = data / "piqa/val_rc_5shot/requests.jsonl.gz"
+    path = benchmarks / "piqa/val_rc_5shot/requests.jsonl.gz"
     lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     published = {f"val-{line['doc_id']}": line["doc"] for line in lines if line["doc_id"] < 1_000_000}
-    rows = dataset(data, cache, "piqa")["test"].to_list()
+    rows = dataset(benchmarks, cache, "piqa")["test"].to_list()
     assert {row["id"] for row in rows} == set(published)
     for row in rows:
         document = published[row["id"]]
@@ -94,30 +44,30 @@ def test_rows_are_those_of_the_file(data, cache):
 
 
 @pytest.mark.parametrize("name", sorted(MultipleChoice.builder_configs))
-def test_no_question_is_in_both_splits(data, cache, name):
+def test_no_question_is_in_both_splits(benchmarks, cache, name):
     """Validation loses the question that test has too, and nothing else."""
-    rows = dataset(data, cache, name)
+    rows = dataset(benchmarks, cache, name)
     questions = {split: set(rows[split]["question"]) for split in rows}
     assert not questions["validation"] & questions["test"]
     assert (len(questions["validation"]), len(questions["test"])) == (11, 9)
 
 
-def test_the_order_is_random_and_the_seed_repeats_it(data, cache, tmp_path):
-    first = dataset(data, cache)["test"]["id"][:]
+def test_the_order_is_random_and_the_seed_repeats_it(benchmarks, cache, tmp_path):
+    first = dataset(benchmarks, cache)["test"]["id"][:]
     assert first != [f"test-{i}" for i in range(9)]
-    assert dataset(data, tmp_path)["test"]["id"][:] == first
-    other = dataset(data, cache, seed=1)["test"]["id"][:]
+    assert dataset(benchmarks, tmp_path)["test"]["id"][:] == first
+    other = dataset(benchmarks, cache, seed=1)["test"]["id"][:]
     assert other != first
     assert sorted(other) == sorted(first)
-    assert len(dataset(data, cache, max_validation=5)["validation"]) == 5
+    assert len(dataset(benchmarks, cache, max_validation=5)["validation"]) == 5
 
 
-def test_files_that_are_missing_or_of_another_form_are_named(data, tmp_path):
+def test_files_that_are_missing_or_of_another_form_are_named(benchmarks, tmp_path):
     with pytest.raises(ValueError, match=r"has no arc_easy/val_rc_5shot.*looped fetch benchmarks"):
         MultipleChoice(config_name="arc_easy", data_dir=str(tmp_path), cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match="max_validation must be a whole number"):
-        MultipleChoice(config_name="arc_easy", data_dir=str(data), cache_dir=str(tmp_path), max_validation=0)
-    builder = MultipleChoice(config_name="arc_easy", data_dir=str(data), cache_dir=str(tmp_path), prefix="Q: ")
+        MultipleChoice(config_name="arc_easy", data_dir=str(benchmarks), cache_dir=str(tmp_path), max_validation=0)
+    builder = MultipleChoice(config_name="arc_easy", data_dir=str(benchmarks), cache_dir=str(tmp_path), prefix="Q: ")
     with pytest.raises(ValueError, match=r"row 0: .* is not of the form of arc_easy"):
         list(builder.rows("test"))
 
@@ -150,11 +100,11 @@ def llama():
 
 @pytest.mark.parametrize("task", sorted(PROMPTS))
 @pytest.mark.parametrize("make", [llama, make_model], ids=["llama", "looped"])
-def test_a_choice_scores_the_sum_of_its_log_probabilities(data, cache, make, task):
+def test_a_choice_scores_the_sum_of_its_log_probabilities(benchmarks, cache, make, task):
     """Of every item, every choice; acc takes the largest sum, acc_norm the largest per character."""
     model, tokenizer = make(), toy_tokenizer()
-    rows = score(model, tokenizer, task, "test", batch_size=3, data=data, cache_dir=cache)
-    documents = dataset(data, cache, task)["test"].to_list()
+    rows = score(model, tokenizer, task, "test", batch_size=3, data=benchmarks, cache_dir=cache)
+    documents = dataset(benchmarks, cache, task)["test"].to_list()
     assert [row["id"] for row in rows] == [document["id"] for document in documents]
     for row, document in zip(rows, documents, strict=True):
         prompt = PROMPTS[task].format(document["question"])
@@ -167,12 +117,12 @@ def test_a_choice_scores_the_sum_of_its_log_probabilities(data, cache, make, tas
     assert {row["acc"] for row in rows} == {True, False}
 
 
-def test_the_model_and_the_tokenizer_are_left_as_they_were(data, cache):
+def test_the_model_and_the_tokenizer_are_left_as_they_were(benchmarks, cache):
     """Scoring attaches nothing, moves nothing, and is blind to what the caller has attached: it is called as it is."""
     model, tokenizer = llama().to(torch.bfloat16).train(), toy_tokenizer()
     calls = []
     with model.model.layers[1].register_forward_hook(lambda module, args, output: calls.append(module.training)):
-        rows = score(model, tokenizer, "arc_easy", limit=2, data=data, cache_dir=cache)
+        rows = score(model, tokenizer, "arc_easy", limit=2, data=benchmarks, cache_dir=cache)
     assert len(rows) == 2
     assert calls
     assert not any(calls)
@@ -181,10 +131,10 @@ def test_the_model_and_the_tokenizer_are_left_as_they_were(data, cache):
     assert tokenizer.pad_token is None
 
 
-def test_a_limit_is_a_beginning_and_batches_do_not_matter(data, cache):
+def test_a_limit_is_a_beginning_and_batches_do_not_matter(benchmarks, cache):
     model, tokenizer = llama(), toy_tokenizer()
-    whole = score(model, tokenizer, "piqa", data=data, cache_dir=cache)
-    part = score(model, tokenizer, "piqa", limit=4, batch_size=1, data=data, cache_dir=cache)
+    whole = score(model, tokenizer, "piqa", data=benchmarks, cache_dir=cache)
+    part = score(model, tokenizer, "piqa", limit=4, batch_size=1, data=benchmarks, cache_dir=cache)
     assert [row["id"] for row in part] == [row["id"] for row in whole[:4]]
     for one, other in zip(part, whole, strict=False):
         np.testing.assert_allclose(one["logprobs"], other["logprobs"], **FP32)
@@ -208,11 +158,10 @@ def test_every_benchmark_has_a_task_file_and_no_other():
     assert task_names() == sorted(MultipleChoice.builder_configs) == sorted(PROMPTS)
 
 
-def test_the_command_writes_a_row_per_item(data, cache, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_row_per_item(benchmarks, tmp_path, monkeypatch, capsys):
     llama().save_pretrained(tmp_path / "model")
     toy_tokenizer().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(harness, "fetched", lambda name: data)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setattr(harness, "fetched", lambda name: benchmarks)
     level = logging.getLogger("lm_eval").level
     options = ["--task", "hellaswag", "--split", "test", "--limit", "3", "--output", str(tmp_path / "rows.jsonl")]
     try:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_wrong_commands import VERBS
+from command_lines import VERBS
 
 from looplab.cli import main
 from toy_runs import edit_json
@@ -35,7 +35,7 @@ def test_every_command_is_looked_at():
 
 
 @pytest.fixture
-def here(toy_runs, toy_cache, tmp_path, monkeypatch):
+def here(toy_runs, tmp_path, monkeypatch):
     for name in ("hops", "text", "molecules", "llama"):
         shutil.copytree(toy_runs / name, tmp_path / "here" / name, symlinks=True)
     shutil.copytree(toy_runs / "text", tmp_path / "here" / "text2")

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import datasets
 import pytest
 import yaml
 
@@ -27,20 +26,18 @@ STEP = "step-000000100"
 def run(tmp_path_factory):
     """A composition run of a model with random weights, with two snapshots, looked at in every way."""
     folder = tmp_path_factory.mktemp("run") / "runs" / "composition"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        task = load_task("composition", "cpu", seed=0, **GRAPH)
-        tokenizer = dataset_tokenizer(task)
-        sizes = {"vocab_size": len(tokenizer), "num_core_layers": 1, "num_loops": 2, "residual_init": "normal"}
-        for seed, name in enumerate(["model", *(f"snapshots/step-{step:09d}" for step in STEPS)]):
-            for saved in (make_model(seed, **sizes), tokenizer):
-                saved.save_pretrained(folder / name)
-        data = {"task": "composition", "config": "cpu", "seed": 0, "overrides": GRAPH}
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "composition", "data": data}))
-        assert main(["lens", str(folder), "--limit", "4", "--snapshot", STEP]) == 0
-        assert main(["lens", str(folder), "--limit", "4", "--snapshot", "all"]) == 0
-        assert main(["lens", str(folder), "--limit", "4", "--hops", "1", "--no-probes"]) == 0
-        yield folder
+    task = load_task("composition", "cpu", seed=0, **GRAPH)
+    tokenizer = dataset_tokenizer(task)
+    sizes = {"vocab_size": len(tokenizer), "num_core_layers": 1, "num_loops": 2, "residual_init": "normal"}
+    for seed, name in enumerate(["model", *(f"snapshots/step-{step:09d}" for step in STEPS)]):
+        for saved in (make_model(seed, **sizes), tokenizer):
+            saved.save_pretrained(folder / name)
+    data = {"task": "composition", "config": "cpu", "seed": 0, "overrides": GRAPH}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "composition", "data": data}))
+    assert main(["lens", str(folder), "--limit", "4", "--snapshot", STEP]) == 0
+    assert main(["lens", str(folder), "--limit", "4", "--snapshot", "all"]) == 0
+    assert main(["lens", str(folder), "--limit", "4", "--hops", "1", "--no-probes"]) == 0
+    return folder
 
 
 def rows_of(path):

@@ -7,8 +7,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache, StaticCache
 
-from modeling_looped import LoopedConfig, LoopedForCausalLM
-from toys import FP32, count_layer_calls, make_config, make_ids, make_model, open_gates
+from modeling_looped import LoopedForCausalLM
+from toys import FP32, as_policy, count_layer_calls, make_config, make_ids, make_melt, make_model, open_gates, stepwise
 
 GATES = ["elementwise", "low_rank", "scalar", "mean", "ema", "last"]
 every_gate = pytest.mark.parametrize("kv_gate", GATES)
@@ -17,34 +17,12 @@ rewriting = pytest.mark.parametrize("kv_sharing", ["last", "mean", "gated"])
 SANDWICH = {"norm_placement": "sandwich", "norm_between_loops": True}  # the layer that MELT starts from
 
 
-def make_melt(kv_gate: str = "elementwise", gates_open: bool = True, **fields) -> LoopedForCausalLM:
-    model = make_model(kv_sharing="gated", kv_gate=kv_gate, kv_gate_rank=4, **fields)
-    return open_gates(model) if gates_open else model
-
-
 def with_share(model, share: float):
     """Gates that let `share` of the latent through, whatever they see; 0 and 1 exactly."""
     for layer in model.model.core:
         for name, parameter in layer.kv_gate.named_parameters():
             torch.nn.init.constant_(parameter, {0.0: -200.0, 1.0: 200.0}[share] if name.endswith("bias") else 0.0)
     return model
-
-
-def as_policy(model, **fields):
-    """The same weights (but gates) under another configuration."""
-    config = LoopedConfig.from_dict({**model.config.to_dict(), **fields})
-    twin = LoopedForCausalLM._from_config(config, attn_implementation=model.config._attn_implementation).eval()
-    twin.load_state_dict(model.state_dict(), strict=False)
-    return twin
-
-
-def stepwise(model, ids, sizes, cache=None, **kwargs):
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(model(ids[:, start : start + size], past_key_values=cache, **kwargs).logits)
-        start += size
-    return torch.cat(pieces, dim=1)
 
 
 @torch.no_grad()

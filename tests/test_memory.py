@@ -1,14 +1,8 @@
 """Laws of `looped memory`: a line is the model it names, measured by its task's own measure; bytes by arithmetic."""
 
-import json
-from pathlib import Path
-
-import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
-import train
 from data_builders.text_batches import spread_blocks
 from looplab.bench.memory import measure_memory, with_memory
 from looplab.cli import main
@@ -17,36 +11,12 @@ from looplab.runs.models import load_run_model
 from looplab.tasks.text.perplexity import block_losses, run_blocks
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import CACHE_NAME
-from toys import FP32, KV_SHARINGS, make_ids, make_model, write_pages
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-SPLITS = "--data.overrides={document_characters: 500, validation_share: 0.1, test_share: 0.1}"
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("memory")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        write_pages(folder / "pages")
-        yield folder
-
-
-def trained(home, recipe: str, name: str, *flags: str):
-    flags = [f"--output_dir={home}", f"--name={name}", "--max_steps=5", *flags]
-    train.main(train.read_recipe(RECIPES / recipe, flags))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return home / name
-
-
-def text_run(home, name: str, *flags: str):
-    files = [f"--data.files=['{home}/pages/*.txt']", "--data.vocab_size=280", SPLITS]
-    return trained(home, "smoke_text.yaml", name, *files, *flags)
+from toy_runs import rows_of
+from toys import FP32, KV_SHARINGS, make_ids, make_model
 
 
 def lines(path) -> dict:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {(row["kv_sharing"], row["chunk"]): row for row in rows}
+    return {(row["kv_sharing"], row["chunk"]): row for row in rows_of(path)}
 
 
 @pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
@@ -61,8 +31,8 @@ def test_the_weights_are_those_of_the_checkpoint(kv_sharing):
     assert twin(make_ids()).logits.equal(fresh(make_ids()).logits)
 
 
-def test_every_memory_of_a_per_loop_run_is_measured(home, capsys):
-    run = text_run(home, "per_loop")
+def test_every_memory_of_a_per_loop_run_is_measured(trained, tmp_path, capsys):
+    run = trained.copy(tmp_path, "text")
     assert main(["memory", str(run), "--chunks", "1", "0", "--limit", "3"]) == 0
     table = capsys.readouterr().out
     rows = lines(run / "memory.jsonl")
@@ -79,9 +49,9 @@ def test_every_memory_of_a_per_loop_run_is_measured(home, capsys):
     assert "written to" in table
 
 
-def test_a_line_is_the_loss_of_decoding(home):
+def test_a_line_is_the_loss_of_decoding(trained, tmp_path):
     """Token by token through a cache, against the line of chunk 1."""
-    run = text_run(home, "gated", "--model.kv_sharing=gated", "--model.prefill_chunk=8")
+    run = trained.copy(tmp_path, "text", "--model.kv_sharing=gated", "--model.prefill_chunk=8")
     rows = lines(measure_memory(run, chunks=(1, 8), limit=2))
     assert list(rows) == [("gated", 1), ("gated", 8)]
     model, tokenizer = load_run_model(open_run(run))
@@ -102,8 +72,8 @@ def test_a_line_is_the_loss_of_decoding(home):
     torch.testing.assert_close(torch.tensor(rows["gated", 1]["block_losses"]), losses, **FP32)
 
 
-def test_hops_are_measured_by_accuracy(home):
-    run = trained(home, "smoke.yaml", "hops")
+def test_hops_are_measured_by_accuracy(trained, tmp_path):
+    run = trained.copy(tmp_path, "hops")
     rows = lines(measure_memory(run, chunks=(1,), limit=8, loops=3))
     assert {row["loops"] for row in rows.values()} == {3}
     assert all(0 <= row["interval"][0] <= row["accuracy"] <= row["interval"][1] <= 1 for row in rows.values())
@@ -112,7 +82,7 @@ def test_hops_are_measured_by_accuracy(home):
     assert rows["per_loop", 0]["kv_bytes"] == 3 * rows["last", 1]["kv_bytes"]
 
 
-def test_a_run_without_a_measure_is_named(home, tmp_path, capfd):
+def test_a_run_without_a_measure_is_named(tmp_path, capfd):
     (tmp_path / "recipe.yaml").write_text("data: {task: molecules}\n")
     (tmp_path / "summary.json").write_text("{}")
     assert main(["memory", str(tmp_path)]) == 2

@@ -4,15 +4,11 @@ The run is a few steps of the smoke recipe with an exit gate, on toy molecules.
 """
 
 import json
-from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
-import train
 from data_builders import PackedMolecules
 from looplab.bench.pair import QUICK
 from looplab.bench.speculation import speculation_rows
@@ -30,25 +26,18 @@ from looplab.tasks.molecules.samples import SETTINGS, write_molecules, write_tok
 from looplab.tasks.molecules.smiles import KINDS, token_kinds
 from looplab.tasks.molecules.task import molecule_prompts
 from modeling_looped import LoopedForCausalLM
+from toy_runs import failure
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "molecules" / "smoke_molecules.yaml"
 NEVER = {"rule": "q_exit", "q": 1.0}
 EARLY = {"rule": "latent", "threshold": 0.4}
 LOOPS = 4
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exits")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        flags = ["--name=mol_exit", f"--data.files=[{ROOT}/docs/molecules/toys.smi]", f"--output_dir={folder}"]
-        flags += ["--model.exit_gate=true", f"--model.num_loops={LOOPS}", "--optim.lr=1e-2", "--max_steps=60"]
-        flags += ["--curriculum.check_every=1000", "--checkpoint_every=1000"]
-        train.main(train.read_recipe(RECIPE, flags))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield open_run(folder / "mol_exit")
+def run(trained, tmp_path_factory):
+    flags = ["--model.exit_gate=true", f"--model.num_loops={LOOPS}", "--optim.lr=1e-2", "--max_steps=60"]
+    flags += ["--curriculum.check_every=1000", "--checkpoint_every=1000"]
+    return open_run(trained.copy(tmp_path_factory.mktemp("exits"), "molecules", *flags))
 
 
 @pytest.fixture(scope="module")
@@ -236,13 +225,8 @@ def test_the_picture_of_exits_is_drawn(run, small):
 
 
 def test_what_cannot_be_measured_is_said(run, small, capfd):
-    def failure(*arguments) -> str:
-        capfd.readouterr()
-        assert main(["halting", str(run.folder), *arguments]) == 2
-        return capfd.readouterr().err
-
-    assert "num_loops=1 leaves no loop out" in failure("--max-loops", "1")
-    assert "--max-hops is for tasks with hops" in failure("--max-hops", "3")
+    assert "num_loops=1 leaves no loop out" in failure(capfd, "halting", run.folder, "--max-loops", "1")
+    assert "--max-hops is for tasks with hops" in failure(capfd, "halting", run.folder, "--max-hops", "3")
 
 
 def test_drafts_of_molecules_end_where_the_molecule_ends(run, loaded):

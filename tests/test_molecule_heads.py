@@ -3,16 +3,12 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
-import train
 from data_builders import PackedMolecules, load_molecules
 from looplab.cli import main
 from looplab.instruments.recorder import edit_head, record, watching_heads
@@ -29,7 +25,6 @@ from looplab.tasks.molecules.samples import SETTINGS, write_molecules
 from modeling_looped import LoopedForCausalLM
 from toys import FP32, make_ids, make_model
 
-ROOT = Path(__file__).parents[1]
 KINDS = {
     "plain": {},
     "sections": {"num_prelude_layers": 1, "num_coda_layers": 1},
@@ -155,22 +150,12 @@ def test_a_paired_interval_holds_the_difference_as_often_as_it_says():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A run of the smoke recipe."""
+def home(trained, tmp_path_factory):
+    """A run of the smoke recipe, `mol`."""
     folder = tmp_path_factory.mktemp("molecule_heads")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        flags = [
-            "--name=mol",
-            "--optim.lr=1e-2",
-            "--max_steps=100",
-            f"--output_dir={folder}",
-            "--checkpoint_every=1000",
-        ]
-        flags += [f"--data.files=[{ROOT}/docs/molecules/toys.smi]", "--curriculum.check_every=1000"]
-        train.main(train.read_recipe(ROOT / "recipes" / "molecules" / "smoke_molecules.yaml", flags))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield folder
+    flags = ["--optim.lr=1e-2", "--max_steps=100", "--checkpoint_every=1000", "--curriculum.check_every=1000"]
+    trained.copy(folder, "molecules", "--name=mol", *flags)
+    return folder
 
 
 @pytest.fixture(scope="module")

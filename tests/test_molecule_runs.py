@@ -14,16 +14,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from rdkit import Chem, DataStructs
 from rdkit.Chem import rdFingerprintGenerator
 from transformers import AutoTokenizer
 
-import train
 from data_builders import PackedMolecules, load_molecules
 from looplab.cli import main
 from looplab.runs.folder import open_run
-from looplab.tasks.molecules import chemnet, samples
+from looplab.tasks.molecules import chemnet
 from looplab.tasks.molecules import evaluation as molecules
 from looplab.tasks.molecules.chemnet import frechet_distance
 from looplab.tasks.molecules.evaluation import default_loops, evaluate_molecules
@@ -31,31 +29,27 @@ from looplab.tasks.molecules.held_out import loss_of_molecules
 from looplab.tasks.molecules.measures import fingerprints, internal_diversity, measure
 from looplab.tasks.molecules.samples import SETTINGS, write_molecules
 from modeling_looped import LoopedForCausalLM
+from toy_runs import failure
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "recipes" / "molecules" / "smoke_molecules.yaml"
-TOYS = f"--data.files=[{ROOT}/docs/molecules/toys.smi]"
 PLAIN = ["--model.num_core_layers=2", "--model.num_loops=1", "--eval_loops=[]", "--depth={kind: fixed, mean: 1}"]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(trained, tmp_path_factory):
     """Runs mol_seed0, mol_seed1, plain_seed0 and plain_seed1, evaluated with 40 samples in batches of 20, without
     ChemNet."""
     folder = tmp_path_factory.mktemp("molecules")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        patch.setattr(samples, "BATCH", 20)
-        patch.setattr(samples, "MAX_TOKENS", 40)
+        patch.setattr(molecules, "BATCH", 20)
+        patch.setattr(molecules, "MAX_TOKENS", 40)
         patch.setattr(molecules, "reference_statistics", lambda test: None)
         for seed in (0, 1):
             for name, flags, steps in (("mol", ["--optim.lr=1e-2"], 100), ("plain", PLAIN, 5)):
                 flags = [f"--name={name}_seed{seed}", f"--seed={seed}", f"--max_steps={steps}", *flags]
-                flags += ["--curriculum.check_every=1000", "--checkpoint_every=1000", TOYS, f"--output_dir={folder}"]
-                train.main(train.read_recipe(RECIPE, flags))
-                AcceleratorState._reset_state(reset_partial_state=True)
-                evaluate_molecules(folder / f"{name}_seed{seed}", limit=40, loops=[1, 3] if name == "mol" else None)
-        yield folder
+                flags += ["--curriculum.check_every=1000", "--checkpoint_every=1000"]
+                run = trained.copy(folder, "molecules", *flags)
+                evaluate_molecules(run, limit=40, loops=[1, 3] if name == "mol" else None)
+    return folder
 
 
 @pytest.fixture
@@ -66,8 +60,8 @@ def run(home, tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(samples, "BATCH", 20)
-    monkeypatch.setattr(samples, "MAX_TOKENS", 40)
+    monkeypatch.setattr(molecules, "BATCH", 20)
+    monkeypatch.setattr(molecules, "MAX_TOKENS", 40)
     monkeypatch.setattr(molecules, "reference_statistics", lambda test: None)
 
 
@@ -82,7 +76,7 @@ def loaded(home):
 
 def test_samples_follow_from_the_seed_and_need_no_cache(loaded, monkeypatch):
     """The random state outside is left alone; without the KV cache the same molecules come out."""
-    monkeypatch.setattr(samples, "MAX_TOKENS", 40)
+    monkeypatch.setattr(molecules, "MAX_TOKENS", 40)
     before = torch.random.get_rng_state()
     first = write_molecules(*loaded, 30, SETTINGS[0], 3, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -211,13 +205,6 @@ def test_chemnet_comes_with_its_package():
 
 
 # looped eval, table, plot
-
-
-def failure(capfd, *arguments) -> str:
-    capfd.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("looped ")]
-    return line
 
 
 def test_eval_prints_what_it_measured(run, small, capsys):

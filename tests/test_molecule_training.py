@@ -1,43 +1,29 @@
 """Laws of training on molecules: a resumed run is the same, no part of a batch weighs more, the model is the one
 measured."""
 
-import json
 import re
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer, GenerationConfig
 
 from data_builders import MoleculesConfig, PackedMolecules, load_molecules
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
+from toy_runs import TOY_MOLECULES, measured, reset_accelerator
+from toys import ROOT
 from train import main, read_recipe
 
-ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "molecules" / "smoke_molecules.yaml"
-TOYS = f"--data.files=[{ROOT}/docs/molecules/toys.smi]"
 DROPOUT = "--model.residual_dropout=0.2"
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    """recipe("name", "--field=value", ...): the smoke recipe, with a cache of its own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return lambda name, *flags: read_recipe(RECIPE, [f"--output_dir={tmp_path}", TOYS, f"--name={name}", *flags])
-
-
-def rows(folder: Path, key: str = "loss") -> list[tuple]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row[key]) for row in lines if key in row]
+def recipe(tmp_path):
+    """recipe("name", "--field=value", ...): the smoke recipe, its runs below the test's folder."""
+    flags = [f"--output_dir={tmp_path}", TOY_MOLECULES]
+    return lambda name, *more: read_recipe(RECIPE, [*flags, f"--name={name}", *more])
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
@@ -49,7 +35,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
         (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
     parts = main(recipe("parts", *flags))
     for key in ("loss", "held_out", "held_out_at_loops", "tokens"):
-        assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key)
+        assert measured(tmp_path / "parts", key) == measured(tmp_path / "whole", key)
     assert parts["held_out"] == whole["held_out"]
     assert (whole["train_molecules"], whole["held_out_molecules"]) == (141, 17)
     weights = [
@@ -61,10 +47,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
 def test_every_token_of_a_batch_weighs_alike(recipe, tmp_path):
     """Micro-batches hold rows that are filled unevenly; their losses are of sums, not means of means."""
     main(recipe("whole", "--optim.kind=adamw"))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     main(recipe("parts", "--optim.kind=adamw", "--accumulation_steps=4"))
-    whole = [loss for _, loss in rows(tmp_path / "whole")]
-    assert [loss for _, loss in rows(tmp_path / "parts")] == pytest.approx(whole, abs=1e-5)
+    whole = [loss for _, loss in measured(tmp_path / "whole")]
+    assert [loss for _, loss in measured(tmp_path / "parts")] == pytest.approx(whole, abs=1e-5)
 
 
 def test_the_model_folder_alone_has_the_loss_the_run_measured(recipe, tmp_path):
@@ -107,7 +93,7 @@ def test_exits_of_packed_molecules_are_those_of_each_alone(recipe, tmp_path):
         p = exit_distribution(gate_logits)
         totals += torch.stack([(p * losses).sum(), (p * torch.tensor([1, 2, 3])).sum()])
         count += ids.numel() - 1
-    _, exits = rows(tmp_path / "run", "exits")[-1]
+    _, exits = measured(tmp_path / "run", "exits")[-1]
     assert [exits["expected_loss"], exits["mean_loop"]] == pytest.approx((totals / count).tolist(), rel=1e-4)
 
 

@@ -71,12 +71,6 @@ HARD = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """What tests read is nobody else's: it stays out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def toys(tmp_path):
     """load(**fields): the splits of the toy molecules, of which a file holds two thirds and another the rest."""

@@ -1,14 +1,12 @@
 """Plots are read off their artists: numbers, axes, and the frame around what was trained."""
 
-import json
-
 import pytest
-import yaml
 from matplotlib.patches import Rectangle
 
 from looplab.runs.folder import open_run
 from looplab.tasks.hops.figures import plot_runs
 from looplab.tasks.hops.run_figures import heat_map, smooth, training_curves
+from toy_runs import written_run
 
 LOOPS, HOPS, TRAINED = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5), 3
 
@@ -22,8 +20,6 @@ def make_run(tmp_path):
     """make_run("name", shift): a finished, evaluated run whose accuracies are `shift` lower than `accuracy`."""
 
     def make(name="toy", shift=0.0, loops=LOOPS):
-        run = tmp_path / name
-        run.mkdir()
         kind = {1: "atomic", 2: "id", 3: "id", 4: "ood", 5: "ood"}
         grid = [
             {"loops": r, "hops": k, "split_kind": kind[k], "accuracy": max(0.0, accuracy(r, k) - shift), "n": 100}
@@ -42,18 +38,9 @@ def make_run(tmp_path):
             | {"seconds": 6.0 * i}
             for i in (10, 20, 40, 50)
         ]
-        texts = {
-            "recipe.yaml": yaml.safe_dump({"name": name}),
-            "summary.json": json.dumps(
-                {"trained_hops": [1, 2, 3], "trained_loops": {"minimum": 2, "maximum": 8, "mean": 4.1}}
-            ),
-            "evaluation.json": json.dumps({"chance": 0.125, "limit": None}),
-            "grid.jsonl": "".join(json.dumps(row) + "\n" for row in grid),
-            "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in steps + gates),
-        }
-        for file, text in texts.items():
-            (run / file).write_text(text)
-        return run
+        summary = {"trained_hops": [1, 2, 3], "trained_loops": {"minimum": 2, "maximum": 8, "mean": 4.1}}
+        facts = {"summary": summary, "evaluation": {"chance": 0.125, "limit": None}}
+        return written_run(tmp_path / name, {"name": name}, **facts, grid=grid, metrics=steps + gates).folder
 
     return make
 

@@ -18,12 +18,10 @@ import datasets
 import jinja2
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
-import train
 from card_rules import card_problems
 from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
 from looplab.cli import main
@@ -35,14 +33,12 @@ from looplab.runs.models import load_run_model
 from looplab.tasks.card import Names
 from looplab.tasks.hops.rows import load_run_task
 from looplab.tasks.molecules import evaluation as molecules
-from looplab.tasks.molecules import samples
 from looplab.tasks.registry import READERS
-from toys import shipped_with, write_pages
+from toys import ROOT, shipped_with
 
 # huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
-ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "guides" / "publish.md").read_text()
 REPO = f"{USER}/tiny-khop"
 SHIPPED = shipped_with("configuration_looped", "modeling_looped") | {
@@ -56,23 +52,13 @@ SHIPPED = shipped_with("configuration_looped", "modeling_looped") | {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder for runs, with a datasets cache of its own."""
-    folder = tmp_path_factory.mktemp("publishing")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        yield folder
-
-
-def make_run(recipe: str, *flags: str) -> None:
-    train.main(train.read_recipe(ROOT / "recipes" / recipe, list(flags)))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path_factory.mktemp("publishing")
 
 
 @pytest.fixture(scope="module")
-def hops(home):
+def hops(trained, home):
     """A run on chains with everything that belongs to it, and some that does not."""
-    make_run("smoke.yaml", f"--output_dir={home}")
-    run = home / "smoke"
+    run = trained.copy(home, "hops")
     assert main(["eval", str(run), "--loops", "1", "2", "5", "--max-loops", "6"]) == 0
     assert main(["plot", str(run)]) == 0
     for stray in ("notes.txt", "model/.env", "model/secret.py", "figures/me.png", "run.log"):
@@ -81,28 +67,23 @@ def hops(home):
 
 
 @pytest.fixture(scope="module")
-def text(home):
+def text(trained, home):
     """A run on text files."""
-    write_pages(home / "pages")
-    splits = "{document_characters: 500, validation_share: 0.1, test_share: 0.1}"
-    flags = [f"--output_dir={home}", f"--data.files=['{home}/pages/*.txt']", "--data.vocab_size=280"]
-    make_run("smoke_text.yaml", *flags, f"--data.overrides={splits}")
-    assert main(["eval", str(home / "smoke_text")]) == 0
-    return home / "smoke_text"
+    run = trained.copy(home, "text")
+    assert main(["eval", str(run)]) == 0
+    return run
 
 
 @pytest.fixture(scope="module")
-def smiles(home):
+def smiles(trained, home):
     """A run on molecules, each of 20 samples at 1 and 3 loops."""
-    recipe, toys = "molecules/smoke_molecules.yaml", ROOT / "docs" / "molecules" / "toys.smi"
-    make_run(recipe, f"--output_dir={home}", "--name=smiles", "--optim.lr=1e-2", "--max_steps=60",
-             "--curriculum.check_every=1000", f"--data.files=[{toys}]")  # fmt: skip
+    run = trained.copy(home, "molecules", "--optim.lr=1e-2", "--max_steps=60", "--curriculum.check_every=1000")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "BATCH", 20)
-        patch.setattr(samples, "MAX_TOKENS", 40)
+        patch.setattr(molecules, "BATCH", 20)
+        patch.setattr(molecules, "MAX_TOKENS", 40)
         patch.setattr(molecules, "reference_statistics", lambda test: None)
-        molecules.evaluate_molecules(home / "smiles", limit=20, loops=[1, 3])
-    return home / "smiles"
+        molecules.evaluate_molecules(run, limit=20, loops=[1, 3])
+    return run
 
 
 @pytest.fixture

@@ -4,15 +4,12 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train
 from data_builders import load_task
 from looplab.cli import main
 from looplab.convert.quantization import (
@@ -30,9 +27,8 @@ from looplab.convert.quantization import (
 )
 from looplab.instruments.recorder import record
 from looplab.runs.folder import open_run
-from toys import FP32, make_ids, make_model, write_pages
+from toys import FP32, make_ids, make_model
 
-ROOT = Path(__file__).parents[1]
 LOOPS = 4  # not the 3 of the toys' configuration
 GROUP = 20  # divides neither 32 nor 48
 SECTIONS = {"num_prelude_layers": 1, "num_core_layers": 2, "num_coda_layers": 1}
@@ -302,17 +298,10 @@ def test_settings_out_of_range_are_one_sentence(setting, message):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(trained, tmp_path_factory):
     """The smoke recipe of text on toy pages, with prelude and coda."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        files = write_pages(folder / "pages", pages=60)
-        flags = ["--model.num_prelude_layers=1", "--model.num_coda_layers=1", "--data.vocab_size=280"]
-        flags += ["--data.overrides.test_share=0.1", "--optim.lr=1e-2", f"--data.files={files}"]
-        train.main(train.read_recipe(ROOT / "recipes" / "smoke_text.yaml", [f"--output_dir={folder}", *flags]))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield folder / "smoke_text"
+    flags = ["--model.num_prelude_layers=1", "--model.num_coda_layers=1", "--optim.lr=1e-2"]
+    return trained.copy(tmp_path_factory.mktemp("runs"), "text", *flags)
 
 
 def loaded(folder: Path):

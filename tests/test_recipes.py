@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -19,9 +18,9 @@ from looplab.bench.flops import update_flops
 from looplab.training.optimizers import build_optimizers
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.layers_looped import LoopedLayer
+from toys import ROOT
 from train import Recipe, main, read_recipe
 
-ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 HYPERLOOP = sorted(RECIPES.glob("hyperloop/paper/*.yaml"))
 PAPER = sorted(RECIPES.glob("paper/*.yaml"))
@@ -35,13 +34,6 @@ SPECIAL_TOKENS = 3  # of `hop_tokenizer`
 
 # Kohli et al. 2026, arXiv 2604.07822: 2,000 entities + 200 relations + 7, 200 + 10 + 7; L8 has twice the layers.
 PARAMETERS = {"composition": 30_051_840, "khop": 28_519_680, "composition_l8": 58_403_328}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Precision is the process's in accelerate; every test starts anew."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sampler(recipe: Recipe) -> DepthSampler:

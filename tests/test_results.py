@@ -1,13 +1,10 @@
 """Laws of what is read off RUN/loops.jsonl and RUN/halting.jsonl: choose on validation rows, measure on test rows."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from looplab.runs.folder import open_run
 from looplab.runs.intervals import wilson_interval
 from looplab.tasks.hops.results import (
     best_loops,
@@ -17,8 +14,8 @@ from looplab.tasks.hops.results import (
     halting_facts,
     halting_text,
 )
-
-ROOT = Path(__file__).parents[1]
+from toy_runs import written_run
+from toys import ROOT
 
 
 def loop_row(split, hops, loops, accuracy, first=0.0, kind=None):
@@ -37,10 +34,7 @@ def make_run(tmp_path):
             for hops, accuracies in lines.items()
             for loops, accuracy in enumerate(accuracies, start=1)
         ]
-        (tmp_path / "recipe.yaml").write_text("name: toy\n")
-        (tmp_path / "summary.json").write_text(json.dumps({"learnable_depth": learnable}))
-        (tmp_path / "loops.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return open_run(tmp_path)
+        return written_run(tmp_path, {"name": "toy"}, summary={"learnable_depth": learnable}, loops=rows)
 
     return make
 
@@ -126,7 +120,7 @@ def test_an_interval_holds_the_share_it_is_of():
 
 
 @pytest.mark.parametrize(
-    "module", ["looplab.runs.folder", "looplab.training.recipe", "looplab.runs.seeds", "data_builders.files"]
+    "module", ["looplab.runs", "looplab.training.recipe", "looplab.runs.seeds", "data_builders.files"]
 )
 def test_what_reads_results_imports_no_torch(module):
     """A table, or a folder that is misspelt, is a matter of a fraction of a second."""

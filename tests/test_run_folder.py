@@ -16,7 +16,6 @@ import datasets
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -34,32 +33,23 @@ from looplab.tasks.hops.results import depth_text, markdown_table
 from looplab.tasks.hops.run_figures import training_curves
 from looplab.training.recipe import Recipe, read_recipe
 from looplab.training.run_folder import FREE, RunFolder, defaults, files_in, read_state
-from toys import write_pages
+from toy_runs import reset_accelerator
+from toys import ROOT, write_pages
 from train import main
 
-ROOT = Path(__file__).parents[1]
 SMOKE, SMOKE_TEXT = ROOT / "recipes" / "smoke.yaml", ROOT / "recipes" / "smoke_text.yaml"
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture
+def finished(trained):
     """A finished smoke run, for reading."""
-    home = tmp_path_factory.mktemp("trained")
-    main(read_recipe(SMOKE, [f"--output_dir={home}", "--name=run"]))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return home / "run"
+    return trained("hops", "--name=run")
 
 
 @pytest.fixture
 def run(trained, tmp_path):
     """A finished smoke run of one's own."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+    return trained.copy(tmp_path, "hops", "--name=run")
 
 
 def recipe_of(run: Path, *flags: str) -> Recipe:
@@ -304,11 +294,11 @@ def other_value(value):
 @pytest.mark.parametrize(
     "name", [n for n in flatten(defaults(Recipe)) if n not in ("name", "output_dir", "overwrite")]
 )
-def test_only_budget_and_logging_may_change(trained, tmp_path, name):
+def test_only_budget_and_logging_may_change(finished, tmp_path, name):
     """For every field of a recipe: it is free, and said in the metrics, or the run is another one."""
     run = tmp_path / "run"
     run.mkdir()
-    values = yaml.safe_load((trained / "recipe.yaml").read_text())
+    values = yaml.safe_load((finished / "recipe.yaml").read_text())
     *sections, leaf = name.split(".")
     place = values
     for section in sections:
@@ -397,7 +387,7 @@ def test_data_that_change_are_refused_and_named(text, tmp_path):
             looped_or_raise("eval", run)
         restore()
         assert contents(run) == before
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerator()
     shutil.rmtree(tmp_path / "cache")  # and with it the tokenizer
     assert main(text("--max_steps=4"))["steps"] == 4
 
@@ -408,8 +398,8 @@ def looped_or_raise(verb: str, run: Path) -> None:
     reader_of([open_run(run)]).evaluate(open_run(run), loops=None, limit=2, max_loops=None, max_hops=None, masked=None)
 
 
-def test_weights_that_a_run_began_with_are_those_it_goes_on_with(trained, tmp_path):
-    start = Path(shutil.copytree(trained / "model", tmp_path / "start"))
+def test_weights_that_a_run_began_with_are_those_it_goes_on_with(finished, tmp_path):
+    start = Path(shutil.copytree(finished / "model", tmp_path / "start"))
     flags = (f"--init_from={start}", "--model={}", "--max_steps=1")
     run = tmp_path / "second"
     main(recipe_of(run, *flags))
@@ -433,8 +423,8 @@ STATES = [
 
 
 @pytest.mark.parametrize("damage", range(len(STATES)))
-def test_a_state_of_another_shape_is_no_checkpoint(trained, tmp_path, damage):
-    checkpoint = Path(shutil.copytree(trained / "checkpoints" / "step-000000020", tmp_path / "step-000000020"))
+def test_a_state_of_another_shape_is_no_checkpoint(finished, tmp_path, damage):
+    checkpoint = Path(shutil.copytree(finished / "checkpoints" / "step-000000020", tmp_path / "step-000000020"))
     assert read_state(checkpoint).step == 20
     state = checkpoint / "state.json"
     record, make = json.loads(state.read_text()), STATES[damage]
@@ -548,7 +538,7 @@ NAMED = ("recipe.yaml", "summary.json", "metrics.jsonl", "run.json", "records/in
 @pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory):
     """A run as it was before there were digests, evaluated: whatever is in its files is read."""
-    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "run"))
+    run = trained.copy(tmp_path_factory.mktemp("evaluated"), "hops", "--name=run")
     evaluate_run(run, loops=[1, 4], limit=2, max_loops=4)
     shutil.rmtree(run / "records")
     (run / "run.json").unlink()
@@ -627,9 +617,8 @@ def test_commands_on_a_damaged_summary_end_with_two(evaluated, tmp_path, command
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "mismatched", "config"])
-def test_a_model_that_is_not_whole_is_loaded_nowhere(trained, tmp_path, damage):
+def test_a_model_that_is_not_whole_is_loaded_nowhere(run, tmp_path, damage):
     """A tensor less, a tensor more, one of another shape, one layer more in config.json."""
-    run = Path(shutil.copytree(trained, tmp_path / "run"))
     file, config = run / "model" / "model.safetensors", run / "model" / "config.json"
     tensors = load_file(file)
     name = next(n for n in sorted(tensors) if "mlp" in n)
@@ -650,4 +639,4 @@ def test_a_model_that_is_not_whole_is_loaded_nowhere(trained, tmp_path, damage):
     with pytest.raises(ValueError, match=r"init_from: the weights in .* do not fit its config\.json"):
         main(recipe_of(tmp_path / "second", f"--init_from={run / 'model'}", "--model={}"))
     assert asdict(recipe_of(tmp_path / "third"))["name"] == "third"
-    assert "distill.teacher" in field_names(Recipe)
+    assert "distill.teacher" in field_names()

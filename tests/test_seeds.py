@@ -1,22 +1,17 @@
 """Laws of groups of seeds: which runs belong together, what the interval covers, what the table says."""
 
-import json
-
 import numpy as np
 import pytest
-import yaml
 
-from looplab.runs.folder import open_run
 from looplab.runs.intervals import T, t_interval, t_quantile
 from looplab.runs.seeds import group_runs, span
 from looplab.tasks.hops.results import markdown_table
+from toy_runs import written_run
 
 
 @pytest.fixture
 def make_run(tmp_path):
     def make(name, seed=0, width=64, accuracy=1.0):
-        run = tmp_path / name
-        run.mkdir()
         recipe = {"name": name, "seed": seed, "model": {"hidden_size": width}, "data": {"task": "khop", "seed": seed}}
         rows = [
             {"split": split, "split_kind": "id", "hops": hops, "loops": loops, "accuracy": accuracy * (loops >= hops)}
@@ -25,10 +20,7 @@ def make_run(tmp_path):
             for hops in (2, 3)
             for loops in (1, 2, 3, 4)
         ]
-        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        (run / "summary.json").write_text(json.dumps({"learnable_depth": 2}))
-        (run / "loops.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return open_run(run)
+        return written_run(tmp_path / name, recipe, summary={"learnable_depth": 2}, loops=rows)
 
     return make
 

@@ -35,12 +35,6 @@ from toys import write_pages
 SIZES = {"document_characters": 150, "validation_share": 0.2, "test_share": 0.2}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """What tests read is nobody else's: it stays out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def pages(tmp_path):
     """load(**fields): the splits of forty toy pages."""

@@ -6,16 +6,13 @@ Runs are twenty steps of the smoke recipe on toy pages: a loop and a plain stack
 import json
 import shutil
 from math import exp
-from pathlib import Path
 from statistics import fmean, stdev
 
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
-import train
 from data_builders import TextBlocks, load_text, train_byte_bpe
 from data_builders.text_batches import spread_blocks
 from looplab.cli import main
@@ -30,43 +27,23 @@ from looplab.tasks.text.figures import perplexity_figure, plot_text_runs
 from looplab.tasks.text.perplexity import block_losses, evaluate_text
 from looplab.tasks.text.results import text_table
 from modeling_looped import LoopedForCausalLM
+from toy_runs import failure
 from toys import SIZES, count_layer_calls, make_model, write_pages
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "smoke_text.yaml"
-SPLITS = "{document_characters: 500, validation_share: 0.1, test_share: 0.1}"
 PLAIN = ["--model.num_core_layers=2", "--model.num_loops=1", "--model.tie_word_embeddings=false", "--eval_loops=[]"]
 PLAIN += ["--depth={kind: fixed, mean: 1}"]
 T2 = 4.303  # 97.5 % quantile of Student's t for two degrees of freedom
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder for runs and their text, with a datasets cache of its own."""
-    folder = tmp_path_factory.mktemp("text")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        write_pages(folder / "pages")
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def trained(home):
-    """trained("name", "--field=value", ...): the folder of a run that was trained on the pages."""
-
-    def make(name, *more):
-        flags = [f"--output_dir={home}", f"--data.files=['{home}/pages/*.txt']", "--data.vocab_size=280"]
-        train.main(train.read_recipe(RECIPE, [*flags, f"--data.overrides={SPLITS}", f"--name={name}", *more]))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return home / name
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def evaluated(trained):
+def evaluated(trained, tmp_path_factory):
     """Folders of two groups of three seeds, evaluated: loop_seed0 .. 2 and plain_seed0 .. 2."""
-    folders = [trained(f"loop_seed{seed}", f"--seed={seed}") for seed in range(3)]
-    folders += [trained(f"plain_seed{seed}", f"--seed={seed}", *PLAIN) for seed in range(3)]
+    home = tmp_path_factory.mktemp("text")
+    folders = [
+        trained.copy(home, "text", f"--name={name}_seed{seed}", f"--seed={seed}", *flags)
+        for name, flags in (("loop", []), ("plain", PLAIN))
+        for seed in range(3)
+    ]
     for folder in folders:
         evaluate_text(folder)
     return folders
@@ -76,15 +53,6 @@ def evaluated(trained):
 def runs(evaluated, tmp_path):
     """Copies of them to break."""
     return [open_run(shutil.copytree(folder, tmp_path / folder.name)) for folder in evaluated]
-
-
-def failure(capfd, *arguments) -> str:
-    """What a failing command says, without progress bars; it must be one line."""
-    capfd.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("looped ")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 def splits_of(run) -> datasets.DatasetDict:
@@ -175,9 +143,9 @@ def test_how_many_rows_go_through_the_model_at_once_does_not_matter(runs, monkey
         assert row["block_losses"] == pytest.approx(losses, abs=1e-5)
 
 
-def test_loops_beyond_those_of_the_model_are_refused_in_its_own_words(trained, capfd):
-    depth = "--depth={kind: uniform, minimum: 1, maximum: 2}"
-    folder = trained("hyper", "--model.loop_connection=hyper", depth, "--eval_loops=[1]", "--max_steps=1")
+def test_loops_beyond_those_of_the_model_are_refused_in_its_own_words(trained, tmp_path, capfd):
+    flags = ["--model.loop_connection=hyper", "--depth={kind: uniform, minimum: 1, maximum: 2}", "--eval_loops=[1]"]
+    folder = trained.copy(tmp_path, "text", *flags, "--max_steps=1")
     message = failure(capfd, "eval", folder, "--loops", "1", "3")
     assert "num_loops=3 must be in 1 .. max_num_loops=2" in message
     assert not (folder / "text.jsonl").exists()
@@ -185,7 +153,7 @@ def test_loops_beyond_those_of_the_model_are_refused_in_its_own_words(trained, c
     assert [row["loops"] for row in open_run(folder).text()] == [1, 2]
 
 
-def test_such_loops_are_refused_before_any_work(home):
+def test_such_loops_are_refused_before_any_work():
     split = datasets.Dataset.from_dict({"text": ["a few words " * 40]})
     blocks = TextBlocks(split, train_byte_bpe(["a b"], 258), 16)
     model = make_model(loop_connection="hyper", num_loops=2, vocab_size=260)
@@ -205,16 +173,11 @@ def test_eval_prints_a_line_per_loop_count(runs, capsys):
     assert not list(runs[0].folder.glob("*.tmp"))
 
 
-def test_text_that_has_changed_since_the_training_is_refused(trained, home, capfd):
+def test_text_that_has_changed_since_the_training_is_refused(trained, tmp_path, capfd):
     """Else documents of the training might be in the test split."""
-    folder = trained("moved", "--max_steps=1")
-    page = home / "pages" / "page003.txt"
-    kept = page.read_text()
-    page.unlink()
-    try:
-        message = failure(capfd, "eval", folder)
-    finally:
-        page.write_text(kept)
+    folder = trained("text", f"--data.files={write_pages(tmp_path / 'pages')}", "--max_steps=1")
+    (tmp_path / "pages" / "page003.txt").unlink()
+    message = failure(capfd, "eval", folder)
     assert "training tokens now and had" in message
     assert "restore the files its recipe names" in message
 

@@ -12,14 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer, GenerationConfig
 
 import train
@@ -27,32 +24,18 @@ from data_builders import train_byte_bpe
 from looplab.runs.sections import build_recipe
 from looplab.runs.yaml_text import parse_yaml
 from looplab.training.optimizers import lr_factor
-from looplab.training.recipe import Recipe
 from modeling_looped import LoopedForCausalLM
-from toys import make_model, write_pages
+from toy_runs import measured, reset_accelerator
+from toys import ROOT, make_model, write_pages
 from train import main, read_recipe
 
-ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "recipes" / "smoke.yaml"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Precision and launcher are the process's in accelerate; every test starts anew."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
 def recipe(tmp_path):
     """recipe("name", "--field=value", ...): the smoke recipe, its runs below the test's folder."""
     return lambda name, *flags: read_recipe(SMOKE, [f"--output_dir={tmp_path}", f"--name={name}", *flags])
-
-
-def rows(folder: Path, key: str = "loss") -> list[tuple]:
-    """(step, value) of the metrics rows that have `key`."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row[key]) for row in lines if key in row]
 
 
 def launch(*command: str, **environment: str) -> subprocess.Popen:
@@ -86,8 +69,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
     for later in ("model", "checkpoints/step-000000020"):
         (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
     main(recipe("parts", DROPOUT))
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert rows(tmp_path / "parts", "gate") == rows(tmp_path / "whole", "gate")
+    assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
+    assert measured(tmp_path / "parts", "gate") == measured(tmp_path / "whole", "gate")
     weights = [
         LoopedForCausalLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "parts")
     ]
@@ -105,17 +88,17 @@ def test_a_killed_run_equals_an_uninterrupted_one(recipe, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    killed_at = len(rows(tmp_path / "killed"))
+    killed_at = len(measured(tmp_path / "killed"))
     assert 60 - 2 <= killed_at < 300
     main(recipe("killed", *flags))
     main(recipe("whole", *flags))
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    assert rows(tmp_path / "killed", "gate") == rows(tmp_path / "whole", "gate")
+    assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
+    assert measured(tmp_path / "killed", "gate") == measured(tmp_path / "whole", "gate")
 
 
 def test_a_corrupt_checkpoint_is_passed_over(recipe, tmp_path, caplog):
     main(recipe("run", "--checkpoint_every=6"))
-    whole = rows(tmp_path / "run")
+    whole = measured(tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     weights = checkpoints / "step-000000020" / "pytorch_model.bin"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -123,18 +106,18 @@ def test_a_corrupt_checkpoint_is_passed_over(recipe, tmp_path, caplog):
     (checkpoints / "partial" / "optimizer.bin").write_text("half")
     main(recipe("run", "--checkpoint_every=6"))
     assert "step-000000020 is incomplete or corrupt" in caplog.text
-    assert rows(tmp_path / "run") == whole
+    assert measured(tmp_path / "run") == whole
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000000018", "step-000000020"]
 
 
 def test_without_an_intact_checkpoint_the_run_begins_again(recipe, tmp_path, caplog):
     main(recipe("run"))
-    whole = rows(tmp_path / "run")
+    whole = measured(tmp_path / "run")
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         (checkpoint / "state.json").write_text('{"state": {"sta')
     main(recipe("run"))
     assert caplog.text.count("is incomplete or corrupt") == 2
-    assert rows(tmp_path / "run") == whole
+    assert measured(tmp_path / "run") == whole
 
 
 def test_a_finished_run_is_left_as_it_is(recipe, tmp_path):
@@ -147,12 +130,12 @@ def test_a_finished_run_is_left_as_it_is(recipe, tmp_path):
 
 def test_another_recipe_in_an_existing_run_raises(recipe, tmp_path):
     main(recipe("run"))
-    whole = rows(tmp_path / "run")
+    whole = measured(tmp_path / "run")
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 -> 0\.5.*--overwrite true"):
         main(recipe("run", "--optim.lr=0.5"))
-    assert rows(tmp_path / "run") == whole
+    assert measured(tmp_path / "run") == whole
     main(recipe("run", "--optim.lr=0.5", "--overwrite=true"))
-    assert rows(tmp_path / "run") != whole
+    assert measured(tmp_path / "run") != whole
 
 
 # One batch, however it is split
@@ -162,8 +145,8 @@ def test_another_recipe_in_an_existing_run_raises(recipe, tmp_path):
 def test_accumulated_micro_batches_are_one_batch(recipe, tmp_path, flags):
     main(recipe("whole", "--optim.kind=adamw", *flags))
     main(recipe("parts", "--optim.kind=adamw", "--accumulation_steps=2", *flags))
-    assert [loss for _, loss in rows(tmp_path / "parts")] == pytest.approx(
-        [loss for _, loss in rows(tmp_path / "whole")], abs=1e-5
+    assert [loss for _, loss in measured(tmp_path / "parts")] == pytest.approx(
+        [loss for _, loss in measured(tmp_path / "whole")], abs=1e-5
     )
 
 
@@ -175,10 +158,10 @@ def test_two_processes_are_one_batch(recipe, tmp_path):
     finish(launch("-m", "torch.distributed.run", *command, "--name=two", *flags, ACCELERATE_USE_CPU="true"))
     main(recipe("one", *flags))
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["hardware"]["processes"] == 2
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    one, two = measured(tmp_path / "one"), measured(tmp_path / "two")
     assert [step for step, _ in two] == [step for step, _ in one]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], abs=1e-5)
-    assert rows(tmp_path / "two", "gate") == rows(tmp_path / "one", "gate")
+    assert measured(tmp_path / "two", "gate") == measured(tmp_path / "one", "gate")
     assert len(list((tmp_path / "two" / "checkpoints" / "step-000000020").glob("random_states_*.pkl"))) == 2
 
 
@@ -194,7 +177,7 @@ def test_evaluating_more_often_changes_nothing(recipe, tmp_path):
     """Training mode is on again after each evaluation, else dropout would be off for ever (Kohli et al.'s code)."""
     main(recipe("often", DROPOUT, "--curriculum.check_every=2"))
     main(recipe("never", DROPOUT, "--curriculum.check_every=1000"))
-    assert rows(tmp_path / "often") == rows(tmp_path / "never")
+    assert measured(tmp_path / "often") == measured(tmp_path / "never")
 
 
 def test_the_curriculum_adds_a_hop_when_the_gate_passes(recipe, tmp_path):
@@ -252,7 +235,7 @@ def test_snapshots_keep_the_model_on_its_way(recipe, tmp_path):
     """Each is a model folder; the last step's is the model, and keeping them changes nothing."""
     main(recipe("kept", DROPOUT, "--snapshots=[5, 20]"))
     main(recipe("bare", DROPOUT))
-    assert rows(tmp_path / "kept") == rows(tmp_path / "bare")
+    assert measured(tmp_path / "kept") == measured(tmp_path / "bare")
     snapshots = sorted((tmp_path / "kept" / "snapshots").iterdir())
     assert [folder.name for folder in snapshots] == ["step-000000005", "step-000000020"]
     early, late, final = (
@@ -286,7 +269,7 @@ def test_the_summary_tells_what_was_trained(recipe, tmp_path):
     assert summary["trained_loops"]["maximum"] == 4
     assert summary["versions"]["torch"] == importlib.metadata.version("torch")
     assert set(summary["gate"]) == {str(k) for k in range(2, 9)}
-    assert all(set(value) == {"2", "6"} for _, value in rows(tmp_path / "run", "gate_at_loops"))
+    assert all(set(value) == {"2", "6"} for _, value in measured(tmp_path / "run", "gate_at_loops"))
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["optim"]["lr"] == 1e-3
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
@@ -296,9 +279,9 @@ def test_the_summary_tells_what_was_trained(recipe, tmp_path):
 
 def test_bf16_takes_steps_near_fp32(recipe, tmp_path):
     main(recipe("fp32"))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     main(recipe("bf16", "--precision=bf16"))
-    first, second = rows(tmp_path / "fp32"), rows(tmp_path / "bf16")
+    first, second = measured(tmp_path / "fp32"), measured(tmp_path / "bf16")
     assert second != first
     assert second[0][1] == pytest.approx(first[0][1], abs=2e-2)
 
@@ -315,15 +298,15 @@ def test_checkpointed_layers_give_the_same_losses(recipe, tmp_path):
         main(recipe(name, "--optim.kind=adamw", f"--gradient_checkpointing={flag}"))
         hook.remove()
     assert calls["computed_again"] > calls["kept"]
-    assert [loss for _, loss in rows(tmp_path / "computed_again")] == pytest.approx(
-        [loss for _, loss in rows(tmp_path / "kept")], abs=1e-5
+    assert [loss for _, loss in measured(tmp_path / "computed_again")] == pytest.approx(
+        [loss for _, loss in measured(tmp_path / "kept")], abs=1e-5
     )
 
 
 def test_num_grad_loops_cuts_the_gradient(recipe, tmp_path):
     main(recipe("all"))
     main(recipe("last", "--num_grad_loops=1"))
-    all_loops, last_loop = rows(tmp_path / "all"), rows(tmp_path / "last")
+    all_loops, last_loop = measured(tmp_path / "all"), measured(tmp_path / "last")
     assert last_loop[0] == all_loops[0]
     assert last_loop[-1] != all_loops[-1]
 
@@ -333,7 +316,7 @@ def test_label_smoothing_is_that_of_the_first_loss(recipe, tmp_path):
     main(recipe("plain"))
     main(recipe("smooth", "--optim.label_smoothing=0.4"))
     main(recipe("flat", "--optim.label_smoothing=0.999999"))
-    plain, smooth, flat = (rows(tmp_path / name)[0][1] for name in ("plain", "smooth", "flat"))
+    plain, smooth, flat = (measured(tmp_path / name)[0][1] for name in ("plain", "smooth", "flat"))
     assert flat != pytest.approx(plain, abs=1e-3)
     assert smooth == pytest.approx(0.6 * plain + 0.4 * flat, abs=1e-4)
 
@@ -353,8 +336,8 @@ def test_compiled_layers_give_the_same_losses(recipe, tmp_path):
     ]
     main(recipe("eager", *flags))
     main(recipe("compiled", *flags, "--compile=true"))
-    assert [loss for _, loss in rows(tmp_path / "compiled")] == pytest.approx(
-        [loss for _, loss in rows(tmp_path / "eager")], abs=1e-4
+    assert [loss for _, loss in measured(tmp_path / "compiled")] == pytest.approx(
+        [loss for _, loss in measured(tmp_path / "eager")], abs=1e-4
     )
 
 
@@ -428,7 +411,7 @@ def test_a_recipe_that_cannot_run_raises(recipe, tmp_path, flag, message):
 
 def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match=r"name"):
-        build_recipe({"model": {}, "max_steps": 1}, Recipe)
+        build_recipe({"model": {}, "max_steps": 1})
 
 
 def test_numbers_are_read_as_in_yaml_1_2():
@@ -470,7 +453,7 @@ def test_composition_is_measured_by_split_kind(recipe, tmp_path):
     data = "--data={task: composition, overrides: {num_entities: 20, num_relations: 5, out_degree: 5, phi: 2.0}}"
     summary = main(recipe("run", data, "--curriculum.start_hops=null", "--model.position_embedding=learned"))
     assert summary["trained_hops"] == [1, 2]
-    [(_, by_kind), *_] = rows(tmp_path / "run", "gate_by_split_kind")
+    [(_, by_kind), *_] = measured(tmp_path / "run", "gate_by_split_kind")
     assert set(by_kind) == set(summary["gate_by_split_kind"]) == {"2 id", "2 ood"}
 
 
@@ -482,9 +465,8 @@ AT_LOOPS = "held_out_at_loops"
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    """text("name", "--field=value", ...): the smoke recipe of text, on toy pages and with a cache of its own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def text(tmp_path):
+    """text("name", "--field=value", ...): the smoke recipe of text, on toy pages."""
     flags = [f"--output_dir={tmp_path}", f"--data.files={write_pages(tmp_path / 'pages')}", "--data.vocab_size=280"]
     return lambda name, *more: read_recipe(TEXT_RECIPE, [*flags, f"--name={name}", *more])
 
@@ -496,8 +478,8 @@ def test_a_resumed_text_run_equals_an_uninterrupted_one(text, tmp_path):
         (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
     parts = main(text("parts", DROPOUT))
     for key in ("loss", "held_out", AT_LOOPS):
-        assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key)
-    assert [step for step, _ in rows(tmp_path / "whole", "held_out")] == [10, 20]
+        assert measured(tmp_path / "parts", key) == measured(tmp_path / "whole", key)
+    assert [step for step, _ in measured(tmp_path / "whole", "held_out")] == [10, 20]
     assert main(text("whole", DROPOUT)) == whole
     assert parts["held_out"] == whole["held_out"]
     assert not {"gate", "learnable_depth", "stage", "trained_hops"} & set(whole)
@@ -508,9 +490,9 @@ def test_accumulated_blocks_are_one_batch(text, tmp_path):
     main(text("whole", *flags))
     main(text("parts", *flags, "--accumulation_steps=4"))
     main(text("again", *flags, "--gradient_checkpointing=true"))
-    whole = [loss for _, loss in rows(tmp_path / "whole")]
-    assert [loss for _, loss in rows(tmp_path / "parts")] == pytest.approx(whole, abs=1e-5)
-    assert [loss for _, loss in rows(tmp_path / "again")] == pytest.approx(whole, abs=1e-5)
+    whole = [loss for _, loss in measured(tmp_path / "whole")]
+    assert [loss for _, loss in measured(tmp_path / "parts")] == pytest.approx(whole, abs=1e-5)
+    assert [loss for _, loss in measured(tmp_path / "again")] == pytest.approx(whole, abs=1e-5)
 
 
 def test_an_exit_gate_is_trained_in_two_stages(text, tmp_path):
@@ -526,7 +508,7 @@ def test_an_exit_gate_is_trained_in_two_stages(text, tmp_path):
     moved = {name for name, value in second.state_dict().items() if not torch.equal(value, first.state_dict()[name])}
     assert moved == {"model.exit_gate.weight", "model.exit_gate.bias"}
     for run in ("first", "second"):
-        for _, exits in rows(tmp_path / run, "exits"):
+        for _, exits in measured(tmp_path / run, "exits"):
             assert 1 < exits["mean_loop"] < 3
             assert 0 < exits["entropy"] <= math.log(3)
     # Another task's readout, and what the loss cannot be combined with.
@@ -540,7 +522,7 @@ def test_micro_batches_of_an_exit_gate_are_one_batch(text, tmp_path, exit_loss):
     flags = ["--optim.kind=adamw", "--max_steps=3", f"--model.exit_loss={exit_loss}", "--model.exit_gate=true"]
     main(text("whole", *flags))
     main(text("split", *flags, "--accumulation_steps=4"))
-    whole, split = ([loss for _, loss in rows(tmp_path / name)] for name in ("whole", "split"))
+    whole, split = ([loss for _, loss in measured(tmp_path / name)] for name in ("whole", "split"))
     assert split == pytest.approx(whole, abs=1e-5)
     assert whole[0] == pytest.approx({"expected": 5.63, "gate": 0.7}[exit_loss], abs=0.5)  # ln 280; near even odds
 
@@ -600,18 +582,18 @@ def test_two_processes_read_one_text(text, tmp_path):
     for path in ([], ["1"], ["4"]):
         key = AT_LOOPS if path else "held_out"
         one, two = (
-            [(step, (value[path[0]] if path else value)["loss"]) for step, value in rows(tmp_path / name, key)]
+            [(step, (value[path[0]] if path else value)["loss"]) for step, value in measured(tmp_path / name, key)]
             for name in ("one", "two")
         )
         assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], abs=1e-5)
-    losses = [[loss for _, loss in rows(tmp_path / name)] for name in ("one", "two")]
+    losses = [[loss for _, loss in measured(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_measuring_text_more_often_changes_nothing(text, tmp_path):
     main(text("often", DROPOUT, "--curriculum.check_every=2"))
     main(text("never", DROPOUT, "--curriculum.check_every=1000", "--eval_loops=[]"))
-    assert rows(tmp_path / "often") == rows(tmp_path / "never")
+    assert measured(tmp_path / "often") == measured(tmp_path / "never")
 
 
 def test_the_model_folder_alone_has_the_loss_the_run_measured(text, tmp_path):
@@ -644,9 +626,9 @@ def test_text_is_learnt(text):
 
 def test_bf16_text_is_near_fp32(text, tmp_path):
     main(text("fp32"))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     main(text("bf16", "--precision=bf16"))
-    first, second = rows(tmp_path / "fp32"), rows(tmp_path / "bf16")
+    first, second = measured(tmp_path / "fp32"), measured(tmp_path / "bf16")
     assert second != first
     assert second[0][1] == pytest.approx(first[0][1], abs=2e-2)
 
@@ -661,25 +643,25 @@ def test_a_run_begins_where_another_ended(text, tmp_path):
     first = main(text("first"))
     flags = [f"--init_from={tmp_path / 'first' / 'model'}", FRESH, "--data.vocab_size=null"]
     main(text("second", *flags))
-    begun = [(key, rows(tmp_path / "second", key)[0]) for key in ("held_out", AT_LOOPS)]
+    begun = [(key, measured(tmp_path / "second", key)[0]) for key in ("held_out", AT_LOOPS)]
     assert begun == [(key, (0, first[key])) for key in ("held_out", AT_LOOPS)]
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / name / "model") for name in ("first", "second")]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     configs = [json.loads((tmp_path / name / "model" / "config.json").read_text()) for name in ("first", "second")]
     assert configs[0] == configs[1]
     # A run that is begun again before its first checkpoint has that row once.
-    whole = rows(tmp_path / "second", "held_out")
+    whole = measured(tmp_path / "second", "held_out")
     for checkpoint in (tmp_path / "second" / "checkpoints").iterdir():
         (checkpoint / "state.json").unlink()
     main(text("second", *flags))
-    assert rows(tmp_path / "second", "held_out") == whole
+    assert measured(tmp_path / "second", "held_out") == whole
 
 
 def test_fields_that_keep_the_weights_may_change(text, tmp_path):
     first = main(text("first"))
     flags = [f"--init_from={tmp_path / 'first' / 'model'}", "--data.vocab_size=null"]
     second = main(text("second", *flags, "--model={num_loops: 4, residual_dropout: 0.1}"))
-    assert rows(tmp_path / "second", "held_out")[0][1] == first[AT_LOOPS]["4"]
+    assert measured(tmp_path / "second", "held_out")[0][1] == first[AT_LOOPS]["4"]
     assert second["gate_loops"] == 4
     model = LoopedForCausalLM.from_pretrained(tmp_path / "second" / "model")
     assert (model.config.num_loops, model.config.residual_dropout) == (4, 0.1)
@@ -699,7 +681,7 @@ def test_hops_too_may_begin_from_a_saved_model(recipe, tmp_path):
     first = main(recipe("first"))
     flags = [f"--init_from={tmp_path / 'first' / 'model'}", FRESH]
     main(recipe("second", *flags))
-    step, gate = rows(tmp_path / "second", "gate")[0]
+    step, gate = measured(tmp_path / "second", "gate")[0]
     assert (step, gate) == (0, {k: first["gate"][k] for k in gate})
     with pytest.raises(ValueError, match=r"data\.readout is last, but not so for the tokenizer"):
         main(recipe("third", *flags, "--data.readout=last"))
@@ -764,7 +746,7 @@ def test_a_tokenizer_may_come_from_a_folder(text, tmp_path):
     main(text("first", "--max_steps=1"))
     folder = tmp_path / "first" / "model"
     main(text("second", "--max_steps=1", "--data.vocab_size=null", f"--data.tokenizer={folder}"))
-    assert rows(tmp_path / "second") == rows(tmp_path / "first")
+    assert measured(tmp_path / "second") == measured(tmp_path / "first")
     with pytest.raises(ValueError, match=r"data\.tokenizer: there is no tokenizer in the folder 'nowhere'"):
         main(text("third", "--data.vocab_size=null", "--data.tokenizer=nowhere"))
 
@@ -790,7 +772,7 @@ def test_a_gated_model_trains_on_labels_from_a_per_loop_one(text, tmp_path):
     main(text("whole", *flags))
     main(text("cut", *flags, "--cut_chunks=true"))
     main(text("again", *flags, "--gradient_checkpointing=true"))
-    whole, cut, again = (rows(tmp_path / name) for name in ("whole", "cut", "again"))
+    whole, cut, again = (measured(tmp_path / name) for name in ("whole", "cut", "again"))
     assert whole[0] == cut[0]
     assert whole[-1] != cut[-1]
     assert [loss for _, loss in again] == pytest.approx([loss for _, loss in whole], abs=1e-5)
@@ -807,7 +789,7 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one(text, tmp_path, phas
         (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
     main(text("parts", *flags))
     for key in ("loss", "held_out"):
-        assert rows(tmp_path / "parts", key) == rows(tmp_path / "whole", key)
+        assert measured(tmp_path / "parts", key) == measured(tmp_path / "whole", key)
 
 
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-6), ("bf16", 1e-3)])
@@ -815,10 +797,10 @@ def test_the_interpolation_begins_at_the_teacher(text, tmp_path, precision, roun
     """In the first update alpha is 0: the student is the teacher, and only later there is something to learn. Under
     bf16 both memories once had different precisions, and could not be mixed."""
     main(text("first"))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     still = ("--optim.lr=0", "--optim.muon_lr=0", f"--precision={precision}")
     main(text("second", *distilled_from(tmp_path, "interpolation", *still)))
-    losses = [loss for _, loss in rows(tmp_path / "second")]
+    losses = [loss for _, loss in measured(tmp_path / "second")]
     assert losses[0] == pytest.approx(0.0, abs=rounding)
     assert losses[-1] > losses[0]
 
@@ -845,7 +827,7 @@ def test_two_processes_distil_one_batch(text, tmp_path):
     flags += [f"--data.files=[{tmp_path}/pages/*.txt]", "--name=two"]
     cache = str(tmp_path / "other_cache")
     finish(launch("-m", "torch.distributed.run", *command, *flags, ACCELERATE_USE_CPU="true", HF_DATASETS_CACHE=cache))
-    losses = [[loss for _, loss in rows(tmp_path / name)] for name in ("one", "two")]
+    losses = [[loss for _, loss in measured(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 

@@ -12,53 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_lines import READ, VERBS, arguments_of, command, readable
 
 from looplab import mistakes
-from looplab.cli import Whole, main, parser
+from looplab.cli import Whole, main
 from looplab.mistakes import run_command
-from toy_runs import ROOT, edit_json
-
-(SUBPARSERS,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
-VERBS: dict[str, argparse.ArgumentParser] = SUBPARSERS.choices
-# What an argument is given that must be there, by its metavar: {runs} holds the toy runs, {new} is an empty folder.
-GIVEN = {
-    "RUN": "{runs}/hops",
-    "MODEL": "{runs}/hops/model",
-    "SOURCE": "{runs}/llama",
-    "TARGET": "{new}/looped",
-    "RECIPE": "{runs}/study.yaml",
-    "NAME": "arc_easy",
-    "USER/NAME": "user/name",
-}
-READ = ("RUN", "MODEL", "SOURCE", "RECIPE")
-
-
-def arguments_of(verb: str) -> list[argparse.Action]:
-    return [action for action in VERBS[verb]._actions if action.dest not in ("help", "debug")]
-
-
-def spelling(action: argparse.Action) -> list[str]:
-    """How it begins on the command line."""
-    return action.option_strings[:1]
-
-
-def command(verb: str, changed: argparse.Action | None = None, value: str = "") -> list[str]:
-    """A command line of a verb that works as far as its arguments go, but for one of them."""
-    line, at_end = [verb], []
-    for action in arguments_of(verb):
-        given = action.choices[0] if action.choices else GIVEN.get(action.metavar)
-        if action is changed:
-            values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
-        elif action.required and action.nargs != argparse.REMAINDER:
-            values = [given]
-        else:
-            continue
-        (at_end if action.option_strings else line).extend([*spelling(action), *values])
-    return line + at_end
-
-
-def readable(line: list[str]) -> str:
-    return " ".join(argument or "''" for argument in line)
+from toy_runs import edit_json
+from toys import ROOT
 
 
 def all_files(folder: Path) -> dict[str, tuple]:
@@ -72,7 +32,7 @@ def all_files(folder: Path) -> dict[str, tuple]:
 
 
 @pytest.fixture
-def refused(toy_runs, toy_cache, tmp_path, monkeypatch, capfd):
+def refused(toy_runs, tmp_path, monkeypatch, capfd):
     """refused(line, *words): run a wrong command line, and hold it to the law; `words` must be in the sentence."""
     new = tmp_path / "new"
     new.mkdir()

@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looplab.runs.yaml_text import parse_yaml, read_yaml, to_yaml
+from toys import ROOT
 
-ROOT = Path(__file__).parents[1]
 LAW = settings(derandomize=True, max_examples=60, deadline=None, database=None)
 
 # Text that some dialect takes for a number, a date, a truth value, nothing, or a sign of its own.

@@ -1,4 +1,6 @@
-"""A folder with what commands are tried on: a finished run of every kind of task, a dense model, a recipe of a study.
+"""Tiny runs that are trained once for all tests, and the folder that commands are tried on.
+
+The folder of `make_toy_runs`:
 
 hops, text, molecules   runs of two steps; hops and text are evaluated
 llama                   a dense model with its tokenizer
@@ -6,6 +8,7 @@ study.yaml              a recipe for `looped frozen`, of that model
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import yaml
@@ -15,36 +18,54 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import train
 from data_builders.tokenizers import hop_tokenizer
 from looplab.cli import main
-from toys import SIZES, write_pages
+from looplab.runs.folder import Run, open_run
+from toys import ROOT, SIZES, write_pages
 
-ROOT = Path(__file__).parents[1]
 SHORT = ["--max_steps=2", "--curriculum.check_every=2", "--checkpoint_every=2", "--optim.warmup_steps=0"]
+SPLITS = "--data.overrides={document_characters: 500, validation_share: 0.1, test_share: 0.1}"
+TOY_MOLECULES = f"--data.files=[{ROOT}/docs/molecules/toys.smi]"
+RECIPES = {"hops": "smoke.yaml", "text": "smoke_text.yaml", "molecules": "molecules/smoke_molecules.yaml"}
 
 
-def make_toy_runs(folder: Path) -> None:
-    """Write all of it; the caller has given `datasets` a cache."""
-    pages = write_pages(folder / "pages")
-    tasks = {
-        "hops": ("smoke.yaml", ["--snapshots=[1]"]),
-        "text": (
-            "smoke_text.yaml",
-            [
-                f"--data.files={pages}",
-                "--data.vocab_size=280",
-                "--data.overrides={document_characters: 500, validation_share: 0.1, test_share: 0.1}",
-                "--model.loop_embedding=learned",
-                "--model.max_num_loops=4",
-            ],
-        ),
-        "molecules": (
-            "molecules/smoke_molecules.yaml",
-            [f"--data.files=[{ROOT}/docs/molecules/toys.smi]"],
-        ),
-    }
-    for name, (recipe, flags) in tasks.items():
-        flags = [f"--name={name}", f"--output_dir={folder}", *SHORT, *flags]
-        train.main(train.read_recipe(ROOT / "recipes" / recipe, flags))
-        AcceleratorState._reset_state(reset_partial_state=True)
+def reset_accelerator() -> None:
+    """The next run of this process chooses its precision anew, which accelerate keeps for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class TrainedRuns:
+    """`trained("text", "--seed=1")` is the folder of the smoke recipe with that flag, which is trained once.
+
+    The text is that of the toy pages, in three splits. The folder is there to be looked at; a test that writes takes
+    `trained.copy(folder, "text", "--seed=1")`, a copy below `folder`.
+    """
+
+    def __init__(self, home: Path):
+        self.home, self.folders = home, {}
+        self.data = {
+            "hops": [],
+            "text": [f"--data.files={write_pages(home / 'pages')}", "--data.vocab_size=280", SPLITS],
+            "molecules": [TOY_MOLECULES],
+        }
+
+    def __call__(self, task: str, *flags: str) -> Path:
+        if (task, *flags) not in self.folders:
+            output = f"--output_dir={self.home / str(len(self.folders))}"
+            recipe = train.read_recipe(ROOT / "recipes" / RECIPES[task], [output, *self.data[task], *flags])
+            train.main(recipe)
+            reset_accelerator()
+            self.folders[task, *flags] = Path(recipe.output_dir) / recipe.name
+        return self.folders[task, *flags]
+
+    def copy(self, folder: Path, task: str, *flags: str) -> Path:
+        run = self(task, *flags)
+        return Path(shutil.copytree(run, folder / run.name))
+
+
+def make_toy_runs(folder: Path, trained: TrainedRuns) -> None:
+    """Write all of it."""
+    flags = {"hops": ["--snapshots=[1]"], "text": ["--model.loop_embedding=learned", "--model.max_num_loops=4"]}
+    for task in RECIPES:
+        trained.copy(folder, task, f"--name={task}", *SHORT, *flags.get(task, []))
     assert main(["eval", str(folder / "hops"), "--loops", "1", "2", "--max-loops", "3"]) == 0
     assert main(["eval", str(folder / "text"), "--loops", "1", "2"]) == 0
     write_llama(folder / "llama")
@@ -61,6 +82,36 @@ def write_llama(folder: Path) -> None:
     hop_tokenizer(num_entities=20, num_relations=4).save_pretrained(folder)
 
 
+def written_run(folder: Path, recipe: dict, **files: dict | list[dict]) -> Run:
+    """A run that nobody trained: `summary={..}` becomes its summary.json, and `grid=[{..}, ..]` its grid.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name, content in files.items():
+        if isinstance(content, dict):
+            (folder / f"{name}.json").write_text(json.dumps(content))
+        else:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return open_run(folder)
+
+
 def edit_json(path: Path, **fields) -> None:
     """Put fields over those of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The lines of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def measured(run: Path, key: str = "loss") -> list[tuple]:
+    """(step, value) of the rows of metrics.jsonl that have `key`."""
+    return [(row["step"], row[key]) for row in rows_of(run / "metrics.jsonl") if key in row]
+
+
+def failure(capfd, *arguments) -> str:
+    """What a failing `looped` command says, without progress bars; it must be one line."""
+    capfd.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("looped "))
+    return line

@@ -4,9 +4,12 @@ import ast
 from pathlib import Path
 
 import torch
+from transformers import DynamicCache
 
 import modeling_looped
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+
+ROOT = Path(__file__).parents[1]  # of the repository
 
 # Written once for the suite, never loosened (fp32 rounding over a few layers; bf16 has 8 bits).
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -50,9 +53,29 @@ def open_gates(model, seed: int = 5):
     return model
 
 
+def make_melt(kv_gate: str = "elementwise", gates_open: bool = True, **fields) -> LoopedForCausalLM:
+    model = make_model(kv_sharing="gated", kv_gate=kv_gate, kv_gate_rank=4, **fields)
+    return open_gates(model) if gates_open else model
+
+
+def as_policy(model, **fields):
+    """The same weights (but gates) under another configuration."""
+    config = LoopedConfig.from_dict({**model.config.to_dict(), **fields})
+    twin = LoopedForCausalLM._from_config(config, attn_implementation=model.config._attn_implementation).eval()
+    twin.load_state_dict(model.state_dict(), strict=False)
+    return twin
+
+
 def make_ids(rows: int = 3, tokens: int = 7, seed: int = 1) -> torch.Tensor:
     """(rows, tokens) ids without the padding id."""
     return torch.randint(1, SIZES["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def stepwise(model, ids, sizes, cache=None, **kwargs) -> torch.Tensor:
+    """Logits of `ids` fed in pieces of the given sizes through one cache."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    pieces = ids.split(list(sizes), dim=1)
+    return torch.cat([model(piece, past_key_values=cache, use_cache=True, **kwargs).logits for piece in pieces], dim=1)
 
 
 def count_layer_calls(model) -> list:

@@ -180,11 +180,11 @@ RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "docs/guides/mechanism.md": (a_run_on_compositions, check_inside),
     "docs/guides/train_your_own_data.md": (own_files, check_own_data),
     "docs/guides/tune_loops.md": (a_model_of_chains, check_tuning),
-    "docs/results/drafts_and_halting.md": (nothing, check_drafts),
-    "docs/results/frozen.md": (a_dense_model, check_frozen),
-    "docs/results/hyperloop.md": (nothing, nothing),
-    "docs/results/melt.md": (nothing, nothing),
-    "docs/results/molecules.md": (toy_molecules, check_molecules),
+    "docs/guides/drafts_and_halting.md": (nothing, check_drafts),
+    "docs/guides/frozen.md": (a_dense_model, check_frozen),
+    "docs/guides/hyperloop.md": (nothing, nothing),
+    "docs/guides/melt.md": (nothing, nothing),
+    "docs/guides/molecules.md": (toy_molecules, check_molecules),
 }
 # Page -> the test that runs it, and why it is not run here.
 ELSEWHERE = {
@@ -398,3 +398,30 @@ def test_the_named_verbs_are_those_of_every_object():
     for kind, verbs in table.items():
         assert verbs
         assert [(one, verb) for one in objects[kind] for verb in verbs if not callable(getattr(one, verb))] == []
+
+
+# ---- results
+
+RESULTS = [page for page in PAGES if page.startswith("docs/results/")]
+COMPUTED = "docs/results/paper_scale.md"  # by a formula, which tests/test_recipes.py computes again
+
+
+def numbers(text: str) -> set[str]:
+    return {number.rstrip(",").replace(",", "") for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text)}
+
+
+@pytest.mark.parametrize("page", RESULTS)
+def test_every_number_in_a_table_of_results_stands_in_the_log(page):
+    """What a page says was measured once, and the log says how."""
+    if page == COMPUTED:
+        return
+    cells = "\n".join(line for line in prose_of(page).splitlines() if line.startswith("|"))
+    unknown = numbers(re.sub(r"`[^`]*`|\]\([^)]*\)", "", cells)) - numbers(read("LOG.md"))
+    assert unknown == set()
+
+
+@pytest.mark.parametrize("page", RESULTS)
+def test_results_begin_with_the_command_and_lead_to_the_log(page):
+    text = read(page)
+    assert 0 < text.index("```sh") < text.index("\n|")
+    assert re.search(r"\]\(\.\./\.\./LOG\.md#", text)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from data_builders import PackedMolecules, load_molecules
 from looplab.cli import main
 from looplab.runs.folder import open_run
-from looplab.tasks.molecules import chemnet
+from looplab.tasks.molecules import chemnet, samples
 from looplab.tasks.molecules import evaluation as molecules
 from looplab.tasks.molecules.chemnet import frechet_distance
 from looplab.tasks.molecules.evaluation import default_loops, evaluate_molecules
@@ -40,8 +40,8 @@ def home(trained, tmp_path_factory):
     ChemNet."""
     folder = tmp_path_factory.mktemp("molecules")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(molecules, "BATCH", 20)
-        patch.setattr(molecules, "MAX_TOKENS", 40)
+        patch.setattr(samples, "BATCH", 20)
+        patch.setattr(samples, "MAX_TOKENS", 40)
         patch.setattr(molecules, "reference_statistics", lambda test: None)
         for seed in (0, 1):
             for name, flags, steps in (("mol", ["--optim.lr=1e-2"], 100), ("plain", PLAIN, 5)):
@@ -60,8 +60,8 @@ def run(home, tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(molecules, "BATCH", 20)
-    monkeypatch.setattr(molecules, "MAX_TOKENS", 40)
+    monkeypatch.setattr(samples, "BATCH", 20)
+    monkeypatch.setattr(samples, "MAX_TOKENS", 40)
     monkeypatch.setattr(molecules, "reference_statistics", lambda test: None)
 
 
@@ -76,7 +76,7 @@ def loaded(home):
 
 def test_samples_follow_from_the_seed_and_need_no_cache(loaded, monkeypatch):
     """The random state outside is left alone; without the KV cache the same molecules come out."""
-    monkeypatch.setattr(molecules, "MAX_TOKENS", 40)
+    monkeypatch.setattr(samples, "MAX_TOKENS", 40)
     before = torch.random.get_rng_state()
     first = write_molecules(*loaded, 30, SETTINGS[0], 3, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)

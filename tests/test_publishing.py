@@ -33,6 +33,7 @@ from looplab.runs.models import load_run_model
 from looplab.tasks.card import Names
 from looplab.tasks.hops.rows import load_run_task
 from looplab.tasks.molecules import evaluation as molecules
+from looplab.tasks.molecules import samples
 from looplab.tasks.registry import READERS
 from toys import ROOT, shipped_with
 
@@ -79,8 +80,8 @@ def smiles(trained, home):
     """A run on molecules, each of 20 samples at 1 and 3 loops."""
     run = trained.copy(home, "molecules", "--optim.lr=1e-2", "--max_steps=60", "--curriculum.check_every=1000")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(molecules, "BATCH", 20)
-        patch.setattr(molecules, "MAX_TOKENS", 40)
+        patch.setattr(samples, "BATCH", 20)
+        patch.setattr(samples, "MAX_TOKENS", 40)
         patch.setattr(molecules, "reference_statistics", lambda test: None)
         molecules.evaluate_molecules(run, limit=20, loops=[1, 3])
     return run

@@ -105,7 +105,7 @@ def test_junk_in_a_number_of_a_recipe_is_refused_by_name(name):
     refused = 0
     for base in (HOPS, TEXT, MOLECULES):
         for value in JUNK:
-            said = refusal(build_recipe, put(base, name, value))
+            said = refusal(build_recipe, put(base, name, value), Recipe)
             if said is not None:
                 refused += 1
                 section, _, leaf = name.rpartition(".")
@@ -130,7 +130,7 @@ def test_junk_in_a_number_of_a_recipe_is_refused_by_name(name):
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused(name, value):
     with pytest.raises(ValueError, match=name.replace(".", r"[.:] ?")):
-        build_recipe(put(HOPS, name, value))
+        build_recipe(put(HOPS, name, value), Recipe)
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_a_number_out_of_range_is_refused(name, value):
 )
 def test_fields_that_do_not_go_together_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
-        build_recipe(put(HOPS, name, value))
+        build_recipe(put(HOPS, name, value), Recipe)
 
 
 def test_a_warm_up_may_be_longer_than_the_run():
-    assert build_recipe(put(HOPS, "optim.warmup_steps", 100)).optim.warmup_steps == 100
+    assert build_recipe(put(HOPS, "optim.warmup_steps", 100), Recipe).optim.warmup_steps == 100
 
 
 @pytest.mark.parametrize("name", [name for name, item in leaves(Recipe).items() if item.metadata.get("path")])
@@ -168,7 +168,7 @@ def test_a_path_may_begin_at_home(name, monkeypatch, tmp_path):
         base = put(base, "data.vocab_size", None)
 
     def read(path: str) -> str:
-        value = build_recipe(put(base, name, [path] if many else path))
+        value = build_recipe(put(base, name, [path] if many else path), Recipe)
         for part in name.split("."):
             value = getattr(value, part)
         return value[0] if many else value
@@ -284,4 +284,4 @@ def test_a_study_that_cannot_be_is_refused(fields, message):
 
 
 def test_names_of_fields_are_those_of_leaves_and_sections():
-    assert set(leaves(Recipe)) < set(field_names())
+    assert set(leaves(Recipe)) < set(field_names(Recipe))

@@ -639,4 +639,4 @@ def test_a_model_that_is_not_whole_is_loaded_nowhere(run, tmp_path, damage):
     with pytest.raises(ValueError, match=r"init_from: the weights in .* do not fit its config\.json"):
         main(recipe_of(tmp_path / "second", f"--init_from={run / 'model'}", "--model={}"))
     assert asdict(recipe_of(tmp_path / "third"))["name"] == "third"
-    assert "distill.teacher" in field_names()
+    assert "distill.teacher" in field_names(Recipe)

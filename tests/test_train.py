@@ -24,6 +24,7 @@ from data_builders import train_byte_bpe
 from looplab.runs.sections import build_recipe
 from looplab.runs.yaml_text import parse_yaml
 from looplab.training.optimizers import lr_factor
+from looplab.training.recipe import Recipe
 from modeling_looped import LoopedForCausalLM
 from toy_runs import measured, reset_accelerator
 from toys import ROOT, make_model, write_pages
@@ -411,7 +412,7 @@ def test_a_recipe_that_cannot_run_raises(recipe, tmp_path, flag, message):
 
 def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match=r"name"):
-        build_recipe({"model": {}, "max_steps": 1})
+        build_recipe({"model": {}, "max_steps": 1}, Recipe)
 
 
 def test_numbers_are_read_as_in_yaml_1_2():

@@ -10,10 +10,13 @@ Source: Ouro (arXiv 2510.25741), stages 1 and 2; a weight beta on the entropy is
 uniform). All of it is computed in float32. Legend: B rows, K positions, D hidden size, V vocabulary, R loops.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from transformers.modeling_utils import slice_logits_to_keep
+
+from .checks_looped import check_positions
 
 
 def log_exit_distribution(gate_logits: torch.Tensor, loops_run: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,13 +87,25 @@ def gate_loss(
 
 
 class LoopStates:
-    """The states after every loop, at the positions whose logits are kept, with the rows that were still looping."""
+    """An observer (`observe` of `forward`) that keeps the states after every loop.
 
-    def __init__(self):
-        self.visits = []  # per loop: (b,) rows and (b, K, D) state
+    Args:
+        logits_to_keep: as in `forward`: the positions to keep, K of the T tokens.
+        also: an observer to show them to as well.
 
-    def visit(self, rows: torch.Tensor, state: torch.Tensor) -> None:
-        self.visits.append((rows, state))
+    Attributes:
+        visits: of every loop, the (b,) batch rows that ran it and their states (b, K, D).
+    """
+
+    def __init__(self, logits_to_keep: int | torch.Tensor = 0, also: Callable | None = None):
+        check_positions(logits_to_keep)
+        self.logits_to_keep, self.also = logits_to_keep, also
+        self.visits: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, rows: torch.Tensor, state: torch.Tensor) -> None:
+        self.visits.append((rows, slice_logits_to_keep(state, self.logits_to_keep)))
+        if self.also is not None:
+            self.also(rows, state)
 
     def loops_run(self) -> torch.Tensor:
         """(B,) loops that each row ran; all of them run the first."""
@@ -112,8 +127,8 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
 class LastLoopLoss:
     """Cross-entropy of the logits that are returned."""
 
-    def states(self) -> LoopStates | None:
-        """Where the forward pass shall note what it passes through."""
+    def states(self, logits_to_keep: int | torch.Tensor, also: Callable | None) -> LoopStates | None:
+        """What observes the forward pass for this objective, see `LoopStates`; None where the logits are enough."""
         return None
 
     def __call__(self, model, logits, states, labels=None, shift_labels=None, **kwargs) -> torch.Tensor:
@@ -128,8 +143,8 @@ class ExpectedLoss(LastLoopLoss):
     def __init__(self, config):
         self.entropy_weight = config.exit_entropy_weight
 
-    def states(self) -> LoopStates:
-        return LoopStates()
+    def states(self, logits_to_keep, also) -> LoopStates:
+        return LoopStates(logits_to_keep, also)
 
     def __call__(self, model, logits, states, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
         """Scalar; the mean over labels that are not -100, or their sum over `num_items_in_batch`."""

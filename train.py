@@ -518,7 +518,7 @@ class ExitLoss(LabelLoss):
 class DistillationLoss:
     """What a teacher says of every token; labels are not used."""
 
-    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, device: torch.device):
+    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, accelerator: Accelerator):
         distill = recipe.distill
         if recipe.data.task == "molecules":
             raise ValueError("distill is for rows without padding, which packed molecules have: leave it out.")
@@ -530,10 +530,11 @@ class DistillationLoss:
                 "distill.phase 'interpolation' keeps the rows of both memories, which gradient_checkpointing and "
                 "cut_chunks would lose: leave them out."
             )
-        teacher = load_trained("distill.teacher", distill.teacher).to(device)
+        teacher = load_trained("distill.teacher", distill.teacher).to(accelerator.device)
         alignment = 0.0 if self.interpolates else distill.alignment
         self.distillation = Distillation(student, teacher, alignment, distill.all_loops)
-        self.student, self.alpha, self.settings = student, 0.0, {"cut_chunks": recipe.cut_chunks}
+        self.student, self.alpha, self.accelerator = student, 0.0, accelerator
+        self.settings = {"cut_chunks": recipe.cut_chunks, "use_cache": self.interpolates}
 
     def begin(self, progress: float):
         """The gated memory's share rises from 0 to 1 over the run."""
@@ -541,17 +542,14 @@ class DistillationLoss:
 
     def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
         """The mean loss of (b, T) rows, times their (b, K) labels."""
+        # Head and teacher are run outside of the model's forward, in the same precision.
         with (
             interpolated(self.student) if self.interpolates else nullcontext() as sharing,
-            self.distillation.on(rows, num_loops),
+            self.accelerator.autocast(),
         ):
             if sharing is not None:
                 sharing.alpha = self.alpha
-            # One label per position: all of them are read.
-            loss = model(
-                **rows, shift_labels=rows["input_ids"], num_loops=num_loops, use_cache=self.interpolates,
-                **self.settings,
-            ).loss  # fmt: skip
+            loss = self.distillation(model, rows, num_loops, **self.settings)
         return loss * labels.numel()
 
 
@@ -626,7 +624,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
     gate_loops = recipe.gate_loops or looped.config.num_loops
     objective = (ExitLoss if looped.config.exit_gate else LabelLoss)(recipe, task.logits_to_keep)
     if recipe.distill.teacher is not None:
-        objective = DistillationLoss(recipe, looped, accelerator.device)
+        objective = DistillationLoss(recipe, looped, accelerator)
     check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": gate_loops}, recipe.eval_loops)
     # And the parameters of loops that a batch does not run; a KV gate has nothing to mix in the first.
     ddp.find_unused_parameters |= looped.config.loops_have_parameters or looped.config.kv_sharing == "gated"

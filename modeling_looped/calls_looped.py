@@ -13,7 +13,7 @@ Legend: B batch rows of the call, b batch rows that still loop, T tokens, K of t
 new tokens, D hidden size, d head size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import final
@@ -22,7 +22,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 
-from .cache_looped import OWN_KEYS, ActiveCache, KeySource, LastSharing, PerLoopSharing
+from .cache_looped import ActiveCache, KeySource, LastSharing, PerLoopSharing
 from .checks_looped import check_positions, is_row_mask
 from .halting_looped import FixedRule, Readout, halting_rule
 
@@ -135,7 +135,7 @@ class CallContext:
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
     position_ids: torch.Tensor
     past_key_values: Cache | ActiveCache | None
-    key_source: KeySource = OWN_KEYS
+    key_source: KeySource
 
     def check_rows_can_leave(self) -> None:
         """ValueError where they cannot."""
@@ -189,7 +189,7 @@ class ActiveBatch:
         self.call, self.sharing, self.cache = call, sharing, call.past_key_values
         self.state, self.embeds = state, embeds
         self.context = replace(context, key_source=sharing.key_source())
-        self.rows = torch.arange(len(embeds), device=embeds.device)
+        self.rows = torch.arange(embeds.shape[0], device=embeds.device)  # len() would fix it in an exported graph
         self.loops_run = self.most_loops = call.most_loops
         self.may_halt = call.rows_may_halt
         self.memory = None  # of the halting rule
@@ -271,6 +271,40 @@ class ActiveBatch:
         self.memory = None if self.memory is None else self.memory[rows]
         seen = None if self.cache is None else ActiveCache(self.cache, self.rows, self.sharing)
         self.context = self.context.keep(rows, seen)
+
+
+@final
+class LoopStates:
+    """An observer (`observe` of `forward`) that keeps the states after every loop.
+
+    Args:
+        logits_to_keep: as in `forward`: the positions to keep, K of the T tokens.
+        also: an observer to show them to as well.
+
+    Attributes:
+        visits: of every loop, the (b,) batch rows that ran it and their states (b, K, D).
+    """
+
+    def __init__(self, logits_to_keep: int | torch.Tensor = 0, also: Observer | None = None):
+        check_positions(logits_to_keep)
+        self.logits_to_keep, self.also = logits_to_keep, also
+        self.visits: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, rows: torch.Tensor, state: torch.Tensor) -> None:
+        self.visits.append((rows, slice_logits_to_keep(state, self.logits_to_keep)))
+        if self.also is not None:
+            self.also(rows, state)
+
+    def loops_run(self) -> torch.Tensor:
+        """(B,) loops that each row ran; all of them run the first."""
+        rows = torch.cat([rows for rows, _ in self.visits])
+        return torch.bincount(rows, minlength=len(self.visits[0][0]))
+
+    def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One (b, K) tensor per loop -> (B, K, R), 0 where a row had left."""
+        blank = torch.zeros_like(values[0])
+        rows = [rows for rows, _ in self.visits]
+        return torch.stack([blank.index_copy(0, r, v) for r, v in zip(rows, values, strict=True)], dim=-1)
 
 
 def in_graph(state: torch.Tensor) -> torch.Tensor:

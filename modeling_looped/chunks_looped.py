@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache_looped import readable, recent_rows, rewrite_recent
-from .calls_looped import Call, Decision, Observer
+from .calls_looped import Call, Decision, LoopStates, Observer
 
 
 class LeftAligned:
@@ -166,7 +166,7 @@ class Chunks:
         outputs, visits = [], []
         with layers_not_checkpointed(self.model):
             for start in range(0, self.num_tokens, self.size):
-                visited = []  # per loop: (b,) rows and their (b, C, D) states
+                visited = LoopStates()  # (b, C, D)
                 chunk = self._chunk(start, min(start + self.size, self.num_tokens), visited)
                 if recomputes:
                     outputs.append(self._run_recomputed(chunk, visited, **kwargs))
@@ -183,15 +183,12 @@ class Chunks:
                 rewrite_recent(readable(self.cache, slot), self.rows.inverse)
         return hidden_states, loops_used
 
-    def _chunk(self, start: int, end: int, visited: list) -> Call:
+    def _chunk(self, start: int, end: int, visited: LoopStates) -> Call:
         mask, read_at = self.call.attention_mask, self.call.read_at[:, start:end]
         positions = read_at.any(0).nonzero().squeeze(1)
         halting = None  # a chunk without a token that the rule reads runs all loops
         if self.call.halting is not None and len(positions):
             halting = replace(self.call.halting, positions=positions)
-
-        def observe(rows: torch.Tensor, state: torch.Tensor) -> None:
-            visited.append((rows, state))
 
         return replace(
             self.call,
@@ -199,11 +196,11 @@ class Chunks:
             attention_mask=None if mask is None else mask[:, : self.past + end],
             position_ids=self.call.position_ids[:, start:end],
             halting=halting,
-            observe=None if self.call.observe is None else observe,
+            observe=None if self.call.observe is None else visited,
             read_at=read_at,
         )
 
-    def _run_recomputed(self, chunk: Call, visited: list, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_recomputed(self, chunk: Call, visited: LoopStates, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`run_call`, keeping no activations but what goes in and out: the backward pass runs the chunk again.
 
         The cache must not be written a second time then, so the chunk gets one of its own, and its rows come out.
@@ -220,16 +217,16 @@ class Chunks:
             self.model.sharing.open(cache, self.call.most_loops)
             for layer, keys, values in zip(cache.layers, past[0::2], past[1::2], strict=False):
                 append(layer, keys, values)
-            visited.clear()
+            visited.visits.clear()
             with layers_not_checkpointed(self.model):
                 outputs = self.model.run_call(replace(chunk, embeds=embeds, past_key_values=cache), **kwargs)
             slots = range(len(cache.layers))
             rows = chain.from_iterable(recent_rows(readable(cache, slot), embeds.shape[1]) for slot in slots)
-            return *outputs, *(state for _, state in visited), *rows
+            return *outputs, *(state for _, state in visited.visits), *rows
 
         hidden_states, loops_used, *rest = self.model._gradient_checkpointing_func(run, chunk.embeds, *past)
-        visited[:] = [(rows, state) for (rows, _), state in zip(visited, rest, strict=False)]
-        rest = rest[len(visited) :]
+        visited.visits = [(rows, state) for (rows, _), state in zip(visited.visits, rest, strict=False)]
+        rest = rest[len(visited.visits) :]
         self.model.sharing.open(self.cache, self.call.most_loops)
         for layer, keys, values in zip(self.cache.layers, rest[0::2], rest[1::2], strict=True):
             append(layer, keys, values)
@@ -239,9 +236,9 @@ class Chunks:
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
-    def _show(self, visits: list[list[tuple[torch.Tensor, torch.Tensor]]], observe: Observer) -> None:
+    def _show(self, chunks: list[LoopStates], observe: Observer) -> None:
         """Show the states of all chunks at once. Rows leave by their own loop counts here, the same in every chunk."""
-        for of_loop in zip(*visits, strict=True):
+        for of_loop in zip(*(visited.visits for visited in chunks), strict=True):
             rows = of_loop[0][0]
             states = self.rows.back(torch.cat([state for _, state in of_loop], dim=1), rows)
             observe(self.rows.shown(rows), states)

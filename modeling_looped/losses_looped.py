@@ -10,13 +10,10 @@ Source: Ouro (arXiv 2510.25741), stages 1 and 2; a weight beta on the entropy is
 uniform). All of it is computed in float32. Legend: B rows, K positions, D hidden size, V vocabulary, R loops.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import nn
-from transformers.modeling_utils import slice_logits_to_keep
 
-from .checks_looped import check_positions
+from .calls_looped import LoopStates, Observer
 
 
 def log_exit_distribution(gate_logits: torch.Tensor, loops_run: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,39 +83,6 @@ def gate_loss(
     return (cross_entropy * (loops <= last)).sum(-1) / (last.squeeze(-1) - 1).clamp_min(1)
 
 
-class LoopStates:
-    """An observer (`observe` of `forward`) that keeps the states after every loop.
-
-    Args:
-        logits_to_keep: as in `forward`: the positions to keep, K of the T tokens.
-        also: an observer to show them to as well.
-
-    Attributes:
-        visits: of every loop, the (b,) batch rows that ran it and their states (b, K, D).
-    """
-
-    def __init__(self, logits_to_keep: int | torch.Tensor = 0, also: Callable | None = None):
-        check_positions(logits_to_keep)
-        self.logits_to_keep, self.also = logits_to_keep, also
-        self.visits: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __call__(self, rows: torch.Tensor, state: torch.Tensor) -> None:
-        self.visits.append((rows, slice_logits_to_keep(state, self.logits_to_keep)))
-        if self.also is not None:
-            self.also(rows, state)
-
-    def loops_run(self) -> torch.Tensor:
-        """(B,) loops that each row ran; all of them run the first."""
-        rows = torch.cat([rows for rows, _ in self.visits])
-        return torch.bincount(rows, minlength=len(self.visits[0][0]))
-
-    def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One (b, K) tensor per loop -> (B, K, R), 0 where a row had left."""
-        blank = torch.zeros_like(values[0])
-        rows = [rows for rows, _ in self.visits]
-        return torch.stack([blank.index_copy(0, r, v) for r, v in zip(rows, values, strict=True)], dim=-1)
-
-
 def shift(labels: torch.Tensor) -> torch.Tensor:
     """(B, T) labels -> (B, T) the next token's, -100 at the end."""
     return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
@@ -127,7 +91,7 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
 class LastLoopLoss:
     """Cross-entropy of the logits that are returned."""
 
-    def states(self, logits_to_keep: int | torch.Tensor, also: Callable | None) -> LoopStates | None:
+    def states(self, logits_to_keep: int | torch.Tensor, also: Observer | None) -> LoopStates | None:
         """What observes the forward pass for this objective, see `LoopStates`; None where the logits are enough."""
         return None
 

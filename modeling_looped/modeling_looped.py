@@ -36,8 +36,8 @@ from transformers.utils import auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_looped import CACHE_NAME, SHARINGS, one_cache
-from .calls_looped import ActiveBatch, Call, CallContext, Decision, Observer, make_position_ids
+from .cache_looped import CACHE_NAME, OWN_KEYS, SHARINGS, one_cache
+from .calls_looped import ActiveBatch, Call, CallContext, Decision, LoopStates, Observer, make_position_ids
 from .checks_looped import check_grad_loops, check_inputs, check_loops, refuse_engine, refuse_unknown
 from .chunks_looped import Chunks
 from .configuration_looped import REWRITING_SHARINGS, LoopedConfig
@@ -47,7 +47,7 @@ from .gates_looped import LearnedGate
 from .generation_looped import GENERATION_SETTINGS, LoopedGenerationMixin
 from .halting_looped import FixedRule, halting_rule
 from .layers_looped import POSITIONS, GatedLoopedLayer, LoopedAttention, LoopedLayer, as_is, make_dropout, make_norm
-from .losses_looped import ExpectedLoss, LoopStates, make_loss
+from .losses_looped import ExpectedLoss, make_loss
 from .outputs_looped import FORWARD_DOCSTRING, LoopedCausalLMOutput, LoopedModelOutput, choose_hidden_states
 
 OPENING = threading.Lock()  # held while a model gets attentions for more slots
@@ -280,7 +280,7 @@ class LoopedModel(LoopedPreTrainedModel):
         """What the layers of a call share: the mask, the rotary angles, and the cache with its slots open."""
         cache, position_ids = call.past_key_values, call.position_ids
         mask = create_causal_mask(self.config, call.embeds, call.attention_mask, cache, position_ids)
-        context = CallContext(mask, self.positions(call.embeds, position_ids), position_ids, cache)
+        context = CallContext(mask, self.positions(call.embeds, position_ids), position_ids, cache, OWN_KEYS)
         if call.rows_may_halt:
             context.check_rows_can_leave()
         self.open_slots(call.most_loops)

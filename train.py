@@ -101,7 +101,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
     gate_loops = recipe.gate_loops or looped.config.num_loops
     objective = (ExitLoss if looped.config.exit_gate else LabelLoss)(recipe, task.logits_to_keep)
     if recipe.distill.teacher is not None:
-        objective = DistillationLoss(recipe, looped, accelerator.device)
+        objective = DistillationLoss(recipe, looped, accelerator)
     check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": gate_loops}, recipe.eval_loops)
     # And the parameters of loops that a batch does not run; a KV gate has nothing to mix in the first.
     ddp.find_unused_parameters |= looped.config.loops_have_parameters or looped.config.kv_sharing == "gated"

@@ -14,8 +14,8 @@ token they are one model, whole prompts at once another, and `prefill_chunk=1` i
 A policy is used in every forward, whatever the cache:
 
     sharing.open(cache, num_loops)               sizes the slots for the loops asked for
-    inputs = sharing.inputs()                    inputs.run(layer, index, x, loop) runs a layer, and chooses what keys
-                                                 and values are computed from
+    keys = sharing.key_source()                  keys.run_layer(layer, index, x, loop) runs a layer, and chooses what
+                                                 keys and values are computed from
     sharing.close(cache, loops_run, num_tokens)  tokens that stopped early are filled in: all slots stay level
 
 The fill policy is *last computed*: a slot of a loop that a token never ran holds the token's rows of the deepest loop
@@ -24,7 +24,10 @@ d head size.
 """
 
 import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import final
 
 import torch
 from torch import nn
@@ -116,8 +119,8 @@ class PerLoopSharing:
         keys, values = recent_rows(readable(cache, self.previous(slot)), num_tokens)
         cache.update(keys.clone(), values.clone(), slot)
 
-    def inputs(self) -> "OwnInputs":
-        return OwnInputs()
+    def key_source(self) -> "KeySource":
+        return OWN_KEYS
 
     def previous(self, slot: int) -> int:
         """The slot that holds this layer's rows of the loop before."""
@@ -170,8 +173,8 @@ class LastSharing:
             return RewritingStaticLayer.of(layer)
         return RewritingDynamicLayer()
 
-    def inputs(self) -> "OwnInputs":
-        return OwnInputs()
+    def key_source(self) -> "KeySource":
+        return OWN_KEYS
 
     def previous(self, slot: int) -> int:
         """The slot that holds this layer's rows of the loop before: the same one."""
@@ -186,8 +189,8 @@ class LastSharing:
 class FirstSharing(LastSharing):
     """One slot per core layer; keys and values come from loop 0 in every loop, cached or not."""
 
-    def inputs(self) -> "FirstInputs":
-        return FirstInputs()
+    def key_source(self) -> "KeySource":
+        return FirstLoopKeys()
 
 
 class MeanSharing(LastSharing):
@@ -202,8 +205,8 @@ class MeanSharing(LastSharing):
 class GatedSharing(LastSharing):
     """One slot per core layer; keys and values come from the latent of `gates_looped.py`."""
 
-    def inputs(self) -> "GatedInputs":
-        return GatedInputs()
+    def key_source(self) -> "KeySource":
+        return GatedKeys()
 
 
 SHARINGS = {
@@ -215,53 +218,86 @@ SHARINGS = {
 }
 
 
-class OwnInputs:
+class KeySource(ABC):
+    """What the keys and values of a layer are computed from."""
+
+    @abstractmethod
+    def run_layer(
+        self, layer: nn.Module, index: int, hidden_states: torch.Tensor, loop: int, **kwargs
+    ) -> torch.Tensor:
+        """Run layer number `index` of a section on `hidden_states`: (b, T, D) -> (b, T, D)."""
+
+    @abstractmethod
+    def keep(self, rows: torch.Tensor) -> "KeySource":
+        """The source of the (b',) batch rows `rows` of these."""
+
+    @abstractmethod
+    def join(self, later: Sequence) -> "KeySource":
+        """The source of a block of tokens: those of this one first, those of `later` behind them."""
+
+
+@final
+class OwnKeys(KeySource):
     """Keys and values are computed from what the layer runs on."""
 
-    def run(self, layer: nn.Module, index: int, hidden_states: torch.Tensor, loop: int, **kwargs) -> torch.Tensor:
-        """Layer number `index` of the core on (B, T, D) `hidden_states`."""
+    def run_layer(self, layer, index, hidden_states, loop, **kwargs):
         return layer(hidden_states, **kwargs)
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Rows left the batch; there is nothing to keep in step."""
+    def keep(self, rows):
+        return self
 
-    def join(self, parts: list) -> "OwnInputs":
-        """Those of successive tokens as one block, this one's the first."""
+    def join(self, later):
         return self
 
 
-class FirstInputs(OwnInputs):
-    """Keys and values are computed from what the layer ran on in loop 0."""
+OWN_KEYS = OwnKeys()
 
-    def __init__(self):
-        self.inputs = []
 
-    def run(self, layer, index, hidden_states, loop, **kwargs):
+@final
+class FirstLoopKeys(KeySource):
+    """Keys and values are computed from what the layer ran on in loop 0.
+
+    Args:
+        inputs: of each layer, (b, T, D); empty before loop 0.
+    """
+
+    def __init__(self, inputs: Sequence[torch.Tensor] = ()):
+        self.inputs = list(inputs)
+
+    def run_layer(self, layer, index, hidden_states, loop, **kwargs):
         if loop == 0:
             self.inputs.append(hidden_states)
         return layer(hidden_states, self.inputs[index], **kwargs)
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.inputs = [hidden_states[rows] for hidden_states in self.inputs]
+    def keep(self, rows):
+        return FirstLoopKeys([inputs[rows] for inputs in self.inputs])
 
-    def join(self, parts: list) -> "FirstInputs":
-        joined = FirstInputs()
-        joined.inputs = [torch.cat(tokens, dim=1) for tokens in zip(*(part.inputs for part in parts), strict=True)]
-        return joined
+    def join(self, later):
+        blocks = zip(self.inputs, *(source.inputs for source in later), strict=True)
+        return FirstLoopKeys([torch.cat(tokens, dim=1) for tokens in blocks])
 
 
-class GatedInputs(OwnInputs):
-    """Keys and values are computed from a latent that the layer's gate carries from loop to loop."""
+@final
+class GatedKeys(KeySource):
+    """Keys and values are computed from a latent that the KV gate of the layer carries from loop to loop.
 
-    def __init__(self):
-        self.latents = {}  # layer -> (B, T, D), of the loop before
+    Args:
+        latents: of each layer that has run, its latent (b, T, D) of the loop before.
+    """
 
-    def run(self, layer, index, hidden_states, loop, **kwargs):
+    def __init__(self, latents: dict[int, torch.Tensor] | None = None):
+        self.latents = latents or {}
+
+    def run_layer(self, layer, index, hidden_states, loop, **kwargs):
         hidden_states, self.latents[index] = layer(hidden_states, self.latents.get(index), loop, **kwargs)
         return hidden_states
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.latents = {index: latent[rows] for index, latent in self.latents.items()}
+    def keep(self, rows):
+        return GatedKeys({index: latent[rows] for index, latent in self.latents.items()})
+
+    def join(self, later):
+        blocks = {index: [self.latents[index], *(source.latents[index] for source in later)] for index in self.latents}
+        return GatedKeys({index: torch.cat(tokens, dim=1) for index, tokens in blocks.items()})
 
 
 class RewritingLayer(CacheLayerMixin):

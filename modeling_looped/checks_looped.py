@@ -45,6 +45,15 @@ def cuts_show(kv_sharing: str) -> str:
     return f"kv_sharing={kv_sharing!r} gives other tokens where a prompt is cut"
 
 
+def check_positions(logits_to_keep: int | torch.Tensor) -> None:
+    """ValueError where the positions whose logits are kept differ between batch rows."""
+    if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim != 1:
+        raise ValueError(
+            "halting and the loss of an exit gate need positions that all rows share: logits_to_keep must be an int "
+            f"or a 1-D tensor, got a {logits_to_keep.ndim}-D tensor."
+        )
+
+
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_key_values) -> tuple[int, int]:
     """(B, T) of a call, after checking what would otherwise fail far from its cause."""
     if (input_ids is None) == (inputs_embeds is None):

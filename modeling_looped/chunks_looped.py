@@ -13,7 +13,7 @@ chunks are run again. Source: MELT (arXiv 2605.07721), chunk-wise training. Lege
 chunk, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache_looped import readable, recent_rows, rewrite_recent
-from .calls_looped import Call, Decision
+from .calls_looped import Call, Decision, LoopStates, Observer
 
 
 class LeftAligned:
@@ -121,19 +121,18 @@ class Chunks:
             )
         begins = begins_of(call.position_ids)
         packed = mask is None and bool(begins[:, 1:].any())
-        needs_rows = call.past_key_values is not None or call.decision.rule is not None
+        needs_rows = call.past_key_values is not None or call.halting is not None
         if packed and (needs_rows or not isinstance(call.num_loops, int)):
             raise ValueError(
                 "position_ids start anew within a row: sequences packed into one row take use_cache=False, no halting "
                 "rule and one num_loops for all. Give each a row of its own."
             )
-        if call.decision.rule is not None and call.decision.visit is not None:
+        if call.halting is not None and call.observe is not None:
             raise ValueError(
-                f"prefill_chunk={size} cuts this call, and its loss is read at all loops: leave out the halting rule, "
-                "or give calls of at most prefill_chunk tokens."
+                f"prefill_chunk={size} cuts this call, and its loss (or observe) is read at all loops: leave out the "
+                "halting rule, or give calls of at most prefill_chunk tokens."
             )
         self.model, self.size, self.cut_gradients = model, size, cut_gradients
-        self.most_loops = call.num_loops if isinstance(call.num_loops, int) else int(call.num_loops.max())
         self.cache = DynamicCache(config=model.config) if call.past_key_values is None else call.past_key_values
         self.past = int(self.cache.get_seq_length())
         self.keeps_cache = call.past_key_values is not None
@@ -149,17 +148,17 @@ class Chunks:
             attention_mask=mask,
             position_ids=self.rows.turn(call.position_ids),
             past_key_values=self.cache,
-            deciding=self.rows.turn(real & self._asked(call.decision, real.shape[1], real.device)),
+            read_at=self.rows.turn(real & self._read_at(call.halting, real.shape[1], real.device)),
         )
         self.num_tokens = self.call.embeds.shape[1]
 
-    def _asked(self, decision: Decision, num_tokens: int, device) -> torch.Tensor:
-        """(T,) bool: the tokens that a halting rule is read at."""
-        asked = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-        if decision.rule is None:
-            return asked
+    def _read_at(self, halting: Decision | None, num_tokens: int, device) -> torch.Tensor:
+        """(T,) bool: the tokens that a halting rule reads."""
+        read_at = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+        if halting is None:
+            return read_at
         tokens = torch.arange(num_tokens, device=device).view(1, -1, 1)
-        return asked.index_fill(0, slice_logits_to_keep(tokens, decision.logits_to_keep).flatten(), True)
+        return read_at.index_fill(0, slice_logits_to_keep(tokens, halting.positions).flatten(), True)
 
     def run(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """The (B, T, D) that the head reads, and the loops run for each token (B, T)."""
@@ -167,7 +166,7 @@ class Chunks:
         outputs, visits = [], []
         with layers_not_checkpointed(self.model):
             for start in range(0, self.num_tokens, self.size):
-                visited = []  # per loop: (b,) rows and their (b, C, D) states
+                visited = LoopStates()  # (b, C, D)
                 chunk = self._chunk(start, min(start + self.size, self.num_tokens), visited)
                 if recomputes:
                     outputs.append(self._run_recomputed(chunk, visited, **kwargs))
@@ -177,59 +176,58 @@ class Chunks:
                 if self.cut_gradients:
                     self._cut()
         hidden_states, loops_used = (self.rows.back(torch.cat(parts, dim=1)) for parts in zip(*outputs, strict=True))
-        if self.call.decision.visit is not None:
-            self._show(visits, self.call.decision.visit)
+        if self.call.observe is not None:
+            self._show(visits, self.call.observe)
         if self.keeps_cache and self.rows.turned:
             for slot in range(len(self.cache.layers)):
                 rewrite_recent(readable(self.cache, slot), self.rows.inverse)
         return hidden_states, loops_used
 
-    def _chunk(self, start: int, end: int, visited: list) -> Call:
-        mask, deciding = self.call.attention_mask, self.call.deciding[:, start:end]
-        columns = deciding.any(0).nonzero().squeeze(1)
-        decision = replace(
-            self.call.decision,
-            rule=self.call.decision.rule if len(columns) else None,
-            logits_to_keep=columns if len(columns) else 0,
-            visit=self.call.decision.visit and (lambda rows, state: visited.append((rows, state))),
-        )
+    def _chunk(self, start: int, end: int, visited: LoopStates) -> Call:
+        mask, read_at = self.call.attention_mask, self.call.read_at[:, start:end]
+        positions = read_at.any(0).nonzero().squeeze(1)
+        halting = None  # a chunk without a token that the rule reads runs all loops
+        if self.call.halting is not None and len(positions):
+            halting = replace(self.call.halting, positions=positions)
+
         return replace(
             self.call,
             embeds=self.call.embeds[:, start:end],
             attention_mask=None if mask is None else mask[:, : self.past + end],
             position_ids=self.call.position_ids[:, start:end],
-            decision=decision,
-            deciding=deciding,
+            halting=halting,
+            observe=None if self.call.observe is None else visited,
+            read_at=read_at,
         )
 
-    def _run_recomputed(self, chunk: Call, visited: list, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_recomputed(self, chunk: Call, visited: LoopStates, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`run_call`, keeping no activations but what goes in and out: the backward pass runs the chunk again.
 
         The cache must not be written a second time then, so the chunk gets one of its own, and its rows come out.
         """
         if chunk.generator is not None:
             raise ValueError("gradient checkpointing cannot replay a generator: leave generator out.")
-        num_slots = self.model.sharing.slots.count(self.most_loops)
+        num_slots = self.model.sharing.slots.count(self.call.most_loops)
         filled = [layer for layer in self.cache.layers if layer.is_initialized]
         past = chain.from_iterable((layer.keys, layer.values) for layer in filled)
 
         def run(embeds: torch.Tensor, *past: torch.Tensor):
             cache = DynamicCache()
             cache.layers = [DynamicLayer() for _ in range(num_slots)]
-            self.model.sharing.open(cache, self.most_loops)
+            self.model.sharing.open(cache, self.call.most_loops)
             for layer, keys, values in zip(cache.layers, past[0::2], past[1::2], strict=False):
                 append(layer, keys, values)
-            visited.clear()
+            visited.visits.clear()
             with layers_not_checkpointed(self.model):
                 outputs = self.model.run_call(replace(chunk, embeds=embeds, past_key_values=cache), **kwargs)
             slots = range(len(cache.layers))
             rows = chain.from_iterable(recent_rows(readable(cache, slot), embeds.shape[1]) for slot in slots)
-            return *outputs, *(state for _, state in visited), *rows
+            return *outputs, *(state for _, state in visited.visits), *rows
 
         hidden_states, loops_used, *rest = self.model._gradient_checkpointing_func(run, chunk.embeds, *past)
-        visited[:] = [(rows, state) for (rows, _), state in zip(visited, rest, strict=False)]
-        rest = rest[len(visited) :]
-        self.model.sharing.open(self.cache, self.most_loops)
+        visited.visits = [(rows, state) for (rows, _), state in zip(visited.visits, rest, strict=False)]
+        rest = rest[len(visited.visits) :]
+        self.model.sharing.open(self.cache, self.call.most_loops)
         for layer, keys, values in zip(self.cache.layers, rest[0::2], rest[1::2], strict=True):
             append(layer, keys, values)
         return hidden_states, loops_used
@@ -238,12 +236,12 @@ class Chunks:
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
-    def _show(self, visits: list[list[tuple[torch.Tensor, torch.Tensor]]], visit: Callable) -> None:
+    def _show(self, chunks: list[LoopStates], observe: Observer) -> None:
         """Show the states of all chunks at once. Rows leave by their own loop counts here, the same in every chunk."""
-        for of_loop in zip(*visits, strict=True):
+        for of_loop in zip(*(visited.visits for visited in chunks), strict=True):
             rows = of_loop[0][0]
             states = self.rows.back(torch.cat([state for _, state in of_loop], dim=1), rows)
-            visit(self.rows.shown(rows), slice_logits_to_keep(states, self.call.decision.logits_to_keep))
+            observe(self.rows.shown(rows), states)
 
 
 def append(layer: object, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -145,13 +145,18 @@ class LoopedAttention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
+        self.has_slot_per_loop = section == "core" and config.kv_slots().per_loop
         self.attentions = nn.ModuleList()
         self.open_slots(config.num_loops)
+
+    def at(self, loop: int) -> SlotAttention:
+        """The attention of the slot of a loop, counted from 0."""
+        return self.attentions[loop if self.has_slot_per_loop else 0]  # pyright: ignore[reportReturnType]
 
     def open_slots(self, num_loops: int) -> None:
         """Have an attention for the slot of every loop. They are only ever added, by one thread at a time."""
         slots = self.config.kv_slots()
-        needed = num_loops if self.section == "core" and slots.per_loop else 1
+        needed = num_loops if self.has_slot_per_loop else 1
         for loop in range(len(self.attentions), needed):
             attention = SlotAttention(self.config, slots.slot(self.section, self.index, loop))
             self.attentions.append(attention.train(self.training))

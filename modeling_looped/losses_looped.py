@@ -10,10 +10,10 @@ Source: Ouro (arXiv 2510.25741), stages 1 and 2; a weight beta on the entropy is
 uniform). All of it is computed in float32. Legend: B rows, K positions, D hidden size, V vocabulary, R loops.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
+
+from .calls_looped import LoopStates, Observer
 
 
 def log_exit_distribution(gate_logits: torch.Tensor, loops_run: torch.Tensor | None = None) -> torch.Tensor:
@@ -83,27 +83,6 @@ def gate_loss(
     return (cross_entropy * (loops <= last)).sum(-1) / (last.squeeze(-1) - 1).clamp_min(1)
 
 
-class LoopStates:
-    """The states after every loop, at the positions whose logits are kept, with the rows that were still looping."""
-
-    def __init__(self):
-        self.visits = []  # per loop: (b,) rows and (b, K, D) state
-
-    def visit(self, rows: torch.Tensor, state: torch.Tensor) -> None:
-        self.visits.append((rows, state))
-
-    def loops_run(self) -> torch.Tensor:
-        """(B,) loops that each row ran; all of them run the first."""
-        rows = torch.cat([rows for rows, _ in self.visits])
-        return torch.bincount(rows, minlength=len(self.visits[0][0]))
-
-    def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One (b, K) tensor per loop -> (B, K, R), 0 where a row had left."""
-        blank = torch.zeros_like(values[0])
-        rows = [rows for rows, _ in self.visits]
-        return torch.stack([blank.index_copy(0, r, v) for r, v in zip(rows, values, strict=True)], dim=-1)
-
-
 def shift(labels: torch.Tensor) -> torch.Tensor:
     """(B, T) labels -> (B, T) the next token's, -100 at the end."""
     return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
@@ -112,8 +91,8 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
 class LastLoopLoss:
     """Cross-entropy of the logits that are returned."""
 
-    def states(self) -> LoopStates | None:
-        """Where the forward pass shall note what it passes through."""
+    def states(self, logits_to_keep: int | torch.Tensor, also: Observer | None) -> LoopStates | None:
+        """What observes the forward pass for this objective, see `LoopStates`; None where the logits are enough."""
         return None
 
     def __call__(self, model, logits, states, labels=None, shift_labels=None, **kwargs) -> torch.Tensor:
@@ -128,8 +107,8 @@ class ExpectedLoss(LastLoopLoss):
     def __init__(self, config):
         self.entropy_weight = config.exit_entropy_weight
 
-    def states(self) -> LoopStates:
-        return LoopStates()
+    def states(self, logits_to_keep, also) -> LoopStates:
+        return LoopStates(logits_to_keep, also)
 
     def __call__(self, model, logits, states, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
         """Scalar; the mean over labels that are not -100, or their sum over `num_items_in_batch`."""

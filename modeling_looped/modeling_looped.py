@@ -36,8 +36,8 @@ from transformers.utils import auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_looped import CACHE_NAME, SHARINGS, ActiveCache, OwnInputs, one_cache
-from .calls_looped import ActiveRows, Call, CallContext, Decision, make_position_ids, per_token, real_tokens
+from .cache_looped import CACHE_NAME, OWN_KEYS, SHARINGS, one_cache
+from .calls_looped import ActiveBatch, Call, CallContext, Decision, LoopStates, Observer, make_position_ids
 from .checks_looped import check_grad_loops, check_inputs, check_loops, refuse_engine, refuse_unknown
 from .chunks_looped import Chunks
 from .configuration_looped import REWRITING_SHARINGS, LoopedConfig
@@ -181,6 +181,7 @@ class LoopedModel(LoopedPreTrainedModel):
         num_grad_loops: int | None = None,
         cut_chunks: bool = False,
         halting: str | dict | FixedRule | Decision | None = None,
+        observe: Observer | None = None,
         generator: torch.Generator | None = None,
         cache: Cache | None = None,
         **kwargs,
@@ -200,7 +201,7 @@ class LoopedModel(LoopedPreTrainedModel):
         )
         first_grad_loop = check_grad_loops(num_grad_loops, num_loops)
         if not isinstance(halting, Decision):
-            halting = Decision(halting_rule(halting), exit_readout=self.exit_readout)
+            halting = Decision.of(halting, gate=self.exit_readout)
 
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         if use_cache and past_key_values is None:
@@ -208,7 +209,15 @@ class LoopedModel(LoopedPreTrainedModel):
         if position_ids is None:
             position_ids = make_position_ids(embeds, attention_mask, past_key_values)
         call = Call(
-            embeds, attention_mask, position_ids, past_key_values, num_loops, first_grad_loop, halting, generator
+            embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            num_loops=num_loops,
+            first_grad_loop=first_grad_loop,
+            halting=halting,
+            observe=observe,
+            generator=generator,
         )
         if self.is_cut(num_tokens):
             hidden_states, loops_used = Chunks(self, call, cut_chunks).run(**kwargs)
@@ -232,10 +241,10 @@ class LoopedModel(LoopedPreTrainedModel):
         Raises:
             ValueError: the graph is to be exported.
         """
-        rule = halting.rule if isinstance(halting, Decision) else halting_rule(halting)
+        halts = isinstance(halting, Decision) or halting_rule(halting) is not None
         reasons = {
             "num_loops as a tensor": isinstance(num_loops, torch.Tensor),
-            "a halting rule": rule is not None,
+            "a halting rule": halts,
             f"prefill_chunk={self.config.prefill_chunk}": self.is_cut(num_tokens),
             "state_init='normal'": self.config.state_init == "normal" and not self.training,
         }
@@ -250,46 +259,34 @@ class LoopedModel(LoopedPreTrainedModel):
 
     def run_call(self, call: Call, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """One call, or one chunk of it: the (B, T, D) that the head reads, and the loops run for each token (B, T)."""
-        embeds, position_ids, past_key_values = call.embeds, call.position_ids, call.past_key_values
-        batch_size, num_tokens = embeds.shape[:2]
-        causal_mask = create_causal_mask(self.config, embeds, call.attention_mask, past_key_values, position_ids)
-        active = ActiveRows(call.num_loops, call.decision)
-        self.open_slots(active.num_loops)
-        if active.tracks_rows:
-            active.open(real_tokens(call.attention_mask, embeds) if call.deciding is None else call.deciding)
-        if past_key_values is not None:
-            self.sharing.open(past_key_values, active.num_loops)
+        context = self.open_context(call)  # mask, rotary angles, the cache with its slots open
+        embeds = self.embed(call.embeds, call.position_ids)
+        embeds = self.run_section(self.prelude, embeds, context, **kwargs)  # (B, T, D)  once
+        start = self.start(embeds, call.position_ids, call.generator, self.training)
+        state = self.connection.open(start, embeds)  # (B, T, D) or, with S streams, (B, T, S, D)
+        active = ActiveBatch(call, state, embeds, context, self.sharing)
+        for loop in range(call.most_loops):  # the same weights every time
+            with active.gradients(loop, self.gradient_checkpointing):
+                active.state = self.run_loop(active.state, active.embeds, active.context, loop, **kwargs)
+            if not active.leave(loop, self.connection.close):  # batch rows that halt leave, with all that is theirs
+                break
+        state, loops_used = active.gather()  # every batch row again
+        hidden_states = self.run_section(self.coda, self.connection.close(state), context, **kwargs)  # (B, T, D)  once
+        if call.past_key_values is not None:
+            self.sharing.close(call.past_key_values, active.loops_run, embeds.shape[1])
+        return self.norm(hidden_states), loops_used
 
-        embeds = self.dropout(self.positions.embed(embeds, position_ids))
-        position_embeddings = self.positions(embeds, position_ids)
-        whole = CallContext(causal_mask, position_embeddings, position_ids, past_key_values)
-        if active.may_leave:
-            whole.check_rows_can_leave()
-
-        own = OwnInputs()
-        embeds = self.run_section(self.prelude, "prelude", embeds, whole, own, **kwargs)
-        state = self.connection.open(self.start(embeds, position_ids, call.generator, self.training), embeds)
-        context, key_inputs = whole, self.sharing.inputs()
-        for loop in range(active.num_loops):
-            if loop == call.first_grad_loop and self.gradient_checkpointing:
-                state = in_graph(state)
-            with torch.no_grad() if loop < call.first_grad_loop else nullcontext():
-                state = self.run_loop(state, embeds, loop, context, key_inputs, **kwargs)
-            rows = active.leave(loop, state, self.connection.close)
-            if rows is not None:
-                state, embeds = state[rows], embeds[rows]
-                key_inputs.keep(rows)
-                context = context.keep(rows)
-                if past_key_values is not None:
-                    context.past_key_values = ActiveCache(past_key_values, active.rows, self.sharing)
-                if len(rows) == 0:
-                    break
-        state, loops_used = active.gather(state)
-        hidden_states = self.run_section(self.coda, "coda", self.connection.close(state), whole, own, **kwargs)
-
-        if past_key_values is not None:
-            self.sharing.close(past_key_values, active.loops_run, num_tokens)
-        return self.norm(hidden_states), per_token(loops_used, batch_size, num_tokens, embeds.device)
+    def open_context(self, call: Call) -> CallContext:
+        """What the layers of a call share: the mask, the rotary angles, and the cache with its slots open."""
+        cache, position_ids = call.past_key_values, call.position_ids
+        mask = create_causal_mask(self.config, call.embeds, call.attention_mask, cache, position_ids)
+        context = CallContext(mask, self.positions(call.embeds, position_ids), position_ids, cache, OWN_KEYS)
+        if call.rows_may_halt:
+            context.check_rows_can_leave()
+        self.open_slots(call.most_loops)
+        if cache is not None:
+            self.sharing.open(cache, call.most_loops)
+        return context
 
     def open_slots(self, num_loops: int) -> None:
         """Have an attention for every slot of `num_loops` loops; the last layer gets its own last."""
@@ -299,23 +296,19 @@ class LoopedModel(LoopedPreTrainedModel):
                 for layer in layers:
                     layer.open_slots(num_loops)
 
-    def run_loop(self, state, embeds, loop: int, context, key_inputs, **kwargs) -> torch.Tensor:
-        """One loop: the state after it, from the state before it and the prelude's output (B, T, D)."""
-        x, gates = self.connection.read(state, embeds, loop)
-        x = self.run_section(self.core, "core", x, context, key_inputs, loop, **kwargs)
-        x = self.loop_embedding(self.core_norm(x), loop)
-        return self.connection.write(state, gates, x, loop)
+    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (B, T, D) at positions (B or 1, T) -> what the prelude runs on, (B, T, D)."""
+        return self.dropout(self.positions.embed(embeds, position_ids))
 
-    def run_section(self, layers, section, hidden_states, context, key_inputs, loop=0, **kwargs):
-        """One pass over the layers of a section: (B, T, D) -> (B, T, D)."""
-        per_loop = section == "core" and self.sharing.slots.per_loop
+    def run_section(self, layers, hidden_states: torch.Tensor, context: CallContext, loop: int = 0, **kwargs):
+        """The layers of a section one after the other, in a loop counted from 0: (b, T, D) -> (b, T, D)."""
         for index, layer in enumerate(layers):
-            hidden_states = key_inputs.run(
+            hidden_states = context.key_source.run_layer(
                 layer,
                 index,
                 hidden_states,
                 loop,
-                attention=layer.self_attn.attentions[loop if per_loop else 0],
+                attention=layer.self_attn.at(loop),
                 attention_mask=context.attention_mask,
                 position_embeddings=context.position_embeddings,
                 position_ids=context.position_ids,
@@ -323,6 +316,18 @@ class LoopedModel(LoopedPreTrainedModel):
                 **kwargs,
             )
         return hidden_states
+
+    def run_loop(self, state: torch.Tensor, embeds: torch.Tensor, context: CallContext, loop: int, **kwargs):
+        """One loop, counted from 0: the state (b, T, D) or (b, T, S, D) before it -> the state after it.
+
+        Args:
+            embeds: (b, T, D), the output of the prelude.
+            context: of these b batch rows.
+        """
+        x, gates = self.connection.read(state, embeds, loop)
+        x = self.run_section(self.core, x, context, loop, **kwargs)
+        x = self.loop_embedding(self.core_norm(x), loop)
+        return self.connection.write(state, gates, x, loop)
 
 
 @auto_docstring
@@ -363,13 +368,14 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         num_grad_loops: int | None = None,
         cut_chunks: bool = False,
         halting: str | dict | FixedRule | None = None,
+        observe: Observer | None = None,
         generator: torch.Generator | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> LoopedCausalLMOutput:
         shift_labels = kwargs.pop("shift_labels", None)
         trains = labels is not None or shift_labels is not None
-        states = self.objective.states() if trains else None
+        states = self.objective.states(logits_to_keep, observe) if trains else None
         if not trains and self.config.exit_gate and kwargs.get("num_items_in_batch") is not None:
             raise ValueError(
                 "the loss is computed outside of the model, from the logits of the last loop, which teach "
@@ -387,9 +393,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
             num_loops=num_loops,
             num_grad_loops=num_grad_loops,
             cut_chunks=cut_chunks,
-            halting=Decision(
-                halting_rule(halting), self.readout, logits_to_keep, self.model.exit_readout, states and states.visit
-            ),
+            halting=Decision.of(halting, head=self.readout, gate=self.model.exit_readout, positions=logits_to_keep),
+            observe=observe if states is None else states,
             generator=generator,
             **kwargs,
         )
@@ -423,10 +428,10 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         """
         if not isinstance(self.objective, ExpectedLoss):
             raise ValueError("exits are read by an exit gate, which this model lacks: train with exit_gate=True.")
-        states = self.objective.states()
+        states = LoopStates()
         self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, num_loops=num_loops,
-            use_cache=False, halting=Decision(None, visit=states.visit),
+            use_cache=False, observe=states,
         )  # fmt: skip
         gate_logits, losses = self.objective.read(self, states, shift_labels)
         return states.spread(gate_logits), states.spread(losses)
@@ -450,11 +455,6 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES |= {"looped": "LoopedForCausalLM", "looped_body": "LoopedModel"}
 
 MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["looped"] = "LoopedForSequenceClassification"
-
-
-def in_graph(state: torch.Tensor) -> torch.Tensor:
-    """The state as one with a gradient: where no input has one, `use_reentrant=True` gives weights none either."""
-    return state.detach().requires_grad_() if torch.is_grad_enabled() and not state.requires_grad else state
 
 
 __all__ = [

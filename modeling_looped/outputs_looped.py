@@ -21,6 +21,9 @@ FORWARD_DOCSTRING = r"""
             or a dict with the rule's thresholds, `{"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": 3.0}`;
             `"q_exit"` needs `exit_gate=True` in the configuration. It is read at the positions of `logits_to_keep`,
             padding excluded, and a row stops when all of them agree.
+        observe (`Callable`, *optional*):
+            Called after every loop as `observe(rows, state)`: with a `(b,)` LongTensor of the batch rows that ran it,
+            and what coda and readout see of their state, `(b, sequence_length, hidden_size)`, before the final norm.
         generator (`torch.Generator`, *optional*):
             Seed of `state_init="normal"`, see `connections_looped.py`.
         past_key_values (`Cache`, *optional*):

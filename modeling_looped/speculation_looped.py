@@ -20,7 +20,8 @@ V vocabulary, R loops, d of them the draft's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch.nn import functional as F
@@ -28,12 +29,10 @@ from transformers import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_causal_mask
 
-from .cache_looped import CACHE_NAME, CACHE_NAMES, FirstInputs, OwnInputs, RewritingLayer, one_cache
+from .cache_looped import CACHE_NAME, CACHE_NAMES, OWN_KEYS, KeySource, RewritingLayer, one_cache
 from .calls_looped import CallContext
 from .configuration_looped import REWRITING_SHARINGS
 from .depth_looped import check_loops_of_rows
-
-OWN_INPUTS = OwnInputs()  # of prelude and coda
 
 
 @dataclass
@@ -53,23 +52,34 @@ class SpeculativeGenerateOutput(GenerateDecoderOnlyOutput):
     layer_calls: int | None = None
 
 
+@final
 @dataclass
 class Halfway:
-    """Tokens after the loops of the draft: embeds (1, T, D), state (1, T, ...), and the context they were run in."""
+    """T tokens after the loops of the draft.
+
+    Args:
+        embeds: (1, T, D), the output of the prelude.
+        state: (1, T, D) or (1, T, S, D), after the loops of the draft.
+        context: what the layers of the draft were run with.
+    """
 
     embeds: torch.Tensor
     state: torch.Tensor
-    key_inputs: OwnInputs | FirstInputs
     context: CallContext
 
 
+@final
 class Halves:
-    """The forward pass of a `LoopedForCausalLM` over one row, in two halves that meet after `draft_loops` loops.
+    """The forward pass of a `LoopedForCausalLM` on one text, in two halves that meet after `draft_loops` loops.
 
     Args:
-        cache: a DynamicCache, level over all slots; the first half leaves the slots of the second behind.
+        model: a LoopedForCausalLM.
+        cache: a DynamicCache, equally long in all slots; the first half leaves the slots of the second behind.
+        draft_loops: loops of the first half.
+        num_loops: loops of both halves.
         attention_mask: (1, S) of the tokens in the cache, or None where none is padding.
         position_ids: (1, S), or its end, of the same.
+        generator: seed of the initial state, or None.
     """
 
     def __init__(self, model, cache, draft_loops, num_loops, attention_mask, position_ids, generator):
@@ -81,38 +91,43 @@ class Halves:
         self.layer_calls = 0
 
     def first(self, token: torch.Tensor, ahead: int) -> Halfway:
-        """Prelude and the draft's loops of one token (1, 1), the one after `ahead` that only this half has seen."""
-        body = self.body
+        """Run the prelude and the first `draft_loops` loops on one token (1, 1).
+
+        `ahead` counts the drafted tokens before it that are not verified yet.
+        """
+        body, position_ids = self.body, self.position + 1 + ahead
         body.sharing.open(self.cache, self.num_loops)
-        position_ids = self.position + 1 + ahead
-        embeds = body.dropout(body.positions.embed(body.embed_tokens(token), position_ids))
-        context = self.context(embeds, position_ids, self.length + ahead + 1, loop=0)
-        embeds = self.run(body.prelude, "prelude", embeds, context)
+        embeds = body.embed(body.embed_tokens(token), position_ids)
+        whole = self.context(embeds, position_ids, self.length + ahead + 1, OWN_KEYS, loop=0)
+        embeds = self.run(body.prelude, embeds, whole)
         start = body.start(embeds, position_ids, self.generator, body.training)
-        state, key_inputs = body.connection.open(start, embeds), body.sharing.inputs()
-        state = self.loop(state, embeds, key_inputs, context, range(self.draft_loops))
-        return Halfway(embeds, state, key_inputs, context)
+        context = replace(whole, key_source=body.sharing.key_source())
+        state = self.loop(body.connection.open(start, embeds), embeds, context, range(self.draft_loops))
+        return Halfway(embeds, state, context)
 
     def draft(self, part: Halfway) -> torch.Tensor:
         """(1, 1, V) logits of a token that has seen the first half alone."""
         return self.readout(part.state, part.context)
 
     def second(self, parts: Sequence[Halfway]) -> torch.Tensor:
-        """The other loops of T successive tokens: (1, T, V) logits; all slots are level afterwards."""
-        body, num_tokens = self.body, len(parts)
+        """Run the other loops on T successive tokens: (1, T, V) logits. All slots are equally long afterwards."""
         self.rewind()
         embeds = torch.cat([part.embeds for part in parts], dim=1)
         state = torch.cat([part.state for part in parts], dim=1)
-        key_inputs = parts[0].key_inputs.join([part.key_inputs for part in parts])
         position_ids = torch.cat([part.context.position_ids for part in parts], dim=1)
-        context = self.context(embeds, position_ids, self.length + num_tokens, loop=self.draft_loops)
-        state = self.loop(state, embeds, key_inputs, context, range(self.draft_loops, self.num_loops))
+        first, *later = (part.context.key_source for part in parts)
+        length = self.length + len(parts)
+        context = self.context(embeds, position_ids, length, first.join(later), loop=self.draft_loops)
+        state = self.loop(state, embeds, context, range(self.draft_loops, self.num_loops))
         logits = self.readout(state, context)
-        body.sharing.close(self.cache, self.num_loops, num_tokens)
+        self.body.sharing.close(self.cache, self.num_loops, len(parts))
         return logits
 
     def rewind(self) -> None:
-        """Crop the slots that the second half writes to the tokens it has seen: the coda's hold the draft's rows."""
+        """Crop the slots that the second half writes to the tokens that it has seen.
+
+        The slots of the coda hold entries of the draft.
+        """
         coda = [self.slots.slot("coda", layer) for layer in range(self.slots.num_coda_layers)]
         core = range(self.slots.slot("core", 0, self.draft_loops), self.slots.count(self.num_loops))
         for slot in (*coda, *core):
@@ -128,31 +143,33 @@ class Halves:
         self.length += num_kept
         self.position = self.position + num_kept
 
-    def context(self, embeds, position_ids, length: int, loop: int) -> CallContext:
-        """That of the last tokens of the first `length`, for slots as long as those of core loop `loop`."""
+    def context(self, embeds, position_ids, length: int, key_source: KeySource, loop: int) -> CallContext:
+        """The context of the last tokens of the first `length`, for slots as long as those of core loop `loop`."""
         mask = self.attention_mask
         if mask is not None:
             mask = F.pad(mask, (0, length - mask.shape[1]), value=1)
-        layer_idx = self.slots.slot("core", 0, loop)
-        causal_mask = create_causal_mask(
-            self.model.config, embeds, mask, self.cache, position_ids, layer_idx=layer_idx
-        )
-        return CallContext(causal_mask, self.body.positions(embeds, position_ids), position_ids, self.cache)
+        slot = self.slots.slot("core", 0, loop)
+        causal_mask = create_causal_mask(self.model.config, embeds, mask, self.cache, position_ids, layer_idx=slot)
+        angles = self.body.positions(embeds, position_ids)
+        return CallContext(causal_mask, angles, position_ids, self.cache, key_source)
 
-    def loop(self, state, embeds, key_inputs, context, loops: range) -> torch.Tensor:
+    def loop(self, state, embeds, context: CallContext, loops: range) -> torch.Tensor:
+        """The state (1, T, ...) after these loops."""
         for loop in loops:
             self.layer_calls += len(self.body.core)
-            state = self.body.run_loop(state, embeds, loop, context, key_inputs)
+            state = self.body.run_loop(state, embeds, context, loop)
         return state
 
-    def readout(self, state: torch.Tensor, context: CallContext) -> torch.Tensor:
-        hidden_states = self.run(self.body.coda, "coda", self.body.connection.close(state), context)
-        return self.model.readout(hidden_states).float()
-
-    def run(self, layers, section, hidden_states, context) -> torch.Tensor:
-        """Prelude or coda."""
+    def run(self, layers, hidden_states: torch.Tensor, context: CallContext) -> torch.Tensor:
+        """Prelude or coda: (1, T, D) -> (1, T, D)."""
         self.layer_calls += len(layers)
-        return self.body.run_section(layers, section, hidden_states, context, OWN_INPUTS)
+        return self.body.run_section(layers, hidden_states, context)
+
+    def readout(self, state: torch.Tensor, context: CallContext) -> torch.Tensor:
+        """The state (1, T, ...) after the last loop that runs -> logits (1, T, V) in float32."""
+        hidden_states = self.body.connection.close(state)
+        hidden_states = self.run(self.body.coda, hidden_states, replace(context, key_source=OWN_KEYS))
+        return self.model.readout(hidden_states).float()
 
 
 class Text:

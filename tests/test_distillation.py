@@ -5,7 +5,6 @@ import torch
 
 from looplab.training.distillation import Distillation, attention_outputs, by_loop, interpolated
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.calls_looped import Decision
 from toys import FP32, as_policy, make_ids, make_melt, make_model
 
 OURO = {"norm_placement": "sandwich", "norm_between_loops": True}
@@ -72,9 +71,8 @@ def test_the_mixture_is_that_of_keys_and_values():
     torch.testing.assert_close(logits, torch.stack(expected, 1), **FP32)
 
 
-def loss_of(distillation, student, ids, num_loops=3, **kwargs):
-    with distillation.on({"input_ids": ids}, num_loops):
-        return student(ids, shift_labels=ids, num_loops=num_loops, **kwargs).loss
+def loss_of(distillation, student, ids, num_loops=3):
+    return distillation(student, {"input_ids": ids}, num_loops)
 
 
 def test_the_teacher_teaches_and_gets_no_gradient():
@@ -93,14 +91,13 @@ def test_the_loss_is_what_the_equation_says(all_loops, alignment):
     student, teacher = make_pair()
     ids = make_ids()
     got = loss_of(Distillation(student, teacher, alignment, all_loops), student, ids)
-    student.objective = None
     with torch.no_grad():
         divergences = []
         for loops in (1, 2, 3) if all_loops else (3,):  # no coda: loop t of the teacher is its run of t loops
             p = teacher(ids, num_loops=loops).logits.softmax(-1)
             divergences.append((p, loops))
         states = []  # of the student, whose chunks see rows of its last loop: it has to be run to the end
-        student.model(ids, halting=Decision(None, visit=lambda rows, state: states.append(state)))
+        student.model(ids, observe=lambda rows, state: states.append(state))
         kl = torch.stack(
             [(p * (p.log() - student.readout(states[loops - 1]).log_softmax(-1))).sum(-1) for p, loops in divergences]
         ).mean()

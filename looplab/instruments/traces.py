@@ -10,8 +10,6 @@ coda runs once, after the last loop: the answers of a model that has one are tak
 Legend: R loops, N rows, T tokens, D hidden size, V vocabulary.
 """
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -60,36 +58,21 @@ def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.
     calls = {"logits_to_keep": 1, "use_cache": False}
     signals, said = [], []
 
-    def visit(state: torch.Tensor, logits: torch.Tensor) -> None:
+    def observe(rows: torch.Tensor, state: torch.Tensor) -> None:
+        logits = model.readout(state[:, -1:])[:, -1].float()
         before = signals[-1] if signals else None
-        signals.append(signals_of(state[:, -1].float(), logits[:, -1].float().log_softmax(-1), before))
+        signals.append(signals_of(state[:, -1].float(), logits.log_softmax(-1), before))
         if before is not None:
             del before["state"], before["log_p"]  # only the loop before is compared with
-        said.append(answer_of(logits[:, -1].float(), answers))
+        said.append(answer_of(logits, answers))
 
-    # The rule is not asked after the last loop, so one more is granted, before which every row has left.
-    model(input_ids, num_loops=num_loops + 1, halting=visiting_rule(model, visit, num_loops), **calls)
+    model(input_ids, num_loops=num_loops, observe=observe, **calls)
     if model.config.num_coda_layers:
         runs = (model(input_ids, num_loops=loops, **calls).logits[:, -1] for loops in range(1, num_loops + 1))
         said = [answer_of(logits.float(), answers) for logits in runs]
     prediction, margin = (torch.stack(part).cpu() for part in zip(*said, strict=True))
     stacked = {name: torch.stack([signal[name] for signal in signals]).cpu() for name in ("kl", "entropy", "change")}
     return Trace(prediction, margin, **stacked)
-
-
-def visiting_rule(model: PreTrainedModel, visit: Callable[[torch.Tensor, torch.Tensor], None], num_loops: int):
-    """A halting rule that shows `visit` state and logits after every loop, and ends all rows at `num_loops`."""
-
-    # A saved model accepts the rules of the code saved beside it.
-    class VisitingRule(inspect.getmodule(type(model)).FixedRule):
-        loops = 0
-
-        def step(self, memory, state, readout):
-            visit(state, readout(state))
-            self.loops += 1
-            return None, torch.full(state.shape[:2], self.loops == num_loops, device=state.device)
-
-    return VisitingRule()
 
 
 def signals_of(state: torch.Tensor, log_p: torch.Tensor, before: dict | None) -> dict:

@@ -25,8 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_looped import GatedSharing, RewritingDynamicLayer
-from modeling_looped.calls_looped import Decision
-from modeling_looped.losses_looped import LoopStates
+from modeling_looped.calls_looped import LoopStates
 
 
 class InterpolatedLayer(RewritingDynamicLayer):
@@ -123,10 +122,12 @@ def by_loop(outputs: dict[int, list[torch.Tensor]], num_loops: int) -> torch.Ten
 
 
 class Distillation:
-    """The objective of a student, in the place of its own: `model(input_ids, shift_labels=...)` then gives this loss.
+    """What a teacher says of every token, as the loss of a student.
+
+        loss = Distillation(student, teacher)(model, {"input_ids": ids}, num_loops)
 
     Args:
-        student: a LoopedForCausalLM with kv_sharing="gated" and without a coda; its `objective` is replaced.
+        student: a LoopedForCausalLM with kv_sharing="gated" and without a coda.
         teacher: one with kv_sharing="per_loop" and the same layers; it gets no gradient.
         alignment: beta, weight of the attention outputs' distance.
         all_loops: compare the distributions of every loop; otherwise those of the last.
@@ -141,43 +142,41 @@ class Distillation:
         check_pair(student.config, teacher.config)
         self.teacher = teacher.eval().requires_grad_(False)
         self.alignment, self.all_loops = alignment, all_loops
-        student.objective = self
         self.student = student
 
-    @contextmanager
-    def on(self, inputs: dict, num_loops: int) -> Iterator[None]:
-        """Within the block the student is called, once, on what the teacher sees: `inputs` of its forward."""
-        self.inputs, self.num_loops = inputs, num_loops
-        with attention_outputs(self.student) if self.alignment else nullcontext() as self.outputs:
-            yield
+    def __call__(self, model: nn.Module, inputs: dict, num_loops: int, **settings) -> torch.Tensor:
+        """The loss, a scalar: nats per token, and the weighted distance of the attention outputs.
 
-    def states(self) -> LoopStates:
-        return LoopStates()
-
-    def __call__(self, model, logits, states: LoopStates, **kwargs) -> torch.Tensor:
-        """Scalar, from the student's states of every loop and what its attention gave out."""
-        taught, aligned = self.targets()
-        loops = range(self.num_loops) if self.all_loops else [self.num_loops - 1]
+        Args:
+            model: the student, or what wraps it (DistributedDataParallel).
+            inputs: of its forward and the teacher's: input_ids (B, T).
+            num_loops: R, of both.
+            settings: more arguments of the student's forward.
+        """
+        states = LoopStates()
+        with attention_outputs(self.student) if self.alignment else nullcontext({}) as outputs:
+            # The logits, which nothing reads, are what tells DDP which parameters get a gradient.
+            model(**inputs, num_loops=num_loops, logits_to_keep=1, observe=states, **settings)
+        taught, aligned = self.targets(inputs, num_loops)
+        loops = range(num_loops) if self.all_loops else [num_loops - 1]
         pairs = [(states.visits[t][1], taught.visits[t][1]) for t in loops]
-        loss = torch.stack([self.divergence(model, *pair) for pair in pairs]).mean()
+        loss = torch.stack([self.divergence(*pair) for pair in pairs]).mean()
         if aligned is not None:
-            ours = by_loop(self.outputs, self.num_loops)
+            ours = by_loop(outputs, num_loops)
             loss = loss + self.alignment * (ours.float() - aligned.float()).square().mean()
         return loss
 
     @torch.no_grad()
-    def targets(self) -> tuple[LoopStates, torch.Tensor | None]:
-        """The teacher's states, and attention outputs where they count."""
+    def targets(self, inputs: dict, num_loops: int) -> tuple[LoopStates, torch.Tensor | None]:
+        """The teacher's states, and its attention outputs where they count."""
         states = LoopStates()
         with attention_outputs(self.teacher) as outputs:
-            self.teacher.model(
-                **self.inputs, num_loops=self.num_loops, halting=Decision(None, visit=states.visit), use_cache=False
-            )
-        return states, by_loop(outputs, self.num_loops) if self.alignment else None
+            self.teacher.model(**inputs, num_loops=num_loops, observe=states, use_cache=False)
+        return states, by_loop(outputs, num_loops) if self.alignment else None
 
-    def divergence(self, model: LoopedForCausalLM, state: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+    def divergence(self, state: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
         """Mean over tokens of KL(teacher || student) in nats, of states (B, T, D)."""
-        student = model.readout(state).float().log_softmax(-1)
+        student = self.student.readout(state).float().log_softmax(-1)
         teacher = self.teacher.readout(taught).float().log_softmax(-1)
         return (teacher.exp() * (teacher - student)).sum(-1).mean()
 

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 
 from modeling_looped import LoopedForCausalLM
 
@@ -52,7 +53,7 @@ class ExitLoss(LabelLoss):
 class DistillationLoss:
     """What a teacher says of every token; labels are not used."""
 
-    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, device: torch.device):
+    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, accelerator: Accelerator):
         distill = recipe.distill
         if recipe.data.task == "molecules":
             raise ValueError("distill is for rows without padding, which packed molecules have: leave it out.")
@@ -64,10 +65,11 @@ class DistillationLoss:
                 "distill.phase 'interpolation' keeps the rows of both memories, which gradient_checkpointing and "
                 "cut_chunks would lose: leave them out."
             )
-        teacher = load_trained("distill.teacher", distill.teacher).to(device)
+        teacher = load_trained("distill.teacher", distill.teacher).to(accelerator.device)
         alignment = 0.0 if self.interpolates else distill.alignment
         self.distillation = Distillation(student, teacher, alignment, distill.all_loops)
-        self.student, self.alpha, self.settings = student, 0.0, {"cut_chunks": recipe.cut_chunks}
+        self.student, self.alpha, self.accelerator = student, 0.0, accelerator
+        self.settings = {"cut_chunks": recipe.cut_chunks, "use_cache": self.interpolates}
 
     def begin(self, progress: float):
         """The gated memory's share rises from 0 to 1 over the run."""
@@ -75,15 +77,12 @@ class DistillationLoss:
 
     def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
         """The mean loss of (b, T) rows, times their (b, K) labels."""
+        # Head and teacher are run outside of the model's forward, in the same precision.
         with (
             interpolated(self.student) if self.interpolates else nullcontext() as sharing,
-            self.distillation.on(rows, num_loops),
+            self.accelerator.autocast(),
         ):
             if sharing is not None:
                 sharing.alpha = self.alpha
-            # One label per position: all of them are read.
-            loss = model(
-                **rows, shift_labels=rows["input_ids"], num_loops=num_loops, use_cache=self.interpolates,
-                **self.settings,
-            ).loss  # fmt: skip
+            loss = self.distillation(model, rows, num_loops, **self.settings)
         return loss * labels.numel()

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_lines import READ, VERBS, arguments_of, command, readable
 
+from command_lines import READ, VERBS, arguments_of, command, readable
 from looplab import mistakes
 from looplab.cli import Whole, main
 from looplab.mistakes import run_command

@@ -42,7 +42,7 @@ test-fast: .venv/tested
 	$(BIN)/python $(PYTEST) -m "not slow"
 
 fuzz: .venv/tested
-	$(BIN)/pytest tests/test_properties.py --fuzz $(N)
+	$(BIN)/pytest tests/model/test_properties.py --fuzz $(N)
 
 test-oldest: constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest

@@ -62,7 +62,7 @@ class Row:
     @property
     def tests(self) -> list[tuple[str, str]]:
         """(file, function) of the tests that it names."""
-        return re.findall(r"`(tests/\w+\.py)::(\w+)`", self.notes)
+        return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", self.notes)
 
 
 def read_rows() -> list[Row]:

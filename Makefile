@@ -1,14 +1,18 @@
 # make quickstart: from nothing to a trained model, its accuracy grid and its pictures.
-# make test:       from nothing to a tested checkout; CI runs this.
+# make test:       from nothing to a tested checkout; CI runs this. A process per core, one thread each.
+# make test-fast:  the tests that are not marked slow, in the environment there is: under two minutes on two cores.
 # make test-oldest, make test-newest: the tests on the oldest versions that pyproject.toml admits, and on the newest
 #                  there are, each in an environment of its own. Some GB: torch of PyPI comes with its CUDA libraries.
 # make fuzz N=10000: as many random models and calls for every law; `make test` tries the same few each time.
 PYTHON ?= python3
 N      ?= 1000
 RUN    ?= runs/quickstart
+CORES  ?= logical
 BIN    := .venv/bin
+# Each process takes about 1 GB; one that is idle takes over half of what another has left.
+PYTEST := -m pytest -n $(CORES) --maxprocesses 8 --dist worksteal
 
-.PHONY: quickstart test fuzz test-oldest test-newest lint bench
+.PHONY: quickstart test test-fast fuzz test-oldest test-newest lint bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,21 +36,24 @@ lint: .venv/installed
 	touch $@
 
 test: lint .venv/tested
-	$(BIN)/pytest
+	$(BIN)/python $(PYTEST)
+
+test-fast: .venv/tested
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 fuzz: .venv/tested
-	$(BIN)/pytest tests/test_properties.py --fuzz $(N)
+	$(BIN)/pytest tests/model/test_properties.py --fuzz $(N)
 
 test-oldest: constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev,quantizers]'
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python $(PYTEST)
 
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/pip install --quiet -e '.[dev,quantizers]'
 	.venv-newest/bin/pip list | grep -iE '^(torch|transformers|datasets|accelerate|huggingface_hub) '
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/python $(PYTEST)
 
 bench: .venv/installed
 	$(BIN)/looped bench --run $(RUN)

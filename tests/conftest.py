@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 
 # Read when huggingface_hub is imported: the Hub of these tests (hub_server.py) speaks plain HTTP, and no Xet.
 os.environ["HF_HUB_DISABLE_XET"] = "1"
+# One thread for each process that a test starts: two that wait for each other on a busy machine are slower by far.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 # The same examples in every run of the suite; `--fuzz N` draws N new ones for every law.
@@ -35,7 +37,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two threads that wait for each other on a busy machine are slower than one by far."""
+    """As OMP_NUM_THREADS says, whatever the test before has set."""
     torch.set_num_threads(1)
 
 

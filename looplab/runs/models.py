@@ -2,8 +2,8 @@
 
 transformers would fill missing tensors with random numbers and warn; here that is refused. Looped models load by the
 classes of `modeling_looped`, which are registered when it is imported, not by the copy of them beside the weights
-(tests/test_remote_code.py holds the two equal). Other models load if transformers knows them; code of their own runs
-only where the user asked for it by --trust-remote-code.
+(tests/model/test_remote_code.py holds the two equal). Other models load if transformers knows them; code of their own
+runs only where the user asked for it by --trust-remote-code.
 """
 
 from collections.abc import Iterator

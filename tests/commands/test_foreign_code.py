@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_lines import READ, VERBS, arguments_of, command, readable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from command_lines import READ, VERBS, arguments_of, command, readable
 from looplab.cli import main
 from toy_runs import SHORT, edit_json
 from toys import ROOT

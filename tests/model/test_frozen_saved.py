@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from families import make_frozen, make_tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from families import make_frozen, make_tokens
 from modeling_looped.frozen_looped import FrozenLoopedForCausalLM, attach, detach, looped
 from toys import shipped_with
 

@@ -1,8 +1,6 @@
 """Laws of what reads and steers a molecule as it is written: masked decoding keeps prefixes completable, probes find
 what is in the states and not what the controls give."""
 
-import sys
-
 import pytest
 import torch
 from transformers import LogitsProcessorList
@@ -95,12 +93,6 @@ def test_even_a_random_model_ends_where_it_may(model, tokenizer):
         dead_end = not any(mask.may_follow(smiles, token) for token in range(len(tokenizer)))
         assert dead_end or mask.may_follow(smiles, tokenizer.eos_token_id)
     assert any({"brackets", "rings"} & set(faults(row["smiles"], row["finished"])) for row in plain)
-
-
-def test_without_partialsmiles_the_extra_is_named(tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "partialsmiles", None)
-    with pytest.raises(ValueError, match=r"pip install 'looped-transformers\[molecules\]'"):
-        ValidPrefix(tokenizer)
 
 
 # Probes

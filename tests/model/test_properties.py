@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import strategies
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from strategies import TOKENS, VOCABULARY
 from transformers import DynamicCache, StaticCache
 
+import strategies
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceClassification
+from strategies import TOKENS, VOCABULARY
 
 PAST_FAILURES = Path(__file__).with_name("past_failures.jsonl")
 REFUSALS = (ValueError, TypeError, StrictDataclassError)

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_lines import VERBS
 
+from command_lines import VERBS
 from looplab.cli import main
 from toy_runs import edit_json
 

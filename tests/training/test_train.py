@@ -154,7 +154,7 @@ def test_accumulated_micro_batches_are_one_batch(recipe, tmp_path, flags):
 def test_two_processes_are_one_batch(recipe, tmp_path):
     """DDP over gloo, accumulating; `accelerate launch --cpu --num_processes 2` would start one process only."""
     flags = ["--optim.kind=adamw", "--accumulation_steps=2"]
-    command = ["--nproc_per_node=2", "--master_port=29611", "train.py", str(SMOKE), f"--output_dir={tmp_path}"]
+    command = ["--nproc_per_node=2", "--standalone", "train.py", str(SMOKE), f"--output_dir={tmp_path}"]
     finish(launch("-m", "torch.distributed.run", *command, "--name=two", *flags, ACCELERATE_USE_CPU="true"))
     main(recipe("one", *flags))
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["hardware"]["processes"] == 2
@@ -567,7 +567,7 @@ def test_two_processes_read_one_text(text, tmp_path):
         "--data.validation_tokens=224",
     ]
     main(text("one", *flags))
-    command = ["--nproc_per_node=2", "--master_port=29613", "train.py", str(TEXT_RECIPE), f"--output_dir={tmp_path}"]
+    command = ["--nproc_per_node=2", "--standalone", "train.py", str(TEXT_RECIPE), f"--output_dir={tmp_path}"]
     flags += [f"--data.files=[{tmp_path}/pages/*.txt]", "--data.vocab_size=280", "--name=two"]
     cache = str(tmp_path / "other_cache")
     finish(launch("-m", "torch.distributed.run", *command, *flags, ACCELERATE_USE_CPU="true", HF_DATASETS_CACHE=cache))
@@ -817,7 +817,7 @@ def test_two_processes_distil_one_batch(text, tmp_path):
     main(text("first"))
     flags = distilled_from(tmp_path, "alignment", "--optim.kind=adamw")
     main(text("one", *flags))
-    command = ["--nproc_per_node=2", "--master_port=29614", "train.py", str(TEXT_RECIPE), f"--output_dir={tmp_path}"]
+    command = ["--nproc_per_node=2", "--standalone", "train.py", str(TEXT_RECIPE), f"--output_dir={tmp_path}"]
     flags += [f"--data.files=[{tmp_path}/pages/*.txt]", "--name=two"]
     cache = str(tmp_path / "other_cache")
     finish(launch("-m", "torch.distributed.run", *command, *flags, ACCELERATE_USE_CPU="true", HF_DATASETS_CACHE=cache))

@@ -13,7 +13,6 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
-from families import make_frozen
 from optimum.quanto import freeze, qint8, quantize
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
@@ -33,6 +32,7 @@ from transformers import (
 from data_builders.collator import LoopCollator, LoopCollatorCallback
 from data_builders.depth import DepthSampler
 from data_builders.tokenizers import hop_tokenizer
+from families import make_frozen
 from modeling_looped import LoopedForSequenceClassification, looped
 from toys import FP32, KV_SHARINGS, ROOT, make_config, make_ids, make_model, open_gates
 
@@ -62,7 +62,7 @@ class Row:
     @property
     def tests(self) -> list[tuple[str, str]]:
         """(file, function) of the tests that it names."""
-        return re.findall(r"`(tests/\w+\.py)::(\w+)`", self.notes)
+        return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", self.notes)
 
 
 def read_rows() -> list[Row]:

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
-from families import EXPERT_FAMILIES, FAMILIES, make_frozen, make_tokens
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -25,6 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from families import EXPERT_FAMILIES, FAMILIES, make_frozen, make_tokens
 from modeling_looped import frozen_window_looped
 from modeling_looped.cache_looped import CACHE_NAME
 from modeling_looped.frozen_looped import attach, default_window, detach, looped

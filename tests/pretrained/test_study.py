@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import yaml
-from families import make_frozen
-from toy_questions import toy_tokenizer, words
 
+from families import make_frozen
 from looplab.cli import main
 from looplab.pretrained import study as frozen
 from looplab.pretrained.study import BASE, Setting, best, gains, read_recipe, report, study
 from modeling_looped import looped
+from toy_questions import toy_tokenizer, words
 
 GRID = [{"window": [[1, 2], [3, 4]], "num_loops": 2, "horizon": [1, 2]}]
 

@@ -8,7 +8,6 @@ from math import comb, exp
 import numpy as np
 import pytest
 import torch
-from toy_questions import toy_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_builders import MultipleChoice
@@ -16,6 +15,7 @@ from looplab.cli import main
 from looplab.pretrained import harness
 from looplab.pretrained.harness import answer_logprob, compare, mcnemar_p, score, task_names
 from looplab.runs import intervals as bootstrap
+from toy_questions import toy_tokenizer
 from toys import FP32, SIZES, make_model
 
 

@@ -13,7 +13,6 @@ import accelerate
 import peft
 import pytest
 import torch
-from families import make_frozen
 from torch import nn
 from transformers import GenerationConfig, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -22,6 +21,7 @@ from transformers.models.auto import modeling_auto
 from data_builders.collator import LoopCollator, LoopCollatorCallback
 from data_builders.depth import DepthSampler
 from data_builders.tokenizers import hop_tokenizer
+from families import make_frozen
 from modeling_looped import LoopedForCausalLM, LoopedForSequenceClassification, attach, looped
 from modeling_looped.configuration_looped import REWRITING_SHARINGS
 from toys import FP32, make_config, make_ids, make_model, open_gates
@@ -246,7 +246,7 @@ def test_two_processes_share_the_weights(tmp_path):
     for name in ("plain", "ouro", "waves", "first", "mean", "scalar", "sinkhorn"):
         models[str(tmp_path / name)] = model = make_variant(name)
         model.save_pretrained(tmp_path / name)
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", str(tmp_path / "two.py")]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "two.py")]
     done = subprocess.run([sys.executable, *command, *models], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.partition("ANSWERS")[2])

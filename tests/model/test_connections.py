@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from families import make_frozen, make_tokens
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
 
+from families import make_frozen, make_tokens
 from looplab.convert.conversion import looped_config, to_looped
 from looplab.training.optimizers import build_optimizers
 from looplab.training.recipe import Optim

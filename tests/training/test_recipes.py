@@ -301,7 +301,7 @@ def test_two_sharded_processes_train_as_one_does(tmp_path):
     script = tmp_path / "sharded_on_cpu.py"
     script.write_text(SHARDED_ON_CPU)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
-    command += ["--main_process_port=29617", str(script), str(smoke), *flags, "--name=two"]
+    command += ["--main_process_port=0", str(script), str(smoke), *flags, "--name=two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,11 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
-from command_lines import READ, VERBS, arguments_of, command, readable
+from packaging.requirements import Requirement
 
+from command_lines import READ, VERBS, arguments_of, command, readable
 from looplab import mistakes
 from looplab.cli import Whole, main
 from looplab.mistakes import run_command
@@ -294,7 +296,7 @@ class OfTheDisk(OSError):
         (OfTheDisk("the disk is full"), "the disk is full"),
         (json.JSONDecodeError("Expecting value", "", 0), "Expecting value: line 1 column 1 (char 0)"),
         (FloatingPointError("loss is nan"), "loss is nan"),
-        (ModuleNotFoundError("No module named 'rdkit'"), "a package is missing (No module named 'rdkit'): install"),
+        (ModuleNotFoundError("No module named 'rdkit'"), "a package is missing (No module named 'rdkit')."),
         (MemoryError(), "there is not enough memory for this: ask for less at once."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 byte"), "there is not enough memory for this"),
         (ValueError(), "ValueError"),
@@ -392,3 +394,33 @@ def test_train_says_a_sentence_once(tmp_path):
     assert "train.py:" not in nothing
     assert ["Traceback" in said for said in (once, nothing, debugged)] == [False, False, True]
     assert list(tmp_path.iterdir()) == []
+
+
+# Packages that come with an extra
+
+
+def extras() -> dict[str, str]:
+    """Module -> an extra of the project that installs it."""
+    needs = [Requirement(need) for need in metadata.requires("looped-transformers")]
+    named = [
+        (need.name.replace("-", "_"), extra)
+        for need in needs
+        if need.marker
+        for extra in ("plots", "eval", "molecules", "serve", "export", "demo")
+        if need.marker.evaluate({"extra": extra})
+    ]
+    return dict(named)
+
+
+@pytest.mark.parametrize("module", extras())
+def test_a_package_of_an_extra_that_is_missing_names_the_extra(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(ImportError) as error:
+        import_module(module)
+    assert mistakes.sentence(error.value).endswith(f"pip install 'looped-transformers[{extras()[module]}]'.")
+
+
+def test_another_package_that_is_missing_is_named():
+    with pytest.raises(ImportError) as error:
+        import_module("no_such_package_of_ours")
+    assert mistakes.sentence(error.value) == "a package is missing (No module named 'no_such_package_of_ours')."

@@ -19,14 +19,6 @@ from .text import Text
 
 TASKS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Molecules}
 
-# What the card of an exported task is found by on the Hub.
-TAGS = {
-    "khop": ["synthetic", "multi-hop"],
-    "composition": ["synthetic", "multi-hop"],
-    "text": [],
-    "molecules": ["chemistry", "smiles"],
-}
-
 
 def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetBuilder:
     """Builder of a task's preset, fields of its config replaced by `overrides`.
@@ -127,7 +119,7 @@ def export_parquet(
 def _card(readme: Path | None, name: str, builder: DatasetBuilder) -> DatasetCard:
     """The folder's card with one more config in its text: the fields that made the data."""
     if readme is None:
-        tags = ["looped-transformers", *TAGS[name]]
+        tags = ["looped-transformers", *TASKS[name].TAGS]
         data = DatasetCardData(pretty_name=name, task_categories=["text-generation"], tags=tags)
         text = f"# {name}\n\n{inspect.getdoc(builder).partition('One example')[0].rstrip()}\n"
         card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -63,6 +63,7 @@ class Composition(datasets.ArrowBasedBuilder):
     """
 
     VERSION = VERSION
+    TAGS = ("synthetic", "multi-hop")  # what the card of an exported data set is found by on the Hub
     BUILDER_CONFIG_CLASS = CompositionConfig
     BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
         CompositionConfig(name="paper", description="The paper's sizes: 2,000 entities, 200 relations, 40,000 facts."),

@@ -59,6 +59,7 @@ class Khop(datasets.ArrowBasedBuilder):
     """
 
     VERSION = VERSION
+    TAGS = ("synthetic", "multi-hop")  # what the card of an exported data set is found by on the Hub
     BUILDER_CONFIG_CLASS = KhopConfig
     BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
         KhopConfig(name="paper", description="The paper's sizes: 200 entities, 10 relations, hops to 40."),

@@ -172,6 +172,7 @@ class Molecules(datasets.ArrowBasedBuilder):
     """
 
     VERSION = VERSION
+    TAGS = ("chemistry", "smiles")  # what the card of an exported data set is found by on the Hub
     BUILDER_CONFIG_CLASS = MoleculesConfig
     BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
         MoleculesConfig(

@@ -123,6 +123,7 @@ class Text(datasets.GeneratorBasedBuilder):
     """
 
     VERSION = VERSION
+    TAGS = ()  # what the card of an exported data set is found by on the Hub
     BUILDER_CONFIG_CLASS = TextConfig
     BUILDER_CONFIGS = [  # noqa: RUF012 (`datasets` reads it from the class)
         TextConfig(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from looplab.publish.limits import LIMITS, Limits, option
+from looplab.tasks.registry import files_of, having, help_of
 
 from .mistakes import Parser, run_command
 
@@ -48,79 +49,43 @@ def named(text: str) -> str:
     return path
 
 
-def run_eval(arguments) -> None:
+def opened(verb: str, folders: str | Sequence[str], arguments, *names: str):
+    """The runs in `folders`, their task, and the options among `names` that were given: those that tasks take."""
     from looplab.runs.folder import open_run
-    from looplab.tasks.registry import reader_of
+    from looplab.tasks.registry import task_for
 
-    run = open_run(arguments.run)
-    reader = reader_of([run])
-    path = reader.evaluate(
-        run,
-        loops=arguments.loops,
-        limit=arguments.limit,
-        max_loops=arguments.max_loops,
-        max_hops=arguments.max_hops,
-        masked=arguments.masked,
-    )
-    reader.show(run)
-    print(f"\nwritten to {path}")
+    runs = [open_run(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return runs, task_for(verb, runs, *given), given
+
+
+def run_eval(arguments) -> None:
+    [run], task, given = opened("eval", arguments.run, arguments, "loops", "limit", "max_loops", "max_hops", "masked")
+    path = task.evaluate(run, **given)
+    print(f"\n{run.folder}\n{task.show(run)}\n\nwritten to {path}")
 
 
 def run_halting(arguments) -> None:
-    from looplab.runs.folder import open_run
-    from looplab.tasks.registry import reader_of
-
-    run = open_run(arguments.run)
-    path, text = reader_of([run]).halting(
-        run, limit=arguments.limit, max_loops=arguments.max_loops, max_hops=arguments.max_hops
-    )
-    print(f"\n{arguments.run}\n{text}\n\nwritten to {path}")
+    [run], task, given = opened("halting", arguments.run, arguments, "limit", "max_loops", "max_hops")
+    path, text = task.halting(run, **given)
+    print(f"\n{run.folder}\n{text}\n\nwritten to {path}")
 
 
 def run_plot(arguments) -> None:
-    from looplab.runs.folder import open_run
-    from looplab.tasks.registry import reader_of
-
-    runs = [open_run(folder) for folder in arguments.runs]
-    for path in reader_of(runs).plot(runs, arguments.output):
+    runs, task, _ = opened("plot", arguments.runs, arguments)
+    for path in task.plot(runs, arguments.output):
         print(path)
 
 
 def run_table(arguments) -> None:
-    from looplab.runs.folder import open_run
-    from looplab.tasks.registry import reader_of
-
-    runs = [open_run(folder) for folder in arguments.runs]
-    print(reader_of(runs).table(runs, arguments.against))
+    runs, task, given = opened("table", arguments.runs, arguments, "against")
+    print(task.table(runs, **given))
 
 
 def run_lens(arguments) -> None:
-    from looplab.runs.folder import open_run
-    from looplab.tasks.hops.mechanism import lens_run
-    from looplab.tasks.molecules.task import MoleculeReader
-    from looplab.tasks.registry import reader_of
-
-    run = open_run(arguments.run)
-    if isinstance(reader_of([run]), MoleculeReader):
-        from looplab.tasks.molecules.ablations import ablate_run
-        from looplab.tasks.molecules.probes import probe_run
-        from looplab.tasks.molecules.readouts import readouts_run
-
-        for option, value in {"--snapshot": arguments.snapshot, "--hops": arguments.hops}.items():
-            if value is not None:
-                raise ValueError(f"{option} is for tasks with hops, and {run.folder} is a run on molecules.")
-        for measure in (*[probe_run] * (not arguments.no_probes), ablate_run, readouts_run):
-            print(measure(run, num_loops=arguments.loops, limit=arguments.limit))
-        return
-    paths = lens_run(
-        arguments.run,
-        snapshot=arguments.snapshot,
-        hops=arguments.hops,
-        num_loops=arguments.loops,
-        limit=arguments.limit,
-        probes=not arguments.no_probes,
-    )
-    for path in paths:
+    options = ("snapshot", "hops", "loops", "limit", "no_probes")
+    [run], task, given = opened("lens", arguments.run, arguments, *options)
+    for path in task.lens(run, **given):
         print(path)
 
 
@@ -166,25 +131,26 @@ def run_frozen(arguments) -> None:
 
 
 def run_ask(arguments) -> None:
-    from looplab.tasks.hops.ask import ask
-
-    ask(arguments.run, arguments.question, loops=arguments.loops)
+    [run], task, given = opened("ask", arguments.run, arguments, "loops")
+    task.ask(run, arguments.question, **given)
 
 
 def run_demo(arguments) -> None:
     from looplab.publish.demo import demo
+    from looplab.runs.folder import open_run
 
-    demo(arguments.runs, port=arguments.port)
+    demo([open_run(folder) for folder in arguments.runs], port=arguments.port)
 
 
 def run_bench(arguments) -> None:
     from looplab.bench.bench import bench
+    from looplab.runs.folder import open_run
 
     bench(
         arguments.output,
         widths=arguments.widths,
         rounds=arguments.rounds,
-        run=arguments.run,
+        run=None if arguments.run is None else open_run(arguments.run),
         compiled=not arguments.no_compile,
         quick=arguments.quick,
         contexts=arguments.contexts,
@@ -220,30 +186,34 @@ def run_memory(arguments) -> None:
     from looplab.bench.memory import measure_memory, memory_table
     from looplab.runs.folder import open_run
 
-    path = measure_memory(arguments.run, arguments.chunks, arguments.limit, arguments.loops)
-    print(f"{memory_table(open_run(arguments.run))}\n\nwritten to {path}")
+    run = open_run(arguments.run)
+    path = measure_memory(run, arguments.chunks, arguments.limit, arguments.loops)
+    print(f"{memory_table(run)}\n\nwritten to {path}")
 
 
 def run_quantize(arguments) -> None:
     from looplab.convert.quantization import quantization_text, quantize_run
     from looplab.runs.folder import open_run
+    from looplab.tasks.base import QUANTIZATION
 
+    run = open_run(arguments.run)
     path = quantize_run(
-        arguments.run,
+        run,
         bits=arguments.bits,
         group=arguments.group,
         method=arguments.method,
         calibration_rows=arguments.calibration_rows,
         num_loops=arguments.loops,
     )
-    print(f"{quantization_text(open_run(arguments.run).quantization())}\n\nwritten to {path}")
+    print(f"{quantization_text(run.read(QUANTIZATION))}\n\nwritten to {path}")
 
 
 def run_publish(arguments) -> None:
     from looplab.publish.publishing import publish
+    from looplab.runs.folder import open_run
 
     publish(
-        arguments.run,
+        open_run(arguments.run),
         arguments.repo_id,
         dataset=arguments.dataset,
         space=arguments.space,
@@ -268,9 +238,12 @@ def parser() -> argparse.ArgumentParser:
     main_parser.add_argument("--debug", **debug)
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    def files(verb: str) -> str:
+        return ", ".join(files_of(verb))
+
     command = commands.add_parser(
         "eval",
-        help="accuracy over loops x hops, perplexity or molecules, to RUN/grid.jsonl, text.jsonl or molecules.jsonl",
+        help=f"measure a run at several loop counts, to files of its task ({files('eval')})",
     )
     command.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
     command.add_argument(
@@ -278,45 +251,51 @@ def parser() -> argparse.ArgumentParser:
         type=LOOPS,
         nargs="+",
         metavar="R",
-        help="loop counts (default: 1 2 3 4 6 8 12 16; of text the model's own and the recipe's eval_loops; of "
-        "molecules 1 to twice the model's own)",
+        help=f"loop counts {help_of('eval', 'loops')}",
     )
     command.add_argument(
         "--limit",
         type=COUNT,
         metavar="N",
-        help="at most N rows per hop count and split kind, blocks of text, or molecules (default: 10,000)",
+        help=f"at most N test rows of each sort {help_of('eval', 'limit')}",
     )
     command.add_argument(
-        "--max-loops", type=LOOPS, metavar="R", help="follow held-out rows so far (default: 50; only hops)"
+        "--max-loops", type=LOOPS, metavar="R", help=f"follow held-out rows so far {help_of('eval', 'max_loops')}"
     )
-    command.add_argument("--max-hops", type=HOPS, metavar="K", help="test chains of up to K hops (khop only)")
     command.add_argument(
-        "--masked", type=COUNT, metavar="N", help="also write N molecules of prefixes that can be completed"
+        "--max-hops", type=HOPS, metavar="K", help=f"test chains of up to K hops {help_of('eval', 'max_hops')}"
+    )
+    command.add_argument(
+        "--masked",
+        type=COUNT,
+        metavar="N",
+        help=f"also write N samples of prefixes that can be completed {help_of('eval', 'masked')}",
     )
     command.set_defaults(call=run_eval)
 
-    command = commands.add_parser("halting", help="what each halting rule saves, to RUN/halting.jsonl")
+    command = commands.add_parser("halting", help=f"what each halting rule saves, to RUN/{files('halting')}")
     command.add_argument("run", metavar="RUN")
     command.add_argument(
         "--max-loops",
         type=LOOPS,
         metavar="R",
-        help="the largest budget (default: 50; of text and molecules, all loops: the model's own)",
+        help=f"the largest budget {help_of('halting', 'max_loops')}",
     )
-    command.add_argument("--max-hops", type=HOPS, metavar="K", help="chains of up to K hops (khop only)")
+    command.add_argument(
+        "--max-hops", type=HOPS, metavar="K", help=f"chains of up to K hops {help_of('halting', 'max_hops')}"
+    )
     command.add_argument(
         "--limit",
         type=COUNT,
         metavar="N",
-        help="at most N rows per hop count and split kind, rows of text, or molecules of a setting (default: 1,000)",
+        help=f"at most N rows of each sort, or samples {help_of('halting', 'limit')}",
     )
     command.set_defaults(call=run_halting)
 
     command = commands.add_parser(
         "memory", help="what each KV sharing costs and keeps, at chunk lengths, to RUN/memory.jsonl"
     )
-    command.add_argument("run", metavar="RUN", help="a run on text or hops")
+    command.add_argument("run", metavar="RUN", help=f"a run on {having('memory')}")
     command.add_argument(
         "--chunks",
         type=Whole(0),
@@ -325,13 +304,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="C",
         help="tokens of a chunk; 1 is decoding, 0 one call (default: 1 0)",
     )
-    command.add_argument("--limit", type=COUNT, metavar="N", help="at most N blocks, or rows per hop count and kind")
+    command.add_argument("--limit", type=COUNT, metavar="N", help="at most N test rows of each sort")
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     command.set_defaults(call=run_memory)
 
-    command = commands.add_parser(
-        "plot", help="heat map, perplexity or molecules, and training curves, to RUN/figures"
-    )
+    command = commands.add_parser("plot", help="pictures of what was measured, and training curves, to RUN/figures")
     command.add_argument(
         "runs", metavar="RUN", nargs="+", help="run folders; those of one recipe are also drawn as one"
     )
@@ -350,27 +327,28 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--against",
         metavar="GROUP",
-        help="compare the other groups to this one, seed by seed (not for hops)",
+        help=f"compare the other groups to this one, seed by seed {help_of('table', 'against')}",
     )
     command.set_defaults(call=run_table)
 
     command = commands.add_parser(
         "lens",
-        help="where a chain's entities are readable and causal, to RUN/lens.jsonl; "
-        "of molecules RUN/probes.jsonl, ablations.jsonl and readouts.jsonl",
+        help=f"what states, heads and loops of a model say and cause, to files of its task ({files('lens')})",
     )
     command.add_argument("run", metavar="RUN")
-    command.add_argument("--snapshot", metavar="step-N", help="a folder of RUN/snapshots, or 'all': over training")
-    command.add_argument("--hops", type=HOPS, metavar="K", help="default: the longest trained on, at most 4")
+    command.add_argument(
+        "--snapshot",
+        metavar="step-N",
+        help=f"a folder of RUN/snapshots, or 'all': over training {help_of('lens', 'snapshot')}",
+    )
+    command.add_argument("--hops", type=HOPS, metavar="K", help=f"length of the chains {help_of('lens', 'hops')}")
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: those of the model's configuration")
     command.add_argument(
-        "--limit",
-        type=COUNT,
-        default=300,
-        metavar="N",
-        help="chains per split kind, or molecules (default: %(default)s)",
+        "--limit", type=COUNT, metavar="N", help=f"at most N test rows of each sort {help_of('lens', 'limit')}"
     )
-    command.add_argument("--no-probes", action="store_true", help="skip the linear probes, most of the work")
+    command.add_argument(
+        "--no-probes", action="store_true", default=None, help="skip the linear probes, most of the work"
+    )
     command.set_defaults(call=run_lens)
 
     command = commands.add_parser(
@@ -409,7 +387,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_frozen)
 
     command = commands.add_parser("ask", help="one answer at several loop counts")
-    command.add_argument("run", metavar="RUN")
+    command.add_argument("run", metavar="RUN", help=f"a run on {having('ask')}")
     command.add_argument(
         "question",
         type=str,
@@ -417,11 +395,11 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         help='an entity and relations, such as "e3 r1 r2" (default: a test question one hop beyond the training)',
     )
-    command.add_argument("--loops", type=LOOPS, nargs="+", default=[1, 2, 4, 8, 16], metavar="R")
+    command.add_argument("--loops", type=LOOPS, nargs="+", metavar="R", help=f"loop counts {help_of('ask', 'loops')}")
     command.set_defaults(call=run_ask)
 
     command = commands.add_parser("demo", help="a page with a loop slider, on this machine (needs the extra demo)")
-    command.add_argument("runs", metavar="RUN", nargs="+", help="a run on hops, on molecules, or one of each")
+    command.add_argument("runs", metavar="RUN", nargs="+", help=f"runs on {having('demo')}, one of each at most")
     command.add_argument(
         "--port", type=Whole(highest=65_535), metavar="N", help="default: the first free one from 7860"
     )
@@ -436,7 +414,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--run",
         metavar="RUN",
-        help="also measure halting, or speculation on text or molecules, on this trained run",
+        help=f"also measure drafts, or halting, on this trained run, one on {having('bench')}",
     )
     command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
     command.add_argument(
@@ -473,10 +451,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--gguf-file", metavar="NAME", help="the gguf file to read in SOURCE")
     command.set_defaults(call=run_convert)
 
-    command = commands.add_parser(
-        "quantize", help="weights of few bits for a text run, to RUN/model_int4/ and RUN/quantization.json"
-    )
-    command.add_argument("run", metavar="RUN")
+    command = commands.add_parser("quantize", help="weights of few bits, to RUN/model_int4/ and RUN/quantization.json")
+    command.add_argument("run", metavar="RUN", help=f"a run on {having('quantize')}")
     command.add_argument(
         "--bits", type=Whole(2, 16), default=4, metavar="N", help="2 to 16 per weight (default: %(default)s)"
     )
@@ -487,7 +463,7 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=("gptq", "nearest"), default="gptq", help="default: %(default)s, calibrated over all loops"
     )
     command.add_argument(
-        "--calibration-rows", type=COUNT, default=128, metavar="N", help="of training text (default: %(default)s)"
+        "--calibration-rows", type=COUNT, default=128, metavar="N", help="of the training data (default: %(default)s)"
     )
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: those of the model's configuration")
     command.set_defaults(call=run_quantize)

@@ -6,8 +6,8 @@
     hyper      training step of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
     context    decoding at long contexts, and chunks: training with gated KV, see `contexts.py`
     halting    layer calls and wall time of the KL + entropy rule against fixed loops, on a trained run
-    speculation  decoding with `draft_loops` against plain decoding, batch 1, new tokens/s: on a trained run on text or
-               molecules, and where every draft is accepted because loops change nothing, which is as fast as it gets
+    speculation  decoding with `draft_loops` against plain decoding, batch 1, new tokens/s: on a trained run, and where
+               every draft is accepted because loops change nothing, which is as fast as it gets
 
 Both models run the same matrix products on the same tokens; the looped one has num_core_layers layers of weights,
 Llama num_loops times as many. They are timed in turn (A B A B ...) in one process, so that what else the machine does
@@ -22,10 +22,10 @@ import psutil
 from tqdm.auto import tqdm
 
 from looplab.instruments.timing import machine, matmul_peak, ratio_text
-from looplab.runs.folder import open_run
+from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
 from looplab.runs.writing import check_folder, write_whole
-from looplab.tasks.hops.halting import halting_rows
+from looplab.tasks.registry import task_for
 
 from .pair import QUICK, Workload
 from .speculation import CONFIDENCE, accepted_row, speculation_rows
@@ -37,7 +37,7 @@ def bench(
     *,
     widths: Sequence[int] = (64, 256, 512),
     rounds: int = 7,
-    run: str | Path | None = None,
+    run: Run | None = None,
     compiled: bool = True,
     quick: bool = False,
     contexts: Sequence[int] = (),
@@ -48,20 +48,21 @@ def bench(
     Args:
         widths: hidden sizes; a head is 64 wide.
         rounds: timed pairs per ratio.
-        run: a trained run for the halting rows or, where it is one on text or molecules, for those of speculation.
+        run: a trained one, for rows of speculation or of halting: what its task has.
         compiled: also the rows with torch.compile, which take minutes to compile.
         quick: tiny sizes and two rounds, to see that it works.
         contexts: measure these instead: decoding after so many tokens with each KV sharing, and training in chunks.
         memory_loops: loop counts of the contexts.
 
     Raises:
-        ValueError: no such run, `output` is no folder, or the measurements need more memory than is free.
+        ValueError: the run's task has neither, `output` is no folder, or more memory is needed than is free.
     """
     from .contexts import context_lines, memory_plan
 
     check_folder(Path(output))
     if run is not None:
-        load_run_model(open_run(run))  # a run that cannot be measured is refused before the rest is
+        task_for("bench", [run])
+        load_run_model(run)  # a run that cannot be measured is refused before the rest is
     work = QUICK if quick else Workload()
     widths, rounds = ((32,), 2) if quick else (widths, rounds)
     check_memory(max(widths), work, max(contexts, default=0), max(memory_loops) if contexts else work.loops)
@@ -73,8 +74,7 @@ def bench(
     plan += [lambda w=w, c=c: [hyper_row(w, work, rounds, c)] for w in widths for c in modes]
     plan += [lambda w=w: [accepted_row(w, work, rounds)] for w in widths]
     if run is not None:
-        measured = speculation_rows if open_run(run).task() in ("text", "molecules") else halting_rows
-        plan.append(lambda: measured(run, work, rounds))
+        plan.append(lambda: task_rows(run, work, rounds))
     if contexts:
         plan = memory_plan(widths, work, rounds, contexts, memory_loops)
     facts = machine() | {"matmul_peak_gflops": peak, "layers": work.layers, "loops": work.loops}
@@ -83,6 +83,13 @@ def bench(
         rows += [facts | row for row in measure()]
     print("\n".join([bench_table(rows), *context_lines(rows)]))
     return write_whole(Path(output) / "bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def task_rows(run: Run, work: Workload, rounds: int) -> list[dict]:
+    """Drafts on a trained run, and halting, as far as its task has them."""
+    task = task_for("bench", [run])
+    rows = task.time_halting(run, work.rows_per_hop, rounds) if task.has("time_halting") else []
+    return rows + (speculation_rows(run, work, rounds) if task.has("prompts") else [])
 
 
 def check_memory(width: int, work: Workload, context: int, loops: int) -> None:
@@ -146,7 +153,7 @@ def bench_table(rows: Sequence[dict]) -> str:
         )
     halting = [row for row in rows if row["measure"] == "halting"]
     if halting:
-        text.append(f"\nhalting on {halting[0]['run']}, {halting[0]['rows']} rows of mixed hops")
+        text.append(f"\nhalting on {halting[0]['run']}, {halting[0]['rows']} test rows")
         columns = f"{'rule':<12}{'loops':>6}{'used':>7}{'calls saved':>13}{'accuracy':>10}{'fixed':>8}"
         text.append(f"{columns}   speed (fixed / halted seconds)")
     for row in halting:

@@ -5,8 +5,7 @@
         bytes of keys and values that a token leaves in the cache
 
     memory.jsonl   a line per (kv_sharing, chunk): kv_sharing, chunk, trained (the model's own sharing), loops,
-                   kv_bytes (per token), and of text loss, perplexity, interval (bootstrap over blocks), block_losses;
-                   of hops accuracy, interval (Wilson), n, over the test rows of the hop counts trained on
+                   kv_bytes (per token), and what the task's `measure` finds, with its interval
 
 `per_loop` and `first` give the same at every chunk length and are measured in one call. A checkpoint trained with a
 row per loop is measured with all of them, without training (Ouro, arXiv 2510.25741, table of decode policies); one
@@ -20,10 +19,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from looplab.runs.folder import Run, open_run, to_json_lines
+from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
-from looplab.tasks.hops.evaluation import HopMeasure
-from looplab.tasks.text.perplexity import TextMeasure
+from looplab.tasks.base import MEMORY
+from looplab.tasks.registry import task_for
 from modeling_looped.cache_looped import CACHE_NAME
 from modeling_looped.configuration_looped import REWRITING_SHARINGS
 
@@ -52,43 +51,42 @@ def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, i
     return [(s, chunk) for s in sharings for chunk in (lengths if s in REWRITING_SHARINGS else [None])]
 
 
-MEASURES = {"text": TextMeasure, "khop": HopMeasure, "composition": HopMeasure}
-
-
 def measure_memory(
-    folder: str | Path, chunks: Sequence[int] = (1, 0), limit: int | None = None, loops: int | None = None
+    run: Run, chunks: Sequence[int] = (1, 0), limit: int | None = None, loops: int | None = None
 ) -> Path:
     """Write RUN/memory.jsonl, see the module docstring.
 
     Args:
-        folder: a finished run on text or hops.
+        run: a finished one.
         chunks: chunk lengths in tokens; 0 is one call.
-        limit: at most so many blocks of text, or rows per hop count and split kind.
+        limit: of the task's `measure`; all test rows unless given.
         loops: loops to run; the model's own unless given.
 
     Raises:
-        ValueError: no such run, it has not finished, or its task has no measure here.
+        ValueError: the run has not finished, or its task has no measure.
     """
-    run = open_run(folder)
+    task = task_for("memory", [run])
     run.summary()
-    if run.task() not in MEASURES:
-        raise ValueError(f"{run.folder} is a run on {run.task()}, and memories are measured on {', '.join(MEASURES)}.")
     model, tokenizer = load_run_model(run, loops)
     if loops is not None:
         model.config.num_loops = loops
-    measure = MEASURES[run.task()](run, tokenizer, limit)
+    measure = task.measure(run, tokenizer, limit)
     rows = []
     for kv_sharing, chunk in tqdm(memories(model, chunks), desc="memories", unit="memory"):
         twin = with_memory(model, kv_sharing, chunk)
         facts = {"kv_sharing": kv_sharing, "chunk": chunk or 0, "trained": kv_sharing == model.config.kv_sharing}
-        rows.append(facts | {"loops": model.config.num_loops, "kv_bytes": kv_bytes(twin)} | measure(twin))
-    return run.write({"memory.jsonl": to_json_lines(rows)})
+        rows.append(
+            facts
+            | {"loops": model.config.num_loops, "kv_bytes": kv_bytes(twin)}
+            | measure(twin, model.config.num_loops)
+        )
+    return run.write({MEMORY.name: to_json_lines(rows)})
 
 
 def memory_table(run: Run) -> str:
     """RUN/memory.jsonl as text, a line per memory."""
-    rows = run.memory()
-    name = "perplexity" if "perplexity" in rows[0] else "accuracy"
+    rows = run.read(MEMORY)
+    name = task_for("memory", [run]).measured
     lines = [f"{'kv_sharing':<12}{'chunk':>7}{'KV bytes':>10}{name:>12}   95 % interval"]
     for row in rows:
         low, high = row["interval"]

@@ -1,17 +1,14 @@
 """Rows of `looped bench`: a model that drafts for itself."""
 
 from itertools import product
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from looplab.instruments.timing import compared, interleaved, seconds_per_unit
-from looplab.runs.folder import open_run
+from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
-from looplab.tasks.molecules.samples import SETTINGS
-from looplab.tasks.molecules.task import molecule_prompts
-from looplab.tasks.text.task import text_prompts
+from looplab.tasks.registry import task_for
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 from .pair import Workload, model_sizes
@@ -83,21 +80,21 @@ def accepted_row(width: int, work: Workload, rounds: int) -> dict:
     return {"mode": "all accepted", "width": width} | row
 
 
-def speculation_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
-    """Greedy and sampled text, or molecules, of a run at its largest trained loop count, after prompts of its test
-    split; molecules are sampled as `molecules.SETTINGS[0]` says, and end where they end."""
-    run = open_run(folder)
+def speculation_rows(run: Run, work: Workload, rounds: int) -> list[dict]:
+    """Greedy and sampled texts of a run at its largest trained loop count, after prompts of its test split; how they
+    are sampled, and whether they end, its task's `drafting` says."""
+    task = task_for("bench", [run])
     model, tokenizer = load_run_model(run)
-    loops, molecules = run.trained_loops()[1], run.task() == "molecules"
-    prompts = (molecule_prompts if molecules else text_prompts)(run, tokenizer, work).to(model.device)
-    drawn = {"temperature": SETTINGS[0].temperature, "top_k": SETTINGS[0].top_k} if molecules else {}
+    loops, drafting = run.trained_loops()[1], task.drafting
+    sizes = min(drafting.texts, work.texts), min(drafting.prompt, work.prompt)
+    prompts = task.prompts(run, tokenizer, *sizes).to(model.device)
     results = []
     for do_sample, draft_loops, sure in product((False, True), (1, 2, 4), CONFIDENCES):
         if draft_loops >= loops:
             continue
         settings = {"draft_loops": draft_loops, "num_loops": loops, CONFIDENCE: sure}
-        settings |= {"do_sample": True, **drawn} if do_sample else {"do_sample": False}
-        row = speculation_row(model, prompts, work.new_tokens, rounds, ends=molecules, **settings)
+        settings |= {"do_sample": True, **drafting.drawn} if do_sample else {"do_sample": False}
+        row = speculation_row(model, prompts, work.new_tokens, rounds, ends=drafting.ends, **settings)
         mode = "sampled" if do_sample else "greedy"
         results.append({"mode": mode, "run": run.name, "width": model.config.hidden_size} | row)
     return results

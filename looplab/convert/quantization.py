@@ -32,11 +32,12 @@ from transformers import PreTrainedModel
 
 from data_builders import TextBlocks
 from looplab.runs.digests import weights_of
-from looplab.runs.folder import open_run
+from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
 from looplab.runs.records import owned, replaced_folder
 from looplab.runs.writing import below
-from looplab.tasks.text.perplexity import block_losses, run_blocks
+from looplab.tasks.base import QUANTIZATION
+from looplab.tasks.registry import task_for
 
 DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3, step 3)
 TOKENS_AT_ONCE = 2048  # that go through the model in one call
@@ -290,7 +291,7 @@ def calibration_blocks(blocks: TextBlocks, count: int, seed: int) -> torch.Tenso
 
 
 def quantize_run(
-    folder: str | Path,
+    run: Run,
     *,
     bits: int = 4,
     group: int = 128,
@@ -299,41 +300,36 @@ def quantize_run(
     num_loops: int | None = None,
     seed: int = 0,
 ) -> Path:
-    """Quantise the model of a text run: write RUN/model_int<bits>/ and RUN/quantization.json, and return the latter.
+    """Quantise the model of a run: write RUN/model_int<bits>/ and RUN/quantization.json, and return the latter.
 
     Perplexity is measured on the run's test split, calibration rows come from its training split. Of several
     quantisations quantization.json describes the last one and names its folder.
 
     Args:
-        folder: a finished run of the task text.
+        run: a finished one, of a task with rows of tokens.
         bits, group, method: see `quantize_model`.
         calibration_rows: blocks of the recipe's sequence_length.
         num_loops: of calibration and perplexity; those of the model's configuration unless given.
         seed: of the choice of calibration rows.
 
     Raises:
-        ValueError: no such run, not finished, not of the task text, or settings out of range.
+        ValueError: the run has not finished, its task has no rows of tokens, or settings are out of range.
     """
     check_settings(bits, group, method)
-    run = open_run(folder)
+    task = task_for("quantize", [run])
     target = below(run.folder, f"model_int{bits}")
-    task = run.recipe()["data"]["task"]
-    if task != "text":
-        raise ValueError(
-            f"data.task of {run.folder} is {task}, and quantisation is measured on text: give a run of the task text."
-        )
     model, tokenizer = load_run_model(run, num_loops)
     num_loops = model.config.num_loops if num_loops is None else num_loops
-    text = run_blocks(run, tokenizer)
-    chosen = calibration_blocks(text["train"], calibration_rows, seed)
-    rows_at_once = max(1, TOKENS_AT_ONCE // text["train"].sequence_length)
-    batches = [text["train"].rows(numbers)["input_ids"] for numbers in chosen.split(rows_at_once)]
+    blocks = task.blocks(run, tokenizer)
+    chosen = calibration_blocks(blocks["train"], calibration_rows, seed)
+    rows_at_once = max(1, TOKENS_AT_ONCE // blocks["train"].sequence_length)
+    batches = [blocks["train"].rows(numbers)["input_ids"] for numbers in chosen.split(rows_at_once)]
 
-    every_block = torch.arange(len(text["test"]))
-    losses = {"before": block_losses(model, text["test"], every_block, [num_loops])[num_loops]}
+    measure = task.measure(run, tokenizer, None)
+    found = {"before": measure(model, num_loops)}
     settings = {"bits": bits, "group": group, "method": method}
     linears = quantize_model(model, batches, num_loops, **settings)
-    losses["after"] = block_losses(model, text["test"], every_block, [num_loops])[num_loops]
+    found["after"] = measure(model, num_loops)
     with replaced_folder(target, lambda path: owned(f"{target.name}/{path.name}")) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -344,15 +340,15 @@ def quantize_run(
         "loops": num_loops,
         "seed": seed,
         "calibration_rows": calibration_rows,
-        "calibration_tokens": calibration_rows * text["train"].sequence_length,
-        "test_tokens": len(text["test"]) * text["test"].sequence_length,
-        "perplexity": {when: values.mean().exp().item() for when, values in losses.items()},
+        "calibration_tokens": calibration_rows * blocks["train"].sequence_length,
+        "test_tokens": len(blocks["test"]) * blocks["test"].sequence_length,
+        "perplexity": {when: values["perplexity"] for when, values in found.items()},
         "bytes": count_bytes(model, bits, group),
         "linears": linears,
-        "block_losses": {when: values.tolist() for when, values in losses.items()},
+        "block_losses": {when: values["block_losses"] for when, values in found.items()},
     }
     weights = {"model": run.weights, target.name: weights_of(target)}
-    return run.write({"quantization.json": json.dumps(report, indent=1) + "\n"}, weights)
+    return run.write({QUANTIZATION.name: json.dumps(report, indent=1) + "\n"}, weights)
 
 
 def quantization_text(report: dict) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from looplab.runs.folder import Run
+from looplab.runs.folder import RecordFile, Run
 from looplab.runs.writing import below, write_whole
 
 # A name and the runs that go by it: seeds of one recipe.
-Group = tuple[str, Sequence[Run]]
+SeedGroup = tuple[str, Sequence[Run]]
 
 
 def own_folder(run: Run, runs: Sequence[Run], output: str | Path | None) -> Path:
@@ -18,14 +18,14 @@ def own_folder(run: Run, runs: Sequence[Run], output: str | Path | None) -> Path
     return below(run.folder, "figures") if output is None or len(runs) > 1 else Path(output)
 
 
-def groups_folder(runs: Sequence[Run], groups: Sequence[Group], output: str | Path | None) -> Path:
+def groups_folder(runs: Sequence[Run], groups: Sequence[SeedGroup], output: str | Path | None) -> Path:
     """`output`, or figures/<groups> beside the first run."""
     names = "_and_".join(name for name, _ in groups)
     return below(runs[0].folder.parent, "figures", names) if output is None else Path(output)
 
 
-def all_have(runs: Sequence[Run], file: str) -> bool:
-    return all((run.folder / file).is_file() for run in runs)
+def all_have(runs: Sequence[Run], record: RecordFile) -> bool:
+    return all(run.has(record) for run in runs)
 
 
 COLOURS = "cividis"
@@ -44,7 +44,7 @@ STYLES = ("-", "--", ":", "-.")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: no two of many lines are alike
 
 
-def band_words(groups: Sequence[Group], alone: str = "95 % Wilson interval of one run's rows") -> str:
+def band_words(groups: Sequence[SeedGroup], alone: str = "95 % Wilson interval of one run's rows") -> str:
     """What the bands of a figure are; `alone` says what that of a group of one run is."""
     seeds = sorted({len(runs) for _, runs in groups})
     several = [str(count) for count in seeds if count > 1]

@@ -10,7 +10,7 @@ SETTING_FIELDS = ("kl_threshold", "max_entropy", "threshold", "num_loops")
 
 
 @dataclass(frozen=True)
-class Setting:
+class HaltingSetting:
     """A halting rule with its thresholds, as `forward` takes it, and the budget; rule None runs all loops."""
 
     halting: dict | None
@@ -24,7 +24,9 @@ class Setting:
         return {"num_loops": self.num_loops, **(self.halting or {"rule": "fixed"})}
 
 
-def exit_settings(model: PreTrainedModel, num_loops: int, thresholds: dict[str, Sequence[float]]) -> list[Setting]:
+def exit_settings(
+    model: PreTrainedModel, num_loops: int, thresholds: dict[str, Sequence[float]]
+) -> list[HaltingSetting]:
     """Every rule of `thresholds` that the model has, with at most `num_loops` loops, then the fixed counts below.
 
     Raises:
@@ -36,7 +38,9 @@ def exit_settings(model: PreTrainedModel, num_loops: int, thresholds: dict[str, 
     rules = [{"rule": "kl_entropy", "kl_threshold": kl, "max_entropy": bound} for kl in thresholds["kl_entropy"]]
     rules += [{"rule": "latent", "threshold": change} for change in thresholds["latent"]]
     rules += [{"rule": "q_exit", "q": q} for q in thresholds["q_exit"] if model.config.exit_gate]
-    return [Setting(rule, num_loops) for rule in rules] + [Setting(None, fixed) for fixed in range(1, num_loops)]
+    return [HaltingSetting(rule, num_loops) for rule in rules] + [
+        HaltingSetting(None, fixed) for fixed in range(1, num_loops)
+    ]
 
 
 def threshold_text(row: dict) -> str:
@@ -44,10 +48,10 @@ def threshold_text(row: dict) -> str:
     return f"{row.get('kl_threshold', row.get('threshold', row.get('q', row['num_loops']))):g}"
 
 
-def setting_of(row: dict) -> Setting:
+def setting_of(row: dict) -> HaltingSetting:
     """The setting of a row of halting.jsonl."""
     thresholds = {key: row[key] for key in ("rule", "kl_threshold", "max_entropy", "threshold", "q") if key in row}
-    return Setting(None if row["rule"] == "fixed" else thresholds, row["num_loops"])
+    return HaltingSetting(None if row["rule"] == "fixed" else thresholds, row["num_loops"])
 
 
 def entropy_bound(vocab_size: int) -> float:

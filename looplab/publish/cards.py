@@ -4,7 +4,7 @@
     hub_cards/model_hops.md, ...   the parts that depend on the task, put into it by Jinja's blocks
     hub_cards/dataset_card.md      of the data that the run's builder makes
 
-    CARDS       task -> the object that knows its template, the values in it, and its evaluation results
+The task's `card()` knows its template, the values in it, and its evaluation results.
 
 The metadata are huggingface_hub's card data; results become the model-index that the Hub reads. Rendering is strict:
 a value that a template asks for and nobody gave is an error, where `RepoCard.from_template` would leave a gap.
@@ -18,63 +18,27 @@ from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 import hub_cards
-from data_builders.builders import TAGS
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
-from looplab.tasks.card import Names, between, run_data
-from looplab.tasks.hops.card import HopCard
-from looplab.tasks.molecules.card import MoleculeCard
-from looplab.tasks.text.card import TextCard
+from looplab.tasks.card import Names, between
+from looplab.tasks.registry import task_for, task_of
 
 TEMPLATES = Path(hub_cards.__file__).parent
-
-# Figures of a run that a card shows, in this order, and what they show.
-FIGURES = {
-    "grid": "Accuracy in % over hops and loops; a frame around what was trained",
-    "loops": "Accuracy after every loop",
-    "hops": "Accuracy by hops, at the loops chosen on the validation questions",
-    "halting": "Accuracy against loops used, by halting rule",
-    "validity": "Validity, and loss on test molecules, by loops",
-    "exits": "Validity against mean loops of a token: halting rules, and fixed loop counts",
-    "faults": "What is wrong with the molecules, by loops",
-    "molecules": "Some valid molecules that the model wrote",
-    "ablations": "Validity without one attention head, by loop and head",
-    "readouts": "Validity where every loop is read by a head of its own, or by the last loop's",
-    "perplexity": "Perplexity on unseen documents, by loops",
-    "learning": "Accuracy by kind of question, over training",
-    "training": "Training: loss and held-out measure over time",
-    "lens": "Share of chains in which a state reads out the bridge, and the answer",
-    "patch": "Share of corrupted runs that give the clean answer after one clean state was put in",
-    "swap": "Share of runs that follow the other bridge after its direction was exchanged",
-    "probe": "Accuracy of a linear probe for the bridge, and for the answer",
-    "stages": "What states say and cause, over training",
-}
-
-
-CARDS = {"khop": HopCard(), "composition": HopCard(), "text": TextCard(), "molecules": MoleculeCard()}
-Card = HopCard | TextCard | MoleculeCard
-
-
-def card_of(run: Run) -> Card:
-    """ValueError for a task without a card."""
-    if run.task() not in CARDS:
-        raise ValueError(f"{run.folder} is a run on {run.task()}: there are cards for {', '.join(CARDS)}.")
-    return CARDS[run.task()]
 
 
 def model_card(run: Run, names: Names) -> ModelCard:
     """The card of a run's model.
 
     Raises:
-        ValueError: the run has not finished, has not been evaluated, or there is no card for its task.
+        ValueError: the run has not finished, has not been evaluated, or its task has no card.
     """
-    card = card_of(run)
+    card = task_for("publish", [run]).card()
     metadata = ModelCardData(
         license=names.licence,
         base_model=names.base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["looped-transformers", "recurrent-depth", "custom_code", *TAGS[run.task()]],
+        tags=["looped-transformers", "recurrent-depth", "custom_code", *card.tags],
         datasets=[names.dataset_id] if names.dataset_id else None,
         metrics=list(card.metrics),
         model_name=names.model_id.partition("/")[2],
@@ -100,8 +64,8 @@ def common_values(run: Run, names: Names) -> dict:
         "looped": trained["maximum"] > 1,
         "max_num_loops": config.get("max_num_loops"),
         "figures": [
-            {"path": f"figures/{name}.png", "caption": caption}
-            for name, caption in FIGURES.items()
+            {"path": f"figures/{name}.png", "caption": figure.caption}
+            for name, figure in task_of([run]).figures.items()
             if (run.folder / "figures" / f"{name}.png").is_file()
         ],
         "training": dict(
@@ -129,7 +93,8 @@ def dataset_card(run: Run, names: Names, exported: DatasetCard, dataset: Dataset
         exported: the card that `data_builders.export_parquet` wrote beside the data: its configs and text go on.
         dataset: the rows.
     """
-    task, config, _ = run_data(run)
+    task = run.task()
+    config, _ = task_of([run]).Data.of(run).preset()
     total = sum(len(rows) for rows in dataset.values())
     metadata = DatasetCardData(
         license=names.data_licence,

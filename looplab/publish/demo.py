@@ -1,7 +1,7 @@
 """The page with the loop slider: a folder that is a whole Hugging Face Space, from runs; `looped demo RUN` runs it.
 
     hub_cards/space/app.py            as it is: it imports nothing of this project
-    hub_cards/space/requirements.txt  as it is, and rdkit where there are molecules to draw
+    hub_cards/space/requirements.txt  as it is, and what the tasks need
     hub_cards/space/README.md         filled: Space settings, title, text
     demo.json                         which models; the graph, hops and loops they were trained on
 
@@ -19,13 +19,10 @@ from huggingface_hub import SpaceCard, SpaceCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import hub_cards
-from looplab.runs.folder import AGAIN, Run, open_run
+from looplab.runs.folder import AGAIN, Run
 from looplab.runs.models import load_model, load_run_model
 from looplab.runs.writing import write_whole
-from looplab.tasks.hops.card import hops_part
-from looplab.tasks.hops.task import HopReader
-from looplab.tasks.molecules.card import molecules_part
-from looplab.tasks.registry import READERS
+from looplab.tasks.registry import task_for, task_of
 
 TEMPLATES = Path(hub_cards.__file__).parent / "space"
 GRADIO = "6.31.0"  # what a Space installs: the version the page is tested with
@@ -35,13 +32,15 @@ def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
     """Name -> text of every file of the Space that shows `runs`.
 
     Args:
-        runs: a run on hops, one on molecules, or both.
+        runs: a run each of tasks that the page can show.
         models: of each run, the repo id or folder that the page loads.
 
     Raises:
-        ValueError: a run has not finished, is on another task, or there are two of a kind.
+        ValueError: a run has not finished, the page cannot show its task, or there are two of a kind.
     """
-    settings = demo_settings(runs, models)
+    parts = demo_parts(runs, models)
+    settings = {"title": "Move the loop slider", **parts}
+    needed = [line for run in runs for line in task_of([run]).demo_requirements]
     card = SpaceCardData(
         title=settings["title"],
         emoji="\N{CLOCKWISE RIGHTWARDS AND LEFTWARDS OPEN CIRCLE ARROWS}",
@@ -54,35 +53,30 @@ def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
         models=[model for model in models if not Path(model).is_absolute()] or None,
         tags=["looped-transformers"],
     )
-    text = " ".join(settings[part]["text"] for part in PARTS if part in settings)
+    text = " ".join(part["text"] for part in parts.values())
     readme = SpaceCard.from_template(card, template_path=str(TEMPLATES / "README.md"), title=card.title, text=text)
     requirements = (TEMPLATES / "requirements.txt").read_text(encoding="utf-8")
     return {
         "app.py": (TEMPLATES / "app.py").read_text(encoding="utf-8"),
-        "requirements.txt": requirements + ("rdkit>=2026.3\n" if "molecules" in settings else ""),
+        "requirements.txt": requirements + "".join(f"{line}\n" for line in needed),
         "README.md": str(readme),
         "demo.json": json.dumps(settings, indent=1) + "\n",
     }
 
 
-def demo_settings(runs: Sequence[Run], models: Sequence[str]) -> dict:
-    """What demo.json says of `runs`; arguments and errors as of `space_files`."""
+def demo_parts(runs: Sequence[Run], models: Sequence[str]) -> dict[str, dict]:
+    """Kind of task -> what demo.json says of its run; arguments and errors as of `space_files`."""
     parts = {}
     for run, model in zip(runs, models, strict=True):
-        kind = "hops" if isinstance(READERS.get(run.task()), HopReader) else run.task()
-        if kind not in PARTS:
-            raise ValueError(f"{run.folder} is a run on {run.task()}: the page shows hops and molecules.")
-        if kind in parts:
-            raise ValueError(f"{run.folder} is a second run on {kind}: the page shows one.")
+        task = task_for("demo", [run])
+        if task.kind in parts:
+            raise ValueError(f"{run.folder} is a second run on {task.kind}: the page shows one.")
         low, high = run.trained_loops()
         config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
         part = {"model": model, "trained_loops": [low, high]}
         part["max_loops"] = min(2 * high, config.get("max_num_loops") or 2 * high)  # a gate per loop sets a limit
-        parts[kind] = part | PARTS[kind](run, config)
-    return {"title": "Move the loop slider", **parts}
-
-
-PARTS = {"hops": hops_part, "molecules": molecules_part}
+        parts[task.kind] = part | task.demo_part(run, config)
+    return parts
 
 
 def write_space(runs: Sequence[Run], folder: Path) -> Path:
@@ -111,8 +105,8 @@ def load_here(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return loaded.cpu(), tokenizer
 
 
-def demo(folders: Sequence[str | Path], port: int | None = None) -> None:
-    """Serve the page of the runs in `folders` on this machine until interrupted; prints its address.
+def demo(runs: Sequence[Run], port: int | None = None) -> None:
+    """Serve the page of the runs on this machine until interrupted; prints its address.
 
     Args:
         port: gradio's first free one from 7860 unless given.
@@ -121,7 +115,6 @@ def demo(folders: Sequence[str | Path], port: int | None = None) -> None:
         ValueError: as `space_files` and `load_app`.
         OSError: the port is taken.
     """
-    runs = [open_run(folder) for folder in folders]
     for run in runs:
         load_run_model(run)  # the page would load one that is not whole
     with tempfile.TemporaryDirectory() as temporary:

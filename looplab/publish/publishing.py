@@ -26,18 +26,17 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from data_builders import export_parquet, load_task
-from looplab.runs.folder import AGAIN, VERBS, Run, open_run
+from data_builders import export_parquet
+from looplab.runs.folder import AGAIN, Run
 from looplab.runs.models import blaming, load_run_model
-from looplab.tasks.card import Names, run_data
-from looplab.tasks.hops.task import HopReader
-from looplab.tasks.registry import reader_of
+from looplab.tasks.card import Names
+from looplab.tasks.registry import task_for, task_of
 
-from .cards import FIGURES, dataset_card, model_card
+from .cards import dataset_card, model_card
 from .demo import space_files
 
-# Records of a run that are published, where it has them.
-RECORDS = ("recipe.yaml", "summary.json", "metrics.jsonl", *VERBS)
+# Files of every run that are published, and after them the records of its task, where it has them.
+TRAINED = ("recipe.yaml", "summary.json", "metrics.jsonl")
 
 # What a model folder holds beside weights and code, where it has them.
 MODEL_FILES = (
@@ -48,9 +47,6 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 INDEX = "model.safetensors.index.json"
-
-# Licences of data that others made, by (task, config).
-DATA_LICENCES = {("molecules", "moses"): "mit"}
 
 TITLE = 59  # characters that the Hub allows in the title of a collection
 
@@ -100,7 +96,7 @@ class Upload:
 
 
 def publish(
-    folder: str | Path,
+    run: Run,
     repo_id: str,
     *,
     dataset: bool = False,
@@ -115,7 +111,7 @@ def publish(
     """Upload a run, and print what goes where; returns kind -> commit, of each repository.
 
     Args:
-        folder: a finished and evaluated run.
+        run: a finished and evaluated one.
         repo_id: "USER/NAME" of all repositories; USER may be an organisation.
         dataset, space: publish the run's data, and a page that shows the model, too.
         private: of repositories that do not exist yet; one that does must be private already.
@@ -132,7 +128,7 @@ def publish(
             reached.
         OSError: the Hub refuses a request, a disk error.
     """
-    run, api = open_run(folder), api or HfApi()
+    api = api or HfApi()
     user = user_of(repo_id)
     names = names_of(run, repo_id, dataset, licence, data_licence, base_model)
     kinds = ["model", *["dataset"] * dataset, *["space"] * space]
@@ -175,7 +171,7 @@ def names_of(
 ) -> Names:
     """Repositories and licences of a publication; ValueError for a licence that must be given and is not, and for a
     base model that cannot be."""
-    task, config, _ = run_data(run)
+    task = task_for("publish", [run])
     start = run.recipe()["init_from"]
     if licence is None and start is not None:
         raise ValueError(
@@ -189,12 +185,12 @@ def names_of(
     if not dataset:
         return Names(repo_id, licence, base_model=base_model)
     if data_licence is None:
-        # What a seed generates is nobody else's; text and molecules are.
-        data_licence = licence if isinstance(reader_of([run]), HopReader) else DATA_LICENCES.get((task, config))
+        preset, _ = task.Data.of(run).preset()
+        data_licence = task.data_licence(preset, licence)
     if data_licence is None:
         raise ValueError(
-            f"--dataset would publish the {task} that {run.folder} was trained on, under a licence that is not known "
-            "here: name it by --dataset-license, or leave --dataset out."
+            f"--dataset would publish the {task.name} that {run.folder} was trained on, under a licence that is not "
+            "known here: name it by --dataset-license, or leave --dataset out."
         )
     return Names(repo_id, licence, repo_id, data_licence, base_model)
 
@@ -236,8 +232,10 @@ def model_upload(run: Run, names: Names) -> Upload:
     check_measured(run)
     with blaming(run.model_folder(), AGAIN, leave=(ValueError, OSError)):
         files = {path.name: path for path in model_files(run.model_folder())}
-    files |= {f"run/{name}": own_file(run.folder, name) for name in RECORDS if (run.folder / name).is_file()}
-    figures = {f"figures/{name}.png": own_file(run.folder / "figures", f"{name}.png") for name in FIGURES}
+    task = task_of([run])
+    names_of_records = [*TRAINED, *(record.name for record in task.records)]
+    files |= {f"run/{name}": own_file(run.folder, name) for name in names_of_records if (run.folder / name).is_file()}
+    figures = {f"figures/{name}.png": own_file(run.folder / "figures", f"{name}.png") for name in task.figures}
     files |= {path: file for path, file in figures.items() if file.is_file()}
     own = ("*.safetensors", INDEX, "*_looped.py", "run/*", "figures/*.png", *MODEL_FILES)
     return Upload("model", names.model_id, {"README.md": str(card).encode(), **files}, own)
@@ -255,18 +253,12 @@ def check_measured(run: Run) -> None:
     """ValueError unless the weights are whole and every record and figure that would be sent is of them."""
     load_run_model(run)
     run.check_summary()
-    for name in RECORDS:
-        if name in VERBS and (run.folder / name).is_file():
-            run.check_record(name, f"run `looped {VERBS[name]} {run.folder}` again, or delete it.", strict=True)
-    for name in FIGURES:
-        if (run.folder / "figures" / f"{name}.png").is_file():
-            remedy = f"run `looped {drawn_by(name)} {run.folder}` again, or delete it."
-            run.check_record(f"figures/{name}.png", remedy, strict=True)
-
-
-def drawn_by(figure: str) -> str:
-    """The verb that draws a figure of a run."""
-    return "lens" if figure in ("lens", "patch", "swap", "probe", "stages") else "plot"
+    task = task_of([run])
+    verbs = {record.name: record.verb for record in task.records}
+    verbs |= {f"figures/{name}.png": figure.verb for name, figure in task.figures.items()}
+    for name, verb in verbs.items():
+        if (run.folder / name).is_file():
+            run.check_record(name, f"run `looped {verb} {run.folder}` again, or delete it.", strict=True)
 
 
 def model_files(folder: Path) -> Iterator[Path]:
@@ -288,10 +280,11 @@ def model_files(folder: Path) -> Iterator[Path]:
 
 def dataset_upload(run: Run, names: Names, place: Path) -> Upload:
     """The dataset repository, its parquet written to `place`."""
-    task, config, overrides = run_data(run)
-    export_parquet(task, config, place, **overrides)
+    data = task_of([run]).Data.of(run)
+    preset, fields = data.preset()
+    export_parquet(data.task, preset, place, **fields)
     exported = DatasetCard.load(place / "README.md")
-    card = dataset_card(run, names, exported, load_task(task, config, **overrides))
+    card = dataset_card(run, names, exported, data.load())
     files = {path.relative_to(place).as_posix(): path for path in sorted(place.glob("*/*.parquet"))}
     return Upload("dataset", names.dataset_id, {"README.md": str(card).encode(), **files}, ("*/*.parquet",))
 

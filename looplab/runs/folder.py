@@ -6,29 +6,19 @@ model/          weights, config, tokenizer, model code   at the end
 summary.json    what was reached                         at the end
 run.json        digests of data, tokenizer and files     before the first step, and with every file
 records/        which weights a measurement is of        with every measurement
-grid.jsonl      accuracy over loops x hops               `looped eval`
-loops.jsonl     held-out accuracy and margin, every loop `looped eval`
-text.jsonl      test perplexity by loops (task text)     `looped eval`
-molecules.jsonl validity and more by loops (molecules)   `looped eval`
-samples/        the molecules that were written          `looped eval`
-halting.jsonl   quality against loops, time saved        `looped halting`
-evaluation.json limit; chance level, or size of a model  `looped eval`
+checkpoints/    to go on from                            while training
 snapshots/      the model at steps the recipe names      while training
-lens*.jsonl     what states say and cause                `looped lens`
-memory.jsonl    value and bytes of each KV memory        `looped memory`
-probes.jsonl    what states say of a molecule's grammar  `looped lens`
-ablations.jsonl what a molecule loses with each head     `looped lens`
-readouts.jsonl  each pass read by a head of its own      `looped lens`
-quantization.json  perplexity with weights of few bits   `looped quantize`
-model_int4/     that model, weights dequantised          `looped quantize`
+model_int4/     weights of few bits, dequantised         `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`
+
+What is measured depends on the task: `records` of its `Task` names the files.
 """
 
 import difflib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -54,7 +44,7 @@ class Run:
 
     def recipe(self) -> dict:
         parse = partial(parse_yaml, where="as YAML")
-        return self._parse("recipe.yaml", parse, "was it written by train.py?")
+        return self._parse("recipe.yaml", parse, "was it written by train.py?", RECIPE)
 
     def task(self) -> str:
         """Name of the task in the recipe."""
@@ -64,7 +54,7 @@ class Run:
         return data["task"]
 
     def summary(self) -> dict:
-        return self._parse("summary.json", json.loads, UNFINISHED)
+        return self._parse("summary.json", json.loads, UNFINISHED, SUMMARY)
 
     def check_summary(self) -> None:
         """ValueError if model/ does not hold the weights that the training ended with."""
@@ -72,37 +62,19 @@ class Run:
             raise ValueError(f"{self.folder}/model does not hold the weights that summary.json is of: {AGAIN}")
 
     def metrics(self) -> list[dict]:
-        return self._parse("metrics.jsonl", json_lines, "nothing was trained here; run train.py.")
+        return self._parse("metrics.jsonl", json_lines, "nothing was trained here; run train.py.", METRICS)
 
-    def grid(self) -> list[dict]:
-        return self._measured("grid.jsonl")
+    def read(self, record: "RecordFile"):
+        """A measurement: the rows of a .jsonl file, the object in a .json file."""
+        path = self.folder / record.name
+        remedy = f"run `looped {record.verb} {self.folder}` {'again' if path.is_file() else 'first'}."
+        parse = json_lines if record.name.endswith(".jsonl") else json.loads
+        found = self._parse(record.name, parse, remedy, record.shape)
+        self.check_record(record.name, remedy)
+        return found
 
-    def loops(self) -> list[dict]:
-        return self._measured("loops.jsonl")
-
-    def text(self) -> list[dict]:
-        return self._measured("text.jsonl")
-
-    def memory(self) -> list[dict]:
-        return self._measured("memory.jsonl")
-
-    def molecules(self) -> list[dict]:
-        return self._measured("molecules.jsonl")
-
-    def ablations(self) -> list[dict]:
-        return self._measured("ablations.jsonl")
-
-    def readouts(self) -> list[dict]:
-        return self._measured("readouts.jsonl")
-
-    def halting(self) -> list[dict]:
-        return self._measured("halting.jsonl")
-
-    def evaluation(self) -> dict:
-        return self._measured("evaluation.json", json.loads)
-
-    def quantization(self) -> dict:
-        return self._measured("quantization.json", json.loads)
+    def has(self, record: "RecordFile") -> bool:
+        return (self.folder / record.name).is_file()
 
     def model_folder(self) -> Path:
         if not (self.folder / "model" / "config.json").is_file():
@@ -180,13 +152,7 @@ class Run:
             if (self.folder / folder / "config.json").is_file() and weights_of(self.folder / folder) != digest:
                 raise ValueError(f"{self.folder}/{file} is of other weights than those in {folder}/ now: {remedy}")
 
-    def _measured(self, file: str, parse: Callable | None = None):
-        remedy = f"run `looped {VERBS[file]} {self.folder}` {'again' if (self.folder / file).is_file() else 'first'}."
-        found = self._parse(file, parse or json_lines, remedy)
-        self.check_record(file, remedy)
-        return found
-
-    def _parse(self, file: str, parse: Callable, remedy: str):
+    def _parse(self, file: str, parse: Callable, remedy: str, shape: Mapping):
         path = self.folder / file
         if not path.is_file():
             raise ValueError(f"{self.folder} has no {file}: {remedy}")
@@ -197,7 +163,7 @@ class Run:
         rows = found if parse is json_lines else [found]
         if not rows:
             raise ValueError(f"{path} is empty: {remedy}")
-        checked = [checked_record(row, SHAPES.get(file, {}), str(path), remedy) for row in rows]
+        checked = [checked_record(row, shape, str(path), remedy) for row in rows]
         return checked if parse is json_lines else checked[0]
 
 
@@ -259,43 +225,42 @@ def shape_name(kind) -> str:
 
 
 NUMBER, SHARE = (int, float), "share"
-# What must have a type where it is there; what is read and not there is named by `Record`.
-SHAPES = {
-    "recipe.yaml": {"name": str, "data": {"task": str, "overrides": dict}, "model": dict, "eval_loops": [int]},
-    "summary.json": {
-        "steps": int, "seconds": NUMBER, "tokens": int, "parameters": int, "gate_loops": int, "learnable_depth": int,
-        "trained_hops": [int], "trained_loops": {"minimum": int, "maximum": int}, "gate": {"*": NUMBER},
-        "hardware": {}, "versions": {"*": str}, "train_tokens": int, "train_molecules": int,
-        "held_out": {"loss": NUMBER, "perplexity": NUMBER},
-    },
-    "metrics.jsonl": {
-        "step": int, "seconds": NUMBER, "loss": NUMBER, "lr": NUMBER, "tokens": int, "num_loops": int, "stage": int,
-        "hops": int, "gate": {"*": NUMBER}, "gate_by_split_kind": {"*": NUMBER},
-        "held_out": {"loss": NUMBER, "perplexity": NUMBER}, "held_out_at_loops": {"*": {"loss": NUMBER}},
-    },
-    "evaluation.json": {"chance": SHARE, "num_loops": int, "parameters": {"all": int}, "settings": [{}], "speed": {}},
-    "grid.jsonl": {"loops": int, "hops": int, "split_kind": str, "accuracy": SHARE, "n": int, "trained": bool},
-    "loops.jsonl": {
-        "split": str, "split_kind": str, "hops": int, "loops": int, "accuracy": SHARE, "margin": NUMBER,
-        "first_correct": SHARE, "n": int,
-    },
-    "text.jsonl": {
-        "loops": int, "loss": NUMBER, "perplexity": NUMBER, "interval": [NUMBER], "tokens": int, "text": str,
-        "block_losses": [NUMBER],
-    },
-    "molecules.jsonl": {"setting": str, "loops": int, "loss": NUMBER, "n": int},
-    "halting.jsonl": {"measure": str, "rule": str},
-    "memory.jsonl": {"kv_sharing": str, "chunk": int, "kv_bytes": int, "interval": [NUMBER], "trained": bool},
-    "quantization.json": {"perplexity": {"before": NUMBER, "after": NUMBER}, "bytes": {}, "linears": {}},
+# What must have a type where it is there, see `checked_record`; what is read and not there is named by `Record`.
+RECIPE = {"name": str, "data": {"task": str, "overrides": dict}, "model": dict, "eval_loops": [int]}
+SUMMARY = {
+    "steps": int, "seconds": NUMBER, "tokens": int, "parameters": int, "gate_loops": int, "learnable_depth": int,
+    "trained_hops": [int], "trained_loops": {"minimum": int, "maximum": int}, "gate": {"*": NUMBER},
+    "hardware": {}, "versions": {"*": str}, "train_tokens": int, "train_molecules": int,
+    "held_out": {"loss": NUMBER, "perplexity": NUMBER},
+}  # fmt: skip
+METRICS = {
+    "step": int, "seconds": NUMBER, "loss": NUMBER, "lr": NUMBER, "tokens": int, "num_loops": int, "stage": int,
+    "hops": int, "gate": {"*": NUMBER}, "gate_by_split_kind": {"*": NUMBER},
+    "held_out": {"loss": NUMBER, "perplexity": NUMBER}, "held_out_at_loops": {"*": {"loss": NUMBER}},
 }  # fmt: skip
 
-# What measures a file.
-VERBS = {
-    "grid.jsonl": "eval", "loops.jsonl": "eval", "text.jsonl": "eval", "molecules.jsonl": "eval",
-    "evaluation.json": "eval", "halting.jsonl": "halting", "memory.jsonl": "memory", "ablations.jsonl": "lens",
-    "readouts.jsonl": "lens", "probes.jsonl": "lens", "lens.jsonl": "lens", "lens_stages.jsonl": "lens",
-    "quantization.json": "quantize",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A file in a run folder that holds a measurement of its model.
+
+    Args:
+        name: of the file; .jsonl has a row per line, .json one object.
+        verb: of `looped`, that measures it.
+        shape: of a row, see `checked_record`.
+        of_snapshots: the verb also writes it of a snapshot, as NAME_step-N.jsonl.
+    """
+
+    name: str
+    verb: str
+    shape: Mapping = field(default_factory=dict)
+    of_snapshots: bool = False
+
+    def patterns(self) -> list[str]:
+        """Names of the file, of the model and of snapshots."""
+        stem, dot, end = self.name.rpartition(".")
+        return [self.name, f"{stem}_step-*{dot}{end}"] if self.of_snapshots else [self.name]
+
 
 said = set()
 

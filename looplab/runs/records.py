@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,11 +18,6 @@ from .writing import below, check_folder, partial_of, write_whole
 
 logger = logging.getLogger(__name__)
 
-# Measurements of a model, and what they are kept in.
-RECORDS = (
-    "evaluation.json", "grid.jsonl", "loops.jsonl", "text.jsonl", "molecules.jsonl", "halting.jsonl", "memory.jsonl",
-    "lens*.jsonl", "probes.jsonl", "ablations.jsonl", "readouts.jsonl", "quantization.json",
-)  # fmt: skip
 MODEL_FILES = (
     "config.json", "generation_config.json", "*_looped.py", "model.safetensors", "model-?????-of-?????.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -32,30 +27,29 @@ CHECKPOINT_FILES = (
     "state.json", "pytorch_model*", "model*.safetensors*", "optimizer*", "scheduler*.bin", "sampler*.bin",
     "random_states_*.pkl", "scaler.pt",
 )  # fmt: skip
-FIGURES = (
-    "grid", "training", "hops", "loops", "halting", "learning", "perplexity", "validity", "faults", "molecules",
-    "exits", "ablations", "readouts", "stages", "lens*", "patch*", "swap*", "probe*",
-)  # fmt: skip
-# Paths in a run folder that this project writes; a star stays within a folder.
+# Paths in a run folder that this project writes, whatever the task; a star stays within a folder.
 OWNED = (
-    "run.json", "recipe.yaml", "metrics.jsonl", "summary.json", *RECORDS, ".*.partial",
+    "run.json", "recipe.yaml", "metrics.jsonl", "summary.json", ".*.partial",
     *(f"{folder}/{name}" for folder in ("model", "model_int*", "tokenizer", "snapshots/step-?????????", ".*.partial",
                                         "snapshots/.*.partial")
       for name in MODEL_FILES),
     *(f"checkpoints/{folder}/{name}" for folder in ("step-?????????", "partial") for name in CHECKPOINT_FILES),
     "checkpoints/*/pytorch_model_*/*", "checkpoints/*/optimizer_*/*", "checkpoints/*/.state.json.*.partial",
-    "records/index.json", "records/lock", "records/.*.partial", "records/commit*/*.json*", "samples/model.json",
-    "samples/*-loops*.jsonl", *(f"figures/{name}.png" for name in FIGURES),
+    "records/index.json", "records/lock", "records/.*.partial", "records/commit*/*.json*",
     "tracker/events.out.tfevents.*", "tracker/*/events.out.tfevents.*", "tracker/hparams.yml",
 )  # fmt: skip
-OWNED_PARTS = [pattern.split("/") for pattern in OWNED]
 OLD = ".replaced"  # where a folder is while another takes its place
 
 
-def owned(path: str) -> bool:
-    """Whether `path`, relative to a run folder, is a name that this project writes."""
+def owned(path: str, measured: Iterable[str] = ()) -> bool:
+    """Whether `path`, relative to a run folder, is a name that this project writes.
+
+    Args:
+        measured: patterns of paths that the tasks add to those of every run.
+    """
     parts = path.split("/")
-    return any(len(parts) == len(names) and all(map(fnmatch.fnmatchcase, parts, names)) for names in OWNED_PARTS)
+    patterns = (pattern.split("/") for pattern in (*OWNED, *measured))
+    return any(len(parts) == len(names) and all(map(fnmatch.fnmatchcase, parts, names)) for names in patterns)
 
 
 def remove_whole(folder: Path) -> None:
@@ -66,12 +60,12 @@ def remove_whole(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def replace_folder(partial: Path, folder: Path, ours: Callable[[Path], bool]) -> None:
+def replace_folder(partial: Path, folder: Path, ours: Callable[[Path], bool], measured: Sequence[str] = ()) -> None:
     """Give `partial` the name `folder`. Of a folder that is there, files that are not `ours` stay: see `settle`."""
     if os.path.lexists(folder):
         os.rename(folder, folder.with_name(folder.name + OLD))
     os.rename(partial, folder)
-    settle(folder, ours)
+    settle(folder, ours, measured)
 
 
 @contextmanager
@@ -94,11 +88,11 @@ def replaced_folder(folder: Path, ours: Callable[[Path], bool]) -> Iterator[Path
     replace_folder(partial, folder, ours)
 
 
-def settle(folder: Path, ours: Callable[[Path], bool]) -> None:
+def settle(folder: Path, ours: Callable[[Path], bool], measured: Sequence[str] = ()) -> None:
     """End a `replace_folder` that was cut short: before its second rename it is taken back, after that completed.
 
     ours(path in `folder`): whether a file of the old folder may go. The others are moved to the same place in the new
-    one, under NAME.kept where that place is taken.
+    one, under NAME.kept where that place is taken, or is one that a run will write (see `owned`).
     """
     old = folder.with_name(folder.name + OLD)
     if not os.path.lexists(old):
@@ -120,7 +114,7 @@ def settle(folder: Path, ours: Callable[[Path], bool]) -> None:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             # Nor where a run is going to write.
-            taken = os.path.lexists(target) or owned(target.relative_to(folder).as_posix())
+            taken = os.path.lexists(target) or owned(target.relative_to(folder).as_posix(), measured)
             target = free_name(target) if taken else target
             os.rename(path, target)
             logger.warning(f"{target} was not written by this project, or was changed since: it is kept.")

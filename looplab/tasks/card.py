@@ -1,10 +1,14 @@
 """What every model card is made of."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from huggingface_hub import EvalResult
 
 from looplab.runs.folder import Run
+
+from .data import Data
 
 MOST_LOOPS_SHOWN = 5
 
@@ -24,31 +28,43 @@ class Names:
     base_model: str | None = None
 
 
-def result(run: Run, names: Names, metric: str, name: str, value: float, arguments: dict) -> EvalResult:
-    """One line of the model-index; the measured data are those of the run's test split."""
-    _, config, _ = run_data(run)
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=names.dataset_id or run.task(),
-        dataset_name=run.task(),
-        dataset_config=config,
-        dataset_split="test",
-        metric_type=metric,
-        metric_name=name,
-        metric_value=value,
-        metric_args=arguments,
-    )
+class Card(ABC):
+    """What is said of one run on the model's page.
 
+    Attributes:
+        Data: class of the recipe's data section.
+        template: file of hub_cards/, which extends model_card.md.
+        metrics: names of what is measured, as the Hub spells them.
+        tags: of the task, by which the Hub finds the model.
+    """
 
-def run_data(run: Run) -> tuple[str, str, dict]:
-    """Task, config and fields that `data_builders.task_builder` made the run's data from."""
-    task, data = run.task(), run.recipe()["data"]
-    overrides, files = {"seed": data["seed"]} | data["overrides"], data.get("files")
-    if files is not None:
-        return task, "files", overrides | {"files": files}
-    if "dataset" in overrides:
-        return task, "files", overrides
-    return task, "corpus" if task == "text" else data["config"], overrides
+    Data: type[Data]
+    template: str
+    metrics: Sequence[str]
+    tags: Sequence[str] = ()
+
+    @abstractmethod
+    def results(self, run: Run, names: Names) -> list[EvalResult]:
+        """The model-index, lines of `result`; ValueError for a run that was not evaluated."""
+
+    @abstractmethod
+    def values(self, run: Run) -> dict:
+        """What the template asks for beyond `publish.cards.common_values`."""
+
+    def result(self, run: Run, names: Names, metric: str, name: str, value: float, arguments: dict) -> EvalResult:
+        """One line of the model-index; the measured data are those of the run's test split."""
+        preset, _ = self.Data.of(run).preset()
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type=names.dataset_id or run.task(),
+            dataset_name=run.task(),
+            dataset_config=preset,
+            dataset_split="test",
+            metric_type=metric,
+            metric_name=name,
+            metric_value=value,
+            metric_args=arguments,
+        )
 
 
 def spread(loops: set[int]) -> tuple[int, ...]:

@@ -4,11 +4,12 @@ A task has a class for each, so that a field of another task is unknown to it. N
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from huggingface_hub.dataclasses import strict
 
 from data_builders.fields import number
+from looplab.runs.folder import Run
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -23,15 +24,33 @@ class Data:
     seed: int = number(0, at_least=0)
     overrides: dict = field(default_factory=dict)  # fields of the builder's config
 
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """The section of a run's recipe. Fields that the task does not have are passed over: older versions wrote
+        those of all tasks into every recipe.yaml."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: value for name, value in run.recipe()["data"].items() if name in names})
+
     def check(self, init_from: str | None) -> None:
         """ValueError for fields that do not go together, or not with the recipe's `init_from`."""
         for name in self.overrides.keys() & {"seed", "files"}:
             if vars(self).get(name):
                 raise ValueError(f"data.{name} and data.overrides.{name} name the same thing: leave one of them out.")
 
-    def load(self) -> "DatasetDict":
-        """The splits, built into the `datasets` cache on first use."""
-        raise NotImplementedError
+    def preset(self) -> tuple[str, dict]:
+        """Preset of the builder `task`, and fields of it with other values than the preset's."""
+        return "default", {"seed": self.seed} | self.overrides
+
+    def load(self, **changed) -> "DatasetDict":
+        """The splits, built into the `datasets` cache on first use.
+
+        Args:
+            changed: fields of the builder with other values than `preset` gives.
+        """
+        from data_builders import load_task
+
+        preset, fields = self.preset()
+        return load_task(self.task, preset, **(fields | changed))
 
 
 @strict

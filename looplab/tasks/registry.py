@@ -1,41 +1,110 @@
-"""How `looped eval`, `table` and `plot` read a run: chosen once, by its task.
+"""All tasks, by the name that a recipe gives in `data.task`; a task that is new has a line here.
 
-    reader            reads                measures                      tables and draws
-    HopReader         khop, composition    accuracy over loops x hops    learnable depth, reach, heat maps
-    TextReader        text                 test perplexity by loops      perplexity, differences, loss over tokens
-    MoleculeReader    molecules            samples, validity by loops    validity and its kin, faults by loops
-
-A reader imports what a command needs when it is called, so that tables stay quick.
+`task_of(runs)` is the task of runs, `task_for(verb, runs)` that of runs on which a verb of `looped` is to work: what a
+task lacks is refused here, in one sentence. Nothing here imports torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from looplab.runs.folder import Run
-from looplab.tasks.hops.task import HopReader
-from looplab.tasks.molecules.task import MoleculeReader
-from looplab.tasks.text.task import TextReader
 
-Reader = HopReader | TextReader | MoleculeReader
-READERS: dict[str, Reader] = {
-    "khop": HopReader(),
-    "composition": HopReader(),
-    "text": TextReader(),
-    "molecules": MoleculeReader(),
-}
-TASKS = READERS
+from .base import Task
+from .hops.task import Composition, Khop
+from .molecules.task import MoleculeTask
+from .text.task import TextTask
+
+TASKS: dict[str, Task] = {task.name: task for task in (Khop(), Composition(), TextTask(), MoleculeTask())}
 
 
-def reader_of(runs: Sequence[Run]) -> Reader:
-    """The reader of all of `runs`.
+def task_of(runs: Sequence[Run]) -> Task:
+    """The task of the first of `runs`; all are of its kind.
 
     Raises:
-        ValueError: they need different readers, or a recipe's task is unknown.
+        ValueError: they are of different kinds, or there is no such task.
     """
     for run in runs:
-        if run.task() not in READERS:
-            raise ValueError(f"{run.folder}: there is no task {run.task()!r}; there are {', '.join(READERS)}.")
-        if type(READERS[run.task()]) is not type(READERS[runs[0].task()]):
+        if run.task() not in TASKS:
+            raise ValueError(f"{run.folder}: there is no task {run.task()!r}; there are {', '.join(TASKS)}.")
+        if TASKS[run.task()].kind != TASKS[runs[0].task()].kind:
             raise ValueError(
                 f"{runs[0].folder} is a run on {runs[0].task()} and {run.folder} on {run.task()}: read them apart."
             )
-    return READERS[runs[0].task()]
+    return TASKS[runs[0].task()]
+
+
+def task_for(verb: str, runs: Sequence[Run], *options: str) -> Task:
+    """The task of `runs`, which has the verb with all `options` (such as "max_hops").
+
+    Raises:
+        ValueError: as `task_of`; the task lacks the verb or an option.
+    """
+    task = task_of(runs)
+    if task.options(verb) is None:
+        raise ValueError(
+            f"looped {verb} is not for {task.kind}: it is for {having(verb)}, and {runs[0].folder} is a run on "
+            f"{task.name}."
+        )
+    for option in options:
+        if option not in task.options(verb):
+            raise ValueError(
+                f"{spelt(option)} of looped {verb} is not for {task.name}: it is for {having(verb, option)}, and "
+                f"{runs[0].folder} is a run on {task.name}: leave it out."
+            )
+    return task
+
+
+def spelt(option: str) -> str:
+    """max_hops -> --max-hops."""
+    return f"--{option.replace('_', '-')}"
+
+
+def having(verb: str, option: str | None = None) -> str:
+    """Who has a verb, or an option of it: kinds of tasks, and names where not all of a kind have it."""
+
+    def has(task: Task) -> bool:
+        options = task.options(verb)
+        return options is not None and (option is None or option in options)
+
+    return ", ".join(chosen(has)) or "no task"
+
+
+def chosen(has: Callable[[Task], bool]) -> list[str]:
+    """Kinds of which all tasks are chosen, and names of the chosen ones of other kinds, in the order of `TASKS`."""
+    words = [
+        task.kind if all(has(other) for other in TASKS.values() if other.kind == task.kind) else task.name
+        for task in TASKS.values()
+        if has(task)
+    ]
+    return list(dict.fromkeys(words))
+
+
+def help_of(verb: str, option: str) -> str:
+    """What the help says of an option of tasks: who takes it, unless all do, and its defaults."""
+    takes = having(verb, option)
+    known = {task.kind: task.defaults.get(f"{verb} {spelt(option)}") for task in TASKS.values()}
+    defaults = [default if takes == kind else f"of {kind} {default}" for kind, default in known.items() if default]
+    words = [takes] if takes != having(verb) else []
+    words += [f"default: {', '.join(defaults)}"] if defaults else []
+    return f"({'; '.join(words)})" if words else ""
+
+
+def files_of(verb: str) -> list[str]:
+    """Files that a verb writes, of all tasks."""
+    return list(dict.fromkeys(r.name for task in TASKS.values() for r in task.records if r.verb == verb))
+
+
+def written_files() -> list[str]:
+    """Patterns of the files, relative to a run, that tasks leave there: what they measure and draw."""
+    patterns = []
+    for task in TASKS.values():
+        patterns += [pattern for record in task.records for pattern in record.patterns()]
+        for name, figure in task.figures.items():
+            patterns += [f"figures/{name}.png", *[f"figures/{name}_step-*.png"] * figure.of_snapshots]
+        patterns += task.files
+    return list(dict.fromkeys(patterns))
+
+
+def measured_files() -> list[str]:
+    """Patterns of the files that tasks measure."""
+    records = [record for task in TASKS.values() for record in task.records]
+    return list(dict.fromkeys(pattern for record in records for pattern in record.patterns()))

@@ -27,7 +27,6 @@ from pathlib import Path
 from looplab.runs.digests import data_of, refuse_other_data, sha256_of, tokenizer_of, weights_of
 from looplab.runs.records import (
     OLD,
-    RECORDS,
     _records_or_none,
     commit,
     locked,
@@ -43,6 +42,7 @@ from looplab.runs.records import (
 from looplab.runs.sections import flatten
 from looplab.runs.writing import remove_partials, write_whole
 from looplab.runs.yaml_text import read_yaml, to_yaml
+from looplab.tasks.registry import measured_files, written_files
 from looplab.tasks.training import State
 
 from .recipe import Recipe, move_check_every, recipe_defaults
@@ -151,7 +151,7 @@ class RunFolder:
             # A folder is called NAME.replaced while it goes, be it the run's own or one in it.
             _, *parts = path.relative_to(self.final.parent).parts
             name = "/".join(part.removesuffix(OLD) for part in parts)
-            return sha256_of(path) in written[name] if written.get(name) else owned(name)
+            return sha256_of(path) in written[name] if written.get(name) else owned(name, written_files())
 
         return as_written
 
@@ -161,7 +161,7 @@ class RunFolder:
         """End what a kill cut short: renames, files of a measurement, half-written files."""
         old = self.final.with_name(self.final.name + OLD)
         if os.path.lexists(old) and made_here(old):
-            settle(self.final, self.ours(old))
+            settle(self.final, self.ours(old), written_files())
         remove_whole(self.staging)
         for partial in self.final.glob(".run.json.*.partial"):
             partial.unlink()  # the first file of a run, without which it is none
@@ -192,7 +192,7 @@ class RunFolder:
             raise ValueError(f"{final} is a file: give the run another --name.")
         if not made_here(final):
             for path in files_in(final):
-                if owned(path):
+                if owned(path, written_files()):
                     raise ValueError(
                         f"{final / path} would be overwritten, and {final} is no run of train.py, or its run.json and "
                         "recipe.yaml are damaged: give the run another --name, or move that file away."
@@ -344,7 +344,7 @@ class RunFolder:
                 if checkpoint > complete:
                     self.drop(checkpoint)
             if self.folder != self.final:
-                replace_folder(self.staging, self.final, self.ours(self.final))
+                replace_folder(self.staging, self.final, self.ours(self.final), written_files())
         self.folder = self.final
         accelerator.wait_for_everyone()
 
@@ -420,7 +420,9 @@ class RunFolder:
         """Measurements without an entry are of the model that is about to be replaced."""
         model, known = self.folder / "model", _records_or_none(self.folder)
         names = [
-            path for path in files_in(self.folder) if any(fnmatch.fnmatchcase(path, record) for record in RECORDS)
+            path
+            for path in files_in(self.folder)
+            if any(fnmatch.fnmatchcase(path, record) for record in measured_files())
         ]
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -484,7 +486,7 @@ def made_here(folder: Path) -> bool:
 
 def holds_results(folder: Path) -> bool:
     """Whether a run has what would be a loss: a checkpoint, a model, a summary, a measurement."""
-    names = ("checkpoints/step-?????????", "model/config.json", "summary.json", *RECORDS)
+    names = ("checkpoints/step-?????????", "model/config.json", "summary.json", *measured_files())
     return any(any(folder.glob(name)) for name in names)
 
 

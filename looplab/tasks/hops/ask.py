@@ -1,16 +1,17 @@
 """One question asked of a model, at every loop count: `looped ask`."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import datasets
 import torch
 from transformers import PreTrainedModel
 
-from looplab.runs.folder import open_run
+from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
 
 from .rows import first_question_beyond, load_run_task
+
+LOOPS = (1, 2, 4, 8, 16)
 
 
 def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
@@ -29,15 +30,15 @@ def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
     return path
 
 
-def ask(folder: str | Path, question: str | None = None, loops: Sequence[int] = (1, 2, 4, 8, 16)) -> None:
+def ask(run: Run, question: str | None = None, loops: Sequence[int] | None = None) -> None:
     """Print the generated answer to `question` ("e3 r1 r2") at several loop counts, and the true chain.
 
     Without a question, one is taken from the test split, one hop count beyond the training.
 
     Raises:
-        ValueError: no such run, an empty question, or a word the tokenizer does not know.
+        ValueError: an empty question, or a word the tokenizer does not know.
     """
-    run = open_run(folder)
+    loops = LOOPS if loops is None else loops
     if question is not None and not question.strip():
         raise ValueError('the question is empty: give an entity and relations, such as "e3 r1 r2", or leave it out.')
     task = load_run_task(run)

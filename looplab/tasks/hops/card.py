@@ -1,46 +1,45 @@
 """What a model card and the demo page say of a run on hops."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
 from huggingface_hub import EvalResult
 
+from data_builders import Khop
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
-from looplab.tasks.card import Names, between, result, spread
+from looplab.tasks.card import Card, Names, between, spread
 
+from .data import HopData
 from .halting import ENTROPY
+from .records import EVALUATION, GRID, HALTING
 from .results import THRESHOLDS, depth_facts
 from .rows import first_question_beyond, line_order, load_run_task
 
-# What the kinds of test questions are.
-KINDS = {
-    "khop": {
-        "id": "chains that training did not have, of hop counts that its data hold",
-        "ood": "chains of more hops than any in its data",
-    },
-    "composition": {
-        "id": "two facts that training composed, but not with each other",
-        "ood": "two facts that training never composed with anything",
-        "ood_first": "the first of two facts was never composed in training",
-        "ood_second": "the second of two facts was never composed in training",
-        "pair": "two relations that never follow each other in training",
-    },
-}
 
+@dataclass(frozen=True)
+class HopCard(Card):
+    """Card of a model that follows chains.
 
-class HopCard:
-    """Card of a model that follows chains."""
+    Args:
+        says: a sentence on the task; `depth` in it is the deepest trained hop count.
+        split_kinds: what the kinds of test questions are.
+    """
 
+    says: str
+    split_kinds: Mapping[str, str]
+    Data = HopData
     template = "model_hops.md"
     metrics = ("accuracy",)
+    tags = Khop.TAGS
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
         """Mean accuracy over hop counts of every held-out kind, at the loops of the grid and the chosen ones."""
         facts, cells = depth_facts(run), {}
-        for row in run.grid():
+        for row in run.read(GRID):
             cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
         results = []
         for kind, accuracy in facts["accuracy"].items():
@@ -49,28 +48,25 @@ class HopCard:
             for loops, mean in sorted((means | {facts["loops"]: accuracy}).items()):
                 arguments = {"num_loops": loops, "split_kind": kind, "hops": hops}
                 name = f"Accuracy, {kind}, {loops} loops"
-                results.append(result(run, names, "accuracy", name, round(mean, 4), arguments))
+                results.append(self.result(run, names, "accuracy", name, round(mean, 4), arguments))
         return results
 
     def values(self, run: Run) -> dict:
         """What `model_hops.md` asks for beyond `common_values`."""
-        task, grid, facts, summary = load_run_task(run), run.grid(), depth_facts(run), run.summary()
-        evaluation, (low, high) = run.evaluation(), run.trained_loops()
+        task, grid, facts, summary = load_run_task(run), run.read(GRID), depth_facts(run), run.summary()
+        evaluation, (low, high) = run.read(EVALUATION), run.trained_loops()
         question = first_question_beyond(task["test"], summary["trained_hops"])
         number = task["test"]["text"][:].index(question)
         words = {word for text in task["train"]["text"][:] for word in text.split()}
         measured = {row["split_kind"] for row in grid}
         depth = max(summary["trained_hops"])
         return {
-            "task_text": {
-                "khop": f"Its graph is permutations, and it was trained on chains of up to {depth} hops.",
-                "composition": "It was trained on single facts and on pairs of some; others it never saw in a pair.",
-            }[run.task()],
+            "task_text": self.says.format(depth=depth),
             "question": question,
             "answer": task["test"]["answer"][number],
             "loops_shown": spread({row["loops"] for row in grid}),
             "chance": f"{100 * evaluation['chance']:.1f}",
-            "kinds": {kind: text for kind, text in KINDS[run.task()].items() if kind in measured},
+            "kinds": {kind: text for kind, text in self.split_kinds.items() if kind in measured},
             "table": grid_markdown(grid, low, high),
             "loops": facts["loops"],
             "reach": " / ".join(str(facts["reach"][threshold]) for threshold in THRESHOLDS),
@@ -99,6 +95,7 @@ def grid_markdown(rows: Sequence[dict], low: int, high: int) -> str:
 
 
 def hops_part(run: Run, config: dict) -> dict:
+    """What demo.json says of a run, see `Task.demo_part`."""
     task, summary = load_run_task(run), run.summary()
     facts = facts_of_task(task)
     answers = {answer for known in facts.values() for answer in known.values()}
@@ -132,8 +129,8 @@ def halting_of(run: Run, vocab_size: int) -> dict:
     Its bound on entropy is taken as a share of ln V (arXiv 2604.07822 has V = 217): of 27 words no distribution has
     much more than 3 nats, so that every answer would count as settled.
     """
-    if (run.folder / "halting.jsonl").is_file():
-        for row in run.halting():
+    if run.has(HALTING):
+        for row in run.read(HALTING):
             if row["measure"] == "chosen" and row["rule"] == "kl_entropy":
                 return {name: row[name] for name in ("rule", "kl_threshold", "max_entropy")}
     return {"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": max(ENTROPY) * math.log(vocab_size)}

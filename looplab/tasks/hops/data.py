@@ -19,10 +19,8 @@ class HopData(Data):
     pad_to: int | None = number(at_least=1)  # pad every row to so many tokens and read at its end, as the paper does
     at_least_hops: bool = False  # raise a batch's loops to its hop count where fewer were drawn
 
-    def load(self):
-        from data_builders import load_task
-
-        return load_task(self.task, self.config, **({"seed": self.seed} | self.overrides))
+    def preset(self) -> tuple[str, dict]:
+        return self.config, {"seed": self.seed} | self.overrides
 
 
 @strict

@@ -19,20 +19,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from looplab.instruments.traces import Trace, joined, trace
-from looplab.runs.folder import Run, open_run, to_json_lines
+from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.intervals import wilson_interval
 from looplab.runs.models import load_run_model
 
+from .records import EVALUATION, GRID, LOOPS
 from .results import THRESHOLDS, hops_solved
-from .rows import Group, groups_of, line_order, load_run_task
+from .rows import RowGroup, groups_of, line_order, load_run_task
 
-LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
+GRID_LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_LOOPS = 50  # how far overthinking is followed
 TRAIN_ROWS = 1000  # rows of each (hops, split_kind) group of the train split: a check of memory, not a result
 
 
 def trace_groups(
-    model: PreTrainedModel, groups: Sequence[Group], num_loops: Sequence[int], batch_size: int = 512
+    model: PreTrainedModel, groups: Sequence[RowGroup], num_loops: Sequence[int], batch_size: int = 512
 ) -> list[Trace]:
     """The trace of every group, over its own number of loops."""
     total = sum(loops * len(group.answers) for loops, group in zip(num_loops, groups, strict=True))
@@ -49,7 +50,7 @@ def trace_groups(
 
 
 def accuracy_grid(
-    groups: Sequence[Group], predictions: Sequence[torch.Tensor], loops: Sequence[int], trained_hops: Sequence[int]
+    groups: Sequence[RowGroup], predictions: Sequence[torch.Tensor], loops: Sequence[int], trained_hops: Sequence[int]
 ) -> list[dict]:
     """A row per loop count and group: loops, hops, split_kind, accuracy (a fraction), n, trained (this hop count).
 
@@ -70,7 +71,7 @@ def accuracy_grid(
     return rows
 
 
-def loop_rows(split: str, group: Group, traced: Trace) -> list[dict]:
+def loop_rows(split: str, group: RowGroup, traced: Trace) -> list[dict]:
     """A row per loop: split, split_kind, hops, loops, accuracy, margin (mean), first_correct (share of the rows that
     are right after this loop and after none before it), n."""
     correct = traced.prediction == group.answers  # (R, N)
@@ -85,27 +86,27 @@ def loop_rows(split: str, group: Group, traced: Trace) -> list[dict]:
 
 
 def evaluate_run(
-    folder: str | Path,
+    run: Run,
     loops: Sequence[int] | None = None,
     limit: int | None = None,
-    max_loops: int = MAX_LOOPS,
+    max_loops: int | None = None,
     max_hops: int | None = None,
 ) -> Path:
     """Write RUN/grid.jsonl (`accuracy_grid`), RUN/loops.jsonl (`loop_rows`) and RUN/evaluation.json (chance, limit).
 
     Args:
-        folder: a finished run.
-        loops: loop counts of the grid, `LOOPS` unless given.
+        run: a finished one.
+        loops: loop counts of the grid, `GRID_LOOPS` unless given.
         limit: at most so many rows per (hops, split_kind); all held-out rows unless given.
-        max_loops: held-out rows are followed so far.
+        max_loops: held-out rows are followed so far, `MAX_LOOPS` unless given.
         max_hops: deepest held-out chains, the recipe's unless given (k-hop only).
 
     Raises:
-        ValueError: no such run, it has not finished, or it has no deeper chains.
+        ValueError: the run has not finished, or has no deeper chains.
     """
-    run = open_run(folder)
+    max_loops = MAX_LOOPS if max_loops is None else max_loops
     trained_hops = run.summary()["trained_hops"]
-    loops = sorted(set(loops or LOOPS))
+    loops = sorted(set(loops or GRID_LOOPS))
     model, tokenizer = load_run_model(run, *loops, max_loops)
     task = load_run_task(run, max_hops)
     depth = {"train": loops[-1], "test": max(max_loops, loops[-1]), "validation": max_loops}
@@ -122,8 +123,8 @@ def evaluate_run(
         if split != "train"
     ]
     facts = {"chance": 1 / len(set(task["train"]["answer"][:])), "limit": limit}
-    rows = {"loops.jsonl": to_json_lines(every_loop), "grid.jsonl": to_json_lines(grid)}
-    return run.write({"evaluation.json": json.dumps(facts, indent=1) + "\n"} | rows)
+    rows = {LOOPS.name: to_json_lines(every_loop), GRID.name: to_json_lines(grid)}
+    return run.write({EVALUATION.name: json.dumps(facts, indent=1) + "\n"} | rows)
 
 
 def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, int]) -> str:
@@ -153,14 +154,13 @@ def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, in
     return "\n".join(text)
 
 
-def print_grid(run: Run) -> None:
-    """Print the grid of an evaluated run."""
-    print(f"\n{run.folder}")
-    print(grid_table(run.grid(), run.evaluation()["chance"], run.trained_loops()))
+def grid_text(run: Run) -> str:
+    """The grid of an evaluated run."""
+    return grid_table(run.read(GRID), run.read(EVALUATION)["chance"], run.trained_loops())
 
 
 class HopMeasure:
-    """Accuracy over the test rows of trained hop counts."""
+    """Accuracy over the test rows of trained hop counts, see `Task.measure`: accuracy, interval (Wilson), n."""
 
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, limit: int | None):
         trained = run.summary()["trained_hops"]
@@ -168,11 +168,13 @@ class HopMeasure:
         self.groups = [group for group in groups if group.hops in trained]
 
     @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel) -> dict:
+    def __call__(self, model: PreTrainedModel, num_loops: int) -> dict:
         right = total = 0
         for group in self.groups:
             for ids, answers in zip(group.input_ids.split(512), group.answers.split(512), strict=True):
-                logits = model(ids.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1]
+                logits = model(ids.to(model.device), num_loops=num_loops, logits_to_keep=1, use_cache=False).logits[
+                    :, -1
+                ]
                 right += int((logits.argmax(-1).cpu() == answers).sum())
                 total += len(answers)
         return {"accuracy": right / total, "interval": wilson_interval(right / total, total), "n": total}

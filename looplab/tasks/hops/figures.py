@@ -9,15 +9,16 @@ group in their names.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from looplab.instruments.drawing import Group, all_have, groups_folder, own_folder, save
-from looplab.runs.folder import open_run
+from looplab.instruments.drawing import SeedGroup, all_have, groups_folder, own_folder, save
+from looplab.runs.folder import Run
 from looplab.runs.seeds import group_runs
 
+from .records import HALTING, LOOPS
 from .run_figures import heat_map, training_curves
 from .seed_figures import halting_figure, hops_figure, learning_figure, loops_figure
 
 
-def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -> list[Path]:
+def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
     """Draw every run, and groups of seeds where there are several runs; returns the PNG paths.
 
     Args:
@@ -25,9 +26,8 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -
             or `figures/<groups>` beside the first run.
 
     Raises:
-        ValueError: no such run, it has not been evaluated, or the runs were evaluated on different grids.
+        ValueError: a run has not been evaluated, or the runs were evaluated on different grids.
     """
-    runs = [open_run(folder) for folder in folders]
     paths = []
     for run in runs:
         figures = own_folder(run, runs, output)
@@ -43,15 +43,15 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path | None = None) -
     return paths
 
 
-def draw(groups: Sequence[Group], path: Callable[[str, str], Path]) -> list[Path]:
+def draw(groups: Sequence[SeedGroup], path: Callable[[str, str], Path]) -> list[Path]:
     """The figures for which all runs have the files; `path` of a kind of figure and the group's name, or ''."""
     runs = [run for _, members in groups for run in members]
     paths = []
-    if all_have(runs, "loops.jsonl"):
+    if all_have(runs, LOOPS):
         paths.append(save(hops_figure(groups), path("hops", "")))
         paths += [save(loops_figure(group), path("loops", group[0])) for group in groups]
-    if all_have(runs, "halting.jsonl"):
+    if all_have(runs, HALTING):
         paths += [save(halting_figure(group), path("halting", group[0])) for group in groups]
-    if all(run.recipe().get("data", {}).get("task") == "composition" for run in runs):
+    if all(run.task() == "composition" for run in runs):
         paths.append(save(learning_figure(groups), path("learning", "")))
     return paths

@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from looplab.bench.pair import Workload
-from looplab.instruments.halting_settings import Setting, entropy_bound
+from looplab.instruments.halting_settings import HaltingSetting, entropy_bound
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of
 from looplab.instruments.traces import Trace
-from looplab.runs.folder import open_run, to_json_lines
+from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
 
 from .evaluation import MAX_LOOPS, trace_groups
+from .records import HALTING
 from .results import ROUNDING, best_loops, fewest_near_best
-from .rows import Group, groups_of, load_run_task
+from .rows import RowGroup, groups_of, load_run_task
 
 POINT = 0.01  # of accuracy that a rule may lose at any hop count
 SOLVABLE = 0.6
@@ -39,16 +39,16 @@ CHANGE = [10 ** (-k / 4) for k in range(13)]
 TIMED_ROWS = 64  # of each hop count
 
 
-def sweep(vocab_size: int, budgets: Sequence[int]) -> list[Setting]:
+def sweep(vocab_size: int, budgets: Sequence[int]) -> list[HaltingSetting]:
     """Every setting that is tried."""
     entropies = [share * math.log(vocab_size) for share in ENTROPY]
     rules = [{"rule": "kl", "kl_threshold": kl} for kl in KL]
     rules += [{"rule": "kl_entropy", "kl_threshold": kl, "max_entropy": h} for kl, h in product(KL, entropies)]
     rules += [{"rule": "latent", "threshold": change} for change in CHANGE]
-    return [Setting(rule, budget) for rule, budget in product(rules, budgets)]
+    return [HaltingSetting(rule, budget) for rule, budget in product(rules, budgets)]
 
 
-def loops_used(setting: Setting, traced: Trace) -> torch.Tensor:
+def loops_used(setting: HaltingSetting, traced: Trace) -> torch.Tensor:
     """(N,) loops that each row of a trace would run under `setting`."""
     rule = setting.halting or {"rule": "fixed"}
     stops = {
@@ -61,7 +61,7 @@ def loops_used(setting: Setting, traced: Trace) -> torch.Tensor:
     return stops.int().argmax(0) + 1
 
 
-def outcome(setting: Setting, group: Group, traced: Trace) -> tuple[float, float]:
+def outcome(setting: HaltingSetting, group: RowGroup, traced: Trace) -> tuple[float, float]:
     """(accuracy, mean loops) of a group of rows under `setting`, simulated."""
     used = loops_used(setting, traced)
     said = traced.prediction.gather(0, used[None] - 1)[0]
@@ -69,7 +69,7 @@ def outcome(setting: Setting, group: Group, traced: Trace) -> tuple[float, float
 
 
 @torch.inference_mode()
-def run_setting(model: PreTrainedModel, setting: Setting, group: Group) -> tuple[float, float]:
+def run_setting(model: PreTrainedModel, setting: HaltingSetting, group: RowGroup) -> tuple[float, float]:
     """(accuracy, mean loops) of a group of rows under `setting`, by running it."""
     right, used = [], []
     for ids, answers in zip(group.input_ids.split(1024), group.answers.split(1024), strict=True):
@@ -79,17 +79,19 @@ def run_setting(model: PreTrainedModel, setting: Setting, group: Group) -> tuple
     return float(torch.cat(right).double().mean()), float(torch.cat(used).double().mean())
 
 
-def call(model: PreTrainedModel, inputs: dict, setting: Setting):
+def call(model: PreTrainedModel, inputs: dict, setting: HaltingSetting):
     return model(**inputs, num_loops=setting.num_loops, halting=setting.halting, logits_to_keep=1, use_cache=False)
 
 
-def mean_outcome(setting: Setting, groups: Sequence[Group], traces: Sequence[Trace]) -> tuple[float, float]:
+def mean_outcome(setting: HaltingSetting, groups: Sequence[RowGroup], traces: Sequence[Trace]) -> tuple[float, float]:
     """Means over the groups, every hop count alike."""
     outcomes = [outcome(setting, group, traced) for group, traced in zip(groups, traces, strict=True)]
     return tuple(sum(column) / len(outcomes) for column in zip(*outcomes, strict=True))
 
 
-def choose(settings: Sequence[Setting], groups: Sequence[Group], traces: Sequence[Trace], best: Sequence[float]):
+def choose(
+    settings: Sequence[HaltingSetting], groups: Sequence[RowGroup], traces: Sequence[Trace], best: Sequence[float]
+):
     """The setting with the fewest loops of those that lose at most a point against `best` in every group.
 
     Where none does, the one whose largest loss is the smallest.
@@ -104,7 +106,9 @@ def choose(settings: Sequence[Setting], groups: Sequence[Group], traces: Sequenc
     return min(settings, key=rank)
 
 
-def frontier(settings: Sequence[Setting], groups: Sequence[Group], traces: Sequence[Trace]) -> list[Setting]:
+def frontier(
+    settings: Sequence[HaltingSetting], groups: Sequence[RowGroup], traces: Sequence[Trace]
+) -> list[HaltingSetting]:
     """The settings to which none is better in accuracy at as few loops, by increasing loops."""
     points = sorted(
         ((*mean_outcome(setting, groups, traces), setting) for setting in settings), key=lambda p: (p[1], -p[0])
@@ -121,15 +125,15 @@ def time_row(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows,
-    setting: Setting,
-    fixed: Setting,
+    setting: HaltingSetting,
+    fixed: HaltingSetting,
     rounds: int,
 ) -> dict:
     """Wall time of `fixed` over that of `setting` on one padded batch, median and range of interleaved pairs."""
     inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]))
 
-    def once(which: Setting):
+    def once(which: HaltingSetting):
         with torch.inference_mode():
             return call(model, inputs, which)
 
@@ -148,8 +152,8 @@ def time_row(
 
 
 def halting_run(
-    folder: str | Path,
-    max_loops: int = MAX_LOOPS,
+    run: Run,
+    max_loops: int | None = None,
     max_hops: int | None = None,
     limit: int | None = None,
     rounds: int = 7,
@@ -162,16 +166,16 @@ def halting_run(
     time       per rule, see `time_row`
 
     Args:
-        folder: a finished run.
-        max_loops: the largest budget.
+        run: a finished one.
+        max_loops: the largest budget, `MAX_LOOPS` unless given.
         max_hops: deepest chains, the recipe's unless given (k-hop only).
         limit: at most so many rows per (hops, split_kind).
         rounds: timed pairs.
 
     Raises:
-        ValueError: no such run, it has not finished, or it solves no hop count.
+        ValueError: the run has not finished, or it solves no hop count.
     """
-    run = open_run(folder)
+    max_loops = MAX_LOOPS if max_loops is None else max_loops
     model, tokenizer = load_run_model(run, max_loops)
     task = load_run_task(run, max_hops)
     groups = {split: groups_of(task[split], tokenizer, limit) for split in ("validation", "test")}
@@ -189,7 +193,7 @@ def halting_run(
     lines = [list(by_loops)[index] for index in solvable]
     best = [max(by_loops[line]) for line in lines]
     own = {line: fewest_near_best(accuracies, POINT) for line, accuracies in by_loops.items()}
-    fixed = Setting(None, best_loops({line: by_loops[line] for line in lines}))
+    fixed = HaltingSetting(None, best_loops({line: by_loops[line] for line in lines}))
     needed = max(own[line] for line in lines)
 
     few = {split: [groups[split][index] for index in solvable] for split in groups}
@@ -198,8 +202,8 @@ def halting_run(
     settings = sweep(model.config.vocab_size, budgets)
     rows = []
     for loops in range(1, max_loops + 1):
-        accuracy, used = mean_outcome(Setting(None, loops), few["test"], few_traces["test"])
-        rows.append({"measure": "fixed", **Setting(None, loops).row(), "accuracy": accuracy, "loops": used})
+        accuracy, used = mean_outcome(HaltingSetting(None, loops), few["test"], few_traces["test"])
+        rows.append({"measure": "fixed", **HaltingSetting(None, loops).row(), "accuracy": accuracy, "loops": used})
     timed = task["test"].select(timed_rows(task["test"], lines))
     for rule in dict.fromkeys(setting.rule for setting in settings):
         mine = [setting for setting in settings if setting.rule == rule]
@@ -214,11 +218,11 @@ def halting_run(
             row = {"measure": "chosen", **setting.row(), "split_kind": line[0], "hops": line[1]}
             row |= {"solvable": index in solvable, "n": len(group.answers), "accuracy": accuracy, "loops": used}
             row |= {"simulated_accuracy": simulated[0], "simulated_loops": simulated[1]}
-            row |= {"own_loops": own[line], "own_accuracy": outcome(Setting(None, own[line]), group, traced)[0]}
+            row |= {"own_loops": own[line], "own_accuracy": outcome(HaltingSetting(None, own[line]), group, traced)[0]}
             row |= {"fixed_loops": fixed.num_loops, "fixed_accuracy": outcome(fixed, group, traced)[0]}
             rows.append(row | {"needed_loops": needed})
         rows.append(time_row(model, tokenizer, timed, setting, fixed, rounds))
-    return run.write({"halting.jsonl": to_json_lines(rows)})
+    return run.write({HALTING.name: to_json_lines(rows)})
 
 
 def timed_rows(test, lines: Sequence[tuple[str, int]]) -> list[int]:
@@ -230,20 +234,17 @@ def timed_rows(test, lines: Sequence[tuple[str, int]]) -> list[int]:
     return [index for line in lines for index in places[line]]
 
 
-def halting_rows(folder: str | Path, work: Workload, rounds: int) -> list[dict]:
-    """KL + entropy halting against fixed loops on one batch of the run's test rows, all hop counts mixed.
+def halting_rows(run: Run, number: int, rounds: int) -> list[dict]:
+    """KL + entropy halting against fixed loops on one batch of the run's test rows, `number` of each hop count.
 
     At the largest trained loop count and at twice that; the entropy bound is the paper's 3.00 nats of ln 217, scaled
     to the vocabulary. `layer_calls` counts rows through core layers, by forward hooks.
     """
-    run = open_run(folder)
     model, tokenizer = load_run_model(run)
     model.eval()
     test = load_run_task(run)["test"]
     hops = np.array(test["hops"][:])
-    rows = test.select(
-        np.concatenate([np.flatnonzero(hops == count)[: work.rows_per_hop] for count in np.unique(hops)])
-    )
+    rows = test.select(np.concatenate([np.flatnonzero(hops == count)[:number] for count in np.unique(hops)]))
     inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]), device=model.device)
     max_entropy = entropy_bound(model.config.vocab_size)

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from looplab.instruments.drawing import save
 from looplab.runs.digests import weights_of
-from looplab.runs.folder import Run, open_run, to_json_lines
+from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import check_loops, load_model
 from looplab.runs.writing import below
 
 from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
 from .lens_figures import lens_figures, stages_figure
 from .probes import probe_path
+from .records import STAGES
 from .rows import load_run_task
 
 LIMIT = 300  # chains per split kind
@@ -33,12 +34,12 @@ STAGE_KINDS = ("train", "id", "ood")  # what the stages of training are told apa
 
 
 def lens_run(
-    folder: str | Path,
+    run: Run,
     *,
     snapshot: str | None = None,
     hops: int | None = None,
     num_loops: int | None = None,
-    limit: int = LIMIT,
+    limit: int | None = None,
     probes: bool = True,
 ) -> list[Path]:
     """Measure RUN/model, one snapshot, or all of them over training; write the numbers and draw them.
@@ -47,16 +48,16 @@ def lens_run(
         snapshot: a folder of RUN/snapshots ("step-000001000"), "all", or None for RUN/model.
         hops: length of the chains, the longest trained on but at most `DEEPEST` unless given.
         num_loops: loops at inference, those of the model's configuration unless given.
-        limit: chains per split kind.
+        limit: chains per split kind, `LIMIT` unless given.
         probes: also fit the probes, most of the work; never for "all".
 
     Returns:
         The paths written, numbers first.
 
     Raises:
-        ValueError: no such run, snapshot or hop count.
+        ValueError: no such snapshot or hop count.
     """
-    run = open_run(folder)
+    limit = LIMIT if limit is None else limit
     task = load_run_task(run)
     hops = min(max(task["train"]["hops"][:]), DEEPEST) if hops is None else hops
     figures = below(run.folder, "figures")
@@ -69,7 +70,7 @@ def lens_run(
             facts = {"run": run.name, "snapshot": path.name, "step": step}
             measured = stage_rows(model, tokenizer, task, hops, num_loops, limit)
             rows += [facts | row for row in measured]
-        written = run.write({"lens_stages.jsonl": to_json_lines(rows)}, weights)
+        written = run.write({STAGES.name: to_json_lines(rows)}, weights)
         return [written, *run.drew([save(stages_figure(rows), figures / "stages.png")], weights)]
 
     path = run.model_folder() if snapshot is None else named_snapshot(run, snapshot)

@@ -15,6 +15,8 @@ from looplab.instruments.halting_settings import SETTING_FIELDS
 from looplab.runs.folder import Run
 from looplab.runs.seeds import group_runs, span, to_markdown
 
+from .records import HALTING, LOOPS
+
 THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
 
 # A mean this close to the best one counts as the best, so that a stray row does not choose 50 loops over 12.
@@ -62,7 +64,7 @@ def best_loops(lines: dict[Line, list[float]]) -> int:
 
 def depth_facts(run: Run) -> dict:
     """The numbers of the module docstring, by name; ratios are None where they would divide by zero."""
-    rows = run.loops()
+    rows = run.read(LOOPS)
     validation, test = lines_of(rows, "validation"), lines_of(rows, "test")
     loops = best_loops(validation)
     # A test line without validation rows takes the common count.
@@ -106,7 +108,7 @@ def first_correct(rows: Sequence[dict]) -> dict[Line, float | None]:
 
 def depth_text(run: Run) -> str:
     """The facts as text, a line per test line."""
-    facts, rows = depth_facts(run), run.loops()
+    facts, rows = depth_facts(run), run.read(LOOPS)
     test, margins = lines_of(rows, "test"), lines_of(rows, "test", "margin")
     last, loops = facts["max_loops"], facts["loops"]
     text = [
@@ -199,8 +201,8 @@ def markdown_table(runs: Sequence[Run]) -> str:
             cells[f"{kind} %"] = span((fact["accuracy"].get(kind) for fact in facts), 1, 100)
         last = " / ".join(dict.fromkeys(str(fact["max_loops"]) for fact in facts))
         cells[f"kept at {last} loops"] = span((fact["kept"] for fact in facts), 2)
-        if all((run.folder / "halting.jsonl").is_file() for run in members):
-            halted = [halting_facts(run.halting()) for run in members]
+        if all(run.has(HALTING) for run in members):
+            halted = [halting_facts(run.read(HALTING)) for run in members]
             for rule in halted[0]:
                 cells[f"{rule}: loops saved %"] = span((fact[rule]["saved"] for fact in halted), 0, 100)
                 cells[f"{rule}: speed"] = span((fact[rule]["time"][1] for fact in halted), 2)

@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data_builders import encode_groups, load_task
+from data_builders import encode_groups
 from looplab.runs.folder import Run
-from looplab.tasks.registry import reader_of
 
-from .task import HopReader
+from .data import HopData
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows of one hop count and split kind: `input_ids` (N, T) ending in the readout token, `answers` (N,)."""
 
     hops: int
@@ -25,7 +24,7 @@ class Group:
     answers: torch.Tensor
 
 
-def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Group]:
+def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[RowGroup]:
     """`rows` split by (split_kind, hops), at most `limit` of each (the same ones every time).
 
     Raises:
@@ -40,7 +39,7 @@ def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit:
         chosen = rows.select(members)
         if len({len(text.split()) for text in chosen["text"]}) > 1:
             raise ValueError(f"questions of {count} hops ({kind}) differ in length; a group must have one length.")
-        groups.append(Group(count, kind, *encode_groups(chosen, tokenizer)[count, kind]))
+        groups.append(RowGroup(count, kind, *encode_groups(chosen, tokenizer)[count, kind]))
     return groups
 
 
@@ -51,18 +50,10 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
         max_hops: test up to this hop count instead of the recipe's; the rows of the other hop counts stay the same.
 
     Raises:
-        ValueError: the task has no hops, max_hops is given and it is not k-hop, or it is below the trained hops; the
-            data are not those the run was trained on.
+        ValueError: max_hops is given and the builder has no such field, or it is below the trained hops; the data are
+            not those the run was trained on.
     """
-    data = run.recipe()["data"]
-    if not isinstance(reader_of([run]), HopReader):
-        raise ValueError(f"{run.folder} is a run on {data['task']}, which has no hops: `looped eval` measures it.")
-    overrides = {"seed": data["seed"]} | data["overrides"]
-    if max_hops is not None:
-        if data["task"] != "khop":
-            raise ValueError(f"--max-hops {max_hops} is for the task khop; the chains of {data['task']} have 2 hops.")
-        overrides["max_hops"] = max_hops
-    task = load_task(data["task"], data["config"], **overrides)
+    task = HopData.of(run).load(**({} if max_hops is None else {"max_hops": max_hops}))
     run.check_data(task, only=None if max_hops is None else "train")
     return task
 

@@ -19,12 +19,15 @@ from matplotlib.patches import Rectangle
 from looplab.instruments.drawing import COLOURS, FRAME
 from looplab.runs.folder import Run
 
+from .records import GRID
 from .rows import KIND_WORDS
 
 
 def cells_of(run: Run) -> dict[tuple[int, str, int], dict]:
     """Rows of the grid by (hops, split kind, loops), without those the model was trained on beyond the facts."""
-    return {(row["hops"], row["split_kind"], row["loops"]): row for row in run.grid() if row["split_kind"] != "train"}
+    return {
+        (row["hops"], row["split_kind"], row["loops"]): row for row in run.read(GRID) if row["split_kind"] != "train"
+    }
 
 
 def heat_map(runs: Sequence[Run]) -> Figure:

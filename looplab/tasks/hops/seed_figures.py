@@ -13,10 +13,11 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from looplab.instruments.drawing import FRAME, MARKS, PALETTE, STYLES, Group, band_words, tidy
+from looplab.instruments.drawing import FRAME, MARKS, PALETTE, STYLES, SeedGroup, band_words, tidy
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval, wilson_interval
 
+from .records import EVALUATION, HALTING, LOOPS
 from .results import THRESHOLDS, depth_facts, halting_facts, lines_of
 from .rows import KIND_WORDS
 
@@ -24,22 +25,22 @@ MOST_LINES = 6
 
 
 def chance_line(axes, runs: Sequence[Run]) -> None:
-    chance = 100 * fmean(run.evaluation()["chance"] for run in runs)
+    chance = 100 * fmean(run.read(EVALUATION)["chance"] for run in runs)
     axes.axhline(chance, color="0.55", linestyle=(0, (1, 2)), linewidth=1, label=f"chance, {chance:.1f}")
 
 
-def hops_figure(groups: Sequence[Group]) -> Figure:
+def hops_figure(groups: Sequence[SeedGroup]) -> Figure:
     """Test accuracy of each line at the loop count that each run's validation rows choose."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    lines = list(dict.fromkeys(line for _, runs in groups for line in lines_of(runs[0].loops(), "test")))
+    lines = list(dict.fromkeys(line for _, runs in groups for line in lines_of(runs[0].read(LOOPS), "test")))
     deep = len({hops for _, hops in lines}) > 1
     places = {line: line[1] if deep else index for index, line in enumerate(lines)}
     for index, (name, runs) in enumerate(groups):
         facts = [depth_facts(run) for run in runs]
         at_chosen = {}  # line -> a row per run
         for run, fact in zip(runs, facts, strict=True):
-            for row in run.loops():
+            for row in run.read(LOOPS):
                 if (row["split"], row["loops"]) == ("test", fact["loops"]):
                     at_chosen.setdefault((row["split_kind"], row["hops"]), []).append(row)
         points = []
@@ -89,13 +90,13 @@ def spread_lines(lines: Sequence, most: int = MOST_LINES) -> list:
     return [lines[round(index * (len(lines) - 1) / (most - 1))] for index in range(most)]
 
 
-def loops_figure(group: Group) -> Figure:
+def loops_figure(group: SeedGroup) -> Figure:
     """Accuracy and mean margin of the gold token after every loop.
 
     Trained loop counts are shaded, hop counts beyond the training dashed.
     """
     name, runs = group
-    rows = [run.loops() for run in runs]
+    rows = [run.read(LOOPS) for run in runs]
     figure = Figure(figsize=(8, 6.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     lines = list(lines_of(rows[0], "test"))
@@ -133,10 +134,10 @@ def loops_figure(group: Group) -> Figure:
     return figure
 
 
-def halting_figure(group: Group) -> Figure:
+def halting_figure(group: SeedGroup) -> Figure:
     """Left: the fixed counts, each run's frontiers and the chosen settings. Right: loops used by hop count."""
     name, runs = group
-    rows = [run.halting() for run in runs]
+    rows = [run.read(HALTING) for run in runs]
     facts = [halting_facts(run_rows) for run_rows in rows]
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -196,7 +197,7 @@ def draw_by_hops(axes, by_hops: dict[int, list[float]], colour: str, mark: str, 
     axes.fill_between(hops, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def learning_figure(groups: Sequence[Group]) -> Figure:
+def learning_figure(groups: Sequence[SeedGroup]) -> Figure:
     """Gate accuracy by split kind over wall minutes: colours are groups, line styles split kinds."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()

@@ -1,71 +1,176 @@
-"""Chains of hops as a task: its verbs."""
+"""Chains of hops as a task, see `tasks.base.Task`: khop, and composition."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from looplab.runs.folder import Run
-from looplab.tasks.base import refuse_masked
+from looplab.tasks.base import Figure, Task
 
 from .data import HopCurriculum, HopData
+from .records import HALTING, RECORDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-class HopReader:
-    """Runs on chains of hops."""
+class HopTask(Task):
+    """Chains of hops."""
 
+    kind = "hops"
     Data, Curriculum = HopData, HopCurriculum
+    records = RECORDS
+    measured = "accuracy"
+    figures: ClassVar = {
+        "grid": Figure("Accuracy in % over hops and loops; a frame around what was trained"),
+        "loops": Figure("Accuracy after every loop"),
+        "hops": Figure("Accuracy by hops, at the loops chosen on the validation questions"),
+        "halting": Figure("Accuracy against loops used, by halting rule"),
+        "learning": Figure("Accuracy by kind of question, over training"),
+        "training": Figure("Training: loss and held-out measure over time"),
+        "lens": Figure("Share of chains in which a state reads out the bridge, and the answer", "lens", True),
+        "patch": Figure("Share of corrupted runs that give the clean answer after one clean state was put in", "lens",
+                        True),
+        "swap": Figure("Share of runs that follow the other bridge after its direction was exchanged", "lens", True),
+        "probe": Figure("Accuracy of a linear probe for the bridge, and for the answer", "lens", True),
+        "stages": Figure("What states say and cause, over training", "lens"),
+    }  # fmt: skip
+    defaults: ClassVar = {
+        "eval --loops": "1 2 3 4 6 8 12 16",
+        "eval --max-loops": "50",
+        "halting --max-loops": "50",
+        "lens --hops": "the longest trained on, at most 4",
+        "lens --limit": "300 chains per split kind",
+        "ask --loops": "1 2 4 8 16",
+    }
 
     def training(self, recipe, splits, depth, accelerator, kept_tokenizer):
-        """The task in training, see `tasks.training.TaskTraining`."""
         from .training import HopTraining
 
         return HopTraining(recipe, splits, depth, accelerator, kept_tokenizer)
 
-    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
-        """Write the files of `evaluation.evaluate_run`; None is its default.
+    def evaluate(
+        self,
+        run: Run,
+        *,
+        loops: Sequence[int] | None = None,
+        limit: int | None = None,
+        max_loops: int | None = None,
+    ) -> Path:
+        """Write the files of `evaluation.evaluate_run`."""
+        from .evaluation import evaluate_run
 
-        Raises:
-            ValueError: `masked` is given: there are no molecules to write.
-        """
-        from .evaluation import MAX_LOOPS, evaluate_run
+        return evaluate_run(run, loops, limit, max_loops)
 
-        refuse_masked(run, masked)
-        max_loops = MAX_LOOPS if max_loops is None else max_loops
-        return evaluate_run(run.folder, loops=loops, limit=limit, max_loops=max_loops, max_hops=max_hops)
-
-    def halting(self, run: Run, *, limit, max_loops, max_hops) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `halting.halting_run`; returns it and what it says."""
-        from .evaluation import MAX_LOOPS
-        from .halting import halting_run
-        from .results import halting_text
-
-        max_loops = MAX_LOOPS if max_loops is None else max_loops
-        path = halting_run(run.folder, max_loops=max_loops, max_hops=max_hops, limit=limit)
-        return path, halting_text(run.halting())
-
-    def show(self, run: Run) -> None:
-        """Print what `evaluate` measured."""
-        from .evaluation import print_grid
+    def show(self, run: Run) -> str:
+        from .evaluation import grid_text
         from .results import depth_text
 
-        print_grid(run)
-        print(f"\n{depth_text(run)}")
+        return f"{grid_text(run)}\n\n{depth_text(run)}"
 
-    def table(self, runs: Sequence[Run], against: str | None) -> str:
-        """A Markdown line per group of seeds.
-
-        Raises:
-            ValueError: `against` is given.
-        """
+    def table(self, runs: Sequence[Run]) -> str:
         from .results import markdown_table
 
-        if against is not None:
-            raise ValueError(
-                f"--against compares runs on text or on molecules, and {runs[0].folder} is one on {runs[0].task()}."
-            )
         return markdown_table(runs)
 
     def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:
-        """Draw the runs and their groups; returns the PNG paths."""
         from .figures import plot_runs
 
-        return plot_runs([run.folder for run in runs], output)
+        return plot_runs(runs, output)
+
+    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `halting.halting_run`."""
+        from .halting import halting_run
+        from .results import halting_text
+
+        return halting_run(run, max_loops, None, limit), halting_text(run.read(HALTING))
+
+    def lens(
+        self,
+        run: Run,
+        *,
+        snapshot: str | None = None,
+        hops: int | None = None,
+        loops: int | None = None,
+        limit: int | None = None,
+        no_probes: bool = False,
+    ) -> list[Path]:
+        """Write and draw what `mechanism.lens_run` measures."""
+        from .mechanism import lens_run
+
+        return lens_run(run, snapshot=snapshot, hops=hops, num_loops=loops, limit=limit, probes=not no_probes)
+
+    def ask(self, run: Run, question: str | None, *, loops: Sequence[int] | None = None) -> None:
+        from .ask import ask
+
+        ask(run, question, loops)
+
+    def measure(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int | None):
+        from .evaluation import HopMeasure
+
+        return HopMeasure(run, tokenizer, limit)
+
+    def time_halting(self, run: Run, number: int, rounds: int) -> list[dict]:
+        from .halting import halting_rows
+
+        return halting_rows(run, number, rounds)
+
+    def card(self):
+        from .card import HopCard
+
+        return HopCard(self.says, self.split_kinds)
+
+    def data_licence(self, config: str, licence: str) -> str:
+        """That of the model: what a seed generates is nobody else's."""
+        return licence
+
+    def demo_part(self, run: Run, config: dict) -> dict:
+        from .card import hops_part
+
+        return hops_part(run, config)
+
+
+class Khop(HopTask):
+    """Chains through a graph of permutations, of any length."""
+
+    name = "khop"
+    says = "Its graph is permutations, and it was trained on chains of up to {depth} hops."
+    split_kinds: ClassVar = {
+        "id": "chains that training did not have, of hop counts that its data hold",
+        "ood": "chains of more hops than any in its data",
+    }
+
+    def evaluate(
+        self,
+        run: Run,
+        *,
+        loops: Sequence[int] | None = None,
+        limit: int | None = None,
+        max_loops: int | None = None,
+        max_hops: int | None = None,
+    ) -> Path:
+        from .evaluation import evaluate_run
+
+        return evaluate_run(run, loops, limit, max_loops, max_hops)
+
+    def halting(
+        self, run: Run, *, limit: int | None = None, max_loops: int | None = None, max_hops: int | None = None
+    ) -> tuple[Path, str]:
+        from .halting import halting_run
+        from .results import halting_text
+
+        return halting_run(run, max_loops, max_hops, limit), halting_text(run.read(HALTING))
+
+
+class Composition(HopTask):
+    """Two facts, of which training composed some pairs and others not."""
+
+    name = "composition"
+    says = "It was trained on single facts and on pairs of some; others it never saw in a pair."
+    split_kinds: ClassVar = {
+        "id": "two facts that training composed, but not with each other",
+        "ood": "two facts that training never composed with anything",
+        "ood_first": "the first of two facts was never composed in training",
+        "ood_second": "the second of two facts was never composed in training",
+        "pair": "two relations that never follow each other in training",
+    }

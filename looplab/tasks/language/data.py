@@ -15,6 +15,12 @@ class LanguageData(Data):
     sequence_length: int | None = number(at_least=1)  # tokens of a row
     validation_tokens: int | None = number(at_least=1)  # measure on so many held-out tokens, not on all
 
+    def of_files(self, otherwise: str) -> tuple[str, dict]:
+        """`preset`, where files or a data set of the Hub are named; without them the preset `otherwise`."""
+        fields = {"seed": self.seed} | ({} if self.files is None else {"files": self.files}) | self.overrides
+        named = self.files is not None or "dataset" in self.overrides
+        return "files" if named else otherwise, fields
+
     def check(self, init_from: str | None) -> None:
         super().check(init_from)
         if self.sequence_length is None:

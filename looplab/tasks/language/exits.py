@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from data_builders.molecule_batches import IGNORED
-from looplab.instruments.halting_settings import Setting, threshold_text
+from looplab.instruments.halting_settings import HaltingSetting, threshold_text
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
 
 PROMPT, DECODED = 32, 32  # tokens of a row of text
@@ -83,7 +83,13 @@ def quality_of(decoded: Decoded, full: Decoded, chosen: torch.Tensor) -> dict:
 
 
 def exit_rows(
-    model: PreTrainedModel, rows: dict, prompt: int, num_loops: int, settings: Sequence[Setting], rounds: int
+    model: PreTrainedModel,
+    rows: dict,
+    prompt: int,
+    num_loops: int,
+    settings: Sequence[HaltingSetting],
+    rounds: int,
+    batches: Sequence[int] = BATCHES,
 ) -> list[dict]:
     """A row of halting.jsonl per setting and batch size, against `num_loops` loops.
 
@@ -107,20 +113,20 @@ def exit_rows(
     results = []
     for setting in tqdm(settings, desc="exits", unit="rule"):
         quality = quality_of(decode(model, rows, prompt, setting.num_loops, setting.halting), full, full.real)
-        for batch in BATCHES:
+        for batch in batches:
             some = {name: values[:batch] for name, values in rows.items()}
 
-            def once(which: Setting, some=some):
+            def once(which: HaltingSetting, some=some):
                 return decode(model, some, prompt, which.num_loops, which.halting)
 
             counts = []
-            for which in (setting, Setting(None, num_loops)):
+            for which in (setting, HaltingSetting(None, num_loops)):
                 with counted_calls(model) as calls:
                     once(which)
                 counts.append((len(calls), sum(calls)))
             (calls, row_calls), (all_calls, all_row_calls) = counts
             pairs = interleaved(
-                lambda setting=setting: once(setting), lambda: once(Setting(None, num_loops)), rounds, warmup=0
+                lambda setting=setting: once(setting), lambda: once(HaltingSetting(None, num_loops)), rounds, warmup=0
             )
             results.append(
                 {"measure": "exit", **setting.row(), "batch": batch, **quality}

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from looplab.instruments.drawing import COLOURS, FRAME, Group, band_words, draw_band, tidy
+from looplab.instruments.drawing import COLOURS, FRAME, SeedGroup, band_words, draw_band, tidy
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval
 
@@ -74,7 +74,7 @@ def loops_word(count: int) -> str:
     return f"{count} loop" if count == 1 else f"{count} loops"
 
 
-def held_out_figure(groups: Sequence[Group]) -> Figure:
+def held_out_figure(groups: Sequence[SeedGroup]) -> Figure:
     """Held-out loss at the runs' own loop counts, over the tokens at which all runs of a group were checked."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()

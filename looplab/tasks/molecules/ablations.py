@@ -31,7 +31,9 @@ from looplab.runs.intervals import paired_interval
 from looplab.runs.models import load_run_model, weights_digest
 
 from .held_out import HeldOut, run_molecules
-from .samples import SETTINGS, write_molecules
+from .records import ABLATIONS
+from .samples import write_molecules
+from .sizes import SAMPLINGS, Sizes
 from .smiles import EXCLUSIVE, LABELS, RING, canonical_or_none, exclusive_class, faults
 
 VALUES = ("zero", "mean")
@@ -84,6 +86,7 @@ def ablation_rows(
     test: Sequence[str],
     validation: Sequence[str],
     num_loops: int,
+    max_tokens: int,
     done: Sequence[dict] = (),
     keep: Callable[[list[dict]], object] = lambda rows: None,
 ) -> list[dict]:
@@ -91,6 +94,7 @@ def ablation_rows(
 
     Args:
         test: SMILES whose tokens are predicted. validation: those of which means are taken.
+        max_tokens: of a sample.
         done: lines that are there already.
         keep: called with all lines so far after every cell.
     """
@@ -99,7 +103,7 @@ def ablation_rows(
     kinds = token_kinds(tokenizer, molecules.labels)
 
     def measure() -> tuple[torch.Tensor, dict]:
-        samples = write_molecules(model, tokenizer, len(test), SETTINGS[0], num_loops, seed=0)
+        samples = write_molecules(model, tokenizer, len(test), SAMPLINGS[0], num_loops, 0, max_tokens)
         return molecules.nats(model, num_loops), labels_of(samples)
 
     rows = list(done)
@@ -134,7 +138,7 @@ def cell_of(row: dict) -> tuple:
     return row["section"], row["loop"], row["layer"], row["head"], row["value"]
 
 
-def ablate_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
+def ablate_run(run: Run, num_loops: int | None, limit: int, sizes: Sizes) -> Path:
     """Write RUN/ablations.jsonl, of `limit` test molecules and samples, and print it; returns the path.
 
     Raises:
@@ -147,14 +151,16 @@ def ablate_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path
     test, validation = (splits[name].select(range(min(limit, len(splits[name]))))["text"][:] for name in
                         ("test", "validation"))  # fmt: skip
     num_loops = num_loops or model.config.num_loops
-    path = run.folder / "ablations.jsonl"
+    path = run.folder / ABLATIONS.name
     facts = {"weights": weights_digest(run), "num_loops": num_loops, "molecules": len(test)}
-    facts |= {"setting": SETTINGS[0].name}
+    facts |= {"setting": SAMPLINGS[0].name}
 
     def keep(rows: list[dict]) -> None:
         run.write({path.name: to_json_lines(row | facts for row in rows)})
 
-    rows = ablation_rows(model, tokenizer, test, validation, num_loops, rows_on_file(path, facts), keep)
+    rows = ablation_rows(
+        model, tokenizer, test, validation, num_loops, sizes.max_tokens, rows_on_file(path, facts), keep
+    )
     print(ablations_text(rows))
     return path
 

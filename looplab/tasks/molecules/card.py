@@ -2,24 +2,29 @@
 
 from huggingface_hub import EvalResult
 
+from data_builders import Molecules
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
-from looplab.tasks.card import Names, result, spread
+from looplab.tasks.card import Card, Names, spread
 
+from .data import MoleculeData
+from .records import EVALUATION, MOLECULES
 from .results import percent
 
 
-class MoleculeCard:
+class MoleculeCard(Card):
     """Card of a model that writes molecules."""
 
+    Data = MoleculeData
     template = "model_molecules.md"
+    tags = Molecules.TAGS
     metrics = ("validity", "uniqueness", "novelty", "diversity", "fcd")
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
         """Every measure of every way of sampling, at every loop count."""
-        settings = {setting["name"]: setting for setting in run.evaluation()["settings"]}
+        settings = {setting["name"]: setting for setting in run.read(EVALUATION)["settings"]}
         results = []
-        for row in run.molecules():
+        for row in run.read(MOLECULES):
             setting = settings[row["setting"]]
             arguments = {name: setting[name] for name in ("temperature", "top_k")}
             arguments |= {"num_loops": row["loops"], "samples": row["n"]}
@@ -27,12 +32,12 @@ class MoleculeCard:
                 value = row["fcd"] if metric == "fcd" else row[metric]["share"]
                 if value is not None:
                     name = f"{metric.capitalize()}, {row['setting']}, {row['loops']} loops"
-                    results.append(result(run, names, metric, name, round(value, 4), arguments))
+                    results.append(self.result(run, names, metric, name, round(value, 4), arguments))
         return results
 
     def values(self, run: Run) -> dict:
         """What `model_molecules.md` asks for beyond `common_values`."""
-        rows, summary, evaluation = run.molecules(), run.summary(), run.evaluation()
+        rows, summary, evaluation = run.read(MOLECULES), run.summary(), run.read(EVALUATION)
         low, high = run.trained_loops()
         titles = {"valid": "validity", "unique": "uniqueness", "new": "novelty", "diversity": "diversity"}
         table = []
@@ -57,7 +62,8 @@ class MoleculeCard:
 
 
 def molecules_part(run: Run, config: dict) -> dict:
+    """What demo.json says of a run, see `Task.demo_part`."""
     return {
         "text": f"A looped transformer of {run.summary()['parameters']:,} parameters writes molecules token by token, "
-        "and makes as many passes over its layers for each as you say."
+        "and makes as many passes over its layers for each as you say.",
     }

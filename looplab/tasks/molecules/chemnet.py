@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from looplab.runs.writing import write_whole
 
-REFERENCE = 10_000  # molecules of the test split
 BATCH = 256
 
 Statistics = tuple[np.ndarray, np.ndarray]
@@ -54,14 +53,14 @@ def frechet_distance(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, 
     return float(((mean - other_mean) ** 2).sum() + np.trace(cov) + np.trace(other_cov) - 2 * cross)
 
 
-def reference_statistics(test: datasets.Dataset) -> Statistics | None:
-    """Those of a seeded sample of a test split from the `datasets` cache, kept beside its file; None without
-    fcd_torch, and of fewer than two molecules."""
-    if importlib.util.find_spec("fcd_torch") is None or len(test) < 2:
+def reference_statistics(test: datasets.Dataset, number: int) -> Statistics | None:
+    """Those of a seeded sample of `number` molecules of a test split from the `datasets` cache, kept beside its file;
+    None without fcd_torch, and of fewer than two molecules."""
+    if importlib.util.find_spec("fcd_torch") is None or min(number, len(test)) < 2:
         return None
-    path = Path(test.cache_files[0]["filename"]).parent / f"chemnet-{test._fingerprint}-{REFERENCE}.npz"
+    path = Path(test.cache_files[0]["filename"]).parent / f"chemnet-{test._fingerprint}-{number}.npz"
     if not path.is_file():
-        numbers = np.random.default_rng(0).permutation(len(test))[:REFERENCE]
+        numbers = np.random.default_rng(0).permutation(len(test))[:number]
         mean, cov = statistics_of(test.select(np.sort(numbers))["text"][:])
         kept = io.BytesIO()
         np.savez(kept, mean=mean, cov=cov)

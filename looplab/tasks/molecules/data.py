@@ -18,7 +18,5 @@ class MoleculeData(LanguageData):
     config: str = "cpu"  # preset of the builder, where no files are named
     spellings: int | None = number(at_least=1)  # random SMILES of each molecule, another one in every epoch
 
-    def load(self):
-        from data_builders import load_molecules
-
-        return load_molecules(self.config, self.files, **({"seed": self.seed} | self.overrides))
+    def preset(self) -> tuple[str, dict]:
+        return self.of_files(self.config)

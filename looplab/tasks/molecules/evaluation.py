@@ -31,15 +31,17 @@ from transformers import LogitsProcessorList
 
 from data_builders import PackedMolecules
 from data_builders.molecules import rdkit_chem
-from looplab.runs.folder import open_run, to_json_lines
+from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import count_parameters, load_run_model
 
-from . import samples as writing
 from .chemnet import reference_statistics
+from .data import MoleculeData
 from .held_out import LOSS_MOLECULES, loss_of_molecules, run_molecules
 from .masking import ValidPrefix
 from .measures import measure
-from .samples import SETTINGS, cache_speed, forget_samples_of_another_model, sample_file
+from .records import EVALUATION, MOLECULES
+from .samples import cache_speed, forget_samples_of_another_model, sample_file
+from .sizes import SAMPLINGS, Sizes
 
 SAMPLES = 10_000  # at the model's own loops, of each setting
 LOOP_SAMPLES = 2_000  # at most, at each other loop count
@@ -50,58 +52,60 @@ def default_loops(own: int) -> list[int]:
     return sorted({*range(1, own + 1), *(own * more // 4 for more in (5, 6, 8))}) if own > 1 else [1]
 
 
-def evaluate_molecules(
-    folder: str | Path,
+def evaluate_run(
+    run: Run,
     loops: Sequence[int] | None = None,
     limit: int | None = None,
     masked: int | None = None,
     seed: int = 0,
+    sizes: Sizes | None = None,
 ) -> Path:
     """Write RUN/samples/, RUN/molecules.jsonl and RUN/evaluation.json, see the module docstring; returns the second.
 
     Args:
-        folder: a finished run on molecules.
+        run: a finished one on molecules.
         loops: loop counts; `default_loops` unless given. The model's own are always among them.
         limit: samples at the model's own loops, of each setting; 10,000 unless given. Others have 2,000 at most.
         masked: also so many samples at the model's own loops with `masking.ValidPrefix`, a line with a setting of its
             own.
+        sizes: how much is written at once, and how long.
 
     Raises:
-        ValueError: no such run, it has not finished, its molecules have changed, rdkit is missing, or the model cannot
+        ValueError: the run has not finished, its molecules have changed, rdkit is missing, or the model cannot
             run so many loops.
     """
     rdkit_chem()
-    run = open_run(folder)
+    sizes = sizes or Sizes()
     run.summary()  # says so if the training has not finished
     model, tokenizer = load_run_model(run, *(loops or ()))
     splits = run_molecules(run)
     own, count = model.config.num_loops, limit or SAMPLES
     counts = sorted({own, *(loops or default_loops(own))})
-    work = [(setting, own, count, None) for setting in SETTINGS]
-    work += [(SETTINGS[0], loop, min(count, LOOP_SAMPLES), None) for loop in counts if loop != own]
+    work = [(sampling, own, count, None) for sampling in SAMPLINGS]
+    work += [(SAMPLINGS[0], loop, min(count, LOOP_SAMPLES), None) for loop in counts if loop != own]
     if masked is not None:
         processor = LogitsProcessorList([ValidPrefix(tokenizer)])
-        work.append((replace(SETTINGS[0], name=f"{SETTINGS[0].name}-masked"), own, masked, processor))
+        work.append((replace(SAMPLINGS[0], name=f"{SAMPLINGS[0].name}-masked"), own, masked, processor))
     written = forget_samples_of_another_model(run)
-    test = PackedMolecules(splits["test"], tokenizer, run.recipe()["data"]["sequence_length"])
+    test = PackedMolecules(splits["test"], tokenizer, MoleculeData.of(run).sequence_length)
     # The largest first: one that the model cannot run is refused before any work.
     losses = {loop: loss_of_molecules(model, test, loop, LOSS_MOLECULES) for loop in reversed(counts)}
-    reference = reference_statistics(splits["test"])
+    reference = reference_statistics(splits["test"], sizes.reference)
     rows = []
     with tqdm(total=sum(number for _, _, number, _ in work), desc="sampling", unit="molecule", mininterval=1) as bar:
-        for setting, loop, number, processor in work:
-            path = written / f"{setting.name}-loops{loop}.jsonl"
-            samples = sample_file(path, model, tokenizer, number, setting, loop, seed, bar, processor)
+        for sampling, loop, number, processor in work:
+            path = written / f"{sampling.name}-loops{loop}.jsonl"
+            samples = sample_file(path, model, tokenizer, number, sampling, loop, seed, bar, sizes, processor)
             # A Gaussian of 512 dimensions needs more molecules than there are at most other loop counts.
             measured = measure(samples, splits["train"], reference if loop == own else None)
-            rows.append({"setting": setting.name, "loops": loop, "loss": losses[loop]} | measured)
+            rows.append({"setting": sampling.name, "loops": loop, "loss": losses[loop]} | measured)
     facts = {
         "limit": limit,
         "num_loops": own,
         "parameters": count_parameters(model),
-        "settings": [asdict(setting) for setting in SETTINGS],
-        "max_tokens": writing.MAX_TOKENS,
+        "settings": [asdict(sampling) for sampling in SAMPLINGS],
+        "max_tokens": sizes.max_tokens,
         "seed": seed,
-        "speed": cache_speed(model, tokenizer, own),
+        "speed": cache_speed(model, tokenizer, own, sizes.max_tokens),
     }
-    return run.write({"evaluation.json": json.dumps(facts, indent=1) + "\n", "molecules.jsonl": to_json_lines(rows)})
+    return run.write({EVALUATION.name: json.dumps(facts, indent=1) + "\n", MOLECULES.name: to_json_lines(rows)})

@@ -42,29 +42,25 @@ from data_builders import PackedMolecules
 from data_builders.molecule_batches import IGNORED
 from data_builders.molecules import rdkit_chem
 from data_builders.text_batches import spread_blocks
-from looplab.instruments.halting_settings import Setting, exit_settings, setting_of, threshold_text
+from looplab.instruments.halting_settings import HaltingSetting, exit_settings, setting_of, threshold_text
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
-from looplab.runs.folder import open_run, to_json_lines
+from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
-from looplab.tasks.language.exits import BATCHES, between_counts, decode, exit_rows, exits_text, quality_of
+from looplab.tasks.language.exits import between_counts, decode, exit_rows, exits_text, quality_of
 
 from .chemnet import Statistics, frechet_distance, reference_statistics, statistics_of
+from .data import MoleculeData
 from .held_out import run_molecules
 from .measures import share
-from .samples import SETTINGS, batch_seed, samples_of, write_tokens
+from .records import HALTING
+from .samples import batch_seed, samples_of, write_tokens
+from .sizes import SAMPLINGS, Sizes
 from .smiles import KINDS, canonical_or_none, token_kinds
 
 SAMPLES = 1000  # of each setting
 HELD_OUT = 200  # molecules that are decoded
-TIMED = (1, 100)  # molecules of a batch
-PARTS = 500  # samples that are written at once
 SLACK = 0.01  # nats per token
-DRAWN = SETTINGS[0]
-THRESHOLDS = {  # fewer than for text, since each is sampled: minutes on one core
-    "kl_entropy": (1.0, 0.1, 0.01),
-    "latent": (0.5, 0.3, 0.2, 0.1),
-    "q_exit": (0.1, 0.3, 0.5, 0.7, 0.9),
-}
+DRAWN = SAMPLINGS[0]
 
 
 def molecule_rows(molecules: PackedMolecules, numbers: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict:
@@ -93,7 +89,7 @@ def kind_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: dict,
-    settings: Sequence[Setting],
+    settings: Sequence[HaltingSetting],
     num_loops: int,
 ) -> list[dict]:
     """A row of measure kind per setting and kind that occurs; `rows` as `decode` takes them, without a prompt."""
@@ -120,15 +116,23 @@ def loops_of_tokens(output, eos: int) -> torch.Tensor:
 def sample_row(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    setting: Setting,
+    setting: HaltingSetting,
     number: int,
     reference: Statistics | None,
+    sizes: Sizes,
 ) -> dict:
     """n, validity, fcd, loops and tokens of `number` molecules; every setting draws the same random numbers."""
     samples, loops = [], []
-    for part, size in enumerate(torch.arange(number).split(PARTS)):
+    for part, size in enumerate(torch.arange(number).split(sizes.batch)):
         output = write_tokens(
-            model, tokenizer, len(size), DRAWN, setting.num_loops, batch_seed("exits", part), halting=setting.halting
+            model,
+            tokenizer,
+            len(size),
+            DRAWN,
+            setting.num_loops,
+            batch_seed("exits", part),
+            sizes.max_tokens,
+            halting=setting.halting,
         )
         samples += samples_of(output.sequences, tokenizer)
         loops.append(loops_of_tokens(output, tokenizer.eos_token_id))
@@ -163,24 +167,33 @@ class Pace:
     row_calls: float
 
 
-def pace(model, tokenizer, setting: Setting, batch: int, seed: int) -> Pace:
+def pace(model, tokenizer, setting: HaltingSetting, batch: int, seed: int, max_tokens: int) -> Pace:
     """Write `batch` molecules."""
     with counted_calls(model) as calls:
         began = time.perf_counter()
         output = write_tokens(
-            model, tokenizer, batch, DRAWN, setting.num_loops, batch_seed("pace", seed), halting=setting.halting
+            model,
+            tokenizer,
+            batch,
+            DRAWN,
+            setting.num_loops,
+            batch_seed("pace", seed),
+            max_tokens,
+            halting=setting.halting,
         )
         seconds = time.perf_counter() - began
     steps = output.sequences.shape[1] - 1
     return Pace(seconds / batch, seconds / steps, len(calls) / steps, sum(calls) / steps)
 
 
-def timed_row(model, tokenizer, setting: Setting, full: Setting, batch: int, rounds: int) -> dict:
+def timed_row(
+    model, tokenizer, setting: HaltingSetting, full: HaltingSetting, batch: int, rounds: int, max_tokens: int
+) -> dict:
     """The cell of `timed`, see the module docstring: every round has other random numbers, the same for both."""
     seeds = count(), count()
     pairs = interleaved(
-        lambda: pace(model, tokenizer, setting, batch, next(seeds[0])),
-        lambda: pace(model, tokenizer, full, batch, next(seeds[1])),
+        lambda: pace(model, tokenizer, setting, batch, next(seeds[0]), max_tokens),
+        lambda: pace(model, tokenizer, full, batch, next(seeds[1]), max_tokens),
         rounds,
         warmup=0,
         timed=lambda turn: turn(),
@@ -195,50 +208,59 @@ def timed_row(model, tokenizer, setting: Setting, full: Setting, batch: int, rou
     } | ratio_of([(our.seconds_per_step, their.seconds_per_step) for our, their in pairs])
 
 
-def exits_of_molecules(
-    folder: str | Path, num_loops: int | None = None, limit: int | None = None, rounds: int = 3
+def halting_run(
+    run: Run,
+    num_loops: int | None = None,
+    limit: int | None = None,
+    rounds: int = 3,
+    sizes: Sizes | None = None,
 ) -> Path:
     """Write RUN/halting.jsonl, see the module docstring.
 
     Args:
-        folder: a finished run on molecules.
+        run: a finished one on molecules.
         num_loops: all loops; the model's own unless given.
         limit: so many samples of each setting, 1,000 unless given, and at most as many held-out molecules, 16 to 200.
         rounds: timed pairs.
+        sizes: how much is written at once, how long, and at which thresholds.
 
     Raises:
-        ValueError: no such run, it has not finished, its molecules have changed, rdkit is missing, there is only one
+        ValueError: the run has not finished, its molecules have changed, rdkit is missing, there is only one
             loop, or the test split is too small.
     """
     rdkit_chem()
-    run = open_run(folder)
+    sizes = sizes or Sizes()
     run.summary()  # says so if the training has not finished
     model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     num_loops = model.config.num_loops if num_loops is None else num_loops
-    settings = exit_settings(model, num_loops, THRESHOLDS)
+    settings = exit_settings(model, num_loops, sizes.thresholds)
     splits = run_molecules(run)
-    test = PackedMolecules(splits["test"], tokenizer, run.recipe()["data"]["sequence_length"])
+    test = PackedMolecules(splits["test"], tokenizer, MoleculeData.of(run).sequence_length)
     number = SAMPLES if limit is None else limit
-    numbers = spread_blocks(len(test), max(max(BATCHES), min(number, HELD_OUT)))
-    if len(numbers) < max(BATCHES):
-        raise ValueError(f"there are {len(numbers)} test molecules, and a batch takes {max(BATCHES)}: use more data.")
+    most = max(sizes.decoded)
+    numbers = spread_blocks(len(test), max(most, min(number, HELD_OUT)))
+    if len(numbers) < most:
+        raise ValueError(f"there are {len(numbers)} test molecules, and a batch takes {most}: use more data.")
     rows = {name: part.to(model.device) for name, part in molecule_rows(test, numbers, tokenizer).items()}
-    exits = exit_rows(model, rows, 0, num_loops, settings, rounds)
+    exits = exit_rows(model, rows, 0, num_loops, settings, rounds, sizes.decoded)
     kinds = kind_rows(model, tokenizer, rows, [setting_of(row) for row in cheapest(exits)], num_loops)
-    reference, full, samples = reference_statistics(splits["test"]), Setting(None, num_loops), []
+    reference = reference_statistics(splits["test"], sizes.reference)
+    full, samples = HaltingSetting(None, num_loops), []
     of_test = distance_to(reference, splits["test"].select(spread_blocks(len(test), number).tolist())["text"][:])
     for setting in tqdm([*settings, full], desc="sampling", unit="rule"):
-        row = sample_row(model, tokenizer, setting, number, reference) | {"fcd_of_test": of_test}
-        row["timed"] = [timed_row(model, tokenizer, setting, full, batch, rounds) for batch in TIMED]
+        row = sample_row(model, tokenizer, setting, number, reference, sizes) | {"fcd_of_test": of_test}
+        row["timed"] = [
+            timed_row(model, tokenizer, setting, full, batch, rounds, sizes.max_tokens) for batch in sizes.timed
+        ]
         samples.append(row)
     fixed = {row["num_loops"]: row["validity"]["share"] for row in samples if row["rule"] == "fixed"}
     for row in samples:
         row["fixed_validity"] = between_counts(fixed, row["loops"])
-    return run.write({"halting.jsonl": to_json_lines([*exits, *kinds, *samples])})
+    return run.write({HALTING.name: to_json_lines([*exits, *kinds, *samples])})
 
 
-def molecule_exits_text(rows: Sequence[dict]) -> str:
+def halting_text(rows: Sequence[dict]) -> str:
     """The rows of halting.jsonl as three tables."""
     by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("exit", "kind", "sample")}
     text = [exits_text(by_measure["exit"]), "", "Loops by what is predicted, and what the rule costs there (nats):"]
@@ -258,7 +280,7 @@ def molecule_exits_text(rows: Sequence[dict]) -> str:
         f"{samples[0]['n']:,} molecules of each setting; valid in % with Wilson's interval, beside fixed counts at as "
         f"many loops; FCD {of_test}",
         f"{'rule':<12}{'threshold':>10}{'loops':>7}{'valid':>19}{'fixed':>7}{'FCD':>7}"
-        + "".join(f"   batch {batch}: calls, molecules/s, speed " for batch in TIMED),
+        + "".join(f"   batch {cell['batch']}: calls, molecules/s, speed " for cell in samples[0]["timed"]),
     ]
     for row in samples:
         low, high = (100 * bound for bound in row["validity"]["interval"])

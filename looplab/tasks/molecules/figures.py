@@ -18,7 +18,7 @@ from matplotlib.ticker import NullLocator
 from data_builders.molecules import rdkit_chem
 from looplab.instruments.drawing import (
     FRAME,
-    Group,
+    SeedGroup,
     all_have,
     band_words,
     call_labels,
@@ -38,6 +38,7 @@ from looplab.runs.writing import write_whole
 from looplab.tasks.language.figures import held_out_figure, training_figure
 
 from .ablations import SHOWN, VALUES, cell_of
+from .records import ABLATIONS, EVALUATION, HALTING, MOLECULES, READOUTS
 from .smiles import LABELS, canonical_or_none
 
 FLOOR = 0.01  # % of the samples: where a fault that no sample has is drawn
@@ -46,8 +47,8 @@ DRAWN = 20
 
 def by_loops(run: Run) -> dict[int, dict]:
     """Loop count -> line of molecules.jsonl, of the first setting."""
-    first = run.evaluation()["settings"][0]["name"]
-    return {row["loops"]: row for row in run.molecules() if row["setting"] == first}
+    first = run.read(EVALUATION)["settings"][0]["name"]
+    return {row["loops"]: row for row in run.read(MOLECULES) if row["setting"] == first}
 
 
 def loop_axis(axes, counts: Sequence[int], runs: Sequence[Run]) -> None:
@@ -63,7 +64,7 @@ def shared_counts(runs: Sequence[Run]) -> list[int]:
     return sorted(set.intersection(*(set(by_loops(run)) for run in runs)))
 
 
-def validity_figure(groups: Sequence[Group]) -> Figure:
+def validity_figure(groups: Sequence[SeedGroup]) -> Figure:
     """Validity (%) above, test loss below, over loops: Wilson's interval of one run, t-intervals of seeds."""
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -115,7 +116,7 @@ def exits_figure(run: Run) -> Figure:
     """Validity (%) over mean loops per token: a line per halting rule, and that of fixed loop counts, to be beaten."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    samples = [row for row in run.halting() if row["measure"] == "sample"]
+    samples = [row for row in run.read(HALTING) if row["measure"] == "sample"]
     rules = ["fixed", *dict.fromkeys(row["rule"] for row in samples if row["rule"] != "fixed")]
     for index, rule in enumerate(rules):
         rows = sorted((row for row in samples if row["rule"] == rule), key=lambda row: row["loops"])
@@ -185,7 +186,7 @@ def molecules_picture(run: Run) -> bytes:
     from rdkit import Chem
     from rdkit.Chem.Draw import rdMolDraw2D
 
-    facts = run.evaluation()
+    facts = run.read(EVALUATION)
     path = run.folder / "samples" / f"{facts['settings'][0]['name']}-loops{facts['num_loops']}.jsonl"
     if not path.is_file():
         raise ValueError(f"there is no {path}: run `looped eval {run.folder}` again.")
@@ -205,8 +206,8 @@ def molecules_picture(run: Run) -> bytes:
     return drawing.GetDrawingText()
 
 
-def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
-    """As `plot_runs`, for runs on molecules: of what was not measured there is no picture.
+def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
+    """The pictures of `Task.plot`: of what was not measured there is no picture.
 
     Raises:
         ValueError: a run has no held-out losses yet, or its samples are gone.
@@ -215,26 +216,26 @@ def plot_molecule_runs(runs: Sequence[Run], output: str | Path | None = None) ->
     for run in runs:
         figures = own_folder(run, runs, output)
         own = [save(training_figure(run), figures / "training.png")]
-        if all_have([run], "molecules.jsonl"):
+        if all_have([run], MOLECULES):
             own += draw_molecules([(run.name, [run])], figures)
             own.append(write_whole(figures / "molecules.png", molecules_picture(run)))
-        if all_have([run], "halting.jsonl"):
+        if all_have([run], HALTING):
             own.append(save(exits_figure(run), figures / "exits.png"))
-        if all_have([run], "ablations.jsonl"):
-            own.append(save(ablations_figure(run.ablations(), run.name), figures / "ablations.png"))
-        if all_have([run], "readouts.jsonl"):
-            own.append(save(readouts_figure(run.readouts(), run.name), figures / "readouts.png"))
+        if all_have([run], ABLATIONS):
+            own.append(save(ablations_figure(run.read(ABLATIONS), run.name), figures / "ablations.png"))
+        if all_have([run], READOUTS):
+            own.append(save(readouts_figure(run.read(READOUTS), run.name), figures / "readouts.png"))
         paths += run.drew(own)
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)
         paths.append(save(held_out_figure(groups), folder / "held_out.png"))
-        if all_have(runs, "molecules.jsonl"):
+        if all_have(runs, MOLECULES):
             paths += draw_molecules(groups, folder)
     return paths
 
 
-def draw_molecules(groups: Sequence[Group], folder: Path) -> list[Path]:
+def draw_molecules(groups: Sequence[SeedGroup], folder: Path) -> list[Path]:
     """validity.png, and faults.png of each group, with its name where there are several."""
     paths = [save(validity_figure(groups), folder / "validity.png")]
     for name, members in groups:

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_builders import PackedMolecules, load_molecules
+from data_builders import PackedMolecules
 from data_builders.molecule_batches import IGNORED
 from looplab.runs.folder import Run
+
+from .data import MoleculeData
 
 LOSS_MOLECULES = 2_000
 
@@ -77,8 +79,7 @@ def run_molecules(run: Run) -> datasets.DatasetDict:
     Raises:
         ValueError: they are not those it was trained on (files changed, or another working folder).
     """
-    data = run.recipe()["data"]
-    splits = load_molecules(data["config"], data["files"], **({"seed": data["seed"]} | data["overrides"]))
+    splits = MoleculeData.of(run).load()
     trained_on = run.summary()["train_molecules"]
     if len(splits["train"]) != trained_on:
         raise ValueError(

@@ -28,6 +28,7 @@ from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
 
 from .held_out import run_molecules
+from .records import PROBES
 from .smiles import RING
 
 ROWS = 100  # molecules that go through the model at once
@@ -113,7 +114,7 @@ def probe_grammar(
     return table
 
 
-def probe_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
+def probe_run(run: Run, num_loops: int | None, limit: int) -> Path:
     """Write RUN/probes.jsonl of `limit` test molecules and print it; returns the path.
 
     Raises:
@@ -124,7 +125,7 @@ def probe_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
     smiles = test.select(range(min(limit, len(test))))["text"][:]
     rows = probe_grammar(model, tokenizer, smiles, num_loops or model.config.num_loops)
     print(probes_text(rows))
-    return run.write({"probes.jsonl": to_json_lines(rows)})
+    return run.write({PROBES.name: to_json_lines(rows)})
 
 
 def probes_text(rows: Sequence[dict]) -> str:

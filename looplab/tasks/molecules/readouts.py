@@ -29,12 +29,14 @@ from data_builders.molecules import rdkit_chem
 from looplab.runs.folder import Run, rows_on_file, to_json_lines
 from looplab.runs.models import load_run_model, weights_digest
 
+from .data import MoleculeData
 from .held_out import HeldOut, run_molecules
 from .measures import measure
+from .records import READOUTS
 from .results import percent
-from .samples import SETTINGS, write_molecules
+from .samples import write_molecules
+from .sizes import SAMPLINGS, Sizes
 
-FIT_TOKENS = 300_000
 ITERATIONS = 60
 
 
@@ -93,6 +95,7 @@ def readout_rows(
     train,
     num_loops: int,
     samples: int,
+    max_tokens: int,
 ) -> list[dict]:
     """The lines of one pass: own head, fresh head."""
     everything = torch.ones_like(molecules.labels, dtype=torch.bool)
@@ -101,14 +104,14 @@ def readout_rows(
     rows = []
     for head, reader in (("own", model), ("fresh", with_head(model, weight))):
         loss, interval = molecules.mean_of(molecules.nats(reader, num_loops), everything)
-        written = write_molecules(reader, tokenizer, samples, SETTINGS[0], num_loops, seed=0)
+        written = write_molecules(reader, tokenizer, samples, SAMPLINGS[0], num_loops, 0, max_tokens)
         row = {"loops": num_loops, "head": head, "loss": loss, "loss_interval": interval} | measure(written, train)
         fitted = head == "fresh"
         rows.append(row | {"fit_loss": fit_loss if fitted else None, "fit_tokens": len(labels) if fitted else None})
     return rows
 
 
-def readouts_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Path:
+def read_run(run: Run, num_loops: int | None, limit: int, sizes: Sizes) -> Path:
     """Write RUN/readouts.jsonl, of `limit` test molecules and twice as many samples, and print it; returns the path.
 
     Raises:
@@ -119,26 +122,26 @@ def readouts_run(run: Run, num_loops: int | None = None, limit: int = 300) -> Pa
     model.eval()
     splits = run_molecules(run)
     test = splits["test"].select(range(min(limit, len(splits["test"]))))["text"][:]
-    path = run.folder / "readouts.jsonl"
-    facts = {"weights": weights_digest(run), "molecules": len(test), "setting": SETTINGS[0].name, "limit": limit}
+    path = run.folder / READOUTS.name
+    facts = {"weights": weights_digest(run), "molecules": len(test), "setting": SAMPLINGS[0].name, "limit": limit}
     rows = rows_on_file(path, facts)
     done = {row["loops"] for row in rows}
     passes = [count for count in range(1, (num_loops or model.config.num_loops) + 1) if count not in done]
     if passes:
-        molecules, fit = HeldOut(tokenizer, test), fit_molecules(run, splits["train"], tokenizer)
+        molecules, fit = HeldOut(tokenizer, test), fit_molecules(run, splits["train"], tokenizer, sizes.fit_tokens)
     for count in tqdm(passes, desc="a head for each pass", unit="pass"):
-        rows += readout_rows(model, tokenizer, molecules, fit, splits["train"], count, 2 * limit)
+        rows += readout_rows(model, tokenizer, molecules, fit, splits["train"], count, 2 * limit, sizes.max_tokens)
         run.write({path.name: to_json_lines(row | facts for row in rows)})
     print(readouts_text(rows))
     return path
 
 
-def fit_molecules(run: Run, train, tokenizer: PreTrainedTokenizerBase) -> PackedMolecules:
-    """Training molecules of about FIT_TOKENS tokens, or all."""
+def fit_molecules(run: Run, train, tokenizer: PreTrainedTokenizerBase, fit_tokens: int) -> PackedMolecules:
+    """Training molecules of about `fit_tokens` tokens, or all."""
     numbers = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    length = run.recipe()["data"]["sequence_length"]
+    length = MoleculeData.of(run).sequence_length
     mean = PackedMolecules(train.select(numbers[:1000]), tokenizer, length).mean_length
-    return PackedMolecules(train.select(numbers[: int(FIT_TOKENS / mean)]), tokenizer, length)
+    return PackedMolecules(train.select(numbers[: int(fit_tokens / mean)]), tokenizer, length)
 
 
 def readouts_text(rows: Sequence[dict]) -> str:

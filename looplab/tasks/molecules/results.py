@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from looplab.runs.folder import Run
 from looplab.runs.seeds import by_seeds, groups_against, interval, span, to_markdown
 
+from .records import EVALUATION, MOLECULES
 from .smiles import EXCLUSIVE, LABELS
 
 SHARES = ("validity", "uniqueness", "novelty", "diversity")
@@ -17,15 +18,15 @@ SHARES = ("validity", "uniqueness", "novelty", "diversity")
 
 def own_row(run: Run, setting: str) -> dict:
     """The line of molecules.jsonl of a setting at the model's own loop count."""
-    own = run.evaluation()["num_loops"]
-    for row in run.molecules():
+    own = run.read(EVALUATION)["num_loops"]
+    for row in run.read(MOLECULES):
         if (row["setting"], row["loops"]) == (setting, own):
             return row
     raise ValueError(f"{run.folder}/molecules.jsonl has no line of {setting} at {own} loops: run `looped eval` again.")
 
 
 def settings_of(run: Run) -> list[str]:
-    return [setting["name"] for setting in run.evaluation()["settings"]]
+    return [setting["name"] for setting in run.read(EVALUATION)["settings"]]
 
 
 def percent(measured: dict) -> str:
@@ -36,9 +37,9 @@ def percent(measured: dict) -> str:
     return f"{100 * measured['share']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def molecules_text(run: Run) -> str:
+def samples_text(run: Run) -> str:
     """The measures of an evaluated run as text, a line per setting and loop count, then the faults."""
-    rows, (low, high) = run.molecules(), run.trained_loops()
+    rows, (low, high) = run.read(MOLECULES), run.trained_loops()
     columns = f"{'valid':>19}{'unique':>19}{'new':>19}{'diversity':>19}{'FCD':>7}"
     text = [
         "Shares in % with their 95 % interval; [ ] marks loop counts of the training; loss is nats per test token.",
@@ -60,7 +61,7 @@ def molecules_text(run: Run) -> str:
         found = "".join(f"{100 * row['faults'][label]['share']:12.2f}" for label in LABELS)
         exclusive = "".join(f"{100 * row['exclusive'][name]['share']:9.2f}" for name in classes)
         text.append(f"{row['setting']:<12}{row['loops']:>6}{found} |{exclusive}")
-    speed = run.evaluation()["speed"]
+    speed = run.read(EVALUATION)["speed"]
     text.append(
         f"\n{speed['molecules_per_second']:.0f} molecules per second in batches of {speed['batch']}, "
         f"{speed['ratio']:.1f} times as many as without the KV cache."
@@ -68,7 +69,7 @@ def molecules_text(run: Run) -> str:
     return "\n".join(text)
 
 
-def molecules_table(runs: Sequence[Run], against: str | None = None) -> str:
+def markdown_table(runs: Sequence[Run], against: str | None = None) -> str:
     """A line per group of runs; `against` names the group to which the others' validity is compared seed by seed.
 
     Raises:
@@ -86,12 +87,12 @@ def molecules_table(runs: Sequence[Run], against: str | None = None) -> str:
 
 def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
     """Size, loss, the measures of each setting, and training of a group."""
-    parameters = [run.evaluation()["parameters"]["all"] for run in runs]
+    parameters = [run.read(EVALUATION)["parameters"]["all"] for run in runs]
     summaries = [run.summary() for run in runs]
     first = settings_of(runs[0])[0]
     cells = {
         "parameters": span(parameters),
-        "loops": span(run.evaluation()["num_loops"] for run in runs),
+        "loops": span(run.read(EVALUATION)["num_loops"] for run in runs),
         "test nats per token": span((own_row(run, first)["loss"] for run in runs), 4),
     }
     for setting in settings_of(runs[0]):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,34 +13,23 @@ from looplab.runs.folder import Run, rows_so_far, to_json_lines
 from looplab.runs.models import weights_digest
 from looplab.runs.writing import below, write_whole
 
-BATCH = 500  # samples that are written at once, and seeded alike
-MAX_TOKENS = 120
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the next token is drawn; `top_k` 0 is no limit."""
-
-    name: str
-    temperature: float
-    top_k: int
-
-
-SETTINGS = (Setting("T0.8-top40", 0.8, 40), Setting("T1.0", 1.0, 0))
+from .sizes import SAMPLINGS, Sampling, Sizes
 
 
 def write_molecules(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
-    setting: Setting,
+    sampling: Sampling,
     num_loops: int,
     seed: int,
+    max_tokens: int,
     use_cache: bool = True,
     logits_processor: LogitsProcessorList | None = None,
 ) -> list[dict]:
-    """`count` samples {"smiles", "finished"}, a function of the seed; the random state outside is as it was."""
-    output = write_tokens(model, tokenizer, count, setting, num_loops, seed, use_cache, logits_processor)
+    """`count` samples {"smiles", "finished"} of at most `max_tokens` tokens, a function of the seed; the random state
+    outside is as it was."""
+    output = write_tokens(model, tokenizer, count, sampling, num_loops, seed, max_tokens, use_cache, logits_processor)
     return samples_of(output.sequences, tokenizer)
 
 
@@ -50,9 +38,10 @@ def write_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
-    setting: Setting,
+    sampling: Sampling,
     num_loops: int,
     seed: int,
+    max_tokens: int,
     use_cache: bool = True,
     logits_processor: LogitsProcessorList | None = None,
     halting: dict | None = None,
@@ -62,8 +51,8 @@ def write_tokens(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model.generate(
-            start, attention_mask=torch.ones_like(start), do_sample=True, temperature=setting.temperature,
-            top_k=setting.top_k, top_p=1.0, max_new_tokens=MAX_TOKENS, num_loops=num_loops, use_cache=use_cache,
+            start, attention_mask=torch.ones_like(start), do_sample=True, **sampling.arguments(),
+            top_p=1.0, max_new_tokens=max_tokens, num_loops=num_loops, use_cache=use_cache,
             logits_processor=logits_processor, halting=halting, return_dict_in_generate=True,
         )  # fmt: skip
 
@@ -85,32 +74,40 @@ def sample_file(
     model,
     tokenizer,
     count: int,
-    setting: Setting,
+    sampling: Sampling,
     num_loops: int,
     seed: int,
     bar: tqdm,
+    sizes: Sizes,
     logits_processor: LogitsProcessorList | None = None,
 ) -> list[dict]:
     """The first `count` samples of the file, which is written as far as it is short of them, batch by batch."""
     rows = rows_so_far(path)
-    rows = rows[: len(rows) // BATCH * BATCH]
+    rows = rows[: len(rows) // sizes.batch * sizes.batch]
     bar.update(min(count, len(rows)))
     while len(rows) < count:
-        part_seed = batch_seed(seed, setting.name, num_loops, len(rows) // BATCH)
+        part_seed = batch_seed(seed, sampling.name, num_loops, len(rows) // sizes.batch)
         rows += write_molecules(
-            model, tokenizer, BATCH, setting, num_loops, part_seed, logits_processor=logits_processor
+            model,
+            tokenizer,
+            sizes.batch,
+            sampling,
+            num_loops,
+            part_seed,
+            sizes.max_tokens,
+            logits_processor=logits_processor,
         )
         write_whole(path, to_json_lines(rows))
-        bar.update(min(BATCH, count - (len(rows) - BATCH)))
+        bar.update(min(sizes.batch, count - (len(rows) - sizes.batch)))
     return rows[:count]
 
 
-def cache_speed(model, tokenizer, num_loops: int, count: int = 100) -> dict:
+def cache_speed(model, tokenizer, num_loops: int, max_tokens: int, count: int = 100) -> dict:
     """Molecules per second with and without the KV cache: the same `count` molecules, in one batch."""
     seconds = {}
     for use_cache in (True, False):
         began = time.perf_counter()
-        write_molecules(model, tokenizer, count, SETTINGS[0], num_loops, 0, use_cache)
+        write_molecules(model, tokenizer, count, SAMPLINGS[0], num_loops, 0, max_tokens, use_cache)
         seconds[use_cache] = time.perf_counter() - began
     return {
         "molecules_per_second": count / seconds[True],

@@ -1,83 +1,128 @@
-"""Molecules as a task: its verbs."""
+"""Molecules as a task, see `tasks.base.Task`."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from looplab.runs.folder import Run
-from looplab.tasks.base import refuse_hop_options
-from looplab.tasks.data import Curriculum
+from looplab.tasks.base import Drafting, Figure, Task
 
 from .data import MoleculeData
+from .records import HALTING, RECORDS
+from .sizes import SAMPLINGS, Sizes
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from looplab.bench.pair import Workload
 
+class MoleculeTask(Task):
+    """Molecules; what `looped` calls --limit and --masked counts samples.
 
-class MoleculeReader:
-    """Runs on molecules; `limit` and `masked` count samples, other arguments mean what they do to `HopReader`."""
+    Args:
+        sizes: how much is sampled and measured at once.
+    """
 
-    Data, Curriculum = MoleculeData, Curriculum
+    name = kind = "molecules"
+    Data = MoleculeData
+    records = RECORDS
+    figures: ClassVar = {
+        "validity": Figure("Validity, and loss on test molecules, by loops"),
+        "exits": Figure("Validity against mean loops of a token: halting rules, and fixed loop counts"),
+        "faults": Figure("What is wrong with the molecules, by loops"),
+        "molecules": Figure("Some valid molecules that the model wrote"),
+        "ablations": Figure("Validity without one attention head, by loop and head"),
+        "readouts": Figure("Validity where every loop is read by a head of its own, or by the last loop's"),
+        "training": Figure("Training: loss and held-out measure over time"),
+    }
+    files = ("samples/model.json", "samples/*-loops*.jsonl")
+    defaults: ClassVar = {
+        "eval --limit": "10,000 samples",
+        "halting --limit": "1,000 samples",
+        "eval --loops": "1 to twice the model's own",
+        "halting --max-loops": "the model's own loops",
+        "lens --limit": "300 molecules",
+    }
+    demo_requirements = ("rdkit>=2026.3",)
+    drafting = Drafting(texts=16, prompt=5, drawn=SAMPLINGS[0].arguments(), ends=True)
+
+    def __init__(self, sizes: Sizes | None = None):
+        self.sizes = sizes or Sizes()
 
     def training(self, recipe, splits, depth, accelerator, kept_tokenizer):
-        """The task in training, see `tasks.training.TaskTraining`."""
         from .training import MoleculeTraining
 
         return MoleculeTraining(recipe, splits, depth, accelerator, kept_tokenizer)
 
-    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
-        """Write the files of `evaluation.evaluate_molecules`.
+    def evaluate(
+        self,
+        run: Run,
+        *,
+        loops: Sequence[int] | None = None,
+        limit: int | None = None,
+        masked: int | None = None,
+    ) -> Path:
+        """Write the files of `evaluation.evaluate_run`."""
+        from .evaluation import evaluate_run
 
-        Raises:
-            ValueError: `max_loops` or `max_hops` is given.
-        """
-        from .evaluation import evaluate_molecules
+        return evaluate_run(run, loops, limit, masked, sizes=self.sizes)
 
-        refuse_hop_options(run, max_loops, max_hops)
-        return evaluate_molecules(run.folder, loops=loops, limit=limit, masked=masked)
+    def show(self, run: Run) -> str:
+        from .results import samples_text
 
-    def halting(self, run: Run, *, limit, max_loops, max_hops) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `exits.exits_of_molecules`; returns it and what it says.
+        return samples_text(run)
 
-        Raises:
-            ValueError: `max_hops` is given.
-        """
-        from .exits import exits_of_molecules, molecule_exits_text
+    def table(self, runs: Sequence[Run], *, against: str | None = None) -> str:
+        from .results import markdown_table
 
-        refuse_hop_options(run, None, max_hops)
-        path = exits_of_molecules(run.folder, num_loops=max_loops, limit=limit)
-        return path, molecule_exits_text(run.halting())
-
-    def show(self, run: Run) -> None:
-        from .results import molecules_text
-
-        print(f"\n{run.folder}\n{molecules_text(run)}")
-
-    def table(self, runs: Sequence[Run], against: str | None) -> str:
-        """A Markdown line per group of seeds, each also compared to the group `against` where it is given."""
-        from .results import molecules_table
-
-        return molecules_table(runs, against)
+        return markdown_table(runs, against)
 
     def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:
-        from .figures import plot_molecule_runs
+        from .figures import plot_runs
 
-        return plot_molecule_runs(runs, output)
+        return plot_runs(runs, output)
 
+    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `exits.halting_run`."""
+        from .exits import halting_run, halting_text
 
-def molecule_prompts(run: Run, tokenizer: "PreTrainedTokenizerBase", work: "Workload") -> "torch.Tensor":
-    """(molecules, molecule_prompt): `<bos>` and the first tokens of molecules of the test split."""
-    import torch
+        return halting_run(run, max_loops, limit, sizes=self.sizes), halting_text(run.read(HALTING))
 
-    from data_builders import PackedMolecules
-    from data_builders.text_batches import spread_blocks
+    def lens(
+        self, run: Run, *, loops: int | None = None, limit: int | None = None, no_probes: bool = False
+    ) -> list[Path]:
+        """Write what `probes`, `ablations` and `readouts` measure."""
+        from .ablations import ablate_run
+        from .probes import probe_run
+        from .readouts import read_run
 
-    from .held_out import run_molecules
+        limit = 300 if limit is None else limit
+        paths = [] if no_probes else [probe_run(run, loops, limit)]
+        return [*paths, ablate_run(run, loops, limit, self.sizes), read_run(run, loops, limit, self.sizes)]
 
-    test = PackedMolecules(run_molecules(run)["test"], tokenizer, run.recipe()["data"]["sequence_length"])
-    begun = work.molecule_prompt - 1
-    numbers = spread_blocks(len(test), work.molecules).tolist()
-    return torch.tensor([[tokenizer.bos_token_id, *test.tokens(number)[:begun].tolist()] for number in numbers])
+    def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
+        """`<bos>` and the first tokens of molecules."""
+        import torch
+
+        from data_builders import PackedMolecules
+        from data_builders.text_batches import spread_blocks
+
+        from .held_out import run_molecules
+
+        test = PackedMolecules(run_molecules(run)["test"], tokenizer, MoleculeData.of(run).sequence_length)
+        numbers = spread_blocks(len(test), count).tolist()
+        return torch.tensor([[tokenizer.bos_token_id, *test.tokens(n)[: length - 1].tolist()] for n in numbers])
+
+    def card(self):
+        from .card import MoleculeCard
+
+        return MoleculeCard()
+
+    def data_licence(self, config: str, licence: str) -> str | None:
+        """That of MOSES; who brings files knows theirs."""
+        return {"moses": "mit"}.get(config)
+
+    def demo_part(self, run: Run, config: dict) -> dict:
+        from .card import molecules_part
+
+        return molecules_part(run, config)

@@ -4,28 +4,32 @@ from huggingface_hub import EvalResult
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
-from looplab.tasks.card import Names, result, spread
+from looplab.tasks.card import Card, Names, spread
+
+from .data import TextData
+from .records import EVALUATION, PERPLEXITY
 
 
-class TextCard:
+class TextCard(Card):
     """Card of a model of text."""
 
+    Data = TextData
     template = "model_text.md"
     metrics = ("perplexity",)
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
         """Perplexity at every loop count that was measured."""
         return [
-            result(
+            self.result(
                 run, names, "perplexity", f"Perplexity, {row['loops']} loops", round(row["perplexity"], 3),
                 {"num_loops": row["loops"]},
             )
-            for row in run.text()
+            for row in run.read(PERPLEXITY)
         ]  # fmt: skip
 
     def values(self, run: Run) -> dict:
         """What `model_text.md` asks for beyond `common_values`."""
-        rows, summary, evaluation = run.text(), run.summary(), run.evaluation()
+        rows, summary, evaluation = run.read(PERPLEXITY), run.summary(), run.read(EVALUATION)
         low, high = run.trained_loops()
         table = [
             {

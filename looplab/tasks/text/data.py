@@ -30,7 +30,5 @@ class TextData(LanguageData):
                 f"the tokenizer of a text comes from one of {', '.join(sources)}, got {' and '.join(given) or 'none'}."
             )
 
-    def load(self):
-        from data_builders import load_text
-
-        return load_text(self.files, **({"seed": self.seed} | self.overrides))
+    def preset(self) -> tuple[str, dict]:
+        return self.of_files("corpus")

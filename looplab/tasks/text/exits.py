@@ -4,27 +4,27 @@ from pathlib import Path
 
 from data_builders.text_batches import spread_blocks
 from looplab.instruments.halting_settings import exit_settings
-from looplab.runs.folder import open_run, to_json_lines
+from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
 from looplab.tasks.language.exits import BATCHES, DECODED, PROMPT, THRESHOLDS, exit_rows
 
 from .perplexity import run_blocks
+from .records import HALTING
 
 
-def exits_run(folder: str | Path, num_loops: int | None = None, limit: int | None = None, rounds: int = 5) -> Path:
+def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None, rounds: int = 5) -> Path:
     """Write RUN/halting.jsonl, see `exit_rows`.
 
     Args:
-        folder: a finished run on text.
+        run: a finished one on text.
         num_loops: all loops; the model's own unless given.
         limit: so many rows of test text, 64 unless given, and at least 16.
         rounds: timed pairs.
 
     Raises:
-        ValueError: no such run, it has not finished, its text has changed, its blocks are too short, there are too
+        ValueError: the run has not finished, its text has changed, its blocks are too short, there are too
             few rows, or only one loop.
     """
-    run = open_run(folder)
     model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     blocks = run_blocks(run, tokenizer)["test"]
@@ -39,4 +39,4 @@ def exits_run(folder: str | Path, num_loops: int | None = None, limit: int | Non
     rows = {name: value[:, : PROMPT + DECODED].to(model.device) for name, value in blocks.rows(numbers).items()}
     num_loops = model.config.num_loops if num_loops is None else num_loops
     results = exit_rows(model, rows, PROMPT, num_loops, exit_settings(model, num_loops, THRESHOLDS), rounds)
-    return run.write({"halting.jsonl": to_json_lines(results)})
+    return run.write({HALTING.name: to_json_lines(results)})

@@ -8,7 +8,7 @@ from matplotlib.ticker import NullLocator
 
 from looplab.instruments.drawing import (
     FRAME,
-    Group,
+    SeedGroup,
     all_have,
     band_words,
     draw_band,
@@ -22,9 +22,11 @@ from looplab.runs.intervals import t_interval
 from looplab.runs.seeds import group_runs
 from looplab.tasks.language.figures import held_out_figure, training_figure
 
+from .records import PERPLEXITY
 
-def plot_text_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
-    """As `plot_runs`, for runs on text; those that were not evaluated, or at one loop count, get no perplexity.png.
+
+def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
+    """The pictures of `Task.plot`; runs that were not evaluated, or at one loop count, get no perplexity.png.
 
     Raises:
         ValueError: a run has no held-out losses yet, or the runs of a group none after the same steps.
@@ -40,16 +42,16 @@ def plot_text_runs(runs: Sequence[Run], output: str | Path | None = None) -> lis
     return paths
 
 
-def draw_perplexity(groups: Sequence[Group], folder: Path) -> list[Path]:
+def draw_perplexity(groups: Sequence[SeedGroup], folder: Path) -> list[Path]:
     """perplexity.png in `folder`, if all runs were evaluated and at more than one loop count."""
-    evaluated = all_have([run for _, members in groups for run in members], "text.jsonl")
+    evaluated = all_have([run for _, members in groups for run in members], PERPLEXITY)
     figure = perplexity_figure(groups) if evaluated else None
     return [] if figure is None else [save(figure, folder / "perplexity.png")]
 
 
 def loop_points(runs: Sequence[Run]) -> dict[int, tuple[float, float, float]]:
     """Loop count -> (mean, low, high) of the test perplexity, where all of a group's runs were measured."""
-    by_loops = [{row["loops"]: row for row in run.text()} for run in runs]
+    by_loops = [{row["loops"]: row for row in run.read(PERPLEXITY)} for run in runs]
     points = {}
     for count in sorted(set.intersection(*map(set, by_loops))):
         rows = [rows[count] for rows in by_loops]
@@ -58,7 +60,7 @@ def loop_points(runs: Sequence[Run]) -> dict[int, tuple[float, float, float]]:
     return points
 
 
-def perplexity_figure(groups: Sequence[Group]) -> Figure | None:
+def perplexity_figure(groups: Sequence[SeedGroup]) -> Figure | None:
     """Test perplexity over loops, those of the training shaded; None where fewer than two loop counts were measured.
 
     Groups with a single loop count, such as plain stacks, are points with error bars.

@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_builders import TextBlocks, load_text
+from data_builders import TextBlocks
 from data_builders.text_batches import spread_blocks
-from looplab.runs.folder import Run, open_run, to_json_lines
+from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.intervals import bootstrap_intervals
 from looplab.runs.models import count_parameters, load_run_model
+
+from .data import TextData
+from .records import EVALUATION, PERPLEXITY
 
 TOKENS = 2048  # that go through the model at once: their logits are this times the vocabulary
 
@@ -38,10 +41,10 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBl
         ValueError: the text is not the one the run was trained on (files changed, or another working folder), or its
             test split is too small for a block.
     """
-    data = run.recipe()["data"]
-    splits = load_text(data["files"], **({"seed": data["seed"]} | data["overrides"]))
+    data = TextData.of(run)
+    splits = data.load()
     trained_on = run.summary()["train_tokens"]
-    blocks = {split: TextBlocks(splits[split], tokenizer, data["sequence_length"]) for split in ("train", "test")}
+    blocks = {split: TextBlocks(splits[split], tokenizer, data.sequence_length) for split in ("train", "test")}
     found = blocks["train"].num_tokens
     if found != trained_on:
         raise ValueError(
@@ -103,18 +106,17 @@ def perplexity(loss: float) -> float:
     return torch.tensor(loss, dtype=torch.float64).exp().item()
 
 
-def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:
+def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:
     """Write RUN/text.jsonl and RUN/evaluation.json, see the module docstring; returns the first.
 
     Args:
-        folder: a finished run on text.
+        run: a finished one on text.
         loops: loop counts; the model's own and the recipe's `eval_loops` unless given.
         limit: at most so many blocks, the same ones every time; all unless given.
 
     Raises:
-        ValueError: no such run, it has not finished, its text has changed, or the model cannot run so many loops.
+        ValueError: the run has not finished, its text has changed, or the model cannot run so many loops.
     """
-    run = open_run(folder)
     run.summary()  # says so if the training has not finished
     model, tokenizer = load_run_model(run, *(loops or ()))
     blocks = run_blocks(run, tokenizer)["test"]
@@ -123,17 +125,17 @@ def evaluate_text(folder: str | Path, loops: Sequence[int] | None = None, limit:
     losses = block_losses(model, blocks, numbers, sorted(set(loops or [own, *run.recipe()["eval_loops"]])))
     rows = text_rows(losses, len(numbers) * blocks.sequence_length, text_digest(blocks, numbers))
     facts = {"limit": limit, "num_loops": own, "parameters": count_parameters(model)}
-    return run.write({"evaluation.json": json.dumps(facts, indent=1) + "\n", "text.jsonl": to_json_lines(rows)})
+    return run.write({EVALUATION.name: json.dumps(facts, indent=1) + "\n", PERPLEXITY.name: to_json_lines(rows)})
 
 
 class TextMeasure:
-    """Test perplexity."""
+    """Test perplexity, see `Task.measure`: loss, perplexity, interval, block_losses."""
 
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, limit: int | None):
         self.blocks = run_blocks(run, tokenizer)["test"]
         self.numbers = spread_blocks(len(self.blocks), limit)
 
-    def __call__(self, model: PreTrainedModel) -> dict:
-        losses = block_losses(model, self.blocks, self.numbers, [model.config.num_loops])
+    def __call__(self, model: PreTrainedModel, num_loops: int) -> dict:
+        losses = block_losses(model, self.blocks, self.numbers, [num_loops])
         (row,) = text_rows(losses, len(self.numbers) * self.blocks.sequence_length, "")
         return {name: row[name] for name in ("loss", "perplexity", "interval", "block_losses")}

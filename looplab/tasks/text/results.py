@@ -13,6 +13,9 @@ from statistics import fmean
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import by_seeds, groups_against, interval, span, to_markdown
+from looplab.tasks.base import QUANTIZATION
+
+from .records import EVALUATION, PERPLEXITY
 
 # Column -> the accounting of `count_parameters`.
 PARAMETERS = {
@@ -24,7 +27,7 @@ PARAMETERS = {
 
 def loops_text(run: Run) -> str:
     """The perplexity of an evaluated run as text, a line per loop count."""
-    rows, (low, high) = run.text(), run.trained_loops()
+    rows, (low, high) = run.read(PERPLEXITY), run.trained_loops()
     blocks, tokens = len(rows[0]["block_losses"]), rows[0]["tokens"]
     text = [
         f"Test split, {blocks} blocks, {tokens:,} tokens; [ ] marks loop counts of the training.",
@@ -43,8 +46,8 @@ def own_row(run: Run) -> dict:
     Raises:
         ValueError: it was evaluated at other loop counts only.
     """
-    own = run.evaluation()["num_loops"]
-    for row in run.text():
+    own = run.read(EVALUATION)["num_loops"]
+    for row in run.read(PERPLEXITY):
         if row["loops"] == own:
             return row
     raise ValueError(
@@ -53,7 +56,7 @@ def own_row(run: Run) -> dict:
     )
 
 
-def text_table(runs: Sequence[Run], against: str | None = None) -> str:
+def markdown_table(runs: Sequence[Run], against: str | None = None) -> str:
     """A line per group of runs on text; `against` names the group to which the others are compared seed by seed.
 
     Raises:
@@ -73,7 +76,7 @@ def text_table(runs: Sequence[Run], against: str | None = None) -> str:
 def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
     """Size, test perplexity and training of a group."""
     rows = [own_row(run) for run in runs]
-    parameters = [run.evaluation()["parameters"] for run in runs]
+    parameters = [run.read(EVALUATION)["parameters"] for run in runs]
     summaries = [run.summary() for run in runs]
     perplexities = [row["perplexity"] for row in rows]
     cells = {column: span(counts[key] for counts in parameters) for column, key in PARAMETERS.items()}
@@ -88,9 +91,9 @@ def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
 
 def quantized_cells(runs: Sequence[Run]) -> dict[str, str]:
     """Perplexity before and after quantization, where all runs of the group have it, in the same way."""
-    if not all((run.folder / "quantization.json").is_file() for run in runs):
+    if not all(run.has(QUANTIZATION) for run in runs):
         return {}
-    found = [run.quantization() for run in runs]
+    found = [run.read(QUANTIZATION) for run in runs]
     ways = sorted({f"{facts['method']} INT{facts['bits']}" for facts in found})
     if len(ways) > 1:
         raise ValueError(f"the runs of {runs[0].folder}'s group were quantized as {' and '.join(ways)}: choose one.")

@@ -1,81 +1,89 @@
-"""Text as a task: its verbs."""
+"""Text as a task, see `tasks.base.Task`."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from looplab.runs.folder import Run
-from looplab.tasks.base import refuse_hop_options, refuse_masked
-from looplab.tasks.data import Curriculum
+from looplab.tasks.base import Drafting, Figure, Task
 
 from .data import TextData
+from .records import HALTING, RECORDS
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from looplab.bench.pair import Workload
 
+class TextTask(Task):
+    """Plain text."""
 
-class TextReader:
-    """Runs on text; the arguments mean what they do to `HopReader`."""
-
-    Data, Curriculum = TextData, Curriculum
+    name = kind = "text"
+    Data = TextData
+    records = RECORDS
+    figures: ClassVar = {
+        "perplexity": Figure("Perplexity on unseen documents, by loops"),
+        "training": Figure("Training: loss and held-out measure over time"),
+    }
+    defaults: ClassVar = {
+        "eval --loops": "the model's own and the recipe's eval_loops",
+        "halting --limit": "64 blocks",
+        "halting --max-loops": "the model's own loops",
+    }
+    measured = "perplexity"
+    drafting = Drafting(texts=4, prompt=16, drawn={}, ends=False)
 
     def training(self, recipe, splits, depth, accelerator, kept_tokenizer):
-        """The task in training, see `tasks.training.TaskTraining`."""
         from .training import TextTraining
 
         return TextTraining(recipe, splits, depth, accelerator, kept_tokenizer)
 
-    def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
-        """Write the files of `perplexity.evaluate_text`.
+    def evaluate(self, run: Run, *, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:
+        """Write the files of `perplexity.evaluate_run`."""
+        from .perplexity import evaluate_run
 
-        Raises:
-            ValueError: `max_loops`, `max_hops` or `masked` is given: text has no chains to follow and no molecules.
-        """
-        from .perplexity import evaluate_text
+        return evaluate_run(run, loops, limit)
 
-        refuse_hop_options(run, max_loops, max_hops)
-        refuse_masked(run, masked)
-        return evaluate_text(run.folder, loops=loops, limit=limit)
-
-    def halting(self, run: Run, *, limit, max_loops, max_hops) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `exits.exits_run`; returns it and what it says.
-
-        Raises:
-            ValueError: `max_hops` is given.
-        """
-        from looplab.tasks.language.exits import exits_text
-
-        from .exits import exits_run
-
-        refuse_hop_options(run, None, max_hops)
-        path = exits_run(run.folder, num_loops=max_loops, limit=limit)
-        return path, exits_text(run.halting())
-
-    def show(self, run: Run) -> None:
+    def show(self, run: Run) -> str:
         from .results import loops_text
 
-        print(f"\n{run.folder}\n{loops_text(run)}")
+        return loops_text(run)
 
-    def table(self, runs: Sequence[Run], against: str | None) -> str:
-        """A Markdown line per group of seeds, each also compared to the group `against` where it is given."""
-        from .results import text_table
+    def table(self, runs: Sequence[Run], *, against: str | None = None) -> str:
+        from .results import markdown_table
 
-        return text_table(runs, against)
+        return markdown_table(runs, against)
 
     def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:
-        from .figures import plot_text_runs
+        from .figures import plot_runs
 
-        return plot_text_runs(runs, output)
+        return plot_runs(runs, output)
 
+    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `exits.halting_run`."""
+        from looplab.tasks.language.exits import exits_text
 
-def text_prompts(run: Run, tokenizer: "PreTrainedTokenizerBase", work: "Workload") -> "torch.Tensor":
-    """(prompts, prompt) tokens of the test split of a run on text."""
-    from data_builders.text_batches import spread_blocks
+        from .exits import halting_run
 
-    from .perplexity import run_blocks
+        return halting_run(run, max_loops, limit), exits_text(run.read(HALTING))
 
-    blocks = run_blocks(run, tokenizer)["test"]
-    return blocks.rows(spread_blocks(len(blocks), work.prompts))["input_ids"][:, : work.prompt]
+    def measure(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int | None):
+        from .perplexity import TextMeasure
+
+        return TextMeasure(run, tokenizer, limit)
+
+    def blocks(self, run: Run, tokenizer: "PreTrainedTokenizerBase") -> dict:
+        from .perplexity import run_blocks
+
+        return run_blocks(run, tokenizer)
+
+    def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
+        from data_builders.text_batches import spread_blocks
+
+        blocks = self.blocks(run, tokenizer)["test"]
+        return blocks.rows(spread_blocks(len(blocks), count))["input_ids"][:, :length]
+
+    def card(self):
+        from .card import TextCard
+
+        return TextCard()

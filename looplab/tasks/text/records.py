@@ -1,0 +1,17 @@
+"""Files that are measured on text."""
+
+from looplab.runs.folder import NUMBER, RecordFile
+from looplab.tasks.base import MEMORY, QUANTIZATION
+
+EVALUATION = RecordFile("evaluation.json", "eval", {"num_loops": int, "parameters": {"all": int}})
+PERPLEXITY = RecordFile(
+    "text.jsonl",
+    "eval",
+    {
+        "loops": int, "loss": NUMBER, "perplexity": NUMBER, "interval": [NUMBER], "tokens": int, "text": str,
+        "block_losses": [NUMBER],
+    },
+)  # fmt: skip
+HALTING = RecordFile("halting.jsonl", "halting", {"measure": str, "rule": str})
+
+RECORDS = (EVALUATION, PERPLEXITY, HALTING, MEMORY, QUANTIZATION)

@@ -151,6 +151,10 @@ def check_new_rule(names: dict, printed: str) -> None:
     assert 1 <= names["output"].loops_used.min() < 16
 
 
+def check_slots(names: dict, printed: str) -> None:
+    assert [int(line.split()[3]) for line in printed.splitlines()] == [4, 8, 14]
+
+
 def check_space(names: dict, printed: str) -> None:
     assert json.loads(Path("space/demo.json").read_text())["hops"]["model"] == "user/khop-looped"
 
@@ -174,6 +178,7 @@ def nothing(*_) -> dict:
 # leave and of what they print, where running is not enough.
 RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "README.md": (a_model_of_chains, nothing),
+    "docs/design/forward_pass.md": (nothing, check_slots),
     "docs/guides/add_a_system.md": (nothing, check_new_rule),
     "docs/guides/clients.md": (a_model_and_rows, check_clients),
     "docs/guides/demo.md": (a_run_on_chains, check_space),

@@ -384,6 +384,16 @@ def test_whoever_trusts_a_folder_is_told_what_that_means(page):
 # ---- single pages
 
 
+def test_the_map_names_every_folder_and_file_that_there_is():
+    folders = {
+        path.parent for part in ("modeling_looped", "data_builders", "looplab") for path in (ROOT / part).rglob("*.py")
+    }
+    named = {name.rstrip("/") for name in re.findall(r"`([\w/]+/)`", read("docs/design/code_map.md"))}
+    assert {str(folder.relative_to(ROOT)) for folder in folders} - {"looplab", "looplab/tasks"} <= named
+    files = {path.name for path in (ROOT / "modeling_looped").glob("*_looped.py")}
+    assert files <= set(re.findall(r"`(?:modeling_looped/)?(\w+\.py)`", read("docs/design/forward_pass.md")))
+
+
 def test_the_named_verbs_are_those_of_every_object():
     """The table of docs/guides/add_a_system.md against all connections, policies and rules there are."""
     page = read("docs/guides/add_a_system.md")

@@ -2,20 +2,23 @@
 
     while budget remains:
         batch = task.batches[step]        rows of one length and one loop count; a pure function of (seed, step)
-        loss  = model(batch, num_loops)   mean cross-entropy of the tokens asked for, of all ranks and micro-batches
+        loss  = model(batch, num_loops)   mean cross-entropy of the labels of all ranks and micro-batches
         update                            AdamW, or Muon for the matrices of the layers and AdamW for the rest
         every check_every steps:          task.check on held-out rows, and task.advance
         every checkpoint_every steps:     save the whole training state
 
-    task       asks for                          check                          advance
-    hops       the answer, at one readout token  accuracy by hops (the gate)    stage k passed -> train on 1..k+1 hops
-    text       the next token, at every token    nats per token, perplexity     -
-    molecules  the same, in rows of several      the same                       -
+    task       labels                            held-out check           advance
+    hops       the answer, at one readout token  accuracy by hop count    stage k passed -> train on 1..k+1 hops
+    text       the next token, at every token    nats per token           -
+    molecules  the same, in rows of several      nats per token           -
 
 A run lives in `<output_dir>/<name>/`: recipe.yaml (resolved), metrics.jsonl, checkpoints/, and at the end model/ and
 summary.json. The same command again resumes it, after `kill -9` too, with the losses the uninterrupted run would have
-had. Curriculum and readout are those of Loop, Think, & Generalize (arXiv 2604.07822); the gate and the test are
-different chains here.
+had. Curriculum and readout are those of Loop, Think, & Generalize (arXiv 2604.07822); the held-out chains of the check
+are not those of the test here.
+
+Files: looplab/training/ has the recipe, the model, the objectives, the optimizers and the run folder;
+looplab/tasks/*/training.py has what a task does in training.
 """
 
 import argparse
@@ -31,36 +34,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, get_int_from_env, set_seed
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
 from looplab.mistakes import Parser, run_command
-from looplab.runs.sections import field_names, flatten
-from looplab.tasks.hops.training import HopTask
-from looplab.tasks.language.training import TextTask
-from looplab.tasks.molecules.training import MoleculeTask
+from looplab.runs.sections import flatten
+from looplab.tasks.registry import TASKS
 from looplab.tasks.training import State
-from looplab.training.model import build_model, check_max_loops
-from looplab.training.objectives import DistillationLoss, ExitLoss, LabelLoss
-from looplab.training.optimizers import build_optimizers, lr_factor
+from looplab.training.model import build_model, check_max_loops, may_lack_gradients
+from looplab.training.objectives import make_objective
+from looplab.training.optimizers import build_optimizers, lr_factor, restart, set_rates
 from looplab.training.provenance import provenance
-from looplab.training.recipe import Recipe, read_recipe
+from looplab.training.recipe import Recipe, read_recipe, recipe_fields
 from looplab.training.run_folder import RunFolder, held
-
-TASKS = {"khop": HopTask, "composition": HopTask, "text": TextTask, "molecules": MoleculeTask}
-
-
-def over(recipe: Recipe, state: State) -> bool:
-    """Whether the budget is spent."""
-    return state.step >= (recipe.max_steps or math.inf) or state.seconds >= (recipe.max_seconds or math.inf)
 
 
 def main(recipe: Recipe) -> dict:
     """Run `recipe`, or go on with it, and return what summary.json holds.
 
-    Raises ValueError for a recipe that cannot run, FloatingPointError when the loss is no longer finite.
+    Raises:
+        ValueError: a recipe that cannot run.
+        FloatingPointError: the loss is no longer finite.
     """
-    # What may be left without a gradient, which DDP must be told: the prelude, by truncated back-propagation.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=recipe.num_grad_loops is not None)
+    ddp = DistributedDataParallelKwargs()  # `fit` sets it when it knows the model
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=recipe.trackers or None,
@@ -82,38 +76,27 @@ def main(recipe: Recipe) -> dict:
 
 def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKwargs, run: RunFolder) -> dict:
     """`main` in the folder of the run, which this process holds."""
-    optim, curriculum, world = recipe.optim, recipe.curriculum, accelerator.num_processes
     # Data: what the task trains and measures on.
     depth = recipe.depth.sampler(recipe.seed)
-    task = TASKS[recipe.data.task](recipe, depth, accelerator, run)
+    with accelerator.main_process_first():
+        splits = recipe.data.load()
+        run.check_data(splits)
+    task = TASKS[recipe.data.task].training(recipe, splits, depth, accelerator, run.kept_tokenizer())
 
     # Model: the same weights on every rank; after that each rank has its own dropout.
     set_seed(recipe.seed)
-    looped = build_model(recipe, task.tokenizer)
-    # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
-    looped.generation_config = GenerationConfig(
-        num_loops=looped.config.num_loops,
-        pad_token_id=task.tokenizer.pad_token_id,
-        bos_token_id=task.tokenizer.bos_token_id,
-        eos_token_id=task.tokenizer.eos_token_id,
-        **task.generation,
-    )
-    gate_loops = recipe.gate_loops or looped.config.num_loops
-    objective = (ExitLoss if looped.config.exit_gate else LabelLoss)(recipe, task.logits_to_keep)
-    if recipe.distill.teacher is not None:
-        objective = DistillationLoss(recipe, looped, accelerator)
-    check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": gate_loops}, recipe.eval_loops)
-    # And the parameters of loops that a batch does not run; a KV gate has nothing to mix in the first.
-    ddp.find_unused_parameters |= looped.config.loops_have_parameters or looped.config.kv_sharing == "gated"
-    # And an exit gate's, which one loop does not ask; the gate's own stage gives nothing but the gate a gradient.
-    ddp.find_unused_parameters |= looped.config.exit_gate
+    looped = build_model(recipe, task.tokenizer, task.generation)
+    check_loops = recipe.gate_loops or looped.config.num_loops
+    objective = make_objective(recipe, looped, task, accelerator)
+    check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": check_loops}, recipe.eval_loops)
+    ddp.find_unused_parameters = may_lack_gradients(recipe, looped.config)
     set_seed(recipe.seed, device_specific=True)
     if recipe.gradient_checkpointing:
         looped.activation_checkpointing_enable()
     if recipe.compile:
         for module in looped.model.pieces():
             module.compile()
-    model, *optimizers = accelerator.prepare(looped, *build_optimizers(looped, optim))
+    model, *optimizers = accelerator.prepare(looped, *build_optimizers(looped, recipe.optim))
 
     # State: from the newest intact checkpoint, or the beginning.
     state = run.load_checkpoint(accelerator) or task.first_state()
@@ -122,9 +105,8 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
     if state.finished and not over(recipe, state) and not task.is_through(state):
         # A larger budget: what the check at the end left undone, as there was no step to come, is done now.
         state.finished = False
-        if state.step % curriculum.check_every == 0 and task.advance(state) and curriculum.restart_optimizer:
-            for optimizer in optimizers:
-                optimizer.state.clear()
+        if state.step % recipe.check_every == 0 and task.advance(state):
+            restart(optimizers)
     accelerator.project_configuration.logging_dir = run.folder
     accelerator.init_trackers("tracker", config={k: str(v) for k, v in flatten(asdict(recipe)).items()})
     progress_bar = tqdm(
@@ -143,65 +125,63 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
 
     # What another run reached is where this one begins.
     if recipe.init_from is not None and state.step == 0:
-        write_row({"step": 0, "seconds": 0.0} | task.check(looped, state, gate_loops))
+        write_row({"step": 0, "seconds": 0.0} | task.check(looped, state, check_loops))
     model.train()
     began = time.perf_counter() - state.seconds
     while not state.finished:
-        # One update. The schedule follows the steps, or the clock where only that limits the run.
+        # The schedule follows the steps, or the clock where only that limits the run.
         progress = state.step / recipe.max_steps if recipe.max_steps else state.seconds / recipe.max_seconds
-        factor = lr_factor(optim, state.step - curriculum.restart_optimizer * state.stage_start, min(1.0, progress))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-        objective.begin(min(1.0, progress))
+        progress = min(1.0, progress)
+        factor = lr_factor(recipe.optim, task.schedule_step(state), progress)
+        set_rates(optimizers, factor)
+
+        # Gradients of one batch, the sum of those of its micro-batches and the mean of those of all ranks.
         batch = task.batches[state.step]
-        tensors = {name: value.to(accelerator.device) for name, value in batch.items() if torch.is_tensor(value)}
-        # Molecules fill the rows of ranks and micro-batches unevenly: they say how many labels there are in all.
-        num_labels = batch.get("num_labels", tensors["shift_labels"].numel() * world)
-        chunks = [value.chunk(recipe.accumulation_steps) for value in tensors.values()]
-        parts = [dict(zip(tensors, part, strict=True)) for part in zip(*chunks, strict=True)]
+        num_labels, num_tokens = task.sizes(batch)
+        micro_batches = split(batch, recipe.accumulation_steps, accelerator.device)
         loss = torch.zeros((), device=accelerator.device)
-        for index, rows in enumerate(parts):
+        for index, rows in enumerate(micro_batches):
             # Ranks exchange gradients once per update.
-            with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
+            is_last = index == len(micro_batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(model):
                 labels = rows.pop("shift_labels")  # (b, K)
-                part = objective(model, rows, labels, batch["num_loops"])
-                part = part * (world / num_labels)  # DDP averages over ranks
+                part = objective(model, rows, labels, batch["num_loops"], progress)
+                part = part * (accelerator.num_processes / num_labels)  # DDP averages over ranks
                 accelerator.backward(part)
             loss += part.detach()
-        # The clock is the main process's, so that all ranks stop at the same step.
-        seconds = (time.perf_counter() - began) * accelerator.is_main_process
-        loss, seconds = accelerator.reduce(torch.stack([loss / world, loss.new_tensor(seconds)])).tolist()
+
+        # The update, unless the loss has gone. The clock is the main process's, so that all ranks stop at one step.
+        seconds = time.perf_counter() - began if accelerator.is_main_process else 0.0
+        shares = torch.stack([loss / accelerator.num_processes, loss.new_tensor(seconds)])
+        loss, seconds = accelerator.reduce(shares).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"loss is {loss} at step {state.step + 1}; that update was not made. Lower the learning rate or set "
                 f"optim.clip under another --name. The checkpoints before it are in {run.checkpoints}."
             )
-        if optim.clip is not None:
-            accelerator.clip_grad_norm_(model.parameters(), optim.clip)
+        if recipe.optim.clip is not None:
+            accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         state.step += 1
-        state.tokens += batch.get("num_labels", tensors["input_ids"].numel() * world)
+        state.tokens += num_tokens
         state.seconds = seconds
         state.finished = over(recipe, state)
         progress_bar.update()
 
+        # Rows, checks, snapshots and checkpoints, each at its own pace and all of them at the end.
         if state.step % recipe.log_every == 0 or state.finished:
             write_row(
-                {"step": state.step, "loss": loss, "lr": optim.lr * factor, "num_loops": batch["num_loops"]}
+                {"step": state.step, "loss": loss, "lr": recipe.optim.lr * factor, "num_loops": batch["num_loops"]}
                 | task.describe(batch, state)
                 | {"seconds": seconds, "tokens": state.tokens}
             )
             progress_bar.set_postfix(loss=f"{loss:.3f}", **task.progress(state), refresh=False)
-
-        if state.step % curriculum.check_every == 0 or state.finished:
-            write_row({"step": state.step, "seconds": seconds} | task.check(looped, state, gate_loops))
-            if task.advance(state) and curriculum.restart_optimizer:
-                for optimizer in optimizers:
-                    optimizer.state.clear()
-
+        if state.step % recipe.check_every == 0 or state.finished:
+            write_row({"step": state.step, "seconds": seconds} | task.check(looped, state, check_loops))
+            if task.advance(state):
+                restart(optimizers)
         if state.step in recipe.snapshots and accelerator.is_main_process:
             run.save_folder(f"snapshots/step-{state.step:09d}", looped, task.tokenizer)
         if state.step % recipe.checkpoint_every == 0 or state.finished:
@@ -217,8 +197,8 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
         "seconds": state.seconds,
         "tokens": state.tokens,
         "parameters": looped.num_parameters(),
-        **task.summary(looped, state, gate_loops),
-        "gate_loops": gate_loops,
+        **task.summary(looped, state, check_loops),
+        "gate_loops": check_loops,
         "trained_loops": {"minimum": int(depth.depths[0]), "maximum": int(depth.depths[-1]), "mean": depth.expected},
         **provenance(accelerator),
     }
@@ -230,11 +210,22 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
     return summary
 
 
+def over(recipe: Recipe, state: State) -> bool:
+    """Whether the budget is spent."""
+    return state.step >= (recipe.max_steps or math.inf) or state.seconds >= (recipe.max_seconds or math.inf)
+
+
+def split(batch: dict, number: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The rows of a batch on `device`, as at most `number` micro-batches."""
+    tensors = {name: value.to(device).chunk(number) for name, value in batch.items() if torch.is_tensor(value)}
+    return [dict(zip(tensors, part, strict=True)) for part in zip(*tensors.values(), strict=True)]
+
+
 if __name__ == "__main__":
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields: " + " ".join(f"--{name}" for name in field_names(Recipe)),
+        epilog="fields: " + " ".join(f"--{name}" for name in recipe_fields()),
         allow_abbrev=False,
     )
     parser.add_argument("recipe", help="YAML file of the fields below")

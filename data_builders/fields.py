@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 
 from huggingface_hub.dataclasses import type_validator
 
+Number = int | float
+
 # The most loops that a training step may draw: their distribution has an entry for each number of loops.
 MOST_LOOPS = 10_000
 

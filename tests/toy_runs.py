@@ -21,7 +21,7 @@ from looplab.cli import main
 from looplab.runs.folder import Run, open_run
 from toys import ROOT, SIZES, write_pages
 
-SHORT = ["--max_steps=2", "--curriculum.check_every=2", "--checkpoint_every=2", "--optim.warmup_steps=0"]
+SHORT = ["--max_steps=2", "--check_every=2", "--checkpoint_every=2", "--optim.warmup_steps=0"]
 SPLITS = "--data.overrides={document_characters: 500, validation_share: 0.1, test_share: 0.1}"
 TOY_MOLECULES = f"--data.files=[{ROOT}/docs/molecules/toys.smi]"
 RECIPES = {"hops": "smoke.yaml", "text": "smoke_text.yaml", "molecules": "molecules/smoke_molecules.yaml"}

@@ -33,7 +33,7 @@ from data_builders.fields import Range, check_fields, number, numbers, path
 from data_builders.files import expand_home
 from looplab.runs.folder import to_json_lines
 from looplab.runs.models import load_model
-from looplab.runs.sections import build_recipe, check_name, expand_paths
+from looplab.runs.sections import build, check_name, expand_paths
 from looplab.runs.writing import below, write_whole
 from looplab.runs.yaml_text import read_yaml, to_yaml
 from modeling_looped import FrozenLoopedConfig, default_window, looped
@@ -155,7 +155,7 @@ def read_recipe(path: str | Path) -> FrozenRecipe:
     """Raises ValueError for a field that is unknown, missing, of the wrong type or out of range."""
     values = read_yaml(expand_home("the recipe", str(path)))
     try:
-        return build_recipe(values, FrozenRecipe)
+        return build(values, FrozenRecipe)
     except ValueError as error:
         raise ValueError(f"{path} is not a recipe of `looped frozen`: {error}") from error
 

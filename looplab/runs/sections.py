@@ -1,20 +1,19 @@
-"""Dataclasses as sections of a YAML file: fields have dotted names and types; a wrong name meets the nearest one."""
+"""Dataclasses as sections of a YAML file: fields by dotted names, types checked, and the nearest name for a wrong one.
+
+A section whose class depends on what it says is named in `own`: dotted name -> the class to take.
+"""
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import MappingProxyType
 
 from huggingface_hub.dataclasses import type_validator
 
 from data_builders.files import expand_home
 
-
-def refuse_fields(section_name: str, section, names: Iterable[str], task: str):
-    """ValueError if a field of the recipe's section has another value than its default: `task` does not use it."""
-    for item in fields(section):
-        if item.name in names and vars(section)[item.name] != item.default:
-            raise ValueError(f"{section_name}.{item.name} is not for the task {task}: leave it out.")
+ANNOTATED: Mapping[str, type] = MappingProxyType({})  # every section is of the class its annotation names
 
 
 def check_name(name: str):
@@ -34,32 +33,54 @@ def expand_paths(section, prefix: str = ""):
             setattr(section, item.name, paths[0] if isinstance(value, str) else paths)
 
 
-def field_names(section: type, prefix: str = "") -> list[str]:
-    """Dotted names of a recipe's fields."""
-    names = [prefix + item.name for item in fields(section)]
-    return names + [
-        n for i in fields(section) if is_dataclass(i.type) for n in field_names(i.type, f"{prefix}{i.name}.")
+def field_types(section: type, own: Mapping[str, type], prefix: str = "") -> dict[str, type]:
+    """Field of a section -> its type."""
+    return {item.name: own.get(prefix + item.name, item.type) for item in fields(section)}
+
+
+def field_names(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "") -> list[str]:
+    """Dotted names of the fields of a section, and of the sections in it."""
+    types = field_types(section, own, prefix)
+    inner = [
+        n for name, kind in types.items() if is_dataclass(kind) for n in field_names(kind, own, f"{prefix}{name}.")
     ]
+    return [prefix + name for name in types] + inner
 
 
-def build_recipe(values: dict, section: type, prefix: str = "", root: type | None = None):
-    """A recipe, of the type `section`, from nested plain values; ValueError for an unknown field, with the nearest
-    name among those of `root`, and a wrong type."""
+def defaults(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "") -> dict:
+    """Dotted name -> default, of the fields of a section and of the sections in it; None for a field without one."""
+    flat, types = {}, field_types(section, own, prefix)
+    for item in fields(section):
+        name = prefix + item.name
+        if is_dataclass(types[item.name]):
+            flat |= defaults(types[item.name], own, f"{name}.")
+        elif item.default_factory is not MISSING:
+            flat[name] = item.default_factory()
+        else:
+            flat[name] = None if item.default is MISSING else item.default
+    return flat
+
+
+def build(
+    values: dict, section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "", root: type | None = None
+):
+    """A section from nested plain values.
+
+    Raises:
+        ValueError: an unknown field, with the nearest name among those of `root`, or a wrong type.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"expected fields and values, got {values!r}.")
     root = root or section
-    sections = {item.name: item.type for item in fields(section)}
+    types = field_types(section, own, prefix)
     built = {}
     for name, value in values.items():
-        if name not in sections:
-            # Likeness of the whole dotted name and of its last part: `lr` should find `optim.lr`.
-            pairs = {known: [(f"{prefix}{name}", known), (name, known.split(".")[-1])] for known in field_names(root)}
-            nearest = max(pairs, key=lambda k: sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs[k]))
-            raise ValueError(f"{prefix}{name} is not a recipe field; did you mean {nearest}?")
-        if is_dataclass(sections[name]) and isinstance(value, dict):
-            value = build_recipe(value, sections[name], f"{prefix}{name}.", root)
+        if name not in types:
+            raise ValueError(f"{prefix}{name} is not a recipe field; did you mean {nearest(prefix, name, root, own)}?")
+        if is_dataclass(types[name]) and isinstance(value, dict):
+            value = build(value, types[name], own, f"{prefix}{name}.", root)
         try:
-            type_validator(name, value, sections[name])
+            type_validator(name, value, types[name])
         except TypeError as error:
             place = prefix and f", section {prefix[:-1]}"
             raise ValueError(
@@ -70,6 +91,12 @@ def build_recipe(values: dict, section: type, prefix: str = "", root: type | Non
         return section(**built)
     except TypeError as error:
         raise ValueError(f"the recipe lacks a field: {error}") from error
+
+
+def nearest(prefix: str, name: str, root: type, own: Mapping[str, type]) -> str:
+    """The field that is most like a wrong one, by the whole dotted name and its last part: `lr` finds `optim.lr`."""
+    pairs = {known: [(f"{prefix}{name}", known), (name, known.split(".")[-1])] for known in field_names(root, own)}
+    return max(pairs, key=lambda known: sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs[known]))
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

@@ -13,6 +13,16 @@ from statistics import fmean
 
 from .folder import Run
 from .intervals import t_interval
+from .sections import flatten
+
+# Fields that older versions wrote into the recipe.yaml of every task, with the values that say nothing.
+SHARED = {
+    "data.config": "cpu", "data.weighting": "rows", "data.readout": "token", "data.pad_to": None,
+    "data.at_least_hops": False, "data.files": None, "data.sequence_length": None, "data.tokenizer": None,
+    "data.vocab_size": None, "data.validation_tokens": None, "data.spellings": None, "curriculum.start_hops": None,
+    "curriculum.stop_hops": None, "curriculum.threshold": 0.95, "curriculum.min_steps": 0,
+    "curriculum.after_last": "continue", "curriculum.restart_optimizer": False,
+}  # fmt: skip
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -53,11 +63,12 @@ def groups_against(runs: Sequence[Run], against: str | None) -> dict[str, list[R
 
 
 def recipe_key(run: Run) -> str:
-    """The recipe without what tells seeds apart."""
-    recipe = run.recipe()
-    kept = {name: value for name, value in recipe.items() if name not in ("name", "seed")}
-    kept["data"] = {name: value for name, value in recipe.get("data", {}).items() if name != "seed"}
-    return json.dumps(kept, sort_keys=True)
+    """The recipe without what tells seeds apart, whichever version wrote it."""
+    recipe = flatten(run.recipe())
+    if "curriculum.check_every" in recipe:
+        recipe["check_every"] = recipe.pop("curriculum.check_every")
+    same = {name: value for name, value in recipe.items() if name not in ("name", "seed", "data.seed")}
+    return json.dumps({n: v for n, v in same.items() if n not in SHARED or v != SHARED[n]}, sort_keys=True)
 
 
 def span(values: Iterable[float | None], digits: int = 0, scale: float = 1) -> str:

@@ -43,13 +43,12 @@ def result(run: Run, names: Names, metric: str, name: str, value: float, argumen
 def run_data(run: Run) -> tuple[str, str, dict]:
     """Task, config and fields that `data_builders.task_builder` made the run's data from."""
     task, data = run.task(), run.recipe()["data"]
-    overrides, config = {"seed": data["seed"]} | data["overrides"], data["config"]
-    if data["files"] is not None or "dataset" in overrides:
-        config = "files"
-        overrides |= {} if data["files"] is None else {"files": data["files"]}
-    elif task == "text":
-        config = "corpus"
-    return task, config, overrides
+    overrides, files = {"seed": data["seed"]} | data["overrides"], data.get("files")
+    if files is not None:
+        return task, "files", overrides | {"files": files}
+    if "dataset" in overrides:
+        return task, "files", overrides
+    return task, "corpus" if task == "text" else data["config"], overrides
 
 
 def spread(loops: set[int]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ READERS: dict[str, Reader] = {
     "text": TextReader(),
     "molecules": MoleculeReader(),
 }
+TASKS = READERS
 
 
 def reader_of(runs: Sequence[Run]) -> Reader:

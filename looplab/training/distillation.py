@@ -56,9 +56,9 @@ class InterpolatedLayer(RewritingDynamicLayer):
 class InterpolatedSharing(GatedSharing):
     """A share alpha of gated memory and 1 - alpha of a row per loop, T + 1 rows per token; for training only."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: LoopedConfig, alpha: float):
         super().__init__(config)
-        self.alpha = 0.0
+        self.alpha = alpha
 
     def layer_like(self, layer) -> InterpolatedLayer:
         return InterpolatedLayer(self)
@@ -76,20 +76,20 @@ def gated_half(gate: nn.Module, arguments: tuple) -> tuple:
 
 
 @contextmanager
-def interpolated(model: LoopedForCausalLM) -> Iterator[InterpolatedSharing]:
+def interpolated(model: LoopedForCausalLM, alpha: float) -> Iterator[None]:
     """Within the block `model`, which has kv_sharing="gated", runs on the mixture of both memories.
 
-    Call it with `use_cache=True`, all rows to one depth and without a padding mask. Sets `alpha`, 0 .. 1, on what it
-    yields: 0 is the model with a row per loop, whatever the chunks, and 1 the gated one.
+    Call it with `use_cache=True`, all rows to one depth and without a padding mask. `alpha`, 0 .. 1, is the share of
+    the gated memory: 0 is the model with an entry per loop, whatever the chunks.
     """
     base = model.model
-    gated, base.sharing = base.sharing, InterpolatedSharing(model.config)
+    gated, base.sharing = base.sharing, InterpolatedSharing(model.config, alpha)
     handles = []
     for layer in base.core:
         handles.append(layer.kv_gate.register_forward_pre_hook(gated_half))
         handles.append(layer.kv_gate.register_forward_hook(both_inputs))
     try:
-        yield base.sharing
+        yield
     finally:
         base.sharing = gated
         for handle in handles:

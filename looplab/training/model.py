@@ -1,7 +1,9 @@
 """The model that a recipe trains: with fresh weights, or from a folder."""
 
+from collections.abc import Mapping
+
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from looplab.runs.models import blaming
 from modeling_looped import LoopedConfig, LoopedForCausalLM
@@ -9,8 +11,29 @@ from modeling_looped import LoopedConfig, LoopedForCausalLM
 from .recipe import Recipe
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
-    """A model with fresh weights for the ids of `tokenizer`, or that of `init_from`; ValueError if they do not fit."""
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, object]
+) -> LoopedForCausalLM:
+    """A model for the ids of `tokenizer`: with fresh weights, or from `init_from`.
+
+    generation: fields of its generation_config.json beside the token ids and the loop count.
+
+    Raises:
+        ValueError: model and tokenizer do not fit.
+    """
+    model = make_or_load(recipe, tokenizer)
+    # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
+    model.generation_config = GenerationConfig(
+        num_loops=model.config.num_loops,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **generation,
+    )
+    return model
+
+
+def make_or_load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
     # Ids may have holes.
     num_ids = 1 + max(tokenizer.get_vocab().values())
     if recipe.init_from is None:
@@ -49,6 +72,21 @@ def load_trained(field_name: str, folder: str, may_lack: str | None = None, **op
     if wrong:
         raise ValueError(f"{field_name}: the weights in {folder} do not fit its config.json ({wrong[0]}).")
     return model
+
+
+def may_lack_gradients(recipe: Recipe, config: LoopedConfig) -> bool:
+    """Whether an update may leave parameters without a gradient, which DDP has to know.
+
+    These do: the prelude under truncated back-propagation; parameters of loops that a batch does not run; KV gates,
+    which have nothing to mix in the first loop; the exit gate, which one loop does not ask; all but the exit gate
+    where only that is trained.
+    """
+    return (
+        recipe.num_grad_loops is not None
+        or config.loops_have_parameters
+        or config.kv_sharing == "gated"
+        or config.exit_gate
+    )
 
 
 def check_max_loops(config: LoopedConfig, asked: dict[str, int], eval_loops: list[int]):

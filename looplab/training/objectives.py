@@ -1,11 +1,21 @@
-"""What is minimised: the loss of one micro-batch."""
+"""What is minimised: the loss of one micro-batch.
 
+    objective          of
+    LabelLoss          the labels
+    ExitLoss           the labels, as every loop sees them: the model has an exit gate
+    DistillationLoss   a teacher's word on every token: the recipe names one
+
+Legend: b rows, T tokens of a row, K labels of a row, V ids.
+"""
+
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from looplab.tasks.training import TaskTraining
 from modeling_looped import LoopedForCausalLM
 
 from .distillation import Distillation, interpolated
@@ -13,18 +23,45 @@ from .model import load_trained
 from .recipe import Recipe
 
 
-class LabelLoss:
-    """Cross-entropy of the tokens asked for."""
+class Objective(ABC):
+    """A loss of one micro-batch."""
+
+    @abstractmethod
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int, progress: float) -> torch.Tensor:
+        """Scalar, the loss in nats, summed over the labels.
+
+        Args:
+            model: the model as accelerate wraps it.
+            rows: tensors of a batch, (b, T) each.
+            labels: (b, K); -100 counts for nothing.
+            num_loops: loops of every row.
+            progress: share of the run that is done, 0 .. 1.
+        """
+
+
+def make_objective(
+    recipe: Recipe, model: LoopedForCausalLM, task: TaskTraining, accelerator: Accelerator
+) -> Objective:
+    """The objective of a recipe.
+
+    Raises:
+        ValueError: fields of the recipe ask for another one as well.
+    """
+    if model.config.exit_gate:
+        return ExitLoss(recipe, task.logits_to_keep)
+    if recipe.distill.teacher is not None:
+        return DistillationLoss(recipe, model, task.padding, accelerator)
+    return LabelLoss(recipe, task.logits_to_keep)
+
+
+class LabelLoss(Objective):
+    """Cross-entropy of the labels."""
 
     def __init__(self, recipe: Recipe, logits_to_keep: int):
         self.logits_to_keep, self.label_smoothing = logits_to_keep, recipe.optim.label_smoothing
         self.settings = {"num_grad_loops": recipe.num_grad_loops, "cut_chunks": recipe.cut_chunks}
 
-    def begin(self, progress: float):
-        """Called before an update with the share of the run that is done."""
-
-    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
-        """The loss of (b, T) rows with (b, K) labels, summed over the labels."""
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int, progress: float) -> torch.Tensor:
         logits = model(
             **rows, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False, **self.settings
         ).logits  # (b, K, V)
@@ -32,31 +69,32 @@ class LabelLoss:
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
 
 
-class ExitLoss(LabelLoss):
+class ExitLoss(Objective):
     """The model's own loss: expected under its exit gate, or the gate's alone (Ouro), see `losses_looped.py`."""
 
     def __init__(self, recipe: Recipe, logits_to_keep: int):
-        super().__init__(recipe, logits_to_keep)
+        self.logits_to_keep = logits_to_keep
+        self.settings = {"num_grad_loops": recipe.num_grad_loops, "cut_chunks": recipe.cut_chunks}
         if recipe.optim.label_smoothing or recipe.distill.teacher is not None:
             raise ValueError(
                 "a model with an exit_gate learns from what every loop says of the labels: leave "
                 "optim.label_smoothing and distill out."
             )
 
-    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int, progress: float) -> torch.Tensor:
         return model(
             **rows, shift_labels=labels, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False,
             num_items_in_batch=1, **self.settings,
         ).loss  # fmt: skip
 
 
-class DistillationLoss:
-    """What a teacher says of every token; labels are not used."""
+class DistillationLoss(Objective):
+    """A teacher's word on every token; labels are not used, only counted."""
 
-    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, accelerator: Accelerator):
+    def __init__(self, recipe: Recipe, student: LoopedForCausalLM, padding: str | None, accelerator: Accelerator):
         distill = recipe.distill
-        if recipe.data.task == "molecules":
-            raise ValueError("distill is for rows without padding, which packed molecules have: leave it out.")
+        if padding is not None:
+            raise ValueError(f"distill is for rows without padding, and {padding} pads them: leave distill out.")
         if recipe.num_grad_loops is not None or recipe.optim.label_smoothing:
             raise ValueError("distill takes neither num_grad_loops nor optim.label_smoothing: leave them out.")
         self.interpolates = distill.phase == "interpolation"
@@ -68,21 +106,14 @@ class DistillationLoss:
         teacher = load_trained("distill.teacher", distill.teacher).to(accelerator.device)
         alignment = 0.0 if self.interpolates else distill.alignment
         self.distillation = Distillation(student, teacher, alignment, distill.all_loops)
-        self.student, self.alpha, self.accelerator = student, 0.0, accelerator
+        self.student, self.accelerator = student, accelerator
         self.settings = {"cut_chunks": recipe.cut_chunks, "use_cache": self.interpolates}
 
-    def begin(self, progress: float):
-        """The gated memory's share rises from 0 to 1 over the run."""
-        self.alpha = progress
-
-    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int) -> torch.Tensor:
-        """The mean loss of (b, T) rows, times their (b, K) labels."""
-        # Head and teacher are run outside of the model's forward, in the same precision.
-        with (
-            interpolated(self.student) if self.interpolates else nullcontext() as sharing,
-            self.accelerator.autocast(),
-        ):
-            if sharing is not None:
-                sharing.alpha = self.alpha
+    def __call__(self, model, rows: dict, labels: torch.Tensor, num_loops: int, progress: float) -> torch.Tensor:
+        """The mean over tokens, times the number of labels."""
+        # The share of the gated memory rises from 0 to 1 over the run.
+        memory = interpolated(self.student, progress) if self.interpolates else nullcontext()
+        # Head and teacher run outside of the model's forward: in the same precision.
+        with memory, self.accelerator.autocast():
             loss = self.distillation(model, rows, num_loops, **self.settings)
         return loss * labels.numel()

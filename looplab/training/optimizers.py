@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules of a recipe."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -36,6 +37,9 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
 
     A linear warm-up, times: 1 (constant), 1 - progress (linear), half a cosine, or 1 and a linear end over the last
     fifth (wsd), of which `final_share` stays.
+
+    Not transformers' schedules: their warm-up begins with a rate of 0 and shifts the curve behind it, they count steps
+    where a run may be limited by its time, and know no stages.
     """
     shape = {
         "constant": 1.0,
@@ -45,3 +49,16 @@ def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
     }[optim.schedule]
     shape = optim.final_share + (1.0 - optim.final_share) * shape
     return shape * min(1.0, (stage_step + 1) / max(1, optim.warmup_steps))
+
+
+def set_rates(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    """Multiply the learning rates that the recipe names by `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def restart(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Forget the moments of all gradients so far."""
+    for optimizer in optimizers:
+        optimizer.state.clear()

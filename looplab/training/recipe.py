@@ -1,45 +1,28 @@
 """The recipe of a run: every number of it, read from a YAML file and from flags put over it.
 
-torch is imported when a recipe is made, not with this module: tables of results read no recipe.
+Its sections `data` and `curriculum` belong to the task: `TASKS[data.task]` has the class of each. torch is imported
+when a recipe is made, not with this module: tables of results read no recipe.
 """
 
-from dataclasses import dataclass, field, fields
+import difflib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from data_builders.fields import MOST_LOOPS, check_fields, number, numbers, path
+from data_builders.fields import MOST_LOOPS, Number, check_fields, number, numbers, path
 from data_builders.files import expand_home
 from looplab.mistakes import sentence
-from looplab.runs.sections import build_recipe, check_name, expand_paths, refuse_fields
+from looplab.runs.sections import build, check_name, defaults, expand_paths, field_names
 from looplab.runs.yaml_text import parse_yaml, read_yaml
+from looplab.tasks.data import Curriculum, Data
+from looplab.tasks.registry import TASKS
 
-Number = int | float
-
-
-@strict
-@dataclass
-class Data:
-    task: Literal["khop", "composition", "text", "molecules"] = "khop"
-    seed: int = number(0, at_least=0)
-    overrides: dict = field(default_factory=dict)  # fields of the builder's config
-    # Hops, and molecules where no files are named:
-    config: str = "cpu"  # preset of the builder
-    # Hops:
-    weighting: Literal["rows", "uniform"] = "rows"  # hop count of a step: by the rows each has, or all alike
-    readout: Literal["token", "last"] = "token"  # where the answer is read: an appended token, or the last relation
-    pad_to: int | None = number(at_least=1)  # pad every row to so many tokens and read at its end, as the paper does
-    at_least_hops: bool = False  # raise a batch's loops to its hop count where fewer were drawn
-    # Text, whose tokenizer comes from `init_from`, `tokenizer` or `vocab_size`:
-    files: list[str] | None = path()  # .txt or .md files and globs; without them what `looped fetch corpus` made
-    sequence_length: int | None = number(at_least=1)  # tokens of a row
-    tokenizer: str | None = path()  # a folder with a tokenizer in it
-    vocab_size: int | None = number(at_least=1)  # of a byte-level BPE that is learnt from the training text
-    validation_tokens: int | None = number(at_least=1)  # measure on so many held-out tokens, not on all
-    # Molecules take `sequence_length`, the tokens of a packed row, `files` (.csv, .smi), `validation_tokens`, and:
-    spellings: int | None = number(at_least=1)  # random SMILES of each molecule, another one in every epoch
+logger = logging.getLogger(__name__)
 
 
 @strict
@@ -88,23 +71,6 @@ class Distill:
     all_loops: bool = True  # compare what every loop would say; otherwise the last loop
 
 
-@strict
-@dataclass
-class Curriculum:
-    """Stage k trains on 1..k hops jointly until k passes the gate. Ends default to the deepest hop in the data.
-
-    Text and molecules have no stages: of these fields they take `check_every` only.
-    """
-
-    start_hops: int | None = number(at_least=1)
-    stop_hops: int | None = number(at_least=1)
-    threshold: Number = number(0.95, at_least=0, below=1)  # share of right answers above which a stage is passed
-    check_every: int = number(200, at_least=1)  # steps
-    min_steps: int = number(0, at_least=0)  # of a stage
-    after_last: Literal["stop", "continue"] = "continue"  # when stop_hops passed and budget remains
-    restart_optimizer: bool = False  # the paper starts optimizer and warm-up afresh at each stage
-
-
 # Fields of LoopedConfig that may differ from those the weights of `init_from` were trained with.
 KEEPS_WEIGHTS = frozenset(
     {
@@ -121,27 +87,28 @@ class Recipe:
 
     name: str
     model: dict
+    data: Data  # the task's own, as is `curriculum`
+    curriculum: Curriculum
     init_from: str | None = path()  # a saved model's folder: its weights, config and tokenizer; see KEEPS_WEIGHTS
     output_dir: str = path("runs")
     overwrite: bool = False  # delete an existing run of this name
     seed: int = number(0, at_least=0, below=2**32)
-    data: Data = field(default_factory=Data)
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
-    curriculum: Curriculum = field(default_factory=Curriculum)
     distill: Distill = field(default_factory=Distill)
     batch_size: int = number(256, at_least=1)  # rows, or molecules, of one update, over all ranks and micro-batches
     accumulation_steps: int = number(1, at_least=1)  # micro-batches an update is split into
     max_steps: int | None = number(at_least=1)
     max_seconds: Number | None = number(above=0)  # of the training loop, counted across resumes
     num_grad_loops: int | None = number(at_least=1)  # back-propagate through the last loops only
-    cut_chunks: bool = False  # with model.prefill_chunk: no gradient through the KV rows of earlier chunks
+    cut_chunks: bool = False  # with model.prefill_chunk: no gradient through the KV entries of earlier chunks
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False  # layer by layer, so that the number of loops may vary
-    gate_loops: int | None = number(at_least=1)  # loops of the gate's measurement; the model's num_loops by default
-    eval_loops: list[int] = numbers(at_least=1, distinct=True)  # more loop counts to measure beside the gate
-    log_every: int = number(10, at_least=1)
+    gate_loops: int | None = number(at_least=1)  # loops of the held-out check; the model's num_loops by default
+    eval_loops: list[int] = numbers(at_least=1, distinct=True)  # more loop counts of the held-out check
+    log_every: int = number(10, at_least=1)  # steps, as are those that follow
+    check_every: int = number(200, at_least=1)  # measure held-out rows
     checkpoint_every: int = number(500, at_least=1)
     snapshots: list[int] = numbers(at_least=1, distinct=True)  # steps at which to keep the model, for `looped lens`
     trackers: list[str] = field(default_factory=list)  # of accelerate: tensorboard, trackio, wandb, ...
@@ -158,13 +125,8 @@ class Recipe:
             self.depth.sampler(self.seed)
         except ValueError as error:
             raise ValueError(f"depth: {error}") from error
-        start, stop = self.curriculum.start_hops, self.curriculum.stop_hops
-        if start is not None and stop is not None and start > stop:
-            raise ValueError(f"curriculum.start_hops {start} must not be above curriculum.stop_hops {stop}.")
-        for name in {"seed", "files"} & set(self.data.overrides):
-            if vars(self.data)[name]:
-                raise ValueError(f"data.{name} and data.overrides.{name} name the same thing: leave one of them out.")
-        CHECKS[self.data.task](self)
+        self.curriculum.check()
+        self.data.check(self.init_from)
         if self.init_from is None:
             from modeling_looped import LoopedConfig
 
@@ -180,57 +142,91 @@ class Recipe:
                     f"{', '.join(sorted(KEEPS_WEIGHTS))}."
                 )
 
-
-# Of the data section.
-HOP_FIELDS = ("weighting", "readout", "pad_to", "at_least_hops")
-
-
-def check_unstaged(recipe: Recipe):
-    """ValueError for fields of stages in a task without any, and for rows without a length."""
-    data = recipe.data
-    stages = [item.name for item in fields(Curriculum) if item.name != "check_every"]
-    refuse_fields("curriculum", recipe.curriculum, stages, data.task)
-    if data.sequence_length is None:
-        raise ValueError(f"data.sequence_length must be set for the task {data.task}: the tokens of a row.")
+    def resolved(self) -> dict:
+        """Nested plain values, as recipe.yaml has them."""
+        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "overwrite")}
 
 
-def check_hops(recipe: Recipe):
-    """ValueError for fields that only text and molecules have."""
-    text_only = ("files", "sequence_length", "tokenizer", "vocab_size", "validation_tokens", "spellings")
-    refuse_fields("data", recipe.data, text_only, recipe.data.task)
+def own_sections(task: str) -> dict[str, type]:
+    """Section -> its class, of the sections that belong to the task."""
+    return {"data": TASKS[task].Data, "curriculum": TASKS[task].Curriculum}
 
 
-def check_text(recipe: Recipe):
-    """ValueError for fields that only other tasks have, and for rows without a length or a tokenizer."""
-    data = recipe.data
-    refuse_fields("data", data, ("config", *HOP_FIELDS, "spellings"), "text")
-    check_unstaged(recipe)
-    sources = {"init_from": recipe.init_from, "data.tokenizer": data.tokenizer, "data.vocab_size": data.vocab_size}
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"the tokenizer of a text comes from one of {', '.join(sources)}, got {' and '.join(given) or 'none'}."
-        )
+def recipe_fields() -> list[str]:
+    """Dotted names of the fields of all tasks' recipes."""
+    return list(dict.fromkeys(name for task in TASKS for name in field_names(Recipe, own_sections(task))))
 
 
-def check_molecules(recipe: Recipe):
-    """ValueError for fields that only other tasks have, and for rows without a length."""
-    refuse_fields("data", recipe.data, (*HOP_FIELDS, "tokenizer", "vocab_size"), "molecules")
-    check_unstaged(recipe)
+def recipe_defaults(task: str) -> dict:
+    """Dotted field -> default; a field that the task does not have has the default it has in another task."""
+    flat = {}
+    for other in [*TASKS, task]:
+        flat |= defaults(Recipe, own_sections(other))
+    return flat
 
 
-CHECKS = {"khop": check_hops, "composition": check_hops, "text": check_text, "molecules": check_molecules}
+def build_recipe(values: dict) -> Recipe:
+    """A recipe from nested plain values.
+
+    Raises:
+        ValueError: a field that is unknown, of another task, or of a wrong type, and a recipe that cannot be run.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"expected fields and values, got {values!r}.")
+    values = {"data": {}, "curriculum": {}} | values
+    task = values["data"].get("task", "khop") if isinstance(values["data"], dict) else "khop"
+    if not isinstance(task, str) or task not in TASKS:
+        near = difflib.get_close_matches(str(task), TASKS, n=1, cutoff=0)[0]
+        raise ValueError(f"data.task must be one of {', '.join(TASKS)}, got {task!r}; did you mean {near}?")
+    for section in own_sections(task):
+        if isinstance(values[section], dict):
+            values[section] = of_task(values[section], section, task)
+    return build(values, Recipe, own_sections(task))
 
 
-def read_recipe(path: str | Path, flags: list[str] = ()) -> Recipe:
+def of_task(values: dict, section: str, task: str) -> dict:
+    """The fields of a section without those that only other tasks have.
+
+    Raises:
+        ValueError: one of these has another value than its default. Defaults are passed over: older versions
+            wrote the fields of all tasks into every recipe.yaml.
+    """
+    known = {other: defaults(own_sections(other)[section]) for other in TASKS}
+    kept = {}
+    for name, value in values.items():
+        owners = [other for other in TASKS if name in known[other]]
+        if task in owners or not owners:
+            kept[name] = value
+        elif value != known[owners[0]][name]:
+            raise ValueError(
+                f"{section}.{name} is not for the task {task}: leave it out; {' and '.join(owners)} have it."
+            )
+    return kept
+
+
+def move_check_every(values: dict) -> bool:
+    """Put `check_every` beside `log_every`; whether it was in the curriculum, as in older versions."""
+    curriculum = values.get("curriculum")
+    if not isinstance(curriculum, dict) or "check_every" not in curriculum:
+        return False
+    values["curriculum"] = {name: value for name, value in curriculum.items() if name != "check_every"}
+    values["check_every"] = curriculum["check_every"]
+    return True
+
+
+def read_recipe(path: str | Path, flags: Sequence[str] = ()) -> Recipe:
     """Recipe in the YAML file `path`, with `--section.field value` or `--section.field=value` flags put over it.
 
-    Raises ValueError, with what is wrong and where, for a file or a flag that cannot be read and a recipe that cannot
-    be run.
+    Raises:
+        ValueError: what is wrong and where, of a file or a flag that cannot be read and a recipe that cannot be run.
     """
     values = read_yaml(expand_home("the recipe", str(path)))
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: expected fields and values, got {values!r}.")
+    twice = "check_every" in values
+    moved = move_check_every(values)
+    if moved and twice:
+        raise ValueError(f"{path}: check_every and curriculum.check_every name the same thing: leave the second out.")
     flags = iter(flags)
     for flag in flags:
         name, equals, text = flag.partition("=")
@@ -244,4 +240,7 @@ def read_recipe(path: str | Path, flags: list[str] = ()) -> Recipe:
             if not isinstance(place, dict):
                 raise ValueError(f"{name}: {section} is a value, it has no fields.")
         place[leaf] = parse_yaml(text, f"the argument {name}")
-    return build_recipe(values, Recipe)
+        moved |= move_check_every(values)
+    if moved:
+        logger.warning("curriculum.check_every is now check_every: write it beside log_every.")
+    return build_recipe(values)

@@ -45,7 +45,7 @@ from looplab.runs.writing import remove_partials, write_whole
 from looplab.runs.yaml_text import read_yaml, to_yaml
 from looplab.tasks.training import State
 
-from .recipe import Recipe
+from .recipe import Recipe, move_check_every, recipe_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +128,6 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
-
-    def resolved(self) -> dict:
-        """The recipe as recipe.yaml has it."""
-        return {k: v for k, v in asdict(self.recipe).items() if k not in ("output_dir", "overwrite")}
 
     def note(self) -> dict:
         """run.json: digests of data, tokenizer and starting weights, and of the files written."""
@@ -230,8 +226,10 @@ class RunFolder:
             raise ValueError(
                 f"{path} is damaged ({error}), so that it is not known what to go on with. {OTHERS}"
             ) from error
-        # A field that the run's version did not have yet is at its default there.
-        old, new = flatten(defaults(Recipe)) | flatten(old), flatten(self.resolved())
+        move_check_every(old)
+        # A field that one of the two does not have is at its default there: versions and tasks differ in their fields.
+        default = recipe_defaults(self.recipe.data.task)
+        old, new = default | flatten(old), default | flatten(self.recipe.resolved())
         names = sorted((old.keys() | new.keys()) - {"name", "output_dir", "overwrite"})
         differ = {name: [old.get(name), new.get(name)] for name in names if old.get(name) != new.get(name)}
         fixed = [f"{name}: {before} -> {after}" for name, (before, after) in differ.items() if name not in FREE]
@@ -285,7 +283,7 @@ class RunFolder:
             self.trim_metrics(state)
             self.drop_before(self.checkpoints / f"step-{state.step:09d}")  # a kill may have interrupted that
             if not self.resumes or self.changed:
-                text = to_yaml(self.resolved())
+                text = to_yaml(self.recipe.resolved())
                 self.note_file("recipe.yaml", hashlib.sha256(text.encode()).hexdigest())
                 write_whole(self.folder / "recipe.yaml", text)
         except OSError as error:
@@ -302,7 +300,7 @@ class RunFolder:
 
     def trim_metrics(self, state: State) -> None:
         """Drop rows that a resumed run will write again and lines that are no rows; say where the recipe changed."""
-        step = state.step or -1
+        last = state.step if state.step > 0 else -1  # a run that begins writes the row of step 0 again
         lines = (
             self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if self.metrics.exists() else []
         )
@@ -310,7 +308,7 @@ class RunFolder:
         for line in lines:
             try:
                 row = json.loads(line)
-                kept += [row] if row["step"] <= step else []
+                kept += [row] if row["step"] <= last else []
             except (ValueError, KeyError, TypeError, RecursionError):
                 damaged += 1
         if damaged > 1:  # the last one is cut short where a run was killed
@@ -497,20 +495,6 @@ def files_in(folder: Path) -> list[str]:
         links = [name for name in folders if Path(place, name).is_symlink()]
         found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
     return sorted(found)
-
-
-def defaults(section: type) -> dict:
-    """Field -> default, of a section of the recipe and of the sections in it; fields without one are None."""
-    values = {}
-    for item in fields(section):
-        if item.default is not MISSING:
-            values[item.name] = item.default
-        elif item.default_factory is not MISSING:
-            made = item.default_factory()
-            values[item.name] = asdict(made) if hasattr(made, "__dataclass_fields__") else made
-        else:
-            values[item.name] = None
-    return values
 
 
 def vars_at(recipe: Recipe, name: str):

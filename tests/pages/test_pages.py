@@ -22,9 +22,8 @@ import train
 from data_builders import dataset_tokenizer, load_task
 from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from looplab.cli import main, parser
-from looplab.runs.sections import build_recipe
 from looplab.runs.yaml_text import parse_yaml
-from looplab.training.recipe import Recipe
+from looplab.training.recipe import build_recipe
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
@@ -260,7 +259,7 @@ def test_the_commands_of_a_page_are_accepted(page, monkeypatch):
             if isinstance(recipe, Path):
                 train.read_recipe(recipe, flags)
             else:
-                build_recipe(parse_yaml(recipe, page), Recipe)
+                build_recipe(parse_yaml(recipe, page))
         elif words[0] == "make":
             assert set(words[1:]) <= targets
         else:
@@ -310,7 +309,7 @@ def test_the_dataset_that_a_guide_names_is_accepted():
     [dataset] = re.findall(r"`data.overrides: (\{.*\})`", prose_of(page))
     values = parse_yaml(recipe, page)
     values["data"] |= {"files": None, "overrides": yaml.safe_load(dataset)}
-    assert build_recipe(values, Recipe).data.overrides["column"] == "text"
+    assert build_recipe(values).data.overrides["column"] == "text"
 
 
 # ---- names, links, tables

@@ -78,7 +78,7 @@ def text(trained, home):
 @pytest.fixture(scope="module")
 def smiles(trained, home):
     """A run on molecules, each of 20 samples at 1 and 3 loops."""
-    run = trained.copy(home, "molecules", "--optim.lr=1e-2", "--max_steps=60", "--curriculum.check_every=1000")
+    run = trained.copy(home, "molecules", "--optim.lr=1e-2", "--max_steps=60", "--check_every=1000")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "BATCH", 20)
         patch.setattr(samples, "MAX_TOKENS", 40)

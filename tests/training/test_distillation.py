@@ -26,13 +26,11 @@ def test_the_interpolation_ends_at_both_models(chunk, num_loops, qk_norm):
     student, teacher = (model.double() for model in make_pair(chunk, qk_norm=qk_norm))
     ids = make_ids()
     own = student(ids, num_loops=num_loops).logits
-    with interpolated(student) as sharing:
-        sharing.alpha = 0.0
-        first = student(ids, num_loops=num_loops, use_cache=True).logits
-        sharing.alpha = 1.0
-        last = student(ids, num_loops=num_loops, use_cache=True).logits
-        sharing.alpha = 0.5
-        between = student(ids, num_loops=num_loops, use_cache=True).logits
+    logits = []
+    for alpha in (0.0, 1.0, 0.5):
+        with interpolated(student, alpha):
+            logits.append(student(ids, num_loops=num_loops, use_cache=True).logits)
+    first, last, between = logits
     torch.testing.assert_close(first, teacher(ids, num_loops=num_loops).logits, **FP32)
     torch.testing.assert_close(last, own, **FP32)
     if num_loops > 1:
@@ -44,8 +42,7 @@ def test_the_mixture_is_that_of_keys_and_values():
     """A naive twin of one layer, two loops and chunks of one token, its memories in plain lists."""
     student, _ = make_pair(1, num_core_layers=1, num_loops=2, position_embedding="none", num_key_value_heads=4)
     ids, alpha = make_ids(), 0.3
-    with interpolated(student) as sharing, torch.no_grad():
-        sharing.alpha = alpha
+    with interpolated(student, alpha), torch.no_grad():
         logits = student(ids, use_cache=True).logits
     (layer,) = student.model.core
     attn, heads = layer.self_attn, lambda t: t.unflatten(-1, (4, 8))

@@ -20,8 +20,10 @@ from data_builders import (
 from data_builders.fields import Range
 from looplab.cli import parser
 from looplab.pretrained import study as frozen
-from looplab.runs.sections import build_recipe, field_names
-from looplab.training.recipe import Recipe, read_recipe
+from looplab.runs.sections import build, defaults, field_names
+from looplab.runs.yaml_text import to_yaml
+from looplab.tasks.registry import TASKS
+from looplab.training.recipe import Recipe, build_recipe, own_sections, read_recipe, recipe_defaults, recipe_fields
 from toys import ROOT
 
 HOPS = {
@@ -46,10 +48,14 @@ JUNK = [
 
 
 def leaves(section: type, prefix: str = "") -> dict:
-    """Dotted name -> field."""
+    """Dotted name -> field; of a recipe, those of all tasks."""
+    kinds = [(item, [item.type]) for item in fields(section)]
+    if section is Recipe:
+        kinds = [(i, [own_sections(task).get(i.name, i.type) for task in TASKS]) for i in fields(section)]
     found = {}
-    for item in fields(section):
-        found |= leaves(item.type, f"{prefix}{item.name}.") if is_dataclass(item.type) else {prefix + item.name: item}
+    for item, types in kinds:
+        for kind in types:
+            found |= leaves(kind, f"{prefix}{item.name}.") if is_dataclass(kind) else {prefix + item.name: item}
     return found
 
 
@@ -105,7 +111,7 @@ def test_junk_in_a_number_of_a_recipe_is_refused_by_name(name):
     refused = 0
     for base in (HOPS, TEXT, MOLECULES):
         for value in JUNK:
-            said = refusal(build_recipe, put(base, name, value), Recipe)
+            said = refusal(build_recipe, put(base, name, value))
             if said is not None:
                 refused += 1
                 section, _, leaf = name.rpartition(".")
@@ -130,7 +136,7 @@ def test_junk_in_a_number_of_a_recipe_is_refused_by_name(name):
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused(name, value):
     with pytest.raises(ValueError, match=name.replace(".", r"[.:] ?")):
-        build_recipe(put(HOPS, name, value), Recipe)
+        build_recipe(put(HOPS, name, value))
 
 
 @pytest.mark.parametrize(
@@ -152,11 +158,11 @@ def test_a_number_out_of_range_is_refused(name, value):
 )
 def test_fields_that_do_not_go_together_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
-        build_recipe(put(HOPS, name, value), Recipe)
+        build_recipe(put(HOPS, name, value))
 
 
 def test_a_warm_up_may_be_longer_than_the_run():
-    assert build_recipe(put(HOPS, "optim.warmup_steps", 100), Recipe).optim.warmup_steps == 100
+    assert build_recipe(put(HOPS, "optim.warmup_steps", 100)).optim.warmup_steps == 100
 
 
 @pytest.mark.parametrize("name", [name for name, item in leaves(Recipe).items() if item.metadata.get("path")])
@@ -168,7 +174,7 @@ def test_a_path_may_begin_at_home(name, monkeypatch, tmp_path):
         base = put(base, "data.vocab_size", None)
 
     def read(path: str) -> str:
-        value = build_recipe(put(base, name, [path] if many else path), Recipe)
+        value = build_recipe(put(base, name, [path] if many else path))
         for part in name.split("."):
             value = getattr(value, part)
         return value[0] if many else value
@@ -226,6 +232,57 @@ def test_a_field_or_a_section_named_twice_is_refused(section, tmp_path):
         read_recipe(tmp_path / "r.yaml")
 
 
+# Sections of a task's own
+
+
+BASES = {"khop": HOPS, "composition": put(HOPS, "data.task", "composition"), "text": TEXT, "molecules": MOLECULES}
+FOREIGN = [
+    (task, name)
+    for task in TASKS
+    for name in recipe_defaults(task)
+    if name.split(".")[0] in own_sections(task) and name not in defaults(Recipe, own_sections(task))
+]
+
+
+@pytest.mark.parametrize(("task", "name"), FOREIGN)
+def test_a_field_of_another_task_is_refused_and_its_default_passed_over(task, name):
+    """Older versions wrote the fields of all tasks into every recipe.yaml."""
+    base, (section, _, leaf) = BASES[task], name.partition(".")
+    assert build_recipe(put(base, name, recipe_defaults(task)[name])) == build_recipe(base)
+    owners = [other for other in TASKS if name in defaults(Recipe, own_sections(other))]
+    with pytest.raises(
+        ValueError, match=rf"{section}\.{leaf} is not for the task {task}: .*{' and '.join(owners)} have"
+    ):
+        build_recipe(put(base, name, "other"))
+
+
+@pytest.mark.parametrize("task", ["tex", "hops", "", None, 3, [], {"task": "text"}])
+def test_a_task_that_does_not_exist_is_refused(task):
+    with pytest.raises(
+        ValueError, match=r"data\.task must be one of khop, composition, text, molecules, got .*mean \w+"
+    ):
+        build_recipe(put(HOPS, "data.task", task))
+
+
+def test_check_every_may_still_be_in_the_curriculum(tmp_path, caplog):
+    """In a file, in a flag and in a section that is a flag, over a recipe of either form; it is said once."""
+    for place in ("check_every", "curriculum.check_every"):
+        (tmp_path / "r.yaml").write_text(to_yaml(put(HOPS, place, 7)), encoding="utf-8")
+        for flags, value in (
+            ([], 7), (["--check_every=8"], 8), (["--curriculum.check_every", "8"], 8),
+            (["--curriculum={check_every: 8, min_steps: 2}"], 8), (["--curriculum={min_steps: 2}"], 7),
+        ):  # fmt: skip
+            caplog.clear()
+            recipe = read_recipe(tmp_path / "r.yaml", flags)
+            assert recipe.check_every == value
+            assert recipe.curriculum.min_steps == (2 if "min_steps" in str(flags) else 0)
+            old = "curriculum" in place or "check_every: 8" in str(flags) or "curriculum.check" in str(flags)
+            assert caplog.text.count("curriculum.check_every is now check_every") == old
+    (tmp_path / "r.yaml").write_text(to_yaml(put(put(HOPS, place, 7), "check_every", 7)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"check_every and curriculum\.check_every name the same thing"):
+        read_recipe(tmp_path / "r.yaml")
+
+
 # Depths
 
 
@@ -253,7 +310,7 @@ def test_a_depth_is_drawn_or_refused(kind, name):
 @pytest.mark.parametrize("name", [name for name, item in leaves(frozen.FrozenRecipe).items() if is_number(item)])
 def test_junk_in_a_number_of_a_study_is_refused_by_name(name):
     for value in [*JUNK, {"piqa": 0}, {"piqa": True}]:
-        said = refusal(build_recipe, put(STUDY, name, value), frozen.FrozenRecipe)
+        said = refusal(build, put(STUDY, name, value), frozen.FrozenRecipe)
         assert said is None or name.split(".")[-1] in said, value
 
 
@@ -280,8 +337,9 @@ def test_junk_in_a_setting_is_refused_before_any_work(name):
 )
 def test_a_study_that_cannot_be_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        build_recipe(STUDY | fields, frozen.FrozenRecipe)
+        build(STUDY | fields, frozen.FrozenRecipe)
 
 
 def test_names_of_fields_are_those_of_leaves_and_sections():
-    assert set(leaves(Recipe)) < set(field_names(Recipe))
+    assert set(leaves(Recipe)) < set(recipe_fields())
+    assert set(leaves(frozen.FrozenRecipe)) < set(field_names(frozen.FrozenRecipe))

@@ -297,7 +297,7 @@ train.main(train.read_recipe(sys.argv[1], sys.argv[2:]))
 def test_two_sharded_processes_train_as_one_does(tmp_path):
     """FSDP2 over gloo, the core called once per loop, the head tied; Muon orthogonalizes in bf16, hence the bound."""
     smoke = RECIPES / "smoke.yaml"
-    flags = [f"--output_dir={tmp_path}", "--max_steps=6", "--curriculum.check_every=3"]
+    flags = [f"--output_dir={tmp_path}", "--max_steps=6", "--check_every=3"]
     script = tmp_path / "sharded_on_cpu.py"
     script.write_text(SHARDED_ON_CPU)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]

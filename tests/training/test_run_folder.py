@@ -24,15 +24,18 @@ from data_builders import dataset_byte_bpe
 from looplab.cli import main as looped
 from looplab.publish.publishing import check_measured
 from looplab.runs.digests import sha256_of, weights_of
-from looplab.runs.folder import VERBS, open_run
+from looplab.runs.folder import VERBS, Run, open_run
 from looplab.runs.models import load_run_model
 from looplab.runs.records import RECORDS, locked, owned, replaced_folder, settle
-from looplab.runs.sections import field_names, flatten
+from looplab.runs.sections import defaults
+from looplab.runs.seeds import recipe_key
+from looplab.runs.writing import write_whole
+from looplab.runs.yaml_text import to_yaml
 from looplab.tasks.hops.evaluation import evaluate_run, grid_table
 from looplab.tasks.hops.results import depth_text, markdown_table
 from looplab.tasks.hops.run_figures import training_curves
-from looplab.training.recipe import Recipe, read_recipe
-from looplab.training.run_folder import FREE, RunFolder, defaults, files_in, read_state
+from looplab.training.recipe import Recipe, build_recipe, own_sections, read_recipe, recipe_defaults
+from looplab.training.run_folder import FREE, RunFolder, files_in, read_state
 from toy_runs import reset_accelerator
 from toys import ROOT, write_pages
 from train import main
@@ -292,7 +295,12 @@ def other_value(value):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in flatten(defaults(Recipe)) if n not in ("name", "output_dir", "overwrite")]
+    "name",
+    [
+        name
+        for name in defaults(Recipe, own_sections("khop"))
+        if name not in ("name", "output_dir", "overwrite", "data.overrides")
+    ],
 )
 def test_only_budget_and_logging_may_change(finished, tmp_path, name):
     """For every field of a recipe: it is free, and said in the metrics, or the run is another one."""
@@ -317,6 +325,45 @@ def test_only_budget_and_logging_may_change(finished, tmp_path, name):
     else:
         with pytest.raises(ValueError, match=rf"holds a run of another recipe \(.*{name}"):
             folder.compared()
+
+
+def as_older_versions_wrote(recipe: dict) -> dict:
+    """recipe.yaml with the fields of all tasks, and `check_every` in the curriculum."""
+    old = recipe | {"data": dict(recipe["data"]), "curriculum": {"check_every": recipe["check_every"]}}
+    del old["check_every"]
+    for name, value in recipe_defaults(recipe["data"]["task"]).items():
+        section, _, leaf = name.partition(".")
+        if section in ("data", "curriculum"):
+            old[section].setdefault(leaf, recipe[section].get(leaf, value))
+    return old
+
+
+@pytest.mark.parametrize("file", ["smoke", "smoke_text", "molecules/smoke_molecules"])
+def test_a_run_of_an_older_version_has_the_same_recipe(tmp_path, file):
+    """recipe.yaml had the fields of all tasks: they say nothing new, to a run that goes on and to groups of seeds."""
+    recipe = read_recipe(ROOT / "recipes" / f"{file}.yaml", [f"--output_dir={tmp_path}", "--name=run"])
+    values, run = recipe.resolved(), tmp_path / "run"
+    keys = []
+    for written in (values, as_older_versions_wrote(values) | {"seed": 2}):
+        write_whole(run / "recipe.yaml", to_yaml(written))
+        keys.append(recipe_key(Run(run)))
+    assert keys[0] == keys[1]
+    for name, value in (("max_steps", 40), ("check_every", 11)):
+        folder = RunFolder(build_recipe(asdict(recipe) | {"seed": 2, name: value}), is_main=True)
+        if name in FREE:
+            assert folder.compared() == {"max_steps": [recipe.max_steps, 40]}
+        else:
+            with pytest.raises(ValueError, match=r"another recipe \(check_every: 10 -> 11\)"):
+                folder.compared()
+
+
+def test_a_run_of_an_older_version_goes_on(run, tmp_path):
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(as_older_versions_wrote(values)))
+    main(recipe_of(run, "--max_steps=24"))
+    main(recipe_of(tmp_path / "whole", "--max_steps=24"))
+    assert [row for row in rows(run) if "recipe_changed" not in row] == rows(tmp_path / "whole")
+    assert yaml.safe_load((run / "recipe.yaml").read_text()) == values | {"max_steps": 24}
 
 
 def test_a_run_with_a_larger_budget_goes_on_as_if_it_had_always_had_it(run, tmp_path):
@@ -639,4 +686,3 @@ def test_a_model_that_is_not_whole_is_loaded_nowhere(run, tmp_path, damage):
     with pytest.raises(ValueError, match=r"init_from: the weights in .* do not fit its config\.json"):
         main(recipe_of(tmp_path / "second", f"--init_from={run / 'model'}", "--model={}"))
     assert asdict(recipe_of(tmp_path / "third"))["name"] == "third"
-    assert "distill.teacher" in field_names(Recipe)

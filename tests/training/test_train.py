@@ -19,12 +19,11 @@ import yaml
 from accelerate import Accelerator
 from transformers import AutoTokenizer, GenerationConfig
 
-import train
-from data_builders import train_byte_bpe
-from looplab.runs.sections import build_recipe
+from data_builders import load_task, train_byte_bpe
 from looplab.runs.yaml_text import parse_yaml
+from looplab.tasks.language.training import held_out_exits
 from looplab.training.optimizers import lr_factor
-from looplab.training.recipe import Recipe
+from looplab.training.recipe import Optim, build_recipe
 from modeling_looped import LoopedForCausalLM
 from toy_runs import measured, reset_accelerator
 from toys import ROOT, make_model, write_pages
@@ -81,7 +80,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_equals_an_uninterrupted_one(recipe, tmp_path):
     """kill -9 at any moment, then the same command: no row is lost, doubled or different."""
-    flags = ["--max_steps=300", "--checkpoint_every=40", "--curriculum.check_every=50", DROPOUT]
+    flags = ["--max_steps=300", "--checkpoint_every=40", "--check_every=50", DROPOUT]
     process = launch("train.py", str(SMOKE), f"--output_dir={tmp_path}", "--name=killed", *flags)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 60:
@@ -176,8 +175,8 @@ def test_a_batch_that_does_not_divide_raises(recipe):
 
 def test_evaluating_more_often_changes_nothing(recipe, tmp_path):
     """Training mode is on again after each evaluation, else dropout would be off for ever (Kohli et al.'s code)."""
-    main(recipe("often", DROPOUT, "--curriculum.check_every=2"))
-    main(recipe("never", DROPOUT, "--curriculum.check_every=1000"))
+    main(recipe("often", DROPOUT, "--check_every=2"))
+    main(recipe("never", DROPOUT, "--check_every=1000"))
     assert measured(tmp_path / "often") == measured(tmp_path / "never")
 
 
@@ -188,8 +187,8 @@ def test_the_curriculum_adds_a_hop_when_the_gate_passes(recipe, tmp_path):
         "--data.weighting=uniform",
         "--batch_size=64",
     ]
-    curriculum = "--curriculum={start_hops: 2, threshold: 0.9, check_every: 25, min_steps: 30, after_last: stop}"
-    summary = main(recipe("run", *flags, curriculum, "--max_steps=400"))
+    curriculum = "--curriculum={start_hops: 2, threshold: 0.9, min_steps: 30, after_last: stop}"
+    summary = main(recipe("run", *flags, "--check_every=25", curriculum, "--max_steps=400"))
     trained, checked = {2: set(), 3: set()}, []
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -213,7 +212,7 @@ def test_the_model_folder_alone_scores_what_the_run_measured(recipe, tmp_path):
     folder = tmp_path / "run" / "model"
     model, tokenizer = LoopedForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert GenerationConfig.from_pretrained(folder).num_loops == model.config.num_loops == 4
-    validation = train.load_task(
+    validation = load_task(
         "khop",
         "quickstart",
         num_entities=8,
@@ -253,7 +252,7 @@ def test_an_answer_may_be_read_at_the_last_relation(recipe, tmp_path):
     assert len(tokenizer("e1 r0 r1")["input_ids"]) == 3
     model = LoopedForCausalLM.from_pretrained(tmp_path / "run" / "model")
     overrides = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["overrides"]
-    gate = train.load_task("khop", "quickstart", **overrides)["validation"]
+    gate = load_task("khop", "quickstart", **overrides)["validation"]
     two_hops = gate.filter(lambda hops: hops == 2, input_columns="hops")
     ids = torch.tensor(tokenizer(two_hops["text"][:])["input_ids"])
     answers = tokenizer.convert_ids_to_tokens(model(ids).logits[:, -1].argmax(-1).tolist())
@@ -351,13 +350,13 @@ def test_a_run_ends_with_its_time(recipe):
 def test_schedules():
     """Warm-up counts from the stage's start; every shape but constant ends at zero."""
     for schedule in ("constant", "linear", "cosine", "wsd"):
-        optim = train.Optim(schedule=schedule, warmup_steps=10)
+        optim = Optim(schedule=schedule, warmup_steps=10)
         assert lr_factor(optim, 4, 0.0) == 0.5
         assert lr_factor(optim, 100, 0.0) == 1.0
         assert lr_factor(optim, 100, 1.0) == pytest.approx(float(schedule == "constant"), abs=1e-12)
     assert lr_factor(optim, 100, 0.8) == pytest.approx(1.0)
     assert lr_factor(optim, 100, 0.9) == pytest.approx(0.5)
-    cosine = train.Optim(schedule="cosine", final_share=0.1)
+    cosine = Optim(schedule="cosine", final_share=0.1)
     assert [lr_factor(cosine, 100, progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1])
 
 
@@ -378,7 +377,7 @@ def test_schedules():
         ("--max_steps.a=4", r"max_steps is a value"),
         ("--optim.kind=sgd", r"'kind'.*'adamw', 'muon'"),
         ("--batch_size=0", r"batch_size must be >= 1, got 0"),
-        ("--curriculum.check_every=0", r"curriculum\.check_every must be >= 1"),
+        ("--check_every=0", r"check_every must be >= 1"),
         ("--max_steps=null", r"no budget: set max_steps, max_seconds"),
         ("--name=../elsewhere", r"name must be a plain folder name"),
         ("--optim.label_smoothing=1", r"label_smoothing must be in \[0, 1\), got 1"),
@@ -412,7 +411,7 @@ def test_a_recipe_that_cannot_run_raises(recipe, tmp_path, flag, message):
 
 def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match=r"name"):
-        build_recipe({"model": {}, "max_steps": 1}, Recipe)
+        build_recipe({"model": {}, "max_steps": 1})
 
 
 def test_numbers_are_read_as_in_yaml_1_2():
@@ -535,13 +534,7 @@ def test_measured_exits_are_those_of_a_naive_sum():
     ids = torch.arange(1, 49).view(4, 12)
     labels = torch.where(ids % 5 == 0, -100, ids + 1)
 
-    class Blocks:
-        mean_length = 12
-
-        def rows(self, numbers):
-            return {"input_ids": ids[numbers], "shift_labels": labels[numbers]}
-
-    measured = train.held_out_exits(Accelerator(), model, Blocks(), 4, 3)
+    measured = held_out_exits(Accelerator(), model, [{"input_ids": ids, "shift_labels": labels}], 3)
     kept, left = labels != -100, torch.ones(4, 12)
     expected = mean_loop = entropy = 0.0
     for loops in (1, 2, 3):
@@ -592,8 +585,8 @@ def test_two_processes_read_one_text(text, tmp_path):
 
 
 def test_measuring_text_more_often_changes_nothing(text, tmp_path):
-    main(text("often", DROPOUT, "--curriculum.check_every=2"))
-    main(text("never", DROPOUT, "--curriculum.check_every=1000", "--eval_loops=[]"))
+    main(text("often", DROPOUT, "--check_every=2"))
+    main(text("never", DROPOUT, "--check_every=1000", "--eval_loops=[]"))
     assert measured(tmp_path / "often") == measured(tmp_path / "never")
 
 
@@ -604,7 +597,7 @@ def test_the_model_folder_alone_has_the_loss_the_run_measured(text, tmp_path):
     model, tokenizer = LoopedForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert GenerationConfig.from_pretrained(folder).num_loops == 2
     data = text("run").data
-    held_out = train.load_task("text", "files", files=data.files, **data.overrides)["validation"]
+    held_out = load_task("text", "files", files=data.files, **data.overrides)["validation"]
     stream = [i for text in held_out["text"] for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     for num_loops, expected in ({None: summary["held_out"]} | summary[AT_LOOPS]).items():
         losses = []
@@ -621,7 +614,7 @@ def test_the_model_folder_alone_has_the_loss_the_run_measured(text, tmp_path):
 
 def test_text_is_learnt(text):
     """From the entropy of the vocabulary to near that of the toy's thirteen words."""
-    summary = main(text("run", "--max_steps=150", "--curriculum.check_every=1000", "--optim.lr=1e-2"))
+    summary = main(text("run", "--max_steps=150", "--check_every=1000", "--optim.lr=1e-2"))
     assert summary["held_out"]["loss"] < 3.0 < 5.6
 
 

@@ -6,9 +6,19 @@ from pathlib import Path
 from looplab.runs.folder import Run
 from looplab.tasks.base import refuse_masked
 
+from .data import HopCurriculum, HopData
+
 
 class HopReader:
     """Runs on chains of hops."""
+
+    Data, Curriculum = HopData, HopCurriculum
+
+    def training(self, recipe, splits, depth, accelerator, kept_tokenizer):
+        """The task in training, see `tasks.training.TaskTraining`."""
+        from .training import HopTraining
+
+        return HopTraining(recipe, splits, depth, accelerator, kept_tokenizer)
 
     def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
         """Write the files of `evaluation.evaluate_run`; None is its default.

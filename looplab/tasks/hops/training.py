@@ -1,19 +1,140 @@
-"""Training on chains of relations."""
+"""Training on chains of relations: the answer is read at one token, and deeper chains come in as shallower ones are
+learnt."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from datasets import DatasetDict
 
-from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups, load_task
-from looplab.tasks.training import State, load_tokenizer
-from looplab.training.recipe import Recipe
-from looplab.training.run_folder import RunFolder
+from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups
+from looplab.tasks.training import State, TaskTraining, TrainingRecipe, load_tokenizer
 from modeling_looped import LoopedForCausalLM
+
+# Held-out rows that go through the model at once.
+CHECKED_ROWS = 512
+
+
+class HopTraining(TaskTraining):
+    """Stage k trains on 1..k hops. Its held-out rows are the validation split: other chains than those of the test."""
+
+    logits_to_keep = 1
+    generation = {"max_new_tokens": 1}  # noqa: RUF012
+
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        splits: DatasetDict,
+        depth: DepthSampler,
+        accelerator: Accelerator,
+        kept_tokenizer: Path | None,
+    ):
+        self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
+        readout, curriculum = recipe.data.readout, recipe.curriculum
+        self.padding = None if recipe.data.pad_to is None else "data.pad_to"
+        if recipe.init_from is None:
+            self.tokenizer = dataset_tokenizer(splits, readout=readout)
+        else:
+            self.tokenizer = load_tokenizer("init_from", recipe.init_from)
+            if bool(self.tokenizer("")["input_ids"]) != (readout == "token"):
+                raise ValueError(f"data.readout is {readout}, but not so for the tokenizer in {recipe.init_from}.")
+        self.train_rows = splits["train"]
+        self.held_out = encode_groups(splits["validation"], self.tokenizer)
+        self.held_out_hops = sorted({hops for hops, _ in self.held_out})
+        self.train_hops = sorted(self.train_rows.unique("hops"))
+        self.start_hops = curriculum.start_hops or self.train_hops[-1]
+        self.stop_hops = curriculum.stop_hops or self.train_hops[-1]
+        ends = {self.start_hops, self.stop_hops}
+        if self.start_hops > self.stop_hops or not ends <= set(self.train_hops) & set(self.held_out_hops):
+            raise ValueError(
+                f"curriculum.start_hops {self.start_hops} and stop_hops {self.stop_hops} must be in order and have "
+                f"both training rows (hops {self.train_hops}) and held-out rows (hops {self.held_out_hops})."
+            )
+
+    def first_state(self) -> State:
+        return State(stage=self.start_hops)
+
+    def begin(self, state: State) -> None:
+        """Train on 1 .. `state.stage` hops."""
+        data = self.recipe.data
+        self.batches = HopBatches(
+            self.train_rows, self.tokenizer, self.recipe.batch_size, self.recipe.seed, self.depth,
+            hops=[k for k in self.train_hops if k <= state.stage], rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes, weighting=data.weighting, at_least_hops=data.at_least_hops,
+            pad_to=data.pad_to,
+        )  # fmt: skip
+
+    def is_through(self, state: State) -> bool:
+        """Whether the last stage has passed and the recipe stops there."""
+        return self.recipe.curriculum.after_last == "stop" and state.learnable_depth == self.stop_hops
+
+    def schedule_step(self, state: State) -> int:
+        return state.step - state.stage_start if self.recipe.curriculum.restart_optimizer else state.step
+
+    def describe(self, batch: dict, state: State) -> dict:
+        return {"stage": state.stage, "hops": batch["hops"]}
+
+    def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
+        """Accuracy by hop count up to the stage's, and at each of `eval_loops`."""
+        hops = [k for k in self.held_out_hops if k <= state.stage]
+        row = {"stage": state.stage} | by_kind(self.accuracy(model, hops, num_loops))
+        state.gate = row["gate"]
+        if self.recipe.eval_loops:
+            row["gate_at_loops"] = {str(loops): self.accuracy(model, hops, loops) for loops in self.recipe.eval_loops}
+        return row
+
+    def accuracy(self, model: LoopedForCausalLM, hops: Sequence[int], num_loops: int) -> dict[str, float]:
+        return held_out_accuracy(self.accelerator, model, self.held_out, hops, num_loops)
+
+    def advance(self, state: State) -> bool:
+        """Note a passed stage and begin the next one; after the last one, the run may end."""
+        curriculum = self.recipe.curriculum
+        rested = state.step - state.stage_start >= curriculum.min_steps
+        if not rested or state.gate[str(state.stage)] <= curriculum.threshold:
+            return False
+        state.learnable_depth = state.stage
+        if state.stage == self.stop_hops:
+            state.finished |= curriculum.after_last == "stop"
+        elif not state.finished:
+            state.stage, state.stage_start = next(k for k in self.train_hops if k > state.stage), state.step
+            self.begin(state)
+            return curriculum.restart_optimizer
+        return False
+
+    def progress(self, state: State) -> dict:
+        return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}
+
+    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
+        """What was reached, the accuracy over all hops, and what was trained on."""
+        return {
+            "stage": state.stage,
+            "learnable_depth": state.learnable_depth,
+            **by_kind(self.accuracy(model, self.held_out_hops, num_loops)),
+            "trained_hops": [k for k in self.train_hops if k <= state.stage],
+        }
+
+    def headline(self, summary: dict) -> str:
+        return f"learnable depth {summary['learnable_depth']}, held-out accuracy {summary['gate']}"
+
+
+def by_kind(accuracy: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """What `held_out_accuracy` found, as rows of metrics.jsonl have it: all kinds of a hop count, and each kind."""
+    return {
+        "gate": {key: value for key, value in accuracy.items() if key.isdigit()},
+        "gate_by_split_kind": {key: value for key, value in accuracy.items() if not key.isdigit()},
+    }
 
 
 @torch.no_grad()
-def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops: int) -> dict[str, float]:
+def held_out_accuracy(
+    accelerator: Accelerator,
+    model: LoopedForCausalLM,
+    rows: Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]],
+    hops: Sequence[int],
+    num_loops: int,
+) -> dict[str, float]:
     """Share of `rows` whose argmax over the vocabulary at the readout is the answer; ranks share the work.
 
     rows: (hops, split_kind) -> (input_ids (N, T), answers (N,)). Result: "2", "3", .. and "2 id", "2 ood"..
@@ -24,7 +145,7 @@ def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops
         if k not in hops:
             continue
         correct = torch.zeros((), device=accelerator.device)
-        share = (part[accelerator.process_index :: accelerator.num_processes].split(512) for part in group)
+        share = (part[accelerator.process_index :: accelerator.num_processes].split(CHECKED_ROWS) for part in group)
         for input_ids, answers in zip(*share, strict=True):
             input_ids, answers = input_ids.to(accelerator.device), answers.to(accelerator.device)
             logits = model(
@@ -36,106 +157,3 @@ def held_out_accuracy(accelerator, model, rows: dict, hops: list[int], num_loops
             total[key] += len(group[1])
     model.train()
     return {key: right[key] / total[key] for key in total}
-
-
-class HopTask:
-    """Chains of relations: the answer is read at one token, and deeper chains come in as shallower ones are learnt."""
-
-    logits_to_keep = 1
-    generation = {"max_new_tokens": 1}  # noqa: RUF012
-
-    def __init__(self, recipe: Recipe, depth: DepthSampler, accelerator: Accelerator, run: RunFolder):
-        self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
-        data, curriculum = recipe.data, recipe.curriculum
-        # Training rows by hop count, and the gate's held-out rows, which are not the test's.
-        with accelerator.main_process_first():
-            dataset = load_task(data.task, data.config, **({"seed": data.seed} | data.overrides))
-            run.check_data(dataset)
-        if recipe.init_from is None:
-            self.tokenizer = dataset_tokenizer(dataset, readout=data.readout)
-        else:
-            self.tokenizer = load_tokenizer("init_from", recipe.init_from)
-            if bool(self.tokenizer("")["input_ids"]) != (data.readout == "token"):
-                raise ValueError(
-                    f"data.readout is {data.readout}, but not so for the tokenizer in {recipe.init_from}."
-                )
-        self.train_rows = dataset["train"]
-        self.gate_rows = encode_groups(dataset["validation"], self.tokenizer)
-        self.gate_hops = sorted({k for k, _ in self.gate_rows})
-        self.train_hops = sorted(self.train_rows.unique("hops"))
-        self.start_hops = curriculum.start_hops or self.train_hops[-1]
-        self.stop_hops = curriculum.stop_hops or self.train_hops[-1]
-        ends = {self.start_hops, self.stop_hops}
-        if self.start_hops > self.stop_hops or not ends <= set(self.train_hops) & set(self.gate_hops):
-            raise ValueError(
-                f"curriculum.start_hops {self.start_hops} and stop_hops {self.stop_hops} must be in order and have "
-                f"both training rows (hops {self.train_hops}) and held-out rows (hops {self.gate_hops})."
-            )
-
-    def first_state(self) -> State:
-        return State(stage=self.start_hops)
-
-    def is_through(self, state: State) -> bool:
-        """Whether the last stage has passed and the run is to end there, whatever budget remains."""
-        return self.recipe.curriculum.after_last == "stop" and state.learnable_depth == self.stop_hops
-
-    def begin(self, state: State):
-        """Train on 1 .. `state.stage` hops."""
-        data = self.recipe.data
-        self.batches = HopBatches(
-            self.train_rows, self.tokenizer, self.recipe.batch_size, self.recipe.seed, self.depth,
-            hops=[k for k in self.train_hops if k <= state.stage], rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes, weighting=data.weighting, at_least_hops=data.at_least_hops,
-            pad_to=data.pad_to,
-        )  # fmt: skip
-
-    def describe(self, batch: dict, state: State) -> dict:
-        """What a training row of metrics.jsonl says beside loss and loops."""
-        return {"stage": state.stage, "hops": batch["hops"]}
-
-    def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """Measure the gate, note it in `state`, and return the row of metrics.jsonl."""
-        hops = [k for k in self.gate_hops if k <= state.stage]
-        accuracy = held_out_accuracy(self.accelerator, model, self.gate_rows, hops, num_loops)
-        state.gate = {key: value for key, value in accuracy.items() if key.isdigit()}
-        row = {"stage": state.stage, "gate": state.gate}
-        row["gate_by_split_kind"] = {key: value for key, value in accuracy.items() if not key.isdigit()}
-        if self.recipe.eval_loops:
-            row["gate_at_loops"] = {
-                str(r): held_out_accuracy(self.accelerator, model, self.gate_rows, hops, r)
-                for r in self.recipe.eval_loops
-            }
-        return row
-
-    def advance(self, state: State) -> bool:
-        """Whether the check let a new stage begin; after the last one, the run may end."""
-        curriculum = self.recipe.curriculum
-        rested = state.step - state.stage_start >= curriculum.min_steps
-        if not rested or state.gate[str(state.stage)] <= curriculum.threshold:
-            return False
-        state.learnable_depth = state.stage
-        if state.stage == self.stop_hops:
-            state.finished |= curriculum.after_last == "stop"
-        elif not state.finished:
-            state.stage, state.stage_start = next(k for k in self.train_hops if k > state.stage), state.step
-            self.begin(state)
-            return True
-        return False
-
-    def progress(self, state: State) -> dict:
-        """What the progress bar shows beside the loss."""
-        return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}
-
-    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """What was reached, the gate over all hops, and what was trained on."""
-        gate = held_out_accuracy(self.accelerator, model, self.gate_rows, self.gate_hops, num_loops)
-        return {
-            "stage": state.stage,
-            "learnable_depth": state.learnable_depth,
-            "gate": {key: value for key, value in gate.items() if key.isdigit()},
-            "gate_by_split_kind": {key: value for key, value in gate.items() if not key.isdigit()},
-            "trained_hops": [k for k in self.train_hops if k <= state.stage],
-        }
-
-    def headline(self, summary: dict) -> str:
-        return f"learnable depth {summary['learnable_depth']}, gate {summary['gate']}"

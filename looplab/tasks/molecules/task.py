@@ -2,21 +2,31 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from data_builders import PackedMolecules
-from data_builders.text_batches import spread_blocks
-from looplab.bench.pair import Workload
 from looplab.runs.folder import Run
 from looplab.tasks.base import refuse_hop_options
+from looplab.tasks.data import Curriculum
 
-from .held_out import run_molecules
+from .data import MoleculeData
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from looplab.bench.pair import Workload
 
 
 class MoleculeReader:
     """Runs on molecules; `limit` and `masked` count samples, other arguments mean what they do to `HopReader`."""
+
+    Data, Curriculum = MoleculeData, Curriculum
+
+    def training(self, recipe, splits, depth, accelerator, kept_tokenizer):
+        """The task in training, see `tasks.training.TaskTraining`."""
+        from .training import MoleculeTraining
+
+        return MoleculeTraining(recipe, splits, depth, accelerator, kept_tokenizer)
 
     def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
         """Write the files of `evaluation.evaluate_molecules`.
@@ -58,8 +68,15 @@ class MoleculeReader:
         return plot_molecule_runs(runs, output)
 
 
-def molecule_prompts(run: Run, tokenizer: PreTrainedTokenizerBase, work: Workload) -> torch.Tensor:
+def molecule_prompts(run: Run, tokenizer: "PreTrainedTokenizerBase", work: "Workload") -> "torch.Tensor":
     """(molecules, molecule_prompt): `<bos>` and the first tokens of molecules of the test split."""
+    import torch
+
+    from data_builders import PackedMolecules
+    from data_builders.text_batches import spread_blocks
+
+    from .held_out import run_molecules
+
     test = PackedMolecules(run_molecules(run)["test"], tokenizer, run.recipe()["data"]["sequence_length"])
     begun = work.molecule_prompt - 1
     numbers = spread_blocks(len(test), work.molecules).tolist()

@@ -2,20 +2,31 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from data_builders.text_batches import spread_blocks
-from looplab.bench.pair import Workload
 from looplab.runs.folder import Run
 from looplab.tasks.base import refuse_hop_options, refuse_masked
+from looplab.tasks.data import Curriculum
 
-from .perplexity import run_blocks
+from .data import TextData
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from looplab.bench.pair import Workload
 
 
 class TextReader:
     """Runs on text; the arguments mean what they do to `HopReader`."""
+
+    Data, Curriculum = TextData, Curriculum
+
+    def training(self, recipe, splits, depth, accelerator, kept_tokenizer):
+        """The task in training, see `tasks.training.TaskTraining`."""
+        from .training import TextTraining
+
+        return TextTraining(recipe, splits, depth, accelerator, kept_tokenizer)
 
     def evaluate(self, run: Run, *, loops, limit, max_loops, max_hops, masked) -> Path:
         """Write the files of `perplexity.evaluate_text`.
@@ -60,7 +71,11 @@ class TextReader:
         return plot_text_runs(runs, output)
 
 
-def text_prompts(run: Run, tokenizer: PreTrainedTokenizerBase, work: Workload) -> torch.Tensor:
+def text_prompts(run: Run, tokenizer: "PreTrainedTokenizerBase", work: "Workload") -> "torch.Tensor":
     """(prompts, prompt) tokens of the test split of a run on text."""
+    from data_builders.text_batches import spread_blocks
+
+    from .perplexity import run_blocks
+
     blocks = run_blocks(run, tokenizer)["test"]
     return blocks.rows(spread_blocks(len(blocks), work.prompts))["input_ids"][:, : work.prompt]

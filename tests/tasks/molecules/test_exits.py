@@ -36,7 +36,7 @@ LOOPS = 4
 @pytest.fixture(scope="module")
 def run(trained, tmp_path_factory):
     flags = ["--model.exit_gate=true", f"--model.num_loops={LOOPS}", "--optim.lr=1e-2", "--max_steps=60"]
-    flags += ["--curriculum.check_every=1000", "--checkpoint_every=1000"]
+    flags += ["--check_every=1000", "--checkpoint_every=1000"]
     return open_run(trained.copy(tmp_path_factory.mktemp("exits"), "molecules", *flags))
 
 

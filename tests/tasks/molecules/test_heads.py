@@ -153,7 +153,7 @@ def test_a_paired_interval_holds_the_difference_as_often_as_it_says():
 def home(trained, tmp_path_factory):
     """A run of the smoke recipe, `mol`."""
     folder = tmp_path_factory.mktemp("molecule_heads")
-    flags = ["--optim.lr=1e-2", "--max_steps=100", "--checkpoint_every=1000", "--curriculum.check_every=1000"]
+    flags = ["--optim.lr=1e-2", "--max_steps=100", "--checkpoint_every=1000", "--check_every=1000"]
     trained.copy(folder, "molecules", "--name=mol", *flags)
     return folder
 

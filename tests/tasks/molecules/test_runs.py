@@ -46,7 +46,7 @@ def home(trained, tmp_path_factory):
         for seed in (0, 1):
             for name, flags, steps in (("mol", ["--optim.lr=1e-2"], 100), ("plain", PLAIN, 5)):
                 flags = [f"--name={name}_seed{seed}", f"--seed={seed}", f"--max_steps={steps}", *flags]
-                flags += ["--curriculum.check_every=1000", "--checkpoint_every=1000"]
+                flags += ["--check_every=1000", "--checkpoint_every=1000"]
                 run = trained.copy(folder, "molecules", *flags)
                 evaluate_molecules(run, limit=40, loops=[1, 3] if name == "mol" else None)
     return folder

@@ -99,7 +99,7 @@ def test_exits_of_packed_molecules_are_those_of_each_alone(recipe, tmp_path):
 
 def test_molecules_are_learnt(recipe):
     """From the entropy of the vocabulary, ln 21, to near that of the toys, whose three parts are drawn alike."""
-    summary = main(recipe("run", "--max_steps=60", "--curriculum.check_every=1000", "--optim.lr=1e-2"))
+    summary = main(recipe("run", "--max_steps=60", "--check_every=1000", "--optim.lr=1e-2"))
     assert summary["held_out"]["loss"] < 0.8 < 3.0
 
 

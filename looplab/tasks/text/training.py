@@ -1,0 +1,69 @@
+"""Training on plain text: blocks of one length out of one stream of tokens."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from datasets import DatasetDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data_builders import DepthSampler, TextBatches, TextBlocks, dataset_byte_bpe
+from looplab.runs.models import blaming
+from looplab.tasks.language.training import LanguageTraining
+from looplab.tasks.training import State, TrainingRecipe, load_tokenizer
+from modeling_looped import LoopedForCausalLM
+
+
+class TextTraining(LanguageTraining):
+    """Plain text."""
+
+    generation = {}  # noqa: RUF012
+
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        splits: DatasetDict,
+        depth: DepthSampler,
+        accelerator: Accelerator,
+        kept_tokenizer: Path | None,
+    ):
+        self.recipe, self.accelerator = recipe, accelerator
+        length = recipe.data.sequence_length
+        with accelerator.main_process_first():
+            self.tokenizer = find_tokenizer(recipe, splits, kept_tokenizer)
+            self.batches = TextBatches(
+                splits["train"], self.tokenizer, length, recipe.batch_size, recipe.seed, depth,
+                rank=accelerator.process_index, world=accelerator.num_processes,
+            )  # fmt: skip
+            self.held_out = TextBlocks(splits["validation"], self.tokenizer, length)
+            # What `looped eval` measures on: refused now, and not when the training is done.
+            TextBlocks(splits["test"], self.tokenizer, length)
+        self.num_held_out = len(self.held_out)
+        if recipe.data.validation_tokens is not None:
+            self.num_held_out = min(self.num_held_out, max(1, recipe.data.validation_tokens // length))
+
+    def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
+        """The last check, which came after the last update, and how much text there was."""
+        return self.measured(state, num_loops) | {
+            "train_tokens": self.batches.blocks.num_tokens,
+            "held_out_tokens": self.num_held_out * self.held_out.sequence_length,
+        }
+
+    def headline(self, summary: dict) -> str:
+        loss, perplexity = summary["held_out"].values()
+        return (
+            f"held-out text {loss:.3f} nats per token, perplexity {perplexity:.1f}, at {summary['gate_loops']} loops"
+        )
+
+
+def find_tokenizer(
+    recipe: TrainingRecipe, splits: DatasetDict, kept_tokenizer: Path | None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe names, the one that the run began with, or one learnt from the training text."""
+    if recipe.init_from is not None:
+        return load_tokenizer("init_from", recipe.init_from)
+    if recipe.data.tokenizer is not None:
+        return load_tokenizer("data.tokenizer", recipe.data.tokenizer)
+    if kept_tokenizer is None:
+        return dataset_byte_bpe(splits["train"], recipe.data.vocab_size)
+    with blaming(kept_tokenizer, "delete it, and the tokenizer is learnt again."):
+        return AutoTokenizer.from_pretrained(kept_tokenizer, trust_remote_code=False)

@@ -59,5 +59,5 @@ class MoleculeCard:
 def molecules_part(run: Run, config: dict) -> dict:
     return {
         "text": f"A looped transformer of {run.summary()['parameters']:,} parameters writes molecules token by token, "
-        "and makes as many passes over its layers for each as you say."
+        "and runs as many loops for each token as you say."
     }

@@ -381,7 +381,7 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
 
 @dataclass(frozen=True)
 class Molecules:
-    """A molecule model's part of demo.json; a loop is called a pass there. Fields as those of `Hops`."""
+    """A molecule model's part of demo.json. Its fields mean what they mean in `Hops`."""
 
     model: str
     text: str
@@ -393,7 +393,7 @@ class Molecules:
 def write_molecules(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_loops: int, number: int = MOLECULES
 ) -> list[str]:
-    """SMILES sampled after `num_loops` passes per token."""
+    """SMILES sampled with `num_loops` loops per token."""
     start = tokenizer([""] * number, return_tensors="pt").to(model.device)
     written = model.generate(
         **start,
@@ -442,7 +442,7 @@ def molecules_tab(molecules: Molecules) -> None:
         molecules.max_loops,
         trained,
         step=1,
-        label="Passes per token",
+        label="Number of loops per token",
         info=f"Training ended at {trained}.",
         buttons=[],
     )
@@ -451,7 +451,7 @@ def molecules_tab(molecules: Molecules) -> None:
 
     def write(count):
         try:
-            return molecules_html(write_molecules(model, tokenizer, whole("Passes", count, molecules.max_loops)))
+            return molecules_html(write_molecules(model, tokenizer, whole("Loops", count, molecules.max_loops)))
         except ValueError as error:
             return problem_html(str(error))
 

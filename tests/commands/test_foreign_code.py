@@ -116,6 +116,7 @@ def places(toy_runs, tmp_path, monkeypatch):
     return {"runs": toy_runs, "new": tmp_path / "new"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when bench measures
 @pytest.mark.parametrize(("verb", "action", "kind"), list(cases()))
 def test_no_command_runs_it(places, tmp_path, verb, action, kind):

@@ -59,6 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when bench measures
 @pytest.mark.parametrize("line", [line for lines in WRITING.values() for line in lines])
 def test_a_link_is_not_followed(here, tmp_path, line):

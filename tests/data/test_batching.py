@@ -302,6 +302,7 @@ def test_ranks_partition_the_global_batch(make_batches, world):
         assert all(share[key] == whole[key] for share in shares for key in ("num_loops", "hops", "logits_to_keep"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "steps"), [(32, 400), (7, 5_000), (200, 400)])
 def test_every_row_comes_once_per_epoch(make_batches, batch_size, steps):
     """For batches smaller than an epoch, ones that straddle its end, and ones of several epochs; for a long time."""
@@ -399,6 +400,7 @@ class Rows:
         return {"rows": rows}
 
 
+@pytest.mark.slow
 def test_stock_trainer_replays_the_depths_after_a_resume(tmp_path, dataset, tokenizer):
     """Evaluations in between neither move the count nor draw a depth: they run the model's own number of loops."""
     two_hops = encode_rows(dataset["train"].filter(lambda hops: hops == 2, input_columns="hops"), tokenizer)

@@ -40,6 +40,7 @@ FORMS = {"ends": st.sampled_from(["\n", "\r\n", "\r"]), "mark": st.booleans(), "
 # What is written is read, with the line where it begins
 
 
+@pytest.mark.slow
 @LAW
 @given(
     rows=st.lists(st.tuples(SMILES, st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=6))),

@@ -27,6 +27,7 @@ def onnx_session(program):
     return onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exported_graph_holds_one_loop_count():
     """Rows and tokens stay free, loops do not: each count is a graph of its own length."""
@@ -50,6 +51,7 @@ def test_variants_export(fields):
     torch.testing.assert_close(program.module()(longer), model(longer, num_loops=2).logits, **FP32)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 # Layers of shared rows take the place of stock ones in the cache, and the tracer says that it saw that.
 @pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects:UserWarning")

@@ -144,6 +144,7 @@ def run(folders, kind, counts, call, auto=False) -> int:
     return loops.first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["looped", "frozen"])
 def test_generate_follows_the_law(folders, kind):
     for counts, expected in subsets():
@@ -165,6 +166,7 @@ def test_what_calls_generate_follows_the_law(folders, kind, name):
         assert run(folders, kind, counts, GENERATING[name], auto=True) == expected, counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["looped", "frozen"])
 def test_forward_follows_the_law_without_generation_configs(folders, kind):
     for counts, _ in subsets():
@@ -201,6 +203,7 @@ def test_a_configuration_handed_over_is_one_in_memory(folders):
         assert loops.first == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["looped", "frozen"])
 def test_what_runs_before_saving_runs_after_loading(folders, kind, tmp_path):
     for number, (counts, _) in enumerate(subsets()):

@@ -128,23 +128,20 @@ def test_fresh_gates_start_near_the_last_loop():
 @every_attention
 @pytest.mark.parametrize("num_loops", [1, 3, 5])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 9])
-@pytest.mark.parametrize("cached", [False, True])
-def test_chunks_are_calls(kv_sharing, attn, num_loops, chunk, cached):
+def test_chunks_are_calls(kv_sharing, attn, num_loops, chunk):
     """With a cache or without, borders where prefill_chunk puts them: chunk 1 is decoding, one chunk is one call."""
     whole = open_gates(make_model(attn=attn, kv_sharing=kv_sharing, num_prelude_layers=1, num_coda_layers=1))
     model = as_policy(whole, prefill_chunk=chunk)
     ids = make_ids()
     sizes = [min(chunk, 7 - start) for start in range(0, 7, chunk)]
-    expected = stepwise(whole, ids, sizes, num_loops=num_loops)
-    outputs = model(ids, num_loops=num_loops, use_cache=cached)
-    torch.testing.assert_close(outputs.logits, expected, **FP32)
-    assert outputs.loops_used.tolist() == [[num_loops] * 7] * 3
-    if not cached:
-        assert outputs.past_key_values is None
-        return
-    following = make_ids(seed=4)[:, :2]
     cache = DynamicCache(config=whole.config)
-    stepwise(whole, ids, sizes, cache, num_loops=num_loops)
+    expected = stepwise(whole, ids, sizes, cache, num_loops=num_loops)
+    for cached in (False, True):
+        outputs = model(ids, num_loops=num_loops, use_cache=cached)
+        torch.testing.assert_close(outputs.logits, expected, **FP32)
+        assert outputs.loops_used.tolist() == [[num_loops] * 7] * 3
+        assert (outputs.past_key_values is not None) == cached
+    following = make_ids(seed=4)[:, :2]
     torch.testing.assert_close(
         model(following[:, :1], past_key_values=outputs.past_key_values, num_loops=num_loops).logits,
         whole(following[:, :1], past_key_values=cache, num_loops=num_loops).logits,

@@ -310,6 +310,7 @@ def test_what_once_failed_holds(case):
     check(**case)
 
 
+@pytest.mark.slow
 @settings(max_examples=settings.default.max_examples // 5)  # it writes files
 @given(fields=strategies.configs(), call=strategies.calls())
 def test_a_reloaded_model_is_the_same(fields, call, tmp_path_factory):
@@ -336,6 +337,7 @@ def test_a_junk_field_is_refused_by_name_or_runs(fields, name, value):
 ARGUMENTS = ("num_loops", "num_grad_loops", "halting", "logits_to_keep", "attention_mask", "draft_loops", "nun_loops")
 
 
+@pytest.mark.slow
 @given(fields=strategies.configs(), call=strategies.calls(), name=st.sampled_from(ARGUMENTS), value=strategies.JUNK)
 def test_a_junk_argument_is_refused_or_ignored_by_none(fields, call, name, value):
     """None is no argument; whatever else does not fit is named, in `forward` and in `generate`."""

@@ -64,6 +64,7 @@ def naive_draft(model, ids, draft_loops, num_loops, verified):
         return model(ids, num_loops=draft_loops).logits
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kv_sharing", ["per_loop", "first"])
 @pytest.mark.parametrize("connection", CONNECTIONS)

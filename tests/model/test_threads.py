@@ -53,6 +53,7 @@ def answer(model, call) -> list:
     return model.generate(ids, **call, **generator, **GREEDY).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_threads_that_share_a_model_do_not_meet(name, many_switches):
     fields, settings = SETTINGS[name]
@@ -64,6 +65,7 @@ def test_threads_that_share_a_model_do_not_meet(name, many_switches):
         assert list(threads.map(lambda call: answer(model, call), asked)) == expected
 
 
+@pytest.mark.slow
 def test_a_random_start_is_the_same_in_every_thread(many_switches):
     fields = {"loop_connection": "inject_add", "state_init": "normal"}
     model = make_model(**fields)

@@ -329,7 +329,7 @@ def test_notes_say_how_far_a_wrong_answer_is():
 # ---- molecules
 
 
-def test_molecules_are_written_at_any_number_of_passes(runs):
+def test_molecules_are_written_at_any_loop_count(runs):
     model, tokenizer = app.load(str(runs / "molecules" / "model"))
     torch.manual_seed(0)
     one = app.write_molecules(model, tokenizer, 1, number=3)

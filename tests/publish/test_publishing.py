@@ -120,6 +120,7 @@ def test_every_task_that_has_a_reader_has_a_card():
     assert set(cards.CARDS) == set(READERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["hops", "text", "smiles"])
 def test_a_card_says_what_the_files_of_the_run_say(which, request):
     run = open_run(request.getfixturevalue(which))

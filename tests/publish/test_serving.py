@@ -178,6 +178,7 @@ def requests_of_all_sorts(number: int, halts: bool) -> list[dict]:
     return requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), [(kind, 64 if kind == "per_loop" else 10) for kind in KINDS])
 def test_concurrent_requests_of_any_depth_answer_as_generate_does_alone(kind, number):
     model, alone = make(kind), make(kind)
@@ -239,6 +240,7 @@ def test_a_stream_says_what_the_whole_answer_does(plain, endpoint):
     assert len({event["id"] for event in [*events, last, usage]}) == 1
 
 
+@pytest.mark.slow
 def test_characters_of_several_tokens_and_stops_are_streamed_as_they_end():
     """Of a model that says any bytes, and with stop strings at every place of its answer."""
     tokenizer = train_byte_bpe(["a loop reads, a loop writes"] * 2, 262)

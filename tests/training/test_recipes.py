@@ -123,6 +123,7 @@ def test_the_model_of_the_melt_paper_has_its_size():
         assert f"{MELT_GATES:,}" in (RECIPES / "melt" / "paper" / f"{name}.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hyperloop_paper_takes_a_step():
     """The smallest of the three sizes, in the recipe's precision; its text and tokenizer cannot be had offline."""
     recipe = read_recipe(RECIPES / "hyperloop" / "paper" / "hyperloop_16l.yaml")
@@ -190,6 +191,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_paper_recipe_takes_a_step(name, tmp_path):
     flags = [f"--output_dir={tmp_path}", "--max_steps=1", "--batch_size=4", *SMALL[name]]
@@ -294,6 +296,7 @@ train.main(train.read_recipe(sys.argv[1], sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_train_as_one_does(tmp_path):
     """FSDP2 over gloo, the core called once per loop, the head tied; Muon orthogonalizes in bf16, hence the bound."""
     smoke = RECIPES / "smoke.yaml"

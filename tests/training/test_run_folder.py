@@ -73,6 +73,7 @@ def rows(run: Path) -> list[dict]:
 # Kills, and two writers
 
 
+@pytest.mark.slow
 def test_a_killed_run_equals_one_that_was_not_killed():
     """At a sample of the file events; fresh, with more steps, over an old run, and while a measurement is written."""
     command = [sys.executable, str(ROOT / "tests" / "kill_sweep.py"), "--every", "131"]
@@ -608,6 +609,7 @@ def read_and_draw(run: Path) -> None:
     depth_text(open_run(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMED, *MEASURED])
 def test_a_damaged_record_is_named(evaluated, tmp_path, name):
     """Whatever is in it: every reader goes on without the file, or names it and says what to do."""
@@ -634,6 +636,7 @@ def altered(value):
     yield from (new for new in (None, "x", [], {}, 7, True) if type(new) is not type(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "grid.jsonl", "loops.jsonl", "metrics.jsonl"])
 def test_a_record_that_lacks_a_part_ends_in_a_sentence(evaluated, tmp_path, name):
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))

@@ -180,6 +180,7 @@ def test_evaluating_more_often_changes_nothing(recipe, tmp_path):
     assert measured(tmp_path / "often") == measured(tmp_path / "never")
 
 
+@pytest.mark.slow
 def test_the_curriculum_adds_a_hop_when_the_gate_passes(recipe, tmp_path):
     """Two entities make every relation a swap or nothing: parity, learnt in seconds."""
     flags = [
@@ -612,6 +613,7 @@ def test_the_model_folder_alone_has_the_loss_the_run_measured(text, tmp_path):
     assert set(summary[AT_LOOPS]) == {"1", "2", "4"}
 
 
+@pytest.mark.slow
 def test_text_is_learnt(text):
     """From the entropy of the vocabulary to near that of the toy's thirteen words."""
     summary = main(text("run", "--max_steps=150", "--check_every=1000", "--optim.lr=1e-2"))
@@ -759,6 +761,7 @@ def distilled_from(tmp_path, phase: str, *flags: str) -> list[str]:
     return gated_from(tmp_path, *teacher, *flags)
 
 
+@pytest.mark.slow
 def test_a_gated_model_trains_on_labels_from_a_per_loop_one(text, tmp_path):
     """Its weights are taken over, its gates are new, and chunks cut or not give the same first loss."""
     main(text("first"))
@@ -773,6 +776,7 @@ def test_a_gated_model_trains_on_labels_from_a_per_loop_one(text, tmp_path):
     assert LoopedForCausalLM.from_pretrained(tmp_path / "whole" / "model").config.prefill_chunk == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["interpolation", "alignment"])
 def test_a_resumed_distillation_equals_an_uninterrupted_one(text, tmp_path, phase):
     main(text("first"))
@@ -786,6 +790,7 @@ def test_a_resumed_distillation_equals_an_uninterrupted_one(text, tmp_path, phas
         assert measured(tmp_path / "parts", key) == measured(tmp_path / "whole", key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-6), ("bf16", 1e-3)])
 def test_the_interpolation_begins_at_the_teacher(text, tmp_path, precision, rounding):
     """In the first update alpha is 0: the student is the teacher, and only later there is something to learn. Under
@@ -799,6 +804,7 @@ def test_the_interpolation_begins_at_the_teacher(text, tmp_path, precision, roun
     assert losses[-1] > losses[0]
 
 
+@pytest.mark.slow
 def test_gates_can_learn_at_a_rate_of_their_own(text, tmp_path):
     main(text("first"))
     still = ("--optim.lr=0", "--optim.muon_lr=0")

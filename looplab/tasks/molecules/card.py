@@ -65,5 +65,5 @@ def molecules_part(run: Run, config: dict) -> dict:
     """What demo.json says of a run, see `Task.demo_part`."""
     return {
         "text": f"A looped transformer of {run.summary()['parameters']:,} parameters writes molecules token by token, "
-        "and makes as many passes over its layers for each as you say.",
+        "and runs as many loops for each token as you say.",
     }

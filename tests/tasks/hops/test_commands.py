@@ -123,6 +123,7 @@ def test_ask_without_a_question_takes_one_hop_beyond_the_training(evaluated, cap
     assert f"({max(trained_hops) + 1} hops)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_writes_every_kind_of_row(evaluated, tmp_path, capsys):
     assert main(["bench", "--quick", "--contexts", "6", "--memory-loops", "2", "--output", str(tmp_path)]) == 0
     assert "gated KV trained in chunks" in capsys.readouterr().out

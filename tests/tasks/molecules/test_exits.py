@@ -191,6 +191,7 @@ def test_a_rule_is_compared_to_the_line_between_fixed_counts():
 # looped halting, plot, bench
 
 
+@pytest.mark.slow
 def test_halting_writes_and_prints_every_measure(run, small, capsys, monkeypatch):
     monkeypatch.setattr(samples, "MAX_TOKENS", 10)
     assert main(["halting", str(run.folder), "--limit", "4"]) == 0

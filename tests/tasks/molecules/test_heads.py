@@ -232,6 +232,7 @@ def test_a_fresh_head_is_at_the_minimum(parts):
         assert loss < own
 
 
+@pytest.mark.slow
 def test_lens_writes_prints_and_draws(home, tmp_path, monkeypatch, capsys):
     """Every cell once; started again, what is there is kept and only what is missing is measured."""
     monkeypatch.setattr(samples, "MAX_TOKENS", 30)

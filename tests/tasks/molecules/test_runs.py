@@ -236,6 +236,7 @@ def test_a_table_is_the_mean_over_seeds(home, capsys):
     assert cells["mol"]["loops"] == "3"
 
 
+@pytest.mark.slow
 def test_plots_are_written(home, capsys):
     folders = [str(home / f"{name}_seed{seed}") for name in ("mol", "plain") for seed in (0, 1)]
     assert main(["plot", *folders]) == 0

@@ -26,6 +26,7 @@ def recipe(tmp_path):
     return lambda name, *more: read_recipe(RECIPE, [*flags, f"--name={name}", *more])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
     """Over the end of an epoch of nine steps, with spellings that change there."""
     flags = (DROPOUT, "--data.spellings=2")

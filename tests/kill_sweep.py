@@ -126,7 +126,7 @@ def measurement(folder: Path) -> str:
         json.loads((run.folder / name).read_text())["word"]
         for name in ("evaluation.json", "loops.jsonl", "grid.jsonl")
     }
-    run.grid()
+    run.check_record("grid.jsonl", "measure it again.")
     return f"{words}" if len(words) == 1 else f"mixed: {words}"
 
 

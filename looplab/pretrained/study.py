@@ -47,7 +47,7 @@ TEXT = "text"  # beside the tasks' names
 
 @strict
 @dataclass
-class Setting:
+class LoopSetting:
     """A way to loop; horizon is the time the substeps add up to, 1 the natural pass's."""
 
     window: list[int] | tuple[int, int] | None = numbers(None, at_least=-1)
@@ -74,7 +74,7 @@ class Setting:
         return ", ".join(parts + ([] if self.beta is None else [f"beta {self.beta:g}"]))
 
 
-BASE = Setting(num_loops=1)
+BASE = LoopSetting(num_loops=1)
 
 
 @strict
@@ -97,7 +97,7 @@ class FrozenRecipe:
     model: str = field(metadata={"path": True})  # folder or Hub name; smollm2 is what `looped fetch smollm2` made
     sweep: dict[str, int] = field(metadata={"range": Range(at_least=1)})
     confirm: dict[str, int] = field(metadata={"range": Range(at_least=1)})
-    grid: list[dict]  # fields of Setting, each a list of values or one that is none: all combinations
+    grid: list[dict]  # fields of LoopSetting, each a list of values or one that is none: all combinations
     controls: list[dict] = field(default_factory=list)  # measured in `confirm` whatever the sweep says
     cost: Cost = field(default_factory=Cost)
     text: dict = field(default_factory=dict)  # fields of the text builder; by default `looped fetch corpus`'s text
@@ -126,7 +126,7 @@ class FrozenRecipe:
         """Rows of each task that a stage measures."""
         return {"sweep": self.sweep, "confirm": self.confirm}[stage]
 
-    def settings(self) -> list[Setting]:
+    def settings(self) -> list[LoopSetting]:
         """The grid, without repetition."""
         found = {}
         for block in self.grid:
@@ -139,15 +139,15 @@ class FrozenRecipe:
         return list(found.values())
 
 
-def make_setting(values: dict) -> Setting:
+def make_setting(values: dict) -> LoopSetting:
     try:
-        setting = Setting(**values)
+        setting = LoopSetting(**values)
         check_fields(setting)
         FrozenLoopedConfig(**setting.arguments())
         return setting
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{values} is not a setting ({error}): its fields are {list(Setting.__annotations__)}."
+            f"{values} is not a setting ({error}): its fields are {list(LoopSetting.__annotations__)}."
         ) from error
 
 
@@ -205,7 +205,7 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def measure(recipe: FrozenRecipe, stage: str, settings: Sequence[Setting], model, tokenizer) -> list[dict]:
+def measure(recipe: FrozenRecipe, stage: str, settings: Sequence[LoopSetting], model, tokenizer) -> list[dict]:
     """Rows {"name", "setting", "task", "rows"} of every setting on every task of a stage; what is on file stays."""
     from .harness import score
 
@@ -244,7 +244,7 @@ def gains(rows: Sequence[dict], task: str) -> dict[str, tuple[dict, float]]:
     }
 
 
-def best(recipe: FrozenRecipe, rows: Sequence[dict]) -> Setting:
+def best(recipe: FrozenRecipe, rows: Sequence[dict]) -> LoopSetting:
     """The setting of the sweep with the largest gain, averaged over the tasks."""
     per_task = [gains(rows, task) for task in recipe.sweep if task != TEXT]
     mean = {name: statistics.fmean(task[name][1] for task in per_task) for name in per_task[0]}

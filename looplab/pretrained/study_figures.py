@@ -6,6 +6,8 @@ from matplotlib.figure import Figure
 
 from looplab.instruments.drawing import FRAME
 
+UNITS = {"text": "per token of text"}  # of tasks without choices
+
 
 def profile_figure(rows: Sequence[dict]) -> Figure:
     """Per layer how much it writes, and per window of layers, drawn at its middle, how much looping it changes: where
@@ -78,7 +80,7 @@ def sweep_figure(gains: dict[str, tuple[dict, float]], task: str) -> Figure:
     axes.set_xticks(range(len(ways)), ways, fontsize=8)
     axes.set_yticks(range(len(windows)), windows, fontsize=8)
     axes.set_ylabel("window of layers")
-    unit = "per token of text" if task == "text" else "on the right choice"
+    unit = UNITS.get(task, "on the right choice")
     axes.set_title(f"{task}, validation: gain over the base model, 1/1000 nats {unit}", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.8)
     return figure

@@ -116,6 +116,7 @@ def demo(runs: Sequence[Run], port: int | None = None) -> None:
         OSError: the port is taken.
     """
     for run in runs:
+        task_for("demo", [run])
         load_run_model(run)  # the page would load one that is not whole
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_space(runs, Path(temporary))

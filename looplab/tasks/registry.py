@@ -39,17 +39,13 @@ def task_for(verb: str, runs: Sequence[Run], *options: str) -> Task:
         ValueError: as `task_of`; the task lacks the verb or an option.
     """
     task = task_of(runs)
+    run_on = f"{runs[0].folder} is a run on {task.name}, and looped {verb}"
     if task.options(verb) is None:
-        raise ValueError(
-            f"looped {verb} is not for {task.kind}: it is for {having(verb)}, and {runs[0].folder} is a run on "
-            f"{task.name}."
-        )
+        raise ValueError(f"{run_on} is not for {task.kind}: it is for {having(verb)}.")
     for option in options:
         if option not in task.options(verb):
-            raise ValueError(
-                f"{spelt(option)} of looped {verb} is not for {task.name}: it is for {having(verb, option)}, and "
-                f"{runs[0].folder} is a run on {task.name}: leave it out."
-            )
+            who = having(verb, option)
+            raise ValueError(f"{run_on} {spelt(option)} is not for {task.name}: it is for {who}; leave it out.")
     return task
 
 

@@ -52,7 +52,7 @@ def test_every_memory_of_a_per_loop_run_is_measured(trained, tmp_path, capsys):
 def test_a_line_is_the_loss_of_decoding(trained, tmp_path):
     """Token by token through a cache, against the line of chunk 1."""
     run = trained.copy(tmp_path, "text", "--model.kv_sharing=gated", "--model.prefill_chunk=8")
-    rows = lines(measure_memory(run, chunks=(1, 8), limit=2))
+    rows = lines(measure_memory(open_run(run), chunks=(1, 8), limit=2))
     assert list(rows) == [("gated", 1), ("gated", 8)]
     model, tokenizer = load_run_model(open_run(run))
     blocks = run_blocks(open_run(run), tokenizer)["test"]
@@ -74,7 +74,7 @@ def test_a_line_is_the_loss_of_decoding(trained, tmp_path):
 
 def test_hops_are_measured_by_accuracy(trained, tmp_path):
     run = trained.copy(tmp_path, "hops")
-    rows = lines(measure_memory(run, chunks=(1,), limit=8, loops=3))
+    rows = lines(measure_memory(open_run(run), chunks=(1,), limit=8, loops=3))
     assert {row["loops"] for row in rows.values()} == {3}
     assert all(0 <= row["interval"][0] <= row["accuracy"] <= row["interval"][1] <= 1 for row in rows.values())
     assert len({row["n"] for row in rows.values()}) == 1
@@ -86,4 +86,4 @@ def test_a_run_without_a_measure_is_named(tmp_path, capfd):
     (tmp_path / "recipe.yaml").write_text("data: {task: molecules}\n")
     (tmp_path / "summary.json").write_text("{}")
     assert main(["memory", str(tmp_path)]) == 2
-    assert "memories are measured on text, khop, composition" in capfd.readouterr().err
+    assert "looped memory is not for molecules: it is for hops, text" in capfd.readouterr().err

@@ -8,6 +8,9 @@ import pytest
 
 from command_lines import VERBS
 from looplab.cli import main
+from looplab.tasks.molecules.sizes import Sizes
+from looplab.tasks.molecules.task import MoleculeTask
+from looplab.tasks.registry import TASKS
 from toy_runs import edit_json
 
 # What is written, by verb: the command line, with {here} for a folder that holds copies of the toy runs.
@@ -42,8 +45,7 @@ def here(toy_runs, tmp_path, monkeypatch):
     study = (toy_runs / "study.yaml").read_text().replace(str(toy_runs), str(tmp_path / "here"))
     (tmp_path / "here" / "study.yaml").write_text(study)
     monkeypatch.chdir(tmp_path / "here")
-    for name, value in {"samples.BATCH": 4, "samples.MAX_TOKENS": 8, "evaluation.reference_statistics": None}.items():
-        monkeypatch.setattr(f"looplab.tasks.molecules.{name}", value or (lambda _: None))
+    monkeypatch.setitem(TASKS, "molecules", MoleculeTask(Sizes(batch=4, max_tokens=8, reference=0)))
     return tmp_path / "here"
 
 

@@ -216,7 +216,7 @@ def test_a_damaged_folder_is_neither_scored_nor_served(refused, toy_runs, tmp_pa
 HOPS, TEXT, MOLECULES = ("{runs}/hops", "{runs}/text", "{runs}/molecules")
 WRONG = [
     # options of another task
-    *((["eval", run, "--masked", "3"], "--masked is for molecules") for run in (HOPS, TEXT)),
+    *((["eval", run, "--masked", "3"], "eval --masked is not for") for run in (HOPS, TEXT)),
     *((["eval", run, "--max-hops", "3"], "--max-hops") for run in (TEXT, MOLECULES)),
     *((["eval", run, "--max-loops", "3"], "--max-loops") for run in (TEXT, MOLECULES)),
     *((["halting", run, "--max-hops", "3"], "--max-hops") for run in (TEXT, MOLECULES)),
@@ -272,7 +272,10 @@ WRONG = [
     (["publish", HOPS, "--repo-id", "u/x", "--base-model", "u/y", "--dry-run"], "--base-model"),
     (["publish", TEXT, "--repo-id", "u/x", "--dataset", "--dry-run"], "--dataset-license"),
     (["publish", MOLECULES, "--repo-id", "u/x", "--dry-run"], "looped eval"),
-    (["publish", TEXT, "--repo-id", "u/x", "--space", "--dry-run"], "the page shows"),
+    (
+        ["publish", TEXT, "--repo-id", "u/x", "--space", "--dry-run"],
+        "looped demo is not for text: it is for hops, molecules",
+    ),
 ]
 
 

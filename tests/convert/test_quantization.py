@@ -27,6 +27,7 @@ from looplab.convert.quantization import (
 )
 from looplab.instruments.recorder import record
 from looplab.runs.folder import open_run
+from looplab.tasks.base import QUANTIZATION
 from toys import FP32, make_ids, make_model
 
 LOOPS = 4  # not the 3 of the toys' configuration
@@ -318,8 +319,8 @@ def texts(run: Path, split: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def report(run):
-    quantize_run(run, group=GROUP, calibration_rows=9, num_loops=LOOPS)
-    return open_run(run).quantization()
+    quantize_run(open_run(run), group=GROUP, calibration_rows=9, num_loops=LOOPS)
+    return open_run(run).read(QUANTIZATION)
 
 
 def test_the_written_folder_has_the_logits_of_the_model_quantised_on_training_text(run, report):
@@ -375,7 +376,7 @@ def test_the_command_writes_and_says_what_it_measured(run, capsys):
     assert main(["quantize", str(run), *arguments]) == 0
     said = capsys.readouterr().out
     assert "nearest, 3 bits, groups of 16, over 2 loops and 128 training tokens" in said
-    report = open_run(run).quantization()
+    report = open_run(run).read(QUANTIZATION)
     assert f"{report['perplexity']['before']:.3f} -> {report['perplexity']['after']:.3f}" in said
     assert loaded(run / report["model"]).config.num_loops == 2
     assert report["model"] == "model_int3"
@@ -392,11 +393,11 @@ def test_too_many_calibration_rows_are_one_sentence_and_leave_the_old_report(run
 def test_a_run_of_another_task_is_one_sentence(tmp_path, capfd):
     (tmp_path / "recipe.yaml").write_text("data: {task: khop}")
     assert main(["quantize", str(tmp_path)]) == 2
-    expected = f"looped quantize: data.task of {tmp_path} is khop, and quantisation is measured on text: give a run"
+    expected = f"looped quantize: {tmp_path} is a run on khop, and looped quantize is not for hops: it is for text"
     assert capfd.readouterr().err.startswith(expected)
 
 
 def test_an_unquantised_run_names_the_command(tmp_path):
     (tmp_path / "recipe.yaml").write_text("data: {task: text}")
     with pytest.raises(ValueError, match=r"has no quantization\.json: run `looped quantize"):
-        open_run(tmp_path).quantization()
+        open_run(tmp_path).read(QUANTIZATION)

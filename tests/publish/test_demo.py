@@ -23,6 +23,7 @@ from data_builders.tokenizers import smiles_tokenizer
 from looplab.cli import main
 from looplab.publish import demo
 from looplab.runs.folder import open_run
+from looplab.tasks.hops.rows import load_run_task
 from toy_runs import written_run
 from toys import FP32, ROOT, make_model
 
@@ -61,7 +62,7 @@ def runs(tmp_path_factory):
 
 
 def settings_of(runs, *names):
-    return demo.demo_settings([open_run(runs / name) for name in names], [f"user/{name}" for name in names])
+    return demo.demo_parts([open_run(runs / name) for name in names], [f"user/{name}" for name in names])
 
 
 # ---- the files
@@ -71,7 +72,7 @@ def settings_of(runs, *names):
 def test_every_chain_of_the_data_follows_from_the_published_facts(runs, name, overrides):
     hops = settings_of(runs, name)["hops"]
     assert len(hops["facts"]) == overrides["num_entities"]
-    task = demo.load_run_task(open_run(runs / name))
+    task = load_run_task(open_run(runs / name))
     for split in task:
         for row in task[split]:
             path = app.follow(hops["facts"], row["text"].split())
@@ -142,7 +143,7 @@ def test_the_app_needs_no_more_than_its_requirements(runs):
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
-        (["text"], "is a run on text: the page shows hops and molecules"),
+        (["text"], "looped demo is not for text: it is for hops, molecules"),
         (["khop", "composition"], "is a second run on hops"),
         (["none"], "there is no run folder"),
     ],

@@ -25,16 +25,19 @@ from safetensors.torch import load_file, save_file
 from card_rules import card_problems
 from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
 from looplab.cli import main
-from looplab.publish import cards, publishing
+from looplab.publish import publishing
 from looplab.publish.cards import model_card, render
 from looplab.publish.publishing import publish
 from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
 from looplab.tasks.card import Names
+from looplab.tasks.hops import records as hop_records
 from looplab.tasks.hops.rows import load_run_task
-from looplab.tasks.molecules import evaluation as molecules
-from looplab.tasks.molecules import samples
-from looplab.tasks.registry import READERS
+from looplab.tasks.molecules.evaluation import evaluate_run
+from looplab.tasks.molecules.records import MOLECULES
+from looplab.tasks.molecules.sizes import Sizes
+from looplab.tasks.registry import TASKS
+from looplab.tasks.text.records import PERPLEXITY
 from toys import ROOT, shipped_with
 
 # huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.
@@ -79,11 +82,7 @@ def text(trained, home):
 def smiles(trained, home):
     """A run on molecules, each of 20 samples at 1 and 3 loops."""
     run = trained.copy(home, "molecules", "--optim.lr=1e-2", "--max_steps=60", "--check_every=1000")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "BATCH", 20)
-        patch.setattr(samples, "MAX_TOKENS", 40)
-        patch.setattr(molecules, "reference_statistics", lambda test: None)
-        molecules.evaluate_molecules(run, limit=20, loops=[1, 3])
+    evaluate_run(open_run(run), limit=20, loops=[1, 3], sizes=Sizes(batch=20, max_tokens=40, reference=0))
     return run
 
 
@@ -116,11 +115,6 @@ def python_blocks(page: str) -> list[str]:
 # ---- cards
 
 
-def test_every_task_that_has_a_reader_has_a_card():
-    assert set(cards.CARDS) == set(READERS)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("which", ["hops", "text", "smiles"])
 def test_a_card_says_what_the_files_of_the_run_say(which, request):
     run = open_run(request.getfixturevalue(which))
@@ -135,19 +129,19 @@ def test_a_card_says_what_the_files_of_the_run_say(which, request):
     assert [fact for fact in facts if fact not in card] == []
     if which == "hops":
         assert f"Hops in training: 1 to {max(summary['trained_hops'])}." in card
-        assert card.count(f"{100 * run.evaluation()['chance']:.1f} %") == 2
-        for row in run.grid():
+        assert card.count(f"{100 * run.read(hop_records.EVALUATION)['chance']:.1f} %") == 2
+        for row in run.read(hop_records.GRID):
             assert re.search(rf"\| {row['split_kind']} \| {row['hops']}\*? \|.* {100 * row['accuracy']:.1f} \|", card)
     elif which == "smiles":
         found = {(r.metric_type, r.metric_args["temperature"], r.metric_args["num_loops"]): r for r in results}
-        for row in run.molecules():
+        for row in run.read(MOLECULES):
             temperature = {"T0.8-top40": 0.8, "T1.0": 1.0}[row["setting"]]
             share = found["validity", temperature, row["loops"]]
             assert share.metric_value == pytest.approx(row["validity"]["share"], abs=1e-4)
             assert re.search(rf"`{row['setting']}` \|.* {100 * row['validity']['share']:.1f} \[", card)
         assert "Measured on at most 20 samples" in card
     else:
-        for row in run.text():
+        for row in run.read(PERPLEXITY):
             assert f"| {row['perplexity']:.2f} | " in card
             assert f"{row['perplexity']:.3f}".rstrip("0") in card
 
@@ -166,7 +160,7 @@ def test_results_are_means_of_the_grid(hops):
     assert {(r.dataset_type, r.dataset_config, r.dataset_split) for r in results} == {("khop", "quickstart", "test")}
     found = {(r.metric_args["split_kind"], r.metric_args["num_loops"]): r for r in results}
     for loops in (1, 2, 5):
-        rows = [row for row in run.grid() if row["split_kind"] == "ood" and row["loops"] == loops]
+        rows = [row for row in run.read(hop_records.GRID) if row["split_kind"] == "ood" and row["loops"] == loops]
         mean = sum(row["accuracy"] for row in rows) / len(rows)
         assert found["ood", loops].metric_value == pytest.approx(mean, abs=1e-4)
         assert found["ood", loops].metric_args["hops"] == [4, 5, 6, 7, 8]
@@ -223,12 +217,13 @@ def test_the_rules_find_what_is_wrong(hops, broken, problem):
 def test_published_data_are_those_of_the_recipe(tmp_path, data, made_from):
     recipe = {"data": {"seed": 3, "config": "cpu", "overrides": {}, "files": None} | data}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert cards.run_data(open_run(tmp_path)) == made_from
+    section = TASKS[data["task"]].Data.of(open_run(tmp_path))
+    assert (section.task, *section.preset()) == made_from
 
 
 def test_a_dry_run_prints_every_file_and_sends_nothing(hops, hub, capsys):
     quiet = HfApi(endpoint=hub.url, token=False)
-    assert publish(hops, REPO, dataset=True, space=True, private=True, dry_run=True, api=quiet) == {}
+    assert publish(open_run(hops), REPO, dataset=True, space=True, private=True, dry_run=True, api=quiet) == {}
     assert hub.requests == []
     out = capsys.readouterr().out
     assert f"{hub.url}/{REPO}  (private)" in out
@@ -241,7 +236,7 @@ def test_a_dry_run_prints_every_file_and_sends_nothing(hops, hub, capsys):
 
 
 def test_what_was_announced_is_what_arrives_and_nothing_else(hops, hub, api, capsys):
-    commits = publish(hops, REPO, dataset=True, api=api)
+    commits = publish(open_run(hops), REPO, dataset=True, api=api)
     out = capsys.readouterr().out
     for kind in ("model", "dataset"):
         files = hub.files(kind, REPO)
@@ -253,7 +248,8 @@ def test_what_was_announced_is_what_arrives_and_nothing_else(hops, hub, api, cap
         assert hub.repositories[kind, REPO].commits[-1][0] == commits[kind]
         assert len(hub.repositories[kind, REPO].commits) == 2  # what the Hub made, and ours: never half of it
     files = hub.files("model", REPO)
-    records = {f"run/{name}" for name in publishing.RECORDS if (hops / name).exists()}
+    names = [record.name for record in hop_records.RECORDS]
+    records = {f"run/{name}" for name in (*publishing.TRAINED, *names) if (hops / name).exists()}
     figures = {f"figures/{name}.png" for name in ("grid", "loops", "hops", "training")}
     assert set(files) == SHIPPED | records | figures | {"README.md", ".gitattributes"}
     assert files["model.safetensors"] == (hops / "model" / "model.safetensors").read_bytes()
@@ -264,7 +260,7 @@ def test_what_was_announced_is_what_arrives_and_nothing_else(hops, hub, api, cap
 
 
 def test_the_space_is_the_page_and_names_the_published_model(hops, hub, api):
-    publish(hops, REPO, dataset=True, space=True, api=api)
+    publish(open_run(hops), REPO, dataset=True, space=True, api=api)
     files = hub.files("space", REPO)
     assert set(files) == {".gitattributes", "README.md", "app.py", "requirements.txt", "demo.json"}
     assert files["app.py"] == (ROOT / "hub_cards" / "space" / "app.py").read_bytes()
@@ -276,21 +272,21 @@ def test_the_space_is_the_page_and_names_the_published_model(hops, hub, api):
 
 
 def test_there_is_no_page_for_text(text, hub, api):
-    with pytest.raises(ValueError, match="the page shows hops and molecules"):
-        publish(text, REPO, space=True, api=api)
+    with pytest.raises(ValueError, match="looped demo is not for text: it is for hops, molecules"):
+        publish(open_run(text), REPO, space=True, api=api)
     assert writes(hub) == []
 
 
 def test_publishing_again_changes_nothing(hops, hub, api):
-    first = publish(hops, REPO, dataset=True, space=True, api=api)
+    first = publish(open_run(hops), REPO, dataset=True, space=True, api=api)
     hub.requests.clear()
-    assert publish(hops, REPO, dataset=True, space=True, api=api) == first
+    assert publish(open_run(hops), REPO, dataset=True, space=True, api=api) == first
     assert not any(re.match("PUT|POST .*/commit/", line) for line in hub.requests)
 
 
 def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(run, hub, api):
     """An old model.safetensors beside new shards would be what `from_pretrained` loads."""
-    publish(run, REPO, api=api)
+    publish(open_run(run), REPO, api=api)
     others = {"LICENSE": b"mine", "adapters/mine.safetensors": b"mine"}
     mine = [CommitOperationAdd(path, content) for path, content in others.items()]
     api.create_commit(REPO, mine, commit_message="mine")
@@ -302,7 +298,7 @@ def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(r
     (run / "model" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     (run / "model" / "model.safetensors").unlink()
     (run / "figures" / "grid.png").unlink()
-    publish(run, REPO, api=api)
+    publish(open_run(run), REPO, api=api)
     files = hub.files("model", REPO)
     assert {path for path in files if path.endswith(".safetensors")} == {*names.values(), "adapters/mine.safetensors"}
     assert "model.safetensors.index.json" in files
@@ -324,19 +320,19 @@ def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(r
 def test_a_run_that_is_not_ready_is_refused_before_anything_is_sent(run, hub, api, breakage, message):
     breakage(run)
     with pytest.raises(ValueError, match=re.escape(message)):
-        publish(run, REPO, dataset=True, api=api)
+        publish(open_run(run), REPO, dataset=True, api=api)
     assert writes(hub) == []
 
 
 def test_a_model_links_to_the_one_it_started_from(hops, hub, api):
     change_recipe(hops, init_from="runs/other/model")
-    publish(hops, REPO, licence="mit", base_model="user/other", api=api)
+    publish(open_run(hops), REPO, licence="mit", base_model="user/other", api=api)
     assert ModelCard(hub.files("model", REPO)["README.md"].decode()).data.base_model == "user/other"
     with pytest.raises(ValueError, match="--base-model must be USER/NAME, got 'other'"):
-        publish(hops, REPO, licence="mit", base_model="other", dry_run=True)
+        publish(open_run(hops), REPO, licence="mit", base_model="other", dry_run=True)
     change_recipe(hops, init_from=None)
     with pytest.raises(ValueError, match="started from no other weights: leave --base-model out"):
-        publish(hops, REPO, base_model="user/other", dry_run=True)
+        publish(open_run(hops), REPO, base_model="user/other", dry_run=True)
 
 
 def change_recipe(run: Path, task: str | None = None, **values):
@@ -348,9 +344,9 @@ def change_recipe(run: Path, task: str | None = None, **values):
 def test_text_is_not_published_under_a_licence_that_nobody_named(text, hub, api):
     """Nor does its card say in which folder of this machine it lay."""
     with pytest.raises(ValueError, match="name it by --dataset-license"):
-        publish(text, REPO, dataset=True, api=api)
+        publish(open_run(text), REPO, dataset=True, api=api)
     assert hub.requests == []
-    publish(text, REPO, dataset=True, data_licence="cc0-1.0", api=api)
+    publish(open_run(text), REPO, dataset=True, data_licence="cc0-1.0", api=api)
     card = hub.files("dataset", REPO)["README.md"].decode()
     assert "license: cc0-1.0" in card
     assert "| files | *.txt |" in card
@@ -362,14 +358,14 @@ def test_no_token_and_a_wrong_one_are_one_sentence_before_any_work(hops, hub, mo
     monkeypatch.setattr(publishing, "get_token", lambda: None)
     monkeypatch.setattr(publishing, "model_upload", lambda *_: pytest.fail("it worked before it asked for the token"))
     with pytest.raises(ValueError, match="no token for the Hub: run `hf auth login`"):
-        publish(hops, REPO, api=HfApi(endpoint=hub.url))
+        publish(open_run(hops), REPO, api=HfApi(endpoint=hub.url))
     assert hub.requests == []
     with pytest.raises(ValueError, match="the Hub does not know this token"):
-        publish(hops, REPO, api=HfApi(endpoint=hub.url, token="wrong"))
+        publish(open_run(hops), REPO, api=HfApi(endpoint=hub.url, token="wrong"))
     with pytest.raises(ValueError, match="this token may only read"):
-        publish(hops, REPO, api=HfApi(endpoint=hub.url, token=READ_TOKEN))
+        publish(open_run(hops), REPO, api=HfApi(endpoint=hub.url, token=READ_TOKEN))
     with pytest.raises(ValueError, match="the token is for tester, team, and --repo-id names somebody"):
-        publish(hops, "somebody/khop", api=HfApi(endpoint=hub.url, token=TOKEN))
+        publish(open_run(hops), "somebody/khop", api=HfApi(endpoint=hub.url, token=TOKEN))
     assert writes(hub) == []
 
 
@@ -392,16 +388,16 @@ def test_every_option_of_the_command_counts(hops, hub, monkeypatch, capfd):
 @pytest.mark.parametrize("repo_id", ["khop", "a/b/c", "me/k hop"])
 def test_a_repo_id_must_have_a_user(hops, api, hub, repo_id):
     with pytest.raises(ValueError, match=r"must be USER/NAME|[Rr]epo id"):
-        publish(hops, repo_id, api=api)
+        publish(open_run(hops), repo_id, api=api)
     assert hub.requests == []
 
 
 def test_what_is_private_never_goes_to_a_public_repository(hops, hub, api):
     api.create_repo(REPO, repo_type="dataset")
     with pytest.raises(ValueError, match=f"the dataset {REPO} exists and is public"):
-        publish(hops, REPO, dataset=True, private=True, api=api)
+        publish(open_run(hops), REPO, dataset=True, private=True, api=api)
     assert ("model", REPO) not in hub.repositories
-    publish(hops, f"{USER}/hidden", dataset=True, private=True, api=api)
+    publish(open_run(hops), f"{USER}/hidden", dataset=True, private=True, api=api)
     assert all(hub.repositories[kind, f"{USER}/hidden"].private for kind in ("model", "dataset"))
     with pytest.raises(HfHubHTTPError, match="404"):
         HfApi(endpoint=hub.url, token=False).model_info(f"{USER}/hidden")
@@ -413,12 +409,12 @@ def test_what_is_private_never_goes_to_a_public_repository(hops, hub, api):
 def test_an_upload_that_broke_off_is_resumed_and_sends_nothing_twice(hops, hub, api):
     hub.fail_once(r"POST /api/models/.*/commit/", "refuse")
     with pytest.raises(HfHubHTTPError):
-        publish(hops, REPO, api=api)
+        publish(open_run(hops), REPO, api=api)
     assert set(hub.files("model", REPO)) == {".gitattributes"}  # not half of it
     sent = [line for line in hub.requests if line.startswith("PUT")]
     assert len(sent) == 5  # weights and four figures
     hub.requests.clear()
-    publish(hops, REPO, api=api)
+    publish(open_run(hops), REPO, api=api)
     assert not [line for line in hub.requests if line.startswith("PUT")]
     assert set(hub.files("model", REPO)) > SHIPPED
 
@@ -436,19 +432,19 @@ def test_bytes_that_change_on_the_way_up_are_not_published(run, hub, api, monkey
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", late)
     with pytest.raises(RuntimeError, match=r"Error while uploading 'model\.safetensors'"):
-        publish(run, REPO, api=api)
+        publish(open_run(run), REPO, api=api)
     assert set(hub.files("model", REPO)) == {".gitattributes"}
 
 
 def test_a_hub_that_is_not_there_is_one_sentence(hops):
     with pytest.raises(ValueError, match=r"cannot be reached .*: run the same command again later"):
-        publish(hops, REPO, api=HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
+        publish(open_run(hops), REPO, api=HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
 
 
 @pytest.fixture
 def published(hops, hub, api):
     """The model of the run, and where it can be loaded from: keywords of huggingface_hub's downloads."""
-    publish(hops, REPO, api=api)
+    publish(open_run(hops), REPO, api=api)
     return hops / "model" / "model.safetensors"
 
 
@@ -588,6 +584,6 @@ def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub,
 
 
 def test_the_card_of_the_hub_is_read_back_as_it_was_written(hops, hub, api):
-    publish(hops, REPO, api=api)
+    publish(open_run(hops), REPO, api=api)
     card = ModelCard(hub.files("model", REPO)["README.md"].decode())
     assert card.data.to_dict() == model_card(open_run(hops), Names(REPO, "apache-2.0")).data.to_dict()

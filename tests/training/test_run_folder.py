@@ -24,16 +24,18 @@ from data_builders import dataset_byte_bpe
 from looplab.cli import main as looped
 from looplab.publish.publishing import check_measured
 from looplab.runs.digests import sha256_of, weights_of
-from looplab.runs.folder import VERBS, Run, open_run
+from looplab.runs.folder import Run, open_run
 from looplab.runs.models import load_run_model
-from looplab.runs.records import RECORDS, locked, owned, replaced_folder, settle
+from looplab.runs.records import locked, owned, replaced_folder, settle
 from looplab.runs.sections import defaults
 from looplab.runs.seeds import recipe_key
 from looplab.runs.writing import write_whole
 from looplab.runs.yaml_text import to_yaml
 from looplab.tasks.hops.evaluation import evaluate_run, grid_table
+from looplab.tasks.hops.records import EVALUATION, GRID
 from looplab.tasks.hops.results import depth_text, markdown_table
 from looplab.tasks.hops.run_figures import training_curves
+from looplab.tasks.registry import TASKS, task_for
 from looplab.training.recipe import Recipe, build_recipe, own_sections, read_recipe, recipe_defaults
 from looplab.training.run_folder import FREE, RunFolder, files_in, read_state
 from toy_runs import reset_accelerator
@@ -441,9 +443,7 @@ def test_data_that_change_are_refused_and_named(text, tmp_path):
 
 
 def looped_or_raise(verb: str, run: Path) -> None:
-    from looplab.tasks.registry import reader_of
-
-    reader_of([open_run(run)]).evaluate(open_run(run), loops=None, limit=2, max_loops=None, max_hops=None, masked=None)
+    task_for(verb, [open_run(run)]).evaluate(open_run(run), limit=2)
 
 
 def test_weights_that_a_run_began_with_are_those_it_goes_on_with(finished, tmp_path):
@@ -501,11 +501,7 @@ def test_lines_of_the_metrics_that_are_no_rows_are_dropped(run, line):
 
 # What old measurements count for
 
-MEASURED = {
-    "grid.jsonl": "grid", "loops.jsonl": "loops", "text.jsonl": "text", "molecules.jsonl": "molecules",
-    "halting.jsonl": "halting", "memory.jsonl": "memory", "ablations.jsonl": "ablations", "readouts.jsonl": "readouts",
-    "evaluation.json": "evaluation", "quantization.json": "quantization",
-}  # fmt: skip
+MEASURED = {record.name: record for task in TASKS.values() for record in task.records}
 
 
 def change_weights(model: Path) -> None:
@@ -524,29 +520,24 @@ def shard_weights(model: Path) -> None:
     (model / "model.safetensors").unlink()
 
 
-def test_every_record_has_a_verb_that_measures_it():
-    assert MEASURED.keys() <= VERBS.keys()
-    assert all(any(Path(name).match(record) for record in RECORDS) for name in VERBS)
-
-
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_measurement_of_other_weights_is_refused(run, name):
     """Until it is measured again; in whatever files the same weights are, they are the same."""
     open_run(run).write({name: "{}\n"})
-    read = MEASURED[name]
-    assert getattr(open_run(run), read)() in ({}, [{}])
+    record = MEASURED[name]
+    assert open_run(run).read(record) in ({}, [{}])
     shard_weights(run / "model")
-    assert getattr(open_run(run), read)() in ({}, [{}])
+    assert open_run(run).read(record) in ({}, [{}])
     shutil.copy(run / "checkpoints" / "step-000000020" / "state.json", run / "notes")
     for path in (run / "model").glob("model-*.safetensors"):
         tensors = load_file(path)
         save_file({n: t + 1 for n, t in tensors.items()}, path, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=rf"{name} is of other weights than those in model/ now: run `looped {VERBS[name]}"
+        ValueError, match=rf"{name} is of other weights than those in model/ now: run `looped {record.verb}"
     ):
-        getattr(open_run(run), read)()
+        open_run(run).read(record)
     open_run(run).write({name: "{}\n"})
-    assert getattr(open_run(run), read)() in ({}, [{}])
+    assert open_run(run).read(record) in ({}, [{}])
 
 
 def test_a_run_that_goes_on_leaves_its_old_measurements_behind(run):
@@ -554,7 +545,7 @@ def test_a_run_that_goes_on_leaves_its_old_measurements_behind(run):
     for name in ("grid.jsonl", "lens.jsonl"):
         (run / name).write_text("{}\n")
     (run / "run.json").unlink()
-    assert open_run(run).grid() == [{}]
+    assert open_run(run).read(GRID) == [{}]
     main(recipe_of(run, "--max_steps=30"))
     for name in ("grid.jsonl", "lens.jsonl"):
         with pytest.raises(ValueError, match=rf"{name} is of other weights"):
@@ -574,7 +565,7 @@ def test_a_run_from_before_there_were_digests_is_read_and_says_so_once(run, capl
     (run / "grid.jsonl").write_text("{}\n")
     (run / "run.json").unlink()
     for _ in range(3):
-        assert open_run(run).grid() == [{}]
+        assert open_run(run).read(GRID) == [{}]
     assert caplog.text.count("it is not known which weights") == 1
     check_measured(open_run(run))
 
@@ -587,7 +578,7 @@ NAMED = ("recipe.yaml", "summary.json", "metrics.jsonl", "run.json", "records/in
 def evaluated(trained, tmp_path_factory):
     """A run as it was before there were digests, evaluated: whatever is in its files is read."""
     run = trained.copy(tmp_path_factory.mktemp("evaluated"), "hops", "--name=run")
-    evaluate_run(run, loops=[1, 4], limit=2, max_loops=4)
+    evaluate_run(open_run(run), loops=[1, 4], limit=2, max_loops=4)
     shutil.rmtree(run / "records")
     (run / "run.json").unlink()
     return run
@@ -605,7 +596,7 @@ def said_by(work) -> str:
 def read_and_draw(run: Path) -> None:
     """What `looped table` and `looped plot` read."""
     markdown_table([open_run(run)])
-    grid_table(open_run(run).grid(), open_run(run).evaluation()["chance"], open_run(run).trained_loops())
+    grid_table(open_run(run).read(GRID), open_run(run).read(EVALUATION)["chance"], open_run(run).trained_loops())
     depth_text(open_run(run))
 
 
@@ -618,8 +609,9 @@ def test_a_damaged_record_is_named(evaluated, tmp_path, name):
     path.parent.mkdir(exist_ok=True)
     for damage in DAMAGES:
         path.write_bytes(damage.encode(errors="surrogateescape"))
-        reads = ["recipe", "task", "summary", "metrics", "trained_loops", MEASURED.get(name, "grid")]
-        said = [said_by(lambda read=read: getattr(open_run(run), read)()) for read in reads]
+        reads = [Run.recipe, Run.task, Run.summary, Run.metrics, Run.trained_loops]
+        reads.append(lambda run: run.read(MEASURED.get(name, GRID)))
+        said = [said_by(lambda read=read: read(open_run(run))) for read in reads]
         said.append(said_by(lambda: read_and_draw(run)))
         assert all(str(run) in sentence and sentence.endswith((".", "?")) for sentence in said if sentence), said
 

@@ -41,8 +41,8 @@ def ask(run: Run, question: str | None = None, loops: Sequence[int] | None = Non
     loops = LOOPS if loops is None else loops
     if question is not None and not question.strip():
         raise ValueError('the question is empty: give an entity and relations, such as "e3 r1 r2", or leave it out.')
-    task = load_run_task(run)
     model, tokenizer = load_run_model(run, *loops)
+    task = load_run_task(run)
     question = first_question_beyond(task["test"], run.summary()["trained_hops"]) if question is None else question
     words, known = question.split(), tokenizer.get_vocab()
     unknown = [word for word in words if word not in known]

@@ -58,13 +58,17 @@ def lens_run(
         ValueError: no such snapshot or hop count.
     """
     limit = LIMIT if limit is None else limit
+    if snapshot == "all":
+        folders = snapshots_of(run)
+    else:
+        path = run.model_folder() if snapshot is None else named_snapshot(run, snapshot)
     task = load_run_task(run)
     hops = min(max(task["train"]["hops"][:]), DEEPEST) if hops is None else hops
     figures = below(run.folder, "figures")
     if snapshot == "all":
         rows = []
         weights = {}
-        for step, path in tqdm(snapshots_of(run).items(), desc="snapshots", unit="snapshot"):
+        for step, path in tqdm(folders.items(), desc="snapshots", unit="snapshot"):
             weights[f"snapshots/{path.name}"] = weights_of(path)
             model, tokenizer = load_checked(path, num_loops)
             facts = {"run": run.name, "snapshot": path.name, "step": step}
@@ -73,7 +77,6 @@ def lens_run(
         written = run.write({STAGES.name: to_json_lines(rows)}, weights)
         return [written, *run.drew([save(stages_figure(rows), figures / "stages.png")], weights)]
 
-    path = run.model_folder() if snapshot is None else named_snapshot(run, snapshot)
     weights = {path.relative_to(run.folder).as_posix(): weights_of(path)}
     model, tokenizer = load_checked(path, num_loops)
     facts = {"run": run.name, "snapshot": path.name, "step": step_of(path) if snapshot else None}

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from looplab.instruments.drawing import COLOURS, FRAME
 from looplab.runs.folder import Run
 
-from .records import GRID
+from .records import EVALUATION, GRID
 from .rows import KIND_WORDS
 
 
@@ -64,7 +64,7 @@ def heat_map(runs: Sequence[Run]) -> Figure:
     mark_training(axes, columns, loops, runs)
     names = ", ".join(run.name for run in runs)
     axes.set_title(names if len(runs) == 1 else f"mean (small: lowest) of {names}", fontsize=11, pad=18)
-    draw_scale(figure, image, axes, 100 * runs[0].evaluation()["chance"])
+    draw_scale(figure, image, axes, 100 * runs[0].read(EVALUATION)["chance"])
     return figure
 
 

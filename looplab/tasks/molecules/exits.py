@@ -187,7 +187,13 @@ def pace(model, tokenizer, setting: HaltingSetting, batch: int, seed: int, max_t
 
 
 def timed_row(
-    model, tokenizer, setting: HaltingSetting, full: HaltingSetting, batch: int, rounds: int, max_tokens: int
+    model,
+    tokenizer,
+    setting: HaltingSetting,
+    full: HaltingSetting,
+    batch: int,
+    rounds: int,
+    max_tokens: int = Sizes.max_tokens,
 ) -> dict:
     """The cell of `timed`, see the module docstring: every round has other random numbers, the same for both."""
     seeds = count(), count()

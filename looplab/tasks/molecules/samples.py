@@ -23,7 +23,7 @@ def write_molecules(
     sampling: Sampling,
     num_loops: int,
     seed: int,
-    max_tokens: int,
+    max_tokens: int = Sizes.max_tokens,
     use_cache: bool = True,
     logits_processor: LogitsProcessorList | None = None,
 ) -> list[dict]:
@@ -41,7 +41,7 @@ def write_tokens(
     sampling: Sampling,
     num_loops: int,
     seed: int,
-    max_tokens: int,
+    max_tokens: int = Sizes.max_tokens,
     use_cache: bool = True,
     logits_processor: LogitsProcessorList | None = None,
     halting: dict | None = None,

@@ -22,7 +22,7 @@ from looplab.tasks.hops.evaluation import (
     trace_groups,
     wilson_interval,
 )
-from looplab.tasks.hops.rows import Group, groups_of, load_run_task
+from looplab.tasks.hops.rows import RowGroup, groups_of, load_run_task
 from toys import make_ids, make_model
 
 WRONG = 0  # the padding id, which is never an answer
@@ -97,7 +97,7 @@ def test_the_batch_size_does_not_change_a_trace(groups):
 
 
 def test_loop_rows_are_the_means_over_the_rows_of_a_group(groups):
-    group = Group(2, "id", torch.zeros(4, 3), torch.tensor([5, 6, 7, 8]))
+    group = RowGroup(2, "id", torch.zeros(4, 3), torch.tensor([5, 6, 7, 8]))
     prediction = torch.tensor([[5, 1, 1, 1], [5, 6, 1, 1], [1, 6, 7, 1]])  # the first answer is lost again
     margin = torch.arange(12.0).view(3, 4)
     rows = loop_rows("test", group, Trace(prediction, margin, margin, margin, margin))
@@ -146,9 +146,9 @@ def test_deeper_test_chains_leave_the_others_as_they_were(tmp_path):
     shallow, deep = (load_run_task(open_run(tmp_path), max_hops)["test"] for max_hops in (None, 14))
     assert deep[: len(shallow)] == shallow[:]
     assert set(deep["hops"][len(shallow) :]) == {13, 14}
-    recipe["data"]["task"] = "composition"
+    recipe["data"] |= {"task": "composition", "config": "cpu", "overrides": {}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(ValueError, match="--max-hops 14 is for the task khop"):
+    with pytest.raises(ValueError, match="unknown field of composition: 'max_hops'"):
         load_run_task(open_run(tmp_path), 14)
 
 
@@ -223,6 +223,6 @@ def test_the_table_marks_what_was_trained():
 
 def test_a_group_holds_what_its_columns_say(groups):
     group = next(group for group in groups if group.hops == 4)
-    assert isinstance(group, Group)
+    assert isinstance(group, RowGroup)
     assert group.input_ids.shape == (12, 6)  # entity, four relations, readout
     assert group.answers.shape == (12,)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from looplab.instruments.halting_settings import Setting
+from looplab.instruments.halting_settings import HaltingSetting
 from looplab.instruments.traces import Trace, trace
 from looplab.tasks.hops.evaluation import trace_groups
 from looplab.tasks.hops.halting import (
@@ -17,17 +17,17 @@ from looplab.tasks.hops.halting import (
     sweep,
     timed_rows,
 )
-from looplab.tasks.hops.rows import Group
+from looplab.tasks.hops.rows import RowGroup
 from toys import make_ids, make_model
 
 LOOPS = 8
 SETTINGS = [
-    Setting(None, 5),
-    Setting({"rule": "kl", "kl_threshold": 0.05}, 8),
-    Setting({"rule": "kl", "kl_threshold": 0.05}, 3),
-    Setting({"rule": "kl_entropy", "kl_threshold": 0.2, "max_entropy": 3.55}, 8),
-    Setting({"rule": "latent", "threshold": 0.25}, 8),
-    Setting({"rule": "kl", "kl_threshold": 1.0}, 1),
+    HaltingSetting(None, 5),
+    HaltingSetting({"rule": "kl", "kl_threshold": 0.05}, 8),
+    HaltingSetting({"rule": "kl", "kl_threshold": 0.05}, 3),
+    HaltingSetting({"rule": "kl_entropy", "kl_threshold": 0.2, "max_entropy": 3.55}, 8),
+    HaltingSetting({"rule": "latent", "threshold": 0.25}, 8),
+    HaltingSetting({"rule": "kl", "kl_threshold": 1.0}, 1),
 ]
 
 
@@ -37,7 +37,7 @@ def rows():
     model, ids = make_model(), make_ids(rows=40)
     answers = make_ids(rows=1, tokens=40, seed=2)[0]
     answers[:20] = trace(model, ids, answers, 4).prediction[3, :20]
-    return model, Group(2, "id", ids, answers)
+    return model, RowGroup(2, "id", ids, answers)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.rule}-{s.num_loops}")
@@ -65,8 +65,8 @@ def toy_trace(signal, right_from):
 def test_the_fewest_loops_within_a_point_are_chosen_and_else_the_smallest_loss():
     signal = torch.tensor([[9.0], [0.5], [0.05], [0.005]]).expand(4, 100)
     right_from = torch.full((100,), 3)
-    group = Group(2, "id", torch.ones(100, 3), torch.ones(100, dtype=torch.long))
-    settings = [Setting({"rule": "latent", "threshold": value}, 4) for value in (1.0, 0.1, 0.01)]
+    group = RowGroup(2, "id", torch.ones(100, 3), torch.ones(100, dtype=torch.long))
+    settings = [HaltingSetting({"rule": "latent", "threshold": value}, 4) for value in (1.0, 0.1, 0.01)]
     traced = toy_trace(signal, right_from)
     assert choose(settings, [group], [traced], [1.0]) == settings[1]
     right_from[0] = 4  # one row of a hundred is a point

@@ -40,14 +40,14 @@ def make_run(tmp_path):
         ]
         summary = {"trained_hops": [1, 2, 3], "trained_loops": {"minimum": 2, "maximum": 8, "mean": 4.1}}
         facts = {"summary": summary, "evaluation": {"chance": 0.125, "limit": None}}
-        return written_run(tmp_path / name, {"name": name}, **facts, grid=grid, metrics=steps + gates).folder
+        return written_run(tmp_path / name, {"name": name, "data": {"task": "khop"}}, **facts, grid=grid, metrics=steps + gates).folder
 
     return make
 
 
 def test_the_figures_are_written_as_png(make_run):
     run = make_run()
-    paths = plot_runs([run])
+    paths = plot_runs([open_run(run)])
     assert paths == [run / "figures" / "grid.png", run / "figures" / "training.png"]
     assert sorted(paths) == sorted((run / "figures").iterdir())
     for path in paths:
@@ -87,7 +87,7 @@ def test_the_scale_is_in_percent_and_marks_chance(make_run):
 
 def test_several_runs_are_drawn_as_mean_and_lowest(make_run):
     runs = [make_run("ab"), make_run("ab_seed1", shift=0.2)]
-    assert runs[0].parent / "figures" / "ab" / "grid_ab.png" in plot_runs(runs)
+    assert runs[0].parent / "figures" / "ab" / "grid_ab.png" in plot_runs([open_run(run) for run in runs])
     axes = heat_map([open_run(run) for run in runs]).axes[0]
     at_2_loops_2_hops = [text for text in axes.texts if tuple(map(round, text.get_position())) == (1, 1)]
     assert [text.get_text() for text in at_2_loops_2_hops if text.get_text().isdigit()] == ["40", "30"]  # of 50 and 30
@@ -96,7 +96,7 @@ def test_several_runs_are_drawn_as_mean_and_lowest(make_run):
 
 def test_runs_on_different_grids_cannot_be_averaged(make_run):
     with pytest.raises(ValueError, match=r"different .loops, hops.: run `looped eval` on each with the same --loops"):
-        plot_runs([make_run("ab"), make_run("ab_seed1", loops=(1, 2))])
+        plot_runs([open_run(make_run("ab")), open_run(make_run("ab_seed1", loops=(1, 2)))])
 
 
 def test_the_training_curves_show_loss_gates_and_stage_changes_over_minutes(make_run):

@@ -43,11 +43,10 @@ def test_decoded_losses_with_all_loops_are_those_of_one_call():
     assert torch.equal(decoded.said, logits.argmax(-1))
 
 
-def test_every_rule_is_measured_at_both_batch_sizes(monkeypatch):
-    monkeypatch.setattr(exits, "BATCHES", (1, 2))
+def test_every_rule_is_measured_at_both_batch_sizes():
     model, rows = make_model(exit_gate=True), make_rows(3)
     settings = exit_settings(model, 3, {name: values[:1] for name, values in exits.THRESHOLDS.items()})
-    results = exit_rows(model, rows, PROMPT, 3, settings, rounds=1)
+    results = exit_rows(model, rows, PROMPT, 3, settings, rounds=1, batches=(1, 2))
     assert [(row["rule"], row["num_loops"], row["batch"]) for row in results] == [
         (rule, loops, batch)
         for rule, loops in (("kl_entropy", 3), ("latent", 3), ("q_exit", 3), ("fixed", 1), ("fixed", 2))

@@ -8,7 +8,8 @@ from transformers import LogitsProcessorList
 from data_builders import smiles_tokenizer
 from looplab.tasks.molecules.masking import ValidPrefix
 from looplab.tasks.molecules.probes import grammar, probe_grammar, probes_text, states_by_pass
-from looplab.tasks.molecules.samples import SETTINGS, write_molecules
+from looplab.tasks.molecules.samples import write_molecules
+from looplab.tasks.molecules.sizes import SAMPLINGS
 from looplab.tasks.molecules.smiles import faults
 from toys import make_model
 
@@ -84,9 +85,9 @@ def test_even_a_random_model_ends_where_it_may(model, tokenizer):
     """At a molecule, or at a prefix that nothing can follow; and it writes other things unmasked."""
     mask = ValidPrefix(tokenizer)
     masked = write_molecules(
-        model, tokenizer, 12, SETTINGS[0], 2, seed=0, logits_processor=LogitsProcessorList([mask])
+        model, tokenizer, 12, SAMPLINGS[0], 2, seed=0, logits_processor=LogitsProcessorList([mask])
     )
-    plain = write_molecules(model, tokenizer, 12, SETTINGS[0], 2, seed=0)
+    plain = write_molecules(model, tokenizer, 12, SAMPLINGS[0], 2, seed=0)
     ended = [row["smiles"] for row in masked if row["finished"]]
     assert len(ended) > 3
     for smiles in ended:

@@ -4,6 +4,7 @@ The run is a few steps of the smoke recipe with an exit gate, on toy molecules.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,18 +14,20 @@ from data_builders import PackedMolecules
 from looplab.bench.pair import QUICK
 from looplab.bench.speculation import speculation_rows
 from looplab.cli import main
-from looplab.instruments.halting_settings import Setting, setting_of
+from looplab.instruments.halting_settings import HaltingSetting, setting_of
 from looplab.runs.folder import open_run
 from looplab.tasks.language import exits
 from looplab.tasks.language.exits import between_counts, counted_calls, decode
-from looplab.tasks.molecules import exits as molecule_exits
 from looplab.tasks.molecules import samples
 from looplab.tasks.molecules.exits import cheapest, kind_rows, loops_of_tokens, molecule_rows, sample_row, timed_row
 from looplab.tasks.molecules.figures import exits_figure
 from looplab.tasks.molecules.held_out import loss_of_molecules, run_molecules
-from looplab.tasks.molecules.samples import SETTINGS, write_molecules, write_tokens
+from looplab.tasks.molecules.records import HALTING
+from looplab.tasks.molecules.samples import write_molecules, write_tokens
+from looplab.tasks.molecules.sizes import SAMPLINGS, Sizes
 from looplab.tasks.molecules.smiles import KINDS, token_kinds
-from looplab.tasks.molecules.task import molecule_prompts
+from looplab.tasks.molecules.task import MoleculeTask
+from looplab.tasks.registry import TASKS
 from modeling_looped import LoopedForCausalLM
 from toy_runs import failure
 
@@ -56,18 +59,14 @@ def rows(test_split, loaded):
     return molecule_rows(test_split, torch.arange(len(test_split)), loaded[1])
 
 
-@pytest.fixture
-def small(monkeypatch):
-    for module, name, value in [
-        (samples, "MAX_TOKENS", 25),
-        (molecule_exits, "TIMED", (1, 3)),
-        (molecule_exits, "PARTS", 10),
-        (molecule_exits, "reference_statistics", lambda test: None),
-        (exits, "BATCHES", (1, 2)),
-        (molecule_exits, "BATCHES", (1, 2)),
-        (molecule_exits, "THRESHOLDS", {name: values[1:2] for name, values in exits.THRESHOLDS.items()}),
-    ]:
-        monkeypatch.setattr(module, name, value)
+SMALL = Sizes(
+    batch=10,
+    max_tokens=25,
+    reference=0,
+    decoded=(1, 2),
+    timed=(1, 3),
+    thresholds={name: values[1:2] for name, values in exits.THRESHOLDS.items()},
+)
 
 
 # Teacher-forced
@@ -109,7 +108,7 @@ def test_kinds_of_tokens():
 def test_kinds_average_to_the_whole(loaded, rows):
     """Loops, losses and agreement of the kinds, weighted by their tokens; there is an end to every molecule."""
     model, tokenizer = loaded
-    found = kind_rows(model, tokenizer, rows, [Setting(EARLY, LOOPS), Setting(NEVER, LOOPS)], LOOPS)
+    found = kind_rows(model, tokenizer, rows, [HaltingSetting(EARLY, LOOPS), HaltingSetting(NEVER, LOOPS)], LOOPS)
     for halting in (EARLY, NEVER):
         mine = [row for row in found if row["rule"] == halting["rule"]]
         decoded = decode(model, rows, 0, LOOPS, halting)
@@ -127,7 +126,7 @@ def test_kinds_are_those_of_the_labels_they_are_measured_on(loaded, test_split):
     _, tokenizer = loaded
     ids = tokenizer("C1CC1")["input_ids"][1:]
     rows = {"input_ids": torch.tensor([[1, *ids]]), "shift_labels": torch.tensor([[*ids, tokenizer.eos_token_id]])}
-    found = {row["kind"]: row for row in kind_rows(*loaded, rows, [Setting(EARLY, LOOPS)], LOOPS)}
+    found = {row["kind"]: row for row in kind_rows(*loaded, rows, [HaltingSetting(EARLY, LOOPS)], LOOPS)}
     decoded = decode(loaded[0], rows, 0, LOOPS, EARLY)
     for kind, places in {"atom": [0, 2, 3], "ring open": [1], "ring close": [4], "end": [5]}.items():
         assert found[kind]["tokens"] == len(places)
@@ -142,24 +141,24 @@ def test_the_cheapest_threshold_is_within_a_hundredth_of_a_nat_of_the_best_fixed
     fixed = [row(None, loss, loops) | {"rule": "fixed"} for loss, loops in ((1.3, 1), (0.9, 3))]
     assert cheapest([*rows, *fixed]) == [rows[1]]
     assert cheapest([rows[0], row(0.2, 1.1, 2.0), *fixed]) == [row(0.2, 1.1, 2.0)]  # the nearest
-    assert setting_of(rows[1]) == Setting({"rule": "q_exit", "q": 0.5}, 8)
+    assert setting_of(rows[1]) == HaltingSetting({"rule": "q_exit", "q": 0.5}, 8)
 
 
 # Sampled
 
 
-def test_a_rule_that_never_fires_writes_the_molecules_of_all_loops(loaded, small):
-    never, full = (sample_row(*loaded, Setting(halting, LOOPS), 25, None) for halting in (NEVER, None))
+def test_a_rule_that_never_fires_writes_the_molecules_of_all_loops(loaded):
+    never, full = (sample_row(*loaded, HaltingSetting(halting, LOOPS), 25, None, SMALL) for halting in (NEVER, None))
     same = ("n", "validity", "loops", "tokens")
     assert {name: never[name] for name in same} == {name: full[name] for name in same}
     assert (never["n"], never["loops"]) == (25, LOOPS)
-    assert sample_row(*loaded, Setting(EARLY, LOOPS), 25, None)["loops"] < LOOPS
+    assert sample_row(*loaded, HaltingSetting(EARLY, LOOPS), 25, None, SMALL)["loops"] < LOOPS
 
 
-def test_loops_are_counted_up_to_the_end(loaded, small):
+def test_loops_are_counted_up_to_the_end(loaded):
     """By hand, sample by sample, from what the tokenizer reads back."""
     model, tokenizer = loaded
-    output = write_tokens(model, tokenizer, 20, SETTINGS[0], LOOPS, 0, halting=EARLY)
+    output = write_tokens(model, tokenizer, 20, SAMPLINGS[0], LOOPS, 0, SMALL.max_tokens, halting=EARLY)
     loops, lengths = [], set()
     for sequence, used in zip(output.sequences[:, 1:].tolist(), output.loops_used.tolist(), strict=True):
         ends = [place for place, token in enumerate(sequence) if token == tokenizer.eos_token_id]
@@ -168,15 +167,16 @@ def test_loops_are_counted_up_to_the_end(loaded, small):
         loops += used[:stop]
     assert len(lengths) > 3
     assert loops_of_tokens(output, tokenizer.eos_token_id).tolist() == loops
-    assert write_molecules(model, tokenizer, 20, SETTINGS[0], LOOPS, 0) == samples.samples_of(
-        write_tokens(model, tokenizer, 20, SETTINGS[0], LOOPS, 0, halting=NEVER).sequences, tokenizer
+    assert write_molecules(model, tokenizer, 20, SAMPLINGS[0], LOOPS, 0, SMALL.max_tokens) == samples.samples_of(
+        write_tokens(model, tokenizer, 20, SAMPLINGS[0], LOOPS, 0, SMALL.max_tokens, halting=NEVER).sequences,
+        tokenizer,
     )
 
 
-def test_a_fixed_count_makes_its_share_of_the_calls(loaded, small):
-    row = timed_row(*loaded, Setting(None, 1), Setting(None, LOOPS), 3, rounds=2)
+def test_a_fixed_count_makes_its_share_of_the_calls(loaded):
+    row = timed_row(*loaded, HaltingSetting(None, 1), HaltingSetting(None, LOOPS), 3, 2, SMALL.max_tokens)
     assert row["layer_calls"] == row["row_calls"] == 1 / LOOPS
-    row = timed_row(*loaded, Setting(EARLY, LOOPS), Setting(None, LOOPS), 3, rounds=2)
+    row = timed_row(*loaded, HaltingSetting(EARLY, LOOPS), HaltingSetting(None, LOOPS), 3, 2, SMALL.max_tokens)
     assert row["row_calls"] < row["layer_calls"] <= 1
     assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
 
@@ -192,10 +192,10 @@ def test_a_rule_is_compared_to_the_line_between_fixed_counts():
 
 
 @pytest.mark.slow
-def test_halting_writes_and_prints_every_measure(run, small, capsys, monkeypatch):
-    monkeypatch.setattr(samples, "MAX_TOKENS", 10)
+def test_halting_writes_and_prints_every_measure(run, capsys, monkeypatch):
+    monkeypatch.setitem(TASKS, "molecules", MoleculeTask(replace(SMALL, max_tokens=10)))
     assert main(["halting", str(run.folder), "--limit", "4"]) == 0
-    text, rows = capsys.readouterr().out, run.halting()
+    text, rows = capsys.readouterr().out, run.read(HALTING)
     by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("exit", "kind", "sample")}
     assert sum(map(len, by_measure.values())) == len(rows)
     settings = [(rule, LOOPS) for rule in ("kl_entropy", "latent", "q_exit")]
@@ -213,11 +213,11 @@ def test_halting_writes_and_prints_every_measure(run, small, capsys, monkeypatch
     assert lines[-1] == f"written to {run.folder / 'halting.jsonl'}"
 
 
-def test_the_picture_of_exits_is_drawn(run, small):
+def test_the_picture_of_exits_is_drawn(run):
     figure = exits_figure(run)
     labels = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
     assert labels == {"fixed counts", "kl_entropy", "latent", "q_exit"}
-    fixed = [row for row in run.halting() if row["measure"] == "sample" and row["rule"] == "fixed"]
+    fixed = [row for row in run.read(HALTING) if row["measure"] == "sample" and row["rule"] == "fixed"]
     x, y = figure.axes[0].get_lines()[0].get_data()
     assert list(x) == [1, 2, 3, 4]
     assert list(y) == [100 * row["validity"]["share"] for row in fixed]
@@ -225,16 +225,18 @@ def test_the_picture_of_exits_is_drawn(run, small):
     assert (run.folder / "figures" / "exits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_measured_is_said(run, small, capfd):
+def test_what_cannot_be_measured_is_said(run, capfd):
     assert "num_loops=1 leaves no loop out" in failure(capfd, "halting", run.folder, "--max-loops", "1")
-    assert "--max-hops is for tasks with hops" in failure(capfd, "halting", run.folder, "--max-hops", "3")
+    assert "looped halting --max-hops is not for molecules: it is for khop" in failure(
+        capfd, "halting", run.folder, "--max-hops", "3"
+    )
 
 
 def test_drafts_of_molecules_end_where_the_molecule_ends(run, loaded):
-    prompts = molecule_prompts(run, loaded[1], QUICK)
-    assert prompts.shape == (QUICK.molecules, QUICK.molecule_prompt)
+    prompts = MoleculeTask().prompts(run, loaded[1], 2, 5)
+    assert prompts.shape == (2, 5)
     assert prompts[0, 0] == loaded[1].bos_token_id
-    rows = speculation_rows(run.folder, QUICK, rounds=1)
+    rows = speculation_rows(run, QUICK, rounds=1)
     assert [(row["mode"], row["draft_loops"]) for row in rows] == [
         (mode, draft) for mode in ("greedy", "sampled") for draft in (1, 2) for _ in range(2)
     ]

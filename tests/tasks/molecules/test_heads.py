@@ -16,12 +16,15 @@ from looplab.runs.folder import open_run, rows_on_file
 from looplab.runs.intervals import paired_interval, wilson_interval
 from looplab.runs.models import weights_digest
 from looplab.tasks.molecules import readouts as molecule_readouts
-from looplab.tasks.molecules import samples
 from looplab.tasks.molecules.ablations import ablations_text, cell_of, mean_outputs, token_kinds
-from looplab.tasks.molecules.figures import plot_molecule_runs
+from looplab.tasks.molecules.figures import plot_runs
 from looplab.tasks.molecules.held_out import HeldOut, loss_of_molecules
 from looplab.tasks.molecules.readouts import features_of, fit_head, with_head
-from looplab.tasks.molecules.samples import SETTINGS, write_molecules
+from looplab.tasks.molecules.records import ABLATIONS, READOUTS
+from looplab.tasks.molecules.samples import write_molecules
+from looplab.tasks.molecules.sizes import SAMPLINGS, Sizes
+from looplab.tasks.molecules.task import MoleculeTask
+from looplab.tasks.registry import TASKS
 from modeling_looped import LoopedForCausalLM
 from toys import FP32, make_ids, make_model
 
@@ -202,7 +205,7 @@ def test_the_own_head_as_a_fresh_one_is_the_model(parts):
     twin = with_head(model, model.lm_head.weight.detach())
     for count in (1, 3):
         assert torch.equal(molecules.nats(twin, count), molecules.nats(model, count))
-        samples = [write_molecules(one, tokenizer, 10, SETTINGS[0], count, seed=0) for one in (model, twin)]
+        samples = [write_molecules(one, tokenizer, 10, SAMPLINGS[0], count, seed=0) for one in (model, twin)]
         assert samples[0] == samples[1]
     other = with_head(model, torch.zeros_like(model.lm_head.weight))
     assert torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
@@ -235,12 +238,12 @@ def test_a_fresh_head_is_at_the_minimum(parts):
 @pytest.mark.slow
 def test_lens_writes_prints_and_draws(home, tmp_path, monkeypatch, capsys):
     """Every cell once; started again, what is there is kept and only what is missing is measured."""
-    monkeypatch.setattr(samples, "MAX_TOKENS", 30)
+    monkeypatch.setitem(TASKS, "molecules", MoleculeTask(Sizes(max_tokens=30)))
     run = open_run(shutil.copytree(home / "mol", tmp_path / "mol"))
     command = ["lens", str(run.folder), "--limit", "12", "--no-probes"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    rows, readouts = run.ablations(), run.readouts()
+    rows, readouts = run.read(ABLATIONS), run.read(READOUTS)
     heads, layers = 2, 1
     assert len({cell_of(row) for row in rows}) == len(rows) == 2 * 3 * layers * heads
     assert [(row["loops"], row["head"]) for row in readouts] == [(p, h) for p in (1, 2, 3) for h in ("own", "fresh")]
@@ -252,14 +255,13 @@ def test_lens_writes_prints_and_draws(home, tmp_path, monkeypatch, capsys):
     whole = (run.folder / "ablations.jsonl").read_text(), (run.folder / "readouts.jsonl").read_text()
     (run.folder / "ablations.jsonl").write_text("\n".join(whole[0].splitlines()[:-2]) + "\n")
     (run.folder / "readouts.jsonl").write_text("\n".join(whole[1].splitlines()[:-2]) + "\n")
-    monkeypatch.setattr(molecule_readouts, "FIT_TOKENS", 300_000)
     assert main(command) == 0
     assert ((run.folder / "ablations.jsonl").read_text(), (run.folder / "readouts.jsonl").read_text()) == whole
     calls = []
     monkeypatch.setattr(molecule_readouts, "readout_rows", lambda *arguments: calls.append(arguments) or [])
     assert main(command) == 0
     assert not calls
-    paths = [path.name for path in plot_molecule_runs([run])]
+    paths = [path.name for path in plot_runs([run])]
     assert {"ablations.png", "readouts.png"} <= set(paths)
     # Other weights: nothing is kept.
     (run.folder / "ablations.jsonl").write_text(json.dumps(rows[0] | {"weights": "others"}) + "\n")

@@ -21,17 +21,22 @@ from transformers import AutoTokenizer
 from data_builders import PackedMolecules, load_molecules
 from looplab.cli import main
 from looplab.runs.folder import open_run
-from looplab.tasks.molecules import chemnet, samples
-from looplab.tasks.molecules import evaluation as molecules
+from looplab.tasks.molecules import chemnet
 from looplab.tasks.molecules.chemnet import frechet_distance
-from looplab.tasks.molecules.evaluation import default_loops, evaluate_molecules
+from looplab.tasks.molecules.evaluation import default_loops, evaluate_run
 from looplab.tasks.molecules.held_out import loss_of_molecules
 from looplab.tasks.molecules.measures import fingerprints, internal_diversity, measure
-from looplab.tasks.molecules.samples import SETTINGS, write_molecules
+from looplab.tasks.molecules.records import MOLECULES
+from looplab.tasks.molecules.samples import write_molecules
+from looplab.tasks.molecules.sizes import SAMPLINGS, Sizes
+from looplab.tasks.molecules.task import MoleculeTask
+from looplab.tasks.registry import TASKS
 from modeling_looped import LoopedForCausalLM
 from toy_runs import failure
 
 PLAIN = ["--model.num_core_layers=2", "--model.num_loops=1", "--eval_loops=[]", "--depth={kind: fixed, mean: 1}"]
+
+SMALL = Sizes(batch=20, max_tokens=40, reference=0)
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +44,12 @@ def home(trained, tmp_path_factory):
     """Runs mol_seed0, mol_seed1, plain_seed0 and plain_seed1, evaluated with 40 samples in batches of 20, without
     ChemNet."""
     folder = tmp_path_factory.mktemp("molecules")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "BATCH", 20)
-        patch.setattr(samples, "MAX_TOKENS", 40)
-        patch.setattr(molecules, "reference_statistics", lambda test: None)
-        for seed in (0, 1):
-            for name, flags, steps in (("mol", ["--optim.lr=1e-2"], 100), ("plain", PLAIN, 5)):
-                flags = [f"--name={name}_seed{seed}", f"--seed={seed}", f"--max_steps={steps}", *flags]
-                flags += ["--check_every=1000", "--checkpoint_every=1000"]
-                run = trained.copy(folder, "molecules", *flags)
-                evaluate_molecules(run, limit=40, loops=[1, 3] if name == "mol" else None)
+    for seed in (0, 1):
+        for name, flags, steps in (("mol", ["--optim.lr=1e-2"], 100), ("plain", PLAIN, 5)):
+            flags = [f"--name={name}_seed{seed}", f"--seed={seed}", f"--max_steps={steps}", *flags]
+            flags += ["--check_every=1000", "--checkpoint_every=1000"]
+            run = open_run(trained.copy(folder, "molecules", *flags))
+            evaluate_run(run, limit=40, loops=[1, 3] if name == "mol" else None, sizes=SMALL)
     return folder
 
 
@@ -56,13 +57,6 @@ def home(trained, tmp_path_factory):
 def run(home, tmp_path):
     """A copy of the first run to break."""
     return open_run(shutil.copytree(home / "mol_seed0", tmp_path / "mol_seed0"))
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(samples, "BATCH", 20)
-    monkeypatch.setattr(samples, "MAX_TOKENS", 40)
-    monkeypatch.setattr(molecules, "reference_statistics", lambda test: None)
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +68,14 @@ def loaded(home):
 # Samples
 
 
-def test_samples_follow_from_the_seed_and_need_no_cache(loaded, monkeypatch):
+def test_samples_follow_from_the_seed_and_need_no_cache(loaded):
     """The random state outside is left alone; without the KV cache the same molecules come out."""
-    monkeypatch.setattr(samples, "MAX_TOKENS", 40)
     before = torch.random.get_rng_state()
-    first = write_molecules(*loaded, 30, SETTINGS[0], 3, seed=1)
+    first = write_molecules(*loaded, 30, SAMPLINGS[0], 3, 1, SMALL.max_tokens)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert write_molecules(*loaded, 30, SETTINGS[0], 3, seed=1) == first
-    assert write_molecules(*loaded, 30, SETTINGS[0], 3, seed=1, use_cache=False) == first
-    assert write_molecules(*loaded, 30, SETTINGS[0], 3, seed=2) != first
+    assert write_molecules(*loaded, 30, SAMPLINGS[0], 3, 1, SMALL.max_tokens) == first
+    assert write_molecules(*loaded, 30, SAMPLINGS[0], 3, 1, SMALL.max_tokens, use_cache=False) == first
+    assert write_molecules(*loaded, 30, SAMPLINGS[0], 3, 2, SMALL.max_tokens) != first
     assert sum(row["finished"] for row in first) > 15
     assert not any("<" in row["smiles"] for row in first)
 
@@ -96,26 +89,26 @@ def test_the_model_read_after_fewer_loops_is_the_model_that_runs_fewer(loaded):
     model.config.num_loops = 3
 
 
-def test_sampling_goes_on_where_it_was_cut(run, small, home):
+def test_sampling_goes_on_where_it_was_cut(run, home):
     """Half a batch is drawn again; more samples go on from those that are there; another model starts over."""
     path = run.folder / "samples" / "T0.8-top40-loops3.jsonl"
     whole = path.read_text().splitlines()
     assert len(whole) == 40
     path.write_text("\n".join(whole[:25]) + "\n")
-    evaluate_molecules(run.folder, loops=[3], limit=60)
+    evaluate_run(run, loops=[3], limit=60, sizes=SMALL)
     again = path.read_text().splitlines()
     assert (len(again), again[:40]) == (60, whole)
-    assert [row["n"] for row in run.molecules()] == [60, 60]
+    assert [row["n"] for row in run.read(MOLECULES)] == [60, 60]
     shutil.copytree(home / "mol_seed1" / "model", run.folder / "model", dirs_exist_ok=True)
-    evaluate_molecules(run.folder, loops=[3], limit=20)
+    evaluate_run(run, loops=[3], limit=20, sizes=SMALL)
     assert path.read_text().splitlines() != whole[:20]
     assert not (run.folder / "samples" / "T0.8-top40-loops1.jsonl").exists()
 
 
 def test_a_line_per_setting_and_loop_count(home):
-    rows = open_run(home / "mol_seed0").molecules()
+    rows = open_run(home / "mol_seed0").read(MOLECULES)
     assert [(row["setting"], row["loops"]) for row in rows] == [("T0.8-top40", 3), ("T1.0", 3), ("T0.8-top40", 1)]
-    assert [(r["setting"], r["loops"]) for r in open_run(home / "plain_seed0").molecules()] == [
+    assert [(r["setting"], r["loops"]) for r in open_run(home / "plain_seed0").read(MOLECULES)] == [
         ("T0.8-top40", 1),
         ("T1.0", 1),
     ]
@@ -174,7 +167,7 @@ def test_diversity_is_that_of_all_pairs():
 def test_the_test_loss_is_what_the_model_itself_says(home, loaded):
     run, (model, tokenizer) = open_run(home / "mol_seed0"), loaded
     splits = load_molecules("files", run.recipe()["data"]["files"], **run.recipe()["data"]["overrides"])
-    for row in run.molecules():
+    for row in run.read(MOLECULES):
         total = count = 0
         for text in splits["test"]["text"]:
             ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
@@ -182,7 +175,7 @@ def test_the_test_loss_is_what_the_model_itself_says(home, loaded):
             count += ids.numel() - 1
         assert row["loss"] == pytest.approx(total / count, abs=1e-5)
     packed = PackedMolecules(splits["test"], tokenizer, 76)
-    assert loss_of_molecules(model, packed, 3, 10_000) == run.molecules()[0]["loss"]
+    assert loss_of_molecules(model, packed, 3, 10_000) == run.read(MOLECULES)[0]["loss"]
 
 
 def test_the_frechet_distance_of_gaussians():
@@ -207,7 +200,8 @@ def test_chemnet_comes_with_its_package():
 # looped eval, table, plot
 
 
-def test_eval_prints_what_it_measured(run, small, capsys):
+def test_eval_prints_what_it_measured(run, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "molecules", MoleculeTask(SMALL))
     assert main(["eval", str(run.folder), "--loops", "1", "--limit", "20"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines if line.startswith("T")][:3] == [
@@ -227,7 +221,7 @@ def test_a_table_is_the_mean_over_seeds(home, capsys):
     )
     cells = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
     runs = {name: [open_run(home / f"{name}_seed{seed}") for seed in (0, 1)] for name in ("mol", "plain")}
-    valid = {name: [100 * run.molecules()[0]["validity"]["share"] for run in pair] for name, pair in runs.items()}
+    valid = {name: [100 * run.read(MOLECULES)[0]["validity"]["share"] for run in pair] for name, pair in runs.items()}
     found = cells["mol"]["T0.8-top40: validity %"]
     assert found.split()[0] == f"{fmean(valid['mol']):.1f}"
     points = [mol - plain for mol, plain in zip(valid["mol"], valid["plain"], strict=True)]
@@ -253,7 +247,9 @@ def test_what_was_not_measured_is_asked_for(run, capfd):
     for file in ("molecules.jsonl", "evaluation.json"):
         (run.folder / file).unlink()
     assert "run `looped eval" in failure(capfd, "table", run.folder)
-    assert "--max-hops is for tasks with hops" in failure(capfd, "eval", run.folder, "--max-hops", "3")
+    assert "looped eval --max-hops is not for molecules: it is for khop" in failure(
+        capfd, "eval", run.folder, "--max-hops", "3"
+    )
 
 
 def test_other_molecules_than_those_of_the_training_are_refused(run, capfd):

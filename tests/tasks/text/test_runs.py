@@ -21,11 +21,12 @@ from looplab.runs.intervals import bootstrap_intervals
 from looplab.runs.models import count_parameters
 from looplab.runs.seeds import group_runs
 from looplab.tasks.language.figures import held_out_figure, training_figure
-from looplab.tasks.registry import reader_of
+from looplab.tasks.registry import task_of
 from looplab.tasks.text import perplexity
-from looplab.tasks.text.figures import perplexity_figure, plot_text_runs
-from looplab.tasks.text.perplexity import block_losses, evaluate_text
-from looplab.tasks.text.results import text_table
+from looplab.tasks.text.figures import perplexity_figure, plot_runs
+from looplab.tasks.text.perplexity import block_losses, evaluate_run
+from looplab.tasks.text.records import EVALUATION, PERPLEXITY
+from looplab.tasks.text.results import markdown_table
 from modeling_looped import LoopedForCausalLM
 from toy_runs import failure
 from toys import SIZES, count_layer_calls, make_model, write_pages
@@ -45,7 +46,7 @@ def evaluated(trained, tmp_path_factory):
         for seed in range(3)
     ]
     for folder in folders:
-        evaluate_text(folder)
+        evaluate_run(open_run(folder))
     return folders
 
 
@@ -76,7 +77,7 @@ def test_the_loss_of_each_block_is_what_the_model_itself_says(runs):
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     texts = splits_of(run)["test"]["text"]
     stream = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    rows = run.text()
+    rows = run.read(PERPLEXITY)
     assert [row["loops"] for row in rows] == [1, 2, 4]  # the model's own 2 and the recipe's eval_loops
     for row in rows:
         losses = []
@@ -104,18 +105,18 @@ def test_the_test_split_is_neither_that_of_the_checks_nor_the_training(runs):
 
 def test_a_limit_takes_the_same_blocks_every_time_evenly_spread(runs):
     run = runs[0]
-    whole, text = run.text()[1]["block_losses"], run.text()[1]["text"]
-    firsts = [evaluate_text(run.folder, [2], limit=4).read_text() for _ in range(2)]
+    whole, text = run.read(PERPLEXITY)[1]["block_losses"], run.read(PERPLEXITY)[1]["text"]
+    firsts = [evaluate_run(run, [2], limit=4).read_text() for _ in range(2)]
     assert firsts[0] == firsts[1]
-    [row] = run.text()
+    [row] = run.read(PERPLEXITY)
     last = len(whole) - 1
     assert last > 8
     assert row["block_losses"] == pytest.approx([whole[number] for number in (0, last // 3, 2 * last // 3, last)])
     assert row["tokens"] == 4 * 32
     assert row["text"] != text
-    assert run.evaluation()["limit"] == 4
-    evaluate_text(run.folder, [2], limit=10_000)
-    assert run.text()[0]["block_losses"] == whole
+    assert run.read(EVALUATION)["limit"] == 4
+    evaluate_run(run, [2], limit=10_000)
+    assert run.read(PERPLEXITY)[0]["block_losses"] == whole
 
 
 def test_spread_blocks_are_each_there_once():
@@ -136,10 +137,10 @@ def test_the_interval_of_blocks_that_are_alike_is_their_loss():
 
 
 def test_how_many_rows_go_through_the_model_at_once_does_not_matter(runs, monkeypatch):
-    whole = [row["block_losses"] for row in runs[0].text()]
+    whole = [row["block_losses"] for row in runs[0].read(PERPLEXITY)]
     monkeypatch.setattr(perplexity, "TOKENS", 1)
-    evaluate_text(runs[0].folder)
-    for row, losses in zip(runs[0].text(), whole, strict=True):
+    evaluate_run(runs[0])
+    for row, losses in zip(runs[0].read(PERPLEXITY), whole, strict=True):
         assert row["block_losses"] == pytest.approx(losses, abs=1e-5)
 
 
@@ -150,7 +151,7 @@ def test_loops_beyond_those_of_the_model_are_refused_in_its_own_words(trained, t
     assert "num_loops=3 must be in 1 .. max_num_loops=2" in message
     assert not (folder / "text.jsonl").exists()
     assert main(["eval", str(folder)]) == 0
-    assert [row["loops"] for row in open_run(folder).text()] == [1, 2]
+    assert [row["loops"] for row in open_run(folder).read(PERPLEXITY)] == [1, 2]
 
 
 def test_such_loops_are_refused_before_any_work():
@@ -168,7 +169,7 @@ def test_eval_prints_a_line_per_loop_count(runs, capsys):
     header, columns, *lines = capsys.readouterr().out.splitlines()[2:5]
     assert header == "Test split, 3 blocks, 96 tokens; [ ] marks loop counts of the training."
     assert columns.split()[0] == "loops"
-    rows = runs[0].text()
+    rows = runs[0].read(PERPLEXITY)
     assert lines[0].split()[:3] == ["[1]", f"{rows[0]['loss']:.4f}", f"{rows[0]['perplexity']:.2f}"]
     assert not list(runs[0].folder.glob("*.tmp"))
 
@@ -184,7 +185,7 @@ def test_text_that_has_changed_since_the_training_is_refused(trained, tmp_path, 
 
 @pytest.mark.parametrize("option", ["--max-hops", "--max-loops"])
 def test_options_of_hops_are_refused(evaluated, capfd, option):
-    assert f"{option} is for tasks with hops" in failure(capfd, "eval", evaluated[0], option, "3")
+    assert f"looped eval {option} is not for text: it is for" in failure(capfd, "eval", evaluated[0], option, "3")
 
 
 # Parameters
@@ -212,9 +213,9 @@ def t_interval_by_hand(values) -> tuple[float, float]:
 
 
 def test_the_table_has_the_numbers_of_the_files(runs):
-    cells = cells_of(text_table(runs))
+    cells = cells_of(markdown_table(runs))
     for name, members, own, line in (("loop", runs[:3], 2, 1), ("plain", runs[3:], 1, 0)):
-        values = [exp(fmean(run.text()[line]["block_losses"])) for run in members]
+        values = [exp(fmean(run.read(PERPLEXITY)[line]["block_losses"])) for run in members]
         low, high = t_interval_by_hand(values)
         summaries = [run.summary() for run in members]
         rates = [20 * 8 * 32 / summary["seconds"] for summary in summaries]
@@ -235,9 +236,12 @@ def test_the_table_has_the_numbers_of_the_files(runs):
 
 
 def test_groups_are_compared_seed_by_seed_on_the_same_blocks(runs):
-    cells = cells_of(text_table(runs, against="plain"))
+    cells = cells_of(markdown_table(runs, against="plain"))
     blocks = [
-        [there - here for here, there in zip(*(run.text()[line]["block_losses"] for run, line in pair), strict=True)]
+        [
+            there - here
+            for here, there in zip(*(run.read(PERPLEXITY)[line]["block_losses"] for run, line in pair), strict=True)
+        ]
         for pair in [((runs[3 + seed], 0), (runs[seed], 1)) for seed in range(3)]
     ]
     means = [fmean(each) for each in blocks]
@@ -248,21 +252,21 @@ def test_groups_are_compared_seed_by_seed_on_the_same_blocks(runs):
     [(low, high)] = bootstrap_intervals(torch.tensor(blocks).double().mean(0, keepdim=True).numpy())
     assert cells["loop"]["95 % over blocks"] == f"[{low:+.4f}, {high:+.4f}]"
     assert cells["plain"]["nats per token against plain"] == "-"
-    reverse = cells_of(text_table(runs, against="loop"))
+    reverse = cells_of(markdown_table(runs, against="loop"))
     assert float(reverse["plain"]["nats per token against loop"]) == -float(f"{fmean(means):+.4f}")
 
 
 def test_only_seeds_that_both_groups_have_are_paired(runs):
-    cells = cells_of(text_table([*runs[:2], *runs[4:]], against="plain"))["loop"]
+    cells = cells_of(markdown_table([*runs[:2], *runs[4:]], against="plain"))["loop"]
     assert (cells["pairs"], cells["95 % over seeds"]) == ("1", "-")
-    alone = fmean(runs[1].text()[1]["block_losses"]) - fmean(runs[4].text()[0]["block_losses"])
+    alone = fmean(runs[1].read(PERPLEXITY)[1]["block_losses"]) - fmean(runs[4].read(PERPLEXITY)[0]["block_losses"])
     assert cells["nats per token against plain"] == f"{alone:+.4f}"
-    unpaired = cells_of(text_table([runs[0], runs[4]], against="plain"))["loop"]
+    unpaired = cells_of(markdown_table([runs[0], runs[4]], against="plain"))["loop"]
     assert not [column for column in unpaired if "against" in column]
 
 
 def test_runs_measured_on_different_blocks_are_not_compared(runs, capfd):
-    evaluate_text(runs[0].folder, [2], limit=4)
+    evaluate_run(runs[0], [2], limit=4)
     folders = [run.folder for run in runs]
     message = failure(capfd, "table", *folders, "--against", "plain")
     assert "were measured on different blocks" in message
@@ -277,11 +281,11 @@ def test_a_baseline_that_is_not_there_is_named_with_the_nearest(runs, capfd):
 def test_two_runs_of_one_recipe_and_seed_are_not_paired(runs, tmp_path):
     again = open_run(shutil.copytree(runs[0].folder, tmp_path / "loop_again"))
     with pytest.raises(ValueError, match="have the same recipe and seeds: leave one out"):
-        text_table([again, *runs], against="plain")
+        markdown_table([again, *runs], against="plain")
 
 
 def test_a_table_says_what_to_measure_first(runs, capfd):
-    evaluate_text(runs[0].folder, [1, 4])
+    evaluate_run(runs[0], [1, 4])
     assert "has no line at the model's own 2 loops" in failure(capfd, "table", runs[0].folder)
     (runs[1].folder / "text.jsonl").unlink()
     assert f"has no text.jsonl: run `looped eval {runs[1].folder}` first" in failure(capfd, "table", runs[1].folder)
@@ -300,16 +304,16 @@ def test_the_table_has_perplexities_after_quantization_where_a_whole_group_has_t
     for run, after in zip(runs[:3], (32.0, 33.0, 34.0), strict=True):
         quantize(run, after)
     quantize(runs[3], 32.5)
-    cells = cells_of(text_table(runs))
+    cells = cells_of(markdown_table(runs))
     assert cells["loop"]["gptq INT4: before"] == "30.00"
     assert cells["loop"]["gptq INT4: after"] == "33.00 [32.00, 34.00]"
     assert cells["plain"]["gptq INT4: after"] == "-"
     quantize(runs[2], 34.0, bits=8)
     with pytest.raises(ValueError, match="quantized as gptq INT4 and gptq INT8: choose one"):
-        text_table(runs)
+        markdown_table(runs)
     (runs[0].folder / "quantization.json").write_text('{"method": "gptq"')
     with pytest.raises(ValueError, match=r"quantization\.json cannot be read .*looped quantize"):
-        text_table(runs)
+        markdown_table(runs)
 
 
 # looped plot
@@ -361,7 +365,7 @@ def test_groups_are_drawn_as_means_with_the_t_interval_over_seeds(runs):
 
 def test_perplexity_is_drawn_over_loops_of_a_run_with_the_interval_over_its_blocks(runs):
     [axes] = perplexity_figure([("loop", runs[:1])]).axes
-    rows = runs[0].text()
+    rows = runs[0].read(PERPLEXITY)
     assert line(axes, "loop") == ([1, 2, 4], [row["perplexity"] for row in rows])
     assert band(axes) == {row["loops"]: pytest.approx(tuple(row["interval"])) for row in rows}
     [span] = axes.patches
@@ -372,7 +376,7 @@ def test_perplexity_is_drawn_over_loops_of_a_run_with_the_interval_over_its_bloc
 def test_a_group_of_one_loop_count_is_a_point_beside_the_others(runs):
     groups = list(group_runs(runs).items())
     [axes] = perplexity_figure(groups).axes
-    values = [[row["perplexity"] for row in run.text()] for run in runs[:3]]
+    values = [[row["perplexity"] for row in run.read(PERPLEXITY)] for run in runs[:3]]
     assert line(axes, "loop")[1] == pytest.approx([fmean(column) for column in zip(*values, strict=True)])
     [point] = axes.containers
     assert (point.get_label(), list(point.lines[0].get_xdata())) == ("plain", [1])
@@ -383,7 +387,7 @@ def test_a_group_of_one_loop_count_is_a_point_beside_the_others(runs):
 def test_plot_draws_each_run_and_the_groups(runs):
     folders = [runs[0].folder / "figures", runs[1].folder / "figures", runs[3].folder / "figures"]
     groups = runs[0].folder.parent / "figures" / "loop_and_plain"
-    paths = plot_text_runs([runs[0], runs[1], runs[3]])
+    paths = plot_runs([runs[0], runs[1], runs[3]])
     expected = [folder / f"{name}.png" for folder in folders[:2] for name in ("training", "perplexity")]
     assert paths == [*expected, folders[2] / "training.png", groups / "held_out.png", groups / "perplexity.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
@@ -391,7 +395,7 @@ def test_plot_draws_each_run_and_the_groups(runs):
 
 def test_a_run_is_drawn_before_it_is_evaluated_but_not_before_its_first_check(runs, capfd):
     (runs[0].folder / "text.jsonl").unlink()
-    assert plot_text_runs(runs[:1]) == [runs[0].folder / "figures" / "training.png"]
+    assert plot_runs(runs[:1]) == [runs[0].folder / "figures" / "training.png"]
     metrics = runs[0].folder / "metrics.jsonl"
     metrics.write_text("".join(f"{row}\n" for row in metrics.read_text().splitlines() if "held_out" not in row))
     assert "has no training and held-out rows yet" in failure(capfd, "plot", runs[0].folder)
@@ -408,15 +412,17 @@ def test_runs_of_different_tasks_are_read_apart(runs, capfd):
         assert message == (
             f"looped {command}: {runs[0].folder} is a run on text and {runs[1].folder} on khop: read them apart."
         )
-    assert "--against compares runs on text" in failure(capfd, "table", runs[1].folder, "--against", "loop")
+    assert "looped table --against is not for khop: it is for text, molecules" in failure(
+        capfd, "table", runs[1].folder, "--against", "loop"
+    )
     recipe.write_text(recipe.read_text().replace("task: khop", "task: chess"))
     with pytest.raises(ValueError, match=r"there is no task 'chess'; there are khop, composition, text"):
-        reader_of(runs)
+        task_of(runs)
     recipe.write_text("name: x\n")
     with pytest.raises(ValueError, match=r"recipe\.yaml has no data\.task"):
-        reader_of(runs)
+        task_of(runs)
 
 
 @pytest.mark.parametrize("command", ["ask", "lens"])
 def test_commands_about_hops_refuse_a_run_on_text(evaluated, capfd, command):
-    assert "is a run on text, which has no hops" in failure(capfd, command, evaluated[0])
+    assert f"is a run on text, and looped {command} is not for text: it is for hops" in failure(capfd, command, evaluated[0])

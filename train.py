@@ -23,6 +23,7 @@ training is in looplab/tasks/TASK/training.py.
 
 import argparse
 import json
+import logging
 import math
 import sys
 import time
@@ -232,4 +233,6 @@ if __name__ == "__main__":
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake, too")
     arguments, flags = parser.parse_known_args()
     rank = get_int_from_env(["LOCAL_RANK"], 0)
+    if rank > 0:  # what all ranks find out is said by the first alone
+        logging.getLogger("looplab").setLevel(logging.ERROR)
     sys.exit(run_command("train.py", lambda: main(read_recipe(arguments.recipe, flags)), arguments.debug, rank))

@@ -347,6 +347,7 @@ def test_a_run_of_an_older_version_has_the_same_recipe(tmp_path, file):
     keys = []
     for written in (values, as_older_versions_wrote(values) | {"seed": 2}):
         write_whole(run / "recipe.yaml", to_yaml(written))
+        assert read_recipe(run / "recipe.yaml").resolved() == values | {"seed": written["seed"]}
         keys.append(recipe_key(Run(run)))
     assert keys[0] == keys[1]
     for name, value in (("max_steps", 40), ("check_every", 11)):

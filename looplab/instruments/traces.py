@@ -1,13 +1,13 @@
-"""Every loop of a forward at once: what a model would answer if it stopped after loop 1, 2 .. R.
+"""Traces: what a model would answer after loop 1, 2 .. R, and what the halting rules look at, from one forward pass.
 
-    for loop in range(R):                      one forward
-        state  = the loop's state
+    for loop in range(R):
+        state  = the state after the loop
         logits = readout(state)                (N, V) at the last position
         trace  = argmax, margin of the gold token, KL to the loop before, entropy, change of the state
 
-Nothing in a loop depends on how many follow, so loop t of R answers as a run of t loops does (arXiv 2604.07822). A
-coda runs once, after the last loop: the answers of a model that has one are taken from a forward per loop count.
-Legend: R loops, N rows, T tokens, D hidden size, V vocabulary.
+A loop does not depend on how many loops follow, so the state after loop t of R is that of a call with t loops (arXiv
+2604.07822). A coda runs after the last loop only: the answers of a model with a coda come from a forward pass per loop
+count. Legend: R loops, N batch rows, T tokens, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass, fields
@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Trace:
-    """Rows after each of R loops, every tensor (R, N).
+    """Answers and signals of N batch rows after each of R loops; every tensor is (R, N).
 
     Args:
         prediction: id of the token with the largest logit.
-        margin: logit of the gold token minus the largest of the others.
+        margin: logit of the gold token minus the largest other logit.
         kl: KL(p_t || p_{t-1}) in nats, infinite at the first loop.
         entropy: H(p_t) in nats.
         change: ||s_t - s_{t-1}|| / ||s_t||, infinite at the first loop.
@@ -38,9 +38,13 @@ class Trace:
 def trace(
     model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.Tensor, num_loops: int, batch_size: int = 1024
 ) -> Trace:
-    """The trace of rows `input_ids` (N, T), read at the last position, with gold tokens `answers` (N,), on the CPU.
+    """The trace, on the CPU, of the batch rows `input_ids` (N, T), read at the last position.
 
-    The signals are what the halting rules of `halting_looped.py` compare with their thresholds.
+    The halting rules of `halting_looped.py` compare its signals with their thresholds.
+
+    Args:
+        answers: (N,) gold tokens.
+        batch_size: batch rows of a forward pass.
     """
     model.eval()
     batches = zip(input_ids.split(batch_size), answers.split(batch_size), strict=True)
@@ -49,7 +53,7 @@ def trace(
 
 
 def joined(traces: list[Trace]) -> Trace:
-    """Traces of several batches of rows as one."""
+    """Traces of several batches as one."""
     return Trace(*(torch.cat([getattr(part, field.name) for part in traces], dim=1) for field in fields(Trace)))
 
 
@@ -86,7 +90,7 @@ def signals_of(state: torch.Tensor, log_p: torch.Tensor, before: dict | None) ->
 
 
 def answer_of(logits: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted token and margin of the gold one, (N,) each."""
+    """Predicted token and margin of the gold token, (N,) each, from logits (N, V)."""
     gold = logits.gather(1, answers[:, None])
     others = logits.scatter(1, answers[:, None], -torch.inf).amax(1)
     return logits.argmax(-1), gold[:, 0] - others

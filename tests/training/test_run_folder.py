@@ -430,7 +430,7 @@ def test_data_that_change_are_refused_and_named(text, tmp_path):
         ),
     ):
         change()
-        with pytest.raises(ValueError, match=rf"the data of .*run are not those it began with \({message}"):
+        with pytest.raises(ValueError, match=rf"the data of .*run have changed since it began \({message}"):
             main(text("--max_steps=4"))
         with pytest.raises(ValueError, match=r"restore the files its recipe names"):
             looped_or_raise("eval", run)

@@ -10,7 +10,7 @@ import yaml
 from families import make_frozen
 from looplab.cli import main
 from looplab.pretrained import study as frozen
-from looplab.pretrained.study import BASE, Setting, best, gains, read_recipe, report, study
+from looplab.pretrained.study import BASE, LoopSetting, best, gains, read_recipe, report, study
 from modeling_looped import looped
 from toy_questions import toy_tokenizer, words
 
@@ -59,7 +59,7 @@ def rows_of(path):
 def test_every_setting_is_measured_on_every_task_and_the_best_is_confirmed(done):
     sweep = rows_of(done / "sweep.jsonl")
     assert {(row["name"], row["task"]) for row in sweep} == {
-        (str(Setting(**({"window": window, "num_loops": 2, "horizon": horizon}))), task)
+        (str(LoopSetting(**({"window": window, "num_loops": 2, "horizon": horizon}))), task)
         for window in ([1, 2], [3, 4])
         for horizon in (1, 2)
         for task in ("arc_easy", "text")

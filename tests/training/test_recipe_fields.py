@@ -72,7 +72,7 @@ def is_path(name: str) -> bool:
     return name.split(".")[-1] in ("output_dir", "init_from", "files", "tokenizer", "teacher", "benchmarks")
 
 
-FORMS = [Recipe, frozen.FrozenRecipe, frozen.Setting]
+FORMS = [Recipe, frozen.FrozenRecipe, frozen.LoopSetting]
 BUILDERS = [KhopConfig, CompositionConfig, TextConfig, MoleculesConfig, MultipleChoiceConfig]
 
 
@@ -314,7 +314,7 @@ def test_junk_in_a_number_of_a_study_is_refused_by_name(name):
         assert said is None or name.split(".")[-1] in said, value
 
 
-@pytest.mark.parametrize("name", [name for name, item in leaves(frozen.Setting).items() if is_number(item)])
+@pytest.mark.parametrize("name", [name for name, item in leaves(frozen.LoopSetting).items() if is_number(item)])
 def test_junk_in_a_setting_is_refused_before_any_work(name):
     for value in JUNK:
         said = refusal(frozen.make_setting, {"num_loops": 2, "horizon": 2, name: value})

@@ -15,6 +15,7 @@ from data_builders.files import place, read_text
 
 
 def refuse(node: yaml.Node | yaml.Event, problem: str):
+    """Raise MarkedYAMLError, with the place of `node`; `parse_yaml` makes it a ValueError."""
     raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 

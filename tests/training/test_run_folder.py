@@ -543,7 +543,7 @@ def test_a_measurement_of_other_weights_is_refused(run, name):
         tensors = load_file(path)
         save_file({n: t + 1 for n, t in tensors.items()}, path, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=rf"{name} is of other weights than those in model/ now: run `looped {VERBS[name]}"
+        ValueError, match=rf"{name} was made with other weights than model/ has now: run `looped {VERBS[name]}"
     ):
         getattr(open_run(run), read)()
     open_run(run).write({name: "{}\n"})
@@ -558,7 +558,7 @@ def test_a_run_that_goes_on_leaves_its_old_measurements_behind(run):
     assert open_run(run).grid() == [{}]
     main(recipe_of(run, "--max_steps=30"))
     for name in ("grid.jsonl", "lens.jsonl"):
-        with pytest.raises(ValueError, match=rf"{name} is of other weights"):
+        with pytest.raises(ValueError, match=rf"{name} was made with other weights"):
             open_run(run).check_record(name, "measure again.")
 
 
@@ -567,7 +567,9 @@ def test_only_what_is_known_to_be_of_the_weights_is_published(run, name):
     check_measured(open_run(run))
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text("{}\n")
-    with pytest.raises(ValueError, match=rf"it is not known which weights .*{name} is of: run `looped (eval|plot)"):
+    with pytest.raises(
+        ValueError, match=rf"it is not known which weights .*{name} was made with: run `looped (eval|plot)"
+    ):
         check_measured(open_run(run))
 
 

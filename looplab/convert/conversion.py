@@ -113,6 +113,7 @@ class Conversion:
 
 
 def refuse(field: str, value, reason: str, remedy: str) -> ValueError:
+    """The error for a field of the source that cannot be converted."""
     return ValueError(f"{field}={value!r} cannot be converted exactly: {reason}; {remedy}.")
 
 

@@ -32,6 +32,7 @@ def fit_probe(features: torch.Tensor, labels: torch.Tensor, num_classes: int, pe
 
 
 def with_bias(features: torch.Tensor) -> torch.Tensor:
+    """(N, D) -> (N, D + 1), the last column 1."""
     return torch.cat([features, torch.ones(len(features), 1)], dim=1)
 
 

@@ -143,6 +143,7 @@ def fetch_source(source: Source, name: str, output: Path, packages: Path) -> dic
 
 
 def run(*command: str, cwd: Path | None = None) -> str:
+    """The standard output of a command. Raises ValueError if it fails."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
@@ -196,6 +197,7 @@ class Prose(html.parser.HTMLParser):
 
 
 def read_html(path: Path) -> Iterator[str]:
+    """The paragraphs of prose in a web page."""
     raw = path.read_bytes()
     try:
         text = raw.decode()
@@ -229,6 +231,7 @@ def plain_pod(text: str) -> str:
 
 
 def read_pod(path: Path) -> Iterator[str]:
+    """The paragraphs of prose in a page of Perl's documentation."""
     # Code is indented, and commands begin with "=".
     blocks = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
     kept = "\n\n".join(block for block in blocks if not re.match(r"\s*=|[ \t]", block.lstrip("\n")))
@@ -236,6 +239,7 @@ def read_pod(path: Path) -> Iterator[str]:
 
 
 def read_plain(path: Path) -> Iterator[str]:
+    """The paragraphs of prose in a text file, gzipped or not."""
     opened = gzip.open if path.suffix in (".gz", ".dz") else open
     with opened(path, "rt", encoding="utf-8", errors="replace") as file:
         return filter(is_prose, paragraphs(file.read()))
@@ -259,11 +263,13 @@ def plain_article(article: str) -> str:
 
 
 def read_gcide(path: Path) -> Iterator[str]:
+    """The long articles of GCIDE, a line each."""
     long = (article for article in articles(path) if len(article) >= LONG_ARTICLE)
     return (article for article in map(plain_article, long) if len(article) >= SHORTEST)
 
 
 def read_dictionary(path: Path) -> Iterator[str]:
+    """The articles of a dictd dictionary, a line each."""
     return (article for article in map(plain_article, articles(path)) if len(article) >= SHORTEST)
 
 

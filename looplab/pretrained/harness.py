@@ -59,6 +59,7 @@ class Comparison:
 
 
 def task_names() -> list[str]:
+    """The benchmarks that `score` knows."""
     return sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 

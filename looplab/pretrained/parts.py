@@ -185,6 +185,7 @@ def part_folder(name: str) -> Path:
 
 
 def is_part(folder: Path, part: Part) -> bool:
+    """Whether source.json in `folder` says that the part was made from the wheel expected here."""
     try:
         source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -213,6 +213,7 @@ def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor
 
 
 def read_rows(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; none if there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -269,10 +270,12 @@ def best(recipe: FrozenRecipe, rows: Sequence[dict]) -> LoopSetting:
 
 
 def run_sweep(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
+    """`measure` the base model and all settings of the grid."""
     return measure(recipe, "sweep", [BASE, *recipe.settings()], model, tokenizer)
 
 
 def run_confirm(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
+    """`measure` the base model, the best setting of the sweep on file, and the controls."""
     chosen = best(recipe, read_rows(recipe.folder / "sweep.jsonl"))
     settings = {str(setting): setting for setting in [BASE, chosen, *map(make_setting, recipe.controls)]}
     return measure(recipe, "confirm", list(settings.values()), model, tokenizer)
@@ -331,8 +334,8 @@ def run_profile(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
         with looped(model, (start, end)), last_calls(layers) as calls:
             for block in blocks:
                 scores.append(text.score(block))
-                entered, left = natural[block][start][0], natural[block][end][1]
-                shifts.append(distance(calls[end][1] - left, left - entered))
+                window_input, window_output = natural[block][start][0], natural[block][end][1]
+                shifts.append(distance(calls[end][1] - window_output, window_output - window_input))
         row = {"window": [start, end], "shift": statistics.fmean(shifts)}
         row |= {name: statistics.fmean(score[name] for score in scores) for name in ("agreement", "kl")}
         rows.append(row | {"nll_change": statistics.fmean(score["nll"] for score in scores) - base_nll})

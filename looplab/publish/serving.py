@@ -46,6 +46,7 @@ class Completions:
     kind = piece_kind = "text_completion"
 
     def choice(self, text: str, reason: str | None) -> dict:
+        """The whole answer, or with `piece` a piece of a stream. reason: why it ends, None before the end."""
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
 
     def opening(self) -> list[dict]:

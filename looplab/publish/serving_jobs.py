@@ -61,6 +61,7 @@ class Turns:
         self.lock, self.waiting, self.taken = threading.Lock(), deque(), False
 
     def take(self) -> None:
+        """Wait for a first turn."""
         with self.lock:
             if not self.taken:
                 self.taken = True
@@ -69,6 +70,7 @@ class Turns:
         mine.acquire()
 
     def give(self) -> None:
+        """End the last turn of this thread."""
         with self.lock:
             if self.waiting:
                 self.waiting.popleft().release()
@@ -76,6 +78,7 @@ class Turns:
                 self.taken = False
 
     def pass_on(self) -> None:
+        """Let the waiting threads compute first, if there are any."""
         with self.lock:
             if not self.waiting:
                 return
@@ -134,6 +137,7 @@ class Draws(LogitsProcessor):
         return scores
 
     def keep(self) -> None:
+        """Note the state of the generator after a draw."""
         self.state = self.generator.get_rng_state()
 
 
@@ -152,6 +156,7 @@ class Job:
         self.cache_bytes, self.loops, self.tokens, self.text, self.stopped = 0, 0, [], "", False
 
     def start(self, plan: Plan) -> None:
+        """Start the thread."""
         self.plan, self.draws = plan, Draws(plan.seed, plan.input_ids.device)
         thread = threading.Thread(target=self.run, daemon=True)
         thread.start()  # if this fails, `thread` stays None, and `leave` releases the job
@@ -164,6 +169,7 @@ class Job:
             self.service.release(self)
 
     def tell(self, event: str | Refusal | None) -> None:
+        """Send an event to the event loop, from the thread."""
         self.event_loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def run(self) -> None:
@@ -249,6 +255,7 @@ class Job:
         self.text = text if final or len(text) > len(self.text) else self.text
 
     def finish_reason(self) -> str:
+        """OpenAI's word for the end of the reply: "stop" or "length"."""
         ended = self.stopped or self.tokens[-1] in self.plan.end_tokens
         return "stop" if ended or len(self.tokens) < self.plan.new_tokens else "length"
 
@@ -394,6 +401,7 @@ class Service:
         return ids
 
     def render(self, messages: list[dict]) -> str:
+        """The messages as text, by the chat template of the tokenizer. Raises Refusal."""
         if self.tokenizer.chat_template is None:
             raise Refusal("this model's tokenizer has no chat template: send a prompt to /v1/completions.", "messages")
         try:
@@ -402,6 +410,10 @@ class Service:
             raise Refusal(f"the chat template refuses these messages: {error}.", "messages") from error
 
     def tokenize(self, text: str, name: str, special: bool) -> list[int]:
+        """The token ids of a text, with special tokens if `special`.
+
+        Raises Refusal, with the field `name`, for unknown words and for a text without a token.
+        """
         tokenizer, unknown = self.tokenizer, []
         try:
             coded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=tokenizer.is_fast)
@@ -445,6 +457,7 @@ class Service:
         job.cache_bytes = cache_bytes
 
     def release(self, job: "Job") -> None:
+        """Forget a job that has ended, and its cache."""
         self.jobs.discard(job)
         self.freed.set()
 

@@ -7,8 +7,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import TransformersKwargs
 
-from .configuration_looped import too_many_loops
-from .depth_looped import check_loops_of_rows
+from .depth_looped import check_loops_of_rows, too_many_loops
 
 # What engines with caches of their own pass through forward: they pack the tokens of several requests in one call.
 ENGINE_ARGUMENTS = frozenset({"attention_instances", "block_table", "cache", "read_index", "write_index"})

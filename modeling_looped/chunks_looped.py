@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 
-from .cache_looped import readable, recent_rows, rewrite_recent
+from .cache_layers_looped import append, readable, recent_entries, reorder_recent
 from .calls_looped import Call, Decision, LoopStates, Observer
 
 
@@ -180,7 +180,7 @@ class Chunks:
             self._show(visits, self.call.observe)
         if self.keeps_cache and self.rows.turned:
             for slot in range(len(self.cache.layers)):
-                rewrite_recent(readable(self.cache, slot), self.rows.inverse)
+                reorder_recent(readable(self.cache, slot), self.rows.inverse)
         return hidden_states, loops_used
 
     def _chunk(self, start: int, end: int, visited: LoopStates) -> Call:
@@ -221,7 +221,7 @@ class Chunks:
             with layers_not_checkpointed(self.model):
                 outputs = self.model.run_call(replace(chunk, embeds=embeds, past_key_values=cache), **kwargs)
             slots = range(len(cache.layers))
-            rows = chain.from_iterable(recent_rows(readable(cache, slot), embeds.shape[1]) for slot in slots)
+            rows = chain.from_iterable(recent_entries(readable(cache, slot), embeds.shape[1]) for slot in slots)
             return *outputs, *(state for _, state in visited.visits), *rows
 
         hidden_states, loops_used, *rest = self.model._gradient_checkpointing_func(run, chunk.embeds, *past)
@@ -242,12 +242,6 @@ class Chunks:
             rows = of_loop[0][0]
             states = self.rows.back(torch.cat([state for _, state in of_loop], dim=1), rows)
             observe(self.rows.shown(rows), states)
-
-
-def append(layer: object, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Put (B, K, T, d) rows at the end of a growing layer, whatever its policy does with loops."""
-    assert isinstance(layer, DynamicLayer)
-    DynamicLayer.update(layer, keys, values)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .checks_looped import cuts_show, is_row_mask
-from .configuration_looped import REWRITING_SHARINGS
 from .depth_looped import asked_count, generation_count
 from .halting_looped import halting_rule
 from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
@@ -63,7 +62,7 @@ class LoopedGenerationMixin(GenerationMixin):
         given = generation_config
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         cut = generation_config.prefill_chunk_size
-        if cut is not None and self.config.kv_sharing in REWRITING_SHARINGS and self.config.prefill_chunk != 1:
+        if cut is not None and self.model.sharing.rewrites and self.config.prefill_chunk != 1:
             raise ValueError(
                 f"prefill_chunk_size={cut}: {cuts_show(self.config.kv_sharing)}. Leave it out; the model's own cuts "
                 "are config.prefill_chunk, which bounds memory too."
@@ -101,7 +100,7 @@ class LoopedGenerationMixin(GenerationMixin):
             ValueError: the generation config asks for another loop count, or for a halting rule; or tokens depend on
                 where prompts are cut (`kv_sharing`).
         """
-        if self.config.kv_sharing in REWRITING_SHARINGS:
+        if self.model.sharing.rewrites:
             raise ValueError(
                 f"{cuts_show(self.config.kv_sharing)}, and continuous batching cuts prompts as its load has it: use "
                 "generate, or kv_sharing='per_loop' or 'first'."
@@ -120,7 +119,7 @@ class LoopedGenerationMixin(GenerationMixin):
     def _get_candidate_generator(self, generation_config, *args, model_kwargs, assistant_model=None, **kwargs):
         """Drafting: another model that drafts has a depth of its own, or none, and an early exit of this one means
         fewer loops, also where the call names a loop count."""
-        if self.config.kv_sharing in REWRITING_SHARINGS:
+        if self.model.sharing.rewrites:
             raise ValueError(
                 f"kv_sharing={self.config.kv_sharing!r} cannot verify drafted tokens: several tokens in one call see "
                 "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "

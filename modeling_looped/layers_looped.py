@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -21,14 +22,14 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .cache_looped import LAYERS_WRITE_ENGINE_CACHES
-from .configuration_looped import LoopedConfig
+from .cache_layers_looped import LAYERS_WRITE_ENGINE_CACHES
 from .gates_looped import KV_GATES
+from .initial_looped import SetsInitialValues
 
 Section = Literal["prelude", "core", "coda"]
 
 
-def make_norm(config: LoopedConfig, size: int | None = None) -> nn.Module:
+def make_norm(config: PreTrainedConfig, size: int | None = None) -> nn.Module:
     norm = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(size or config.hidden_size, eps=config.norm_eps)
 
@@ -42,14 +43,14 @@ def make_dropout(probability: float) -> Callable:
     return nn.Dropout(probability) if probability else as_is
 
 
-def make_outer_norm(config: LoopedConfig) -> Callable:
+def make_outer_norm(config: PreTrainedConfig) -> Callable:
     return as_is if config.norm_placement == "pre" else make_norm(config)
 
 
 class LoopedMLP(nn.Module):
     """GPT-2's MLP: down(act(up(x)))."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -62,7 +63,7 @@ class LoopedMLP(nn.Module):
 class LoopedGatedMLP(LoopedMLP):
     """Llama's MLP: down(act(gate(x)) * up(x))."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
@@ -77,7 +78,7 @@ class SlotAttention(nn.Module):
     threads can run one model at different loop counts.
     """
 
-    def __init__(self, config: LoopedConfig, slot: int):
+    def __init__(self, config: PreTrainedConfig, slot: int):
         super().__init__()
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None  # both filled by the configuration
@@ -128,7 +129,7 @@ class LoopedAttention(nn.Module):
         section, index: which layer this is, see `KVSlots.slot`.
     """
 
-    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+    def __init__(self, config: PreTrainedConfig, section: Section = "core", index: int = 0):
         super().__init__()
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None  # both filled by the configuration
@@ -187,10 +188,10 @@ class LoopedAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-class LoopedLayer(GradientCheckpointingLayer):
+class LoopedLayer(GradientCheckpointingLayer, SetsInitialValues):
     """Pre-norm layer; with `norm_placement="sandwich"` each sublayer's output is normalised as well (Ouro)."""
 
-    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+    def __init__(self, config: PreTrainedConfig, section: Section = "core", index: int = 0):
         super().__init__()
         self.self_attn = LoopedAttention(config, section, index)
         self.mlp = LoopedGatedMLP(config) if config.gated_mlp else LoopedMLP(config)
@@ -241,7 +242,7 @@ class LoopedLayer(GradientCheckpointingLayer):
 class GatedLoopedLayer(LoopedLayer):
     """A core layer whose keys and values come from a latent that a gate carries from loop to loop (MELT)."""
 
-    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+    def __init__(self, config: PreTrainedConfig, section: Section = "core", index: int = 0):
         super().__init__(config, section, index)
         self.kv_gate = KV_GATES[config.kv_gate](config)
 
@@ -272,7 +273,7 @@ class LoopedRotaryEmbedding(LlamaRotaryEmbedding):
 class LearnedPositions(nn.Module):
     """A learned table added to the token embeddings, (max_position_embeddings, D)."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
@@ -291,7 +292,7 @@ class LearnedPositions(nn.Module):
 class NoPositions(nn.Module):
     """No positions at all: order is seen through the causal mask only (arXiv 2604.07822, k-hop task)."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
 
     def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,8 @@ from looplab.runs.folder import Run, open_run, to_json_lines
 from looplab.runs.models import load_run_model
 from looplab.tasks.hops.evaluation import HopMeasure
 from looplab.tasks.text.perplexity import TextMeasure
-from modeling_looped.cache_looped import CACHE_NAME
-from modeling_looped.configuration_looped import REWRITING_SHARINGS
-
-SHARINGS = ("per_loop", "first", "last", "mean")
+from modeling_looped.cache_layers_looped import CACHE_NAME
+from modeling_looped.cache_looped import SHARINGS
 
 
 def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> PreTrainedModel:
@@ -47,9 +45,10 @@ def kv_bytes(model: PreTrainedModel) -> int:
 def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, int | None]]:
     """(kv_sharing, chunk) pairs to measure; of sharings that chunks do not change, one."""
     own = model.config.kv_sharing
-    sharings = [own] if own == "gated" else list(SHARINGS)
+    # Weights that have KV gates fit no other policy, and others lack them.
+    sharings = [own] if SHARINGS[own].has_parameters else [s for s in SHARINGS if not SHARINGS[s].has_parameters]
     lengths = [chunk or None for chunk in chunks]
-    return [(s, chunk) for s in sharings for chunk in (lengths if s in REWRITING_SHARINGS else [None])]
+    return [(s, chunk) for s in sharings for chunk in (lengths if SHARINGS[s].rewrites else [None])]
 
 
 MEASURES = {"text": TextMeasure, "khop": HopMeasure, "composition": HopMeasure}

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from modeling_looped import LoopedForCausalLM
-from modeling_looped.cache_looped import CACHE_NAME
+from modeling_looped.cache_layers_looped import CACHE_NAME
 from modeling_looped.depth_looped import generation_count
 
 from .limits import Limits, option

@@ -25,7 +25,8 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.cache_looped import GatedSharing, RewritingDynamicLayer
+from modeling_looped.cache_layers_looped import RewritingDynamicLayer
+from modeling_looped.cache_looped import GatedKeys, OneEntrySharing
 from modeling_looped.calls_looped import LoopStates
 
 
@@ -54,12 +55,17 @@ class InterpolatedLayer(RewritingDynamicLayer):
         return alpha * keys + (1 - alpha) * own_keys, alpha * values + (1 - alpha) * own_values
 
 
-class InterpolatedSharing(GatedSharing):
+class InterpolatedSharing(OneEntrySharing):
     """A share alpha of the gated entry and 1 - alpha of the loop's own: R + 1 entries per token, for training only."""
+
+    rewrites = True
 
     def __init__(self, config: LoopedConfig, alpha: float):
         super().__init__(config)
         self.alpha = alpha
+
+    def key_source(self) -> GatedKeys:
+        return GatedKeys()
 
     def layer_like(self, layer) -> InterpolatedLayer:
         return InterpolatedLayer(self)

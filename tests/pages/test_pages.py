@@ -422,7 +422,9 @@ def test_the_named_verbs_are_those_of_every_object():
     streams = {"hyper": {"max_num_loops": 3}}
     objects = {
         "loop connection": [
-            kind(make_config(loop_connection=name, **streams.get(name, {}))) for name, kind in CONNECTIONS.items()
+            kind.of(config)(config)
+            for name, kind in CONNECTIONS.items()
+            for config in [make_config(loop_connection=name, **streams.get(name, {}))]
         ],
         "KV sharing": [kind(make_config(kv_sharing=name)) for name, kind in SHARINGS.items()],
         "halting rule": [rule() for rule in RULES.values()],

@@ -60,11 +60,6 @@ TIMED = (1, 100)  # molecules of a batch
 PARTS = 500  # samples that are written at once
 SLACK = 0.01  # nats per token
 DRAWN = SETTINGS[0]
-THRESHOLDS = {  # fewer than for text, since each is sampled: minutes on one core
-    "kl_entropy": (1.0, 0.1, 0.01),
-    "latent": (0.5, 0.3, 0.2, 0.1),
-    "q_exit": (0.1, 0.3, 0.5, 0.7, 0.9),
-}
 
 
 def molecule_rows(molecules: PackedMolecules, numbers: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict:
@@ -216,7 +211,7 @@ def exits_of_molecules(
     model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     num_loops = model.config.num_loops if num_loops is None else num_loops
-    settings = exit_settings(model, num_loops, THRESHOLDS)
+    settings = exit_settings(model.config, num_loops, "sampled")
     splits = run_molecules(run)
     test = PackedMolecules(splits["test"], tokenizer, run.recipe()["data"]["sequence_length"])
     number = SAMPLES if limit is None else limit

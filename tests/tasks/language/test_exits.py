@@ -46,7 +46,9 @@ def test_decoded_losses_with_all_loops_are_those_of_one_call():
 def test_every_rule_is_measured_at_both_batch_sizes(monkeypatch):
     monkeypatch.setattr(exits, "BATCHES", (1, 2))
     model, rows = make_model(exit_gate=True), make_rows(3)
-    settings = exit_settings(model, 3, {name: values[:1] for name, values in exits.THRESHOLDS.items()})
+    settings = exit_settings(model.config, 3, "decoded")
+    rules = {setting.rule: setting for setting in settings if setting.halting}
+    settings = [*rules.values(), *(setting for setting in settings if setting.halting is None)]
     results = exit_rows(model, rows, PROMPT, 3, settings, rounds=1)
     assert [(row["rule"], row["num_loops"], row["batch"]) for row in results] == [
         (rule, loops, batch)

@@ -13,7 +13,7 @@ from data_builders import PackedMolecules
 from looplab.bench.pair import QUICK
 from looplab.bench.speculation import speculation_rows
 from looplab.cli import main
-from looplab.instruments.halting_settings import Setting, setting_of
+from looplab.instruments.halting_settings import Setting, exit_settings, setting_of
 from looplab.runs.folder import open_run
 from looplab.tasks.language import exits
 from looplab.tasks.language.exits import between_counts, counted_calls, decode
@@ -65,9 +65,16 @@ def small(monkeypatch):
         (molecule_exits, "reference_statistics", lambda test: None),
         (exits, "BATCHES", (1, 2)),
         (molecule_exits, "BATCHES", (1, 2)),
-        (molecule_exits, "THRESHOLDS", {name: values[1:2] for name, values in exits.THRESHOLDS.items()}),
     ]:
         monkeypatch.setattr(module, name, value)
+    every = exit_settings  # one threshold per rule, and the fixed loop counts
+
+    def fewer(config, num_loops, effort):
+        settings = every(config, num_loops, effort)
+        rules = {setting.rule: setting for setting in reversed(settings) if setting.halting}
+        return [*reversed(rules.values()), *(setting for setting in settings if setting.halting is None)]
+
+    monkeypatch.setattr(molecule_exits, "exit_settings", fewer)
 
 
 # Teacher-forced

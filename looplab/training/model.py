@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from looplab.runs.models import blaming
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.cache_looped import SHARINGS
 
 from .recipe import Recipe
 
@@ -74,7 +75,7 @@ def may_lack_gradients(recipe: Recipe, config: LoopedConfig) -> bool:
     return (
         recipe.num_grad_loops is not None
         or config.loops_have_parameters
-        or config.kv_sharing == "gated"
+        or SHARINGS[config.kv_sharing].has_parameters
         or config.exit_gate
     )
 

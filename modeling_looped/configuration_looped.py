@@ -23,6 +23,7 @@ from .cache_looped import SHARINGS
 from .connections_looped import CONNECTIONS, GATES_OF_LOOP, HYPER_CONNECTIONS, HYPER_INITS, LOOP_EMBEDDINGS, STARTS
 from .depth_looped import SavedDepth, too_many_loops
 from .gates_looped import KV_GATES
+from .layers_looped import POSITIONS
 from .losses_looped import EXIT_LOSSES
 
 logger = logging.get_logger(__name__)
@@ -220,7 +221,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     embedding_dropout: int | float = probability(default=0.0)
     tie_word_embeddings: bool = True
 
-    position_embedding: Literal["rope", "learned", "none"] = "rope"
+    position_embedding: str = name_in(POSITIONS)(default="rope")
     rope_parameters: RopeParameters | dict | None = None
 
     residual_init: Literal["zero", "normal"] = "normal"

@@ -552,7 +552,13 @@ LOOP_EMBEDDINGS: dict[str, type[LoopEmbedding]] = {
 
 
 class Start(ABC):
-    """The initial state of the loop."""
+    """The initial state of the loop.
+
+    Attributes:
+        looks_at_positions: in evaluation it depends on the values of the positions, which a compiled graph lacks.
+    """
+
+    looks_at_positions: ClassVar[bool] = False
 
     def __init__(self, config):  # noqa: B027 (most starts need nothing of it)
         pass
@@ -596,6 +602,7 @@ class NormalStart(Start):
     logits, a cached step sees the noise of the uncached run, and a batch row does not depend on its batch.
     """
 
+    looks_at_positions = True
     block = 64  # positions drawn from one seed
 
     def __init__(self, config):

@@ -3,8 +3,9 @@
 Legend: B rows, T tokens, D hidden size, H heads, K key-value heads, d head size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def make_norm(config: PreTrainedConfig, size: int | None = None) -> nn.Module:
 
 
 def as_is(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Stands for a norm or dropout that a configuration does not have; nn.Identity would cost a module call each."""
+    """Stands for a norm or dropout that a configuration does not have. An nn.Identity would cost a module call."""
     return hidden_states
 
 
@@ -60,6 +61,7 @@ class LoopedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
+@final
 class LoopedGatedMLP(LoopedMLP):
     """Llama's MLP: down(act(gate(x)) * up(x))."""
 
@@ -71,11 +73,12 @@ class LoopedGatedMLP(LoopedMLP):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+@final
 class SlotAttention(nn.Module):
     """The attention of one KV slot, without parameters: caches, paged attention and engines find the slot here.
 
-    A layer runs it with a different one in every loop. Nothing is written to it after it was made, so that several
-    threads can run one model at different loop counts.
+    A layer has one for every slot, and uses another one in every loop. Nothing is written to it after it was made, so
+    that several threads can run one model at different loop counts.
     """
 
     def __init__(self, config: PreTrainedConfig, slot: int):
@@ -120,10 +123,11 @@ class SlotAttention(nn.Module):
         )
 
 
+@final
 class LoopedAttention(nn.Module):
     """Llama's attention, except that every loop has a KV slot of its own and keys may come from another input.
 
-    The projections are those of all loops; `attentions` holds one attention for every slot of the layer.
+    All loops share the projections; `attentions` holds one attention for every slot of the layer.
 
     Args:
         section, index: which layer this is, see `KVSlots.slot`.
@@ -205,11 +209,10 @@ class LoopedLayer(GradientCheckpointingLayer, SetsInitialValues):
         self.has_outer_norms = config.norm_placement == "sandwich"
 
     def initialize(self) -> None:
-        """Values of a fresh model that the layer sets after its modules; those that were loaded stay.
+        """With `residual_init="zero"` the last module of each sublayer is zero: the layer starts as the identity.
 
-        With `residual_init="zero"` what ends a sublayer is zero, and the layer starts as the identity. That is the
-        output projection, or the outer norm under sandwich norms: a norm fed with zeros would multiply gradients by
-        norm_eps ** -0.5.
+        That is the output projection, or under sandwich norms the outer norm: a norm that is fed zeros would multiply
+        gradients by norm_eps ** -0.5.
         """
         if self.starts_as_identity:
             norms, projections = (
@@ -239,8 +242,9 @@ class LoopedLayer(GradientCheckpointingLayer, SetsInitialValues):
         return hidden_states + self.dropout(self.post_attention_layernorm_2(output))
 
 
+@final
 class GatedLoopedLayer(LoopedLayer):
-    """A core layer whose keys and values come from a latent that a gate carries from loop to loop (MELT)."""
+    """A core layer whose keys and values come from a latent that a KV gate carries from loop to loop (MELT)."""
 
     def __init__(self, config: PreTrainedConfig, section: Section = "core", index: int = 0):
         super().__init__(config, section, index)
@@ -260,17 +264,28 @@ class GatedLoopedLayer(LoopedLayer):
         return self.add_and_transform(hidden_states, output), latent
 
 
-class LoopedRotaryEmbedding(LlamaRotaryEmbedding):
-    """Rotary position embeddings: queries and keys are rotated in every layer, by the same angles in every loop.
-
-    Its name ends as transformers expects of a module whose frequencies it must compute again after loading.
-    """
+class Positions(ABC):
+    """How a token's position reaches the model."""
 
     def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (B, T, D) at positions (B or 1, T) -> (B, T, D) with what is added to them."""
         return embeds
 
+    @abstractmethod
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines (B or 1, T, d) by which queries and keys are rotated, in the precision of `x`; or None."""
 
-class LearnedPositions(nn.Module):
+
+@final
+class LoopedRotaryEmbedding(LlamaRotaryEmbedding, Positions):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Rotary position embeddings: queries and keys are rotated in every layer, by the same angles in every loop.
+
+    The name ends in RotaryEmbedding because transformers computes the frequencies of such modules again after loading.
+    """
+
+
+@final
+class LearnedPositions(nn.Module, Positions):
     """A learned table added to the token embeddings, (max_position_embeddings, D)."""
 
     def __init__(self, config: PreTrainedConfig):
@@ -285,20 +300,18 @@ class LearnedPositions(nn.Module):
             )
         return embeds + self.table(position_ids)
 
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> None:
+    def forward(self, x, position_ids):
         return None
 
 
-class NoPositions(nn.Module):
+@final
+class NoPositions(nn.Module, Positions):
     """No positions at all: order is seen through the causal mask only (arXiv 2604.07822, k-hop task)."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
 
-    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        return embeds
-
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> None:
+    def forward(self, x, position_ids):
         return None
 
 

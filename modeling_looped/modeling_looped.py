@@ -57,6 +57,7 @@ OPENING = threading.Lock()  # held while a model gets attentions for more slots
 @auto_docstring
 class LoopedPreTrainedModel(PreTrainedModel):
     config: LoopedConfig
+    rule_class = Rule  # what halting rules of one's own derive from; a model of remote code has its own
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LoopedLayer", "GatedLoopedLayer"]  # noqa: RUF012
@@ -254,7 +255,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             "num_loops as a tensor": isinstance(num_loops, torch.Tensor),
             "a halting rule": halts,
             f"prefill_chunk={self.config.prefill_chunk}": self.is_cut(num_tokens),
-            "state_init='normal'": self.config.state_init == "normal" and not self.training,
+            f"state_init={self.config.state_init!r}": self.start.looks_at_positions and not self.training,
         }
         for name, holds in reasons.items():
             if holds:

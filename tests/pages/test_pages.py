@@ -28,6 +28,7 @@ from modeling_looped import LoopedForCausalLM
 from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
 from modeling_looped.halting_looped import RULES
+from modeling_looped.losses_looped import EXIT_LOSSES
 from toys import FP32, make_config, make_model, write_pages
 
 ROOT = Path(__file__).parents[2]
@@ -413,7 +414,7 @@ def test_the_map_names_every_folder_and_file_that_there_is():
 
 
 def test_the_named_verbs_are_those_of_every_object():
-    """The table of docs/guides/add_a_system.md against all connections, policies and rules there are."""
+    """The table of docs/guides/add_a_system.md against all connections, policies, rules and objectives there are."""
     page = read("docs/guides/add_a_system.md")
     table = {
         kind: re.findall(r"`(\w+)`", verbs)
@@ -428,6 +429,7 @@ def test_the_named_verbs_are_those_of_every_object():
         ],
         "KV sharing": [kind(make_config(kv_sharing=name)) for name, kind in SHARINGS.items()],
         "halting rule": [rule() for rule in RULES.values()],
+        "objective": [kind(make_config(exit_gate=True)) for kind in EXIT_LOSSES.values()],
     }
     assert set(table) == set(objects)
     for kind, verbs in table.items():

@@ -8,21 +8,22 @@
         every checkpoint_every steps:     save the whole training state
 
     task       labels                            held-out check           advance
-    hops       the answer, at one readout token  accuracy by hop count    stage k passed -> train on 1..k+1 hops
+    hops       the answer, at the last token     accuracy by hop count    stage k passed -> train on 1..k+1 hops
     text       the next token, at every token    nats per token           -
-    molecules  the same, in rows of several      nats per token           -
+    molecules  the next token, at every token    nats per token           -
 
 A run lives in `<output_dir>/<name>/`: recipe.yaml (resolved), metrics.jsonl, checkpoints/, and at the end model/ and
 summary.json. The same command again resumes it, after `kill -9` too, with the losses the uninterrupted run would have
-had. Curriculum and readout are those of Loop, Think, & Generalize (arXiv 2604.07822); the held-out chains of the check
-are not those of the test here.
+had. Curriculum and readout are those of Loop, Think, & Generalize (arXiv 2604.07822); here the held-out check and the
+test have different chains.
 
-Files: looplab/training/ has the recipe, the model, the objectives, the optimizers and the run folder;
-looplab/tasks/*/training.py has what a task does in training.
+looplab/training/ has the recipe, the model, the objectives, the optimizers and the run folder; what a task does in
+training is in looplab/tasks/TASK/training.py.
 """
 
 import argparse
 import json
+import logging
 import math
 import sys
 import time
@@ -135,7 +136,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
         factor = lr_factor(recipe.optim, task.schedule_step(state), progress)
         set_rates(optimizers, factor)
 
-        # Gradients of one batch, the sum of those of its micro-batches and the mean of those of all ranks.
+        # Gradients of one batch: those of its micro-batches are added up, those of the ranks averaged.
         batch = task.batches[state.step]
         num_labels, num_tokens = task.sizes(batch)
         micro_batches = split(batch, recipe.accumulation_steps, accelerator.device)
@@ -216,7 +217,7 @@ def over(recipe: Recipe, state: State) -> bool:
 
 
 def split(batch: dict, number: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The rows of a batch on `device`, as at most `number` micro-batches."""
+    """The tensors of a batch on `device`, as at most `number` micro-batches."""
     tensors = {name: value.to(device).chunk(number) for name, value in batch.items() if torch.is_tensor(value)}
     return [dict(zip(tensors, part, strict=True)) for part in zip(*tensors.values(), strict=True)]
 
@@ -232,4 +233,6 @@ if __name__ == "__main__":
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake, too")
     arguments, flags = parser.parse_known_args()
     rank = get_int_from_env(["LOCAL_RANK"], 0)
+    if rank > 0:  # what all ranks find out is said by the first alone
+        logging.getLogger("looplab").setLevel(logging.ERROR)
     sys.exit(run_command("train.py", lambda: main(read_recipe(arguments.recipe, flags)), arguments.debug, rank))

@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-# A module is imported when one of its names is asked for: most need torch and datasets, which a table of results does
-# without.
+# A module is imported when one of its names is first used: most modules import torch and datasets, and `looped table`
+# should not wait for them.
 NAMES = {
     "builders": (
         "export_parquet",

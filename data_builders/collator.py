@@ -1,4 +1,4 @@
-"""For `transformers.Trainer`: rows stacked to a batch, with the loop count that the batch is trained at."""
+"""Sampled depth for `transformers.Trainer`: a collator that adds the loop count to each batch."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from .depth import DepthSampler
 
 
 def stack_rows(rows: list[dict]) -> dict:
-    """Rows of `encode_rows` as {"input_ids": (b, T), "shift_labels": (b, 1), "logits_to_keep": 1}; nothing is padded.
+    """Rows of `encode_rows` as {"input_ids": (b, T), "shift_labels": (b, 1), "logits_to_keep": 1}, without padding.
 
     Raises ValueError for rows of different lengths.
     """
@@ -28,11 +28,11 @@ def stack_rows(rows: list[dict]) -> dict:
 
 
 class LoopCollator:
-    """Adds a sampled `num_loops` to the batches of `collate`: sampled depth for stock Trainer.
+    """Adds `num_loops` = `depth(update)` to the batches that `collate` makes: sampled depth for stock Trainer.
 
-    All micro-batches of an update share its depth, `depth(update)`, on every rank. Calls are counted from `start_at`.
-    With a Trainer, add `LoopCollatorCallback(collator)`, which keeps the count through resumes and evaluations. For
-    hop rows set `TrainingArguments(label_names=["shift_labels"])` too: it drops columns that it does not know.
+    All micro-batches of an update have the same loop count, on every rank. The collator counts its calls from
+    `start_at`; `LoopCollatorCallback(collator)` keeps that count right when a Trainer resumes or evaluates. For hop
+    rows also set `TrainingArguments(label_names=["shift_labels"])`: Trainer drops columns that it does not know.
     """
 
     def __init__(self, depth: DepthSampler, collate: Callable[[list], dict] = stack_rows):
@@ -41,7 +41,10 @@ class LoopCollator:
         self.start_at(0)
 
     def start_at(self, update: int, accumulation_steps: int = 1, passed_over: int = 0):
-        """The next batch is the first micro-batch of `update`, after `passed_over` ones that nobody will see."""
+        """The next batch is the first micro-batch of `update`.
+
+        passed_over: micro-batches before it that Trainer collates and throws away.
+        """
         self._next, self._accumulation_steps = update * accumulation_steps - passed_over, accumulation_steps
         self._calls = 0
 
@@ -62,10 +65,11 @@ class LoopCollator:
 
 
 class LoopCollatorCallback(TrainerCallback):
-    """Keeps a `LoopCollator` in step with the Trainer: resumed training replays the depths of uninterrupted training.
+    """Tells a `LoopCollator` which update the Trainer is at, so that a resumed training replays the same loop counts.
 
-    Evaluation batches draw no depth (the model's default is used) and do not move the count. ValueError for what would
-    lose it: persistent workers, a stream that one process reads for others, `label_smoothing_factor` without `labels`.
+    Evaluation batches get no `num_loops` (the model's default is used) and are not counted. Raises ValueError for
+    settings under which the count would be wrong: persistent workers, a stream that one process reads for others,
+    `label_smoothing_factor` without `labels`.
     """
 
     def __init__(self, collator: LoopCollator):

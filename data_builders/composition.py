@@ -2,12 +2,12 @@
 arXiv 2405.15071).
 
     graph         every entity has out_degree facts: distinct random relations, each to a random entity
-    facts         ood_share of them are OOD, the others ID; all facts are in train (split_kind atomic)
+    facts         a share ood_share of the facts is OOD, the others are ID; all facts are in train (split_kind atomic)
     composition   fact (h, r1, b) then fact (b, r2, t), asked as "h r1 r2"
-      both ID     id_holdout of them are held out (id); of the rest, phi x (number of ID facts) are in train (train)
-      both OOD    held out (ood): each fact is known, neither was ever composed with anything
-      one OOD     held out (ood_first, ood_second); the paper drops them
-      pair        both ID, but no training composition has the relations (r1, r2) in a row; not in the paper
+      both ID     a share id_holdout is held out (id); phi x (number of ID facts) of the others are in train (train)
+      both OOD    held out (ood): each fact is known, neither was ever composed with another
+      one OOD     held out (ood_first, ood_second); the paper has no such rows
+      pair        both ID, but no training composition follows r2 after r1; the paper has no such rows
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class CompositionConfig(datasets.BuilderConfig):
     phi: int | float = number(7.2, above=0)  # train compositions per ID fact
     id_holdout: int | float = number(0.005, above=0, below=1)  # of the compositions of two ID facts
     pair_holdout: int | float = number(0.0)  # of the ordered pairs of relations
-    test_per_kind: int = number(1_000, at_least=0, whole=True)  # at most, of ood_first, of ood_second and of pair
+    test_per_kind: int = number(1_000, at_least=0, whole=True)  # most rows of ood_first, of ood_second and of pair
     seed: int = number(0, at_least=0, whole=True)
 
 
@@ -44,21 +44,21 @@ class Composition(datasets.ArrowBasedBuilder):
     """Two-hop questions over a knowledge graph: does a model compose facts that it never saw composed?
 
     Configs: `paper` (2,000 entities, 40,000 facts, 273,600 train compositions) and `cpu` (50 entities, 1,000 facts,
-    11,480 train compositions). train: `split_kind` "atomic" (hops 1) and "train" (hops 2). The held-out compositions
-    ("id" and "ood", hops 2) are dealt to validation and test by halves; the paper tests on all of them, so validation
-    and test together are its test sets.
+    11,480 train compositions). The rows of train have `split_kind` "atomic" (hops 1) or "train" (hops 2). The held-out
+    compositions ("id" and "ood", hops 2) go half to validation and half to test; the paper tests on all of them, so
+    its test sets are validation and test together.
 
-    Test alone holds what the paper left open, so that no decision in training rests on it: "ood_first" and
-    "ood_second", where one of the two facts is OOD, and with `pair_holdout` also "pair", two ID facts whose relations
-    never follow each other in training. No other kind has such a pair: each kind leaves out one thing. While
-    `pair_holdout` is 0, train, "id" and "ood" are those of the paper's recipe.
+    Some kinds are not in the paper, and only test has them, so that no decision in training rests on them:
+    "ood_first" and "ood_second", where one of the two facts is OOD, and with `pair_holdout` also "pair", two ID facts
+    whose relations never follow each other in training. Only "pair" has such relations, so that each kind leaves out
+    one thing. If `pair_holdout` is 0, train, "id" and "ood" follow the paper's recipe.
 
     One example, e15 --r15--> e0 --r19--> e8:
 
     >>> load_task("composition", "cpu")["test"][337]
     {'text': 'e15 r15 r19', 'answer': 'e8', 'hops': 2, 'split_kind': 'ood', 'path': [15, 0, 8]}
 
-    Arrow tables and not a row at a time: the 321,221 rows of `paper` take a second instead of half a minute.
+    Rows are made as Arrow tables: the 321,221 rows of `paper` take a second, row by row they would take half a minute.
     Raises ValueError for a config field that is unknown or out of range.
     """
 
@@ -120,7 +120,7 @@ class Composition(datasets.ArrowBasedBuilder):
 
     @cached_property
     def graph(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Relation, tail entity and OOD mark (num_entities * out_degree,) of each fact; fact i leaves entity
+        """Relation, tail entity and OOD mark of each fact, (num_entities * out_degree,) each. Fact i starts at entity
         i // out_degree."""
         config = self.config
         relations = np.tile(np.arange(config.num_relations), (config.num_entities, 1))
@@ -141,10 +141,13 @@ class Composition(datasets.ArrowBasedBuilder):
         return held_out.reshape(num_relations, num_relations)
 
     def compositions(self) -> dict[str, np.ndarray]:
-        """split_kind -> chains of two facts (N, 2), in random order: train for training, all others held out."""
+        """split_kind -> chains of two facts (N, 2), in random order; all kinds but train are held out.
+
+        Raises ValueError if the graph is too small for `phi`, or for at least two held-out chains of each kind.
+        """
         config = self.config
         relations, tails, ood = self.graph
-        # Composition c: fact c // out_degree, then the (c % out_degree)-th fact of the entity it leads to.
+        # Composition c is fact c // out_degree, then fact number c % out_degree of the entity that it leads to.
         first = np.repeat(np.arange(len(tails)), config.out_degree)
         second = (tails[:, None] * config.out_degree + np.arange(config.out_degree)).ravel()
         id_id, seen_pair = ~ood[first] & ~ood[second], ~self.held_out_pairs[relations[first], relations[second]]

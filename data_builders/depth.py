@@ -1,4 +1,4 @@
-"""Loop counts of training batches, drawn anew for every batch."""
+"""Sampled depth: the loop count of each training batch, drawn anew."""
 
 import math
 from typing import Literal
@@ -8,26 +8,27 @@ import numpy as np
 from .fields import MOST_LOOPS, Range
 from .seeding import stream
 
-# Nodes of the Gauss-Hermite rule over the log-normal rate; 64 give the mean to about 1e-12 for sigma <= 1.
+# Nodes of the Gauss-Hermite rule over the log-normal rate: with 64 the mean is right to about 1e-12 for sigma <= 1.
 NODES = 64
-# Steps whose depths, or hop counts, are drawn at once.
-CHUNK = 4096
+# Depths, and hop counts, are drawn for this many updates at once.
+UPDATES_AT_ONCE = 4096
 
 
 class DepthSampler:
-    """Number of loops of a training step: `sampler(step)` depends on (seed, step) only.
+    """`sampler(step)` is the loop count of update `step`; it depends on (seed, step) only.
 
     kind                 draws                                                       takes
     fixed                `mean` loops                                                mean
     uniform              any of minimum .. maximum                                   minimum, maximum
     poisson              clip(Poisson(rate), minimum, maximum)                       rate or mean, minimum, maximum
-    lognormal_poisson    as poisson, the rate itself log-normal: E rate = `rate`,    the same, and sigma
-                         sd of log rate = `sigma` (Geiping et al. 2025, arXiv 2502.05171)
+    lognormal_poisson    as poisson, but the rate is log-normal: mean `rate`,        the same, and sigma
+                         sd of its logarithm `sigma` (Geiping et al. 2025, arXiv 2502.05171)
 
-    Poisson (4; 2, 8) is Kohli et al. 2026 (arXiv 2604.07822): mean 4.08, P(2) = 24 %, P(8) = 5 %. Given `mean` instead
-    of `rate`, the rate is solved for, so that the mean *after* clipping is the one asked for.
+    The poisson sampler with rate 4, minimum 2 and maximum 8 is that of Kohli et al. 2026 (arXiv 2604.07822): mean
+    4.08, P(2) = 24 %, P(8) = 5 %. Give `mean` instead of `rate` to fix the mean *after* clipping; the rate is then
+    solved for.
 
-    depths (M,), probabilities (M,): the distribution; expected: its exact mean.
+    depths (M,) and probabilities (M,) are the distribution, `expected` its exact mean in loops.
     Raises ValueError for a field that is missing, superfluous or out of range.
     """
 
@@ -76,18 +77,18 @@ class DepthSampler:
             self.rate = rate if mean is None else self._rate_of(mean, sigma or 0.0)
             self.probabilities = self._clipped_poisson(self.rate, sigma or 0.0)
         self.expected = float(self.probabilities @ self.depths)
-        self._chunk = (-1, self.depths)  # number of the chunk drawn last, and its depths
+        self._drawn = (-1, self.depths)  # the draw made last: its number, and its depths (UPDATES_AT_ONCE,)
 
     def __call__(self, step: int) -> int:
-        """Loops of update `step`."""
-        chunk, offset = divmod(step, CHUNK)
-        if self._chunk[0] != chunk:
-            drawn = stream(self.seed, "depths of steps", chunk).choice(self.depths, size=CHUNK, p=self.probabilities)
-            self._chunk = (chunk, drawn)
-        return int(self._chunk[1][offset])
+        """Loop count of update `step`."""
+        draw, offset = divmod(step, UPDATES_AT_ONCE)
+        if self._drawn[0] != draw:
+            random = stream(self.seed, "depths of steps", draw)
+            self._drawn = draw, random.choice(self.depths, size=UPDATES_AT_ONCE, p=self.probabilities)
+        return int(self._drawn[1][offset])
 
     def _clipped_poisson(self, rate: float, sigma: float) -> np.ndarray:
-        """Probability of each depth; sigma 0 is the plain Poisson."""
+        """Probability (M,) of each depth; with sigma 0 the distribution is the plain Poisson, clipped."""
         if len(self.depths) == 1:
             return np.ones(1)
         nodes, weights = np.polynomial.hermite_e.hermegauss(NODES if sigma else 1)
@@ -99,7 +100,7 @@ class DepthSampler:
         return np.array([*[below[: self.depths[0] + 1].sum()], *below[self.depths[0] + 1 :], 1 - below.sum()])
 
     def _rate_of(self, mean: float, sigma: float) -> float:
-        """The rate whose clipped mean is `mean`, by bisection: the mean grows with the rate."""
+        """The rate that gives `mean` loops after clipping, found by bisection: the mean grows with the rate."""
         if not self.depths[0] < mean < self.depths[-1]:
             raise ValueError(f"mean {mean} must lie between minimum {self.depths[0]} and maximum {self.depths[-1]}.")
         low, high = 0.0, float(self.depths[-1])

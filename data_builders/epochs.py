@@ -1,4 +1,4 @@
-"""Rows in a new random order in every epoch, as a pure function of seed and step."""
+"""Row numbers of epoch after epoch, each epoch in a new random order, as a pure function of seed and position."""
 
 import numpy as np
 import torch
@@ -7,14 +7,14 @@ from .seeding import stream
 
 
 class ShuffledEpochs:
-    """The endless sequence of shuffled epochs of `num_rows` rows, each row once per epoch: a function of the seed.
+    """The endless sequence of shuffled epochs of `num_rows` rows: each epoch has each row once.
 
-    purpose, key: name the stream of random numbers, see `seeding.stream`.
+    batch_size: rows that are usually asked for at once. purpose, key: name of the random stream, see `seeding.stream`.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int, purpose: str, *key: int):
         self.num_rows, self.seed, self.purpose, self.key = num_rows, seed, purpose, key
-        # Short epochs are shuffled several at a time: a batch meets two blocks at most, and mostly one it has met.
+        # Short epochs are shuffled several at a time: a batch needs two shuffles at most, and rarely a new one.
         self._epochs = -(-8 * batch_size // num_rows)
         self._orders = {}
 
@@ -27,7 +27,7 @@ class ShuffledEpochs:
         return order
 
     def _order(self, block: int) -> torch.Tensor:
-        """Row numbers (epochs * N,): every N of them are a shuffled epoch. The last two blocks are kept."""
+        """Row numbers (epochs * N,) of one shuffle, epoch after epoch. The last two shuffles are kept."""
         if block not in self._orders:
             rows = np.tile(np.arange(self.num_rows), (self._epochs, 1))
             shuffled = stream(self.seed, self.purpose, *self.key, block).permuted(rows, axis=1)

@@ -1,10 +1,8 @@
-"""What a user fills in: declared beside each field of a dataclass, and checked for all of them at once.
+"""Fields that a user fills in: each declares its range, and `check_fields` checks ranges and annotated types at once.
 
-    validation_share: float = number(0.01, above=0, below=0.5)
-    eval_loops: list[int] = numbers([], at_least=1, distinct=True)
-    output_dir: str = path("runs")
-
-`check_fields` takes types from the annotations.
+validation_share: float = number(0.01, above=0, below=0.5)
+eval_loops: list[int] = numbers([], at_least=1, distinct=True)
+output_dir: str = path("runs")
 """
 
 import copy
@@ -16,7 +14,7 @@ from huggingface_hub.dataclasses import type_validator
 
 Number = int | float
 
-# The most loops that a training step may draw: their distribution has an entry for each number of loops.
+# The most loops that a batch may draw: `DepthSampler` keeps a probability for each loop count.
 MOST_LOOPS = 10_000
 
 
@@ -35,7 +33,7 @@ class Range:
     distinct: bool = False
 
     def check(self, name: str, value):
-        """ValueError that begins with the `name` of the field, for anything but a number in the range."""
+        """Raise ValueError, beginning with the `name` of the field, for anything but a number in the range."""
         integer = isinstance(value, int) and not isinstance(value, bool)
         if not integer and (self.whole or not isinstance(value, float)):
             raise ValueError(f"{name} must be {self}, got {value!r}.")
@@ -50,7 +48,7 @@ class Range:
             raise ValueError(f"{name} must be {self}, got {value!r}.")
 
     def check_field(self, name: str, value):
-        """`check` of a number, of every number of a list or of a dict's values, and of nothing where it is None."""
+        """`check` a number, each number of a list, or each value of a dict; None is allowed."""
         if isinstance(value, (list, tuple)):
             for i, each in enumerate(value):
                 self.check(f"{name}[{i}]", each)
@@ -74,23 +72,26 @@ class Range:
 
 
 def number(default=None, **bounds):
-    """A field of a dataclass that holds a number in a `Range`; None where it may be left out."""
+    """A field of a dataclass that holds a number in `Range(**bounds)`, or None."""
     return field(default=default, metadata={"range": Range(**bounds)})
 
 
 def numbers(default=(), **bounds):
-    """A field of a dataclass that holds a list of numbers, each in a `Range`."""
+    """A field of a dataclass that holds a list of numbers, each in `Range(**bounds)`."""
     default = None if default is None else list(default)
     return field(default_factory=lambda: copy.copy(default), metadata={"range": Range(**bounds)})
 
 
 def path(default: str | None = None):
-    """A field of a dataclass that names a file or a folder, or a list of them: a leading `~` is the home folder."""
+    """A field of a dataclass that names a file or a folder, or a list of them; a leading `~` means the home folder."""
     return field(default=default, metadata={"path": True})
 
 
 def check_fields(section, prefix: str = ""):
-    """ValueError, with the dotted name, for a field outside its range or of another type than declared."""
+    """Raise ValueError, with the dotted name, for a field outside its range or of another type than declared.
+
+    prefix: what stands before the field names of this section, such as "data.".
+    """
     for item in fields(section):
         name, value = prefix + item.name, vars(section)[item.name]
         if "range" in item.metadata:

@@ -1,4 +1,4 @@
-"""Files that a user names: found, and read as a whole or refused, with the place of what is wrong."""
+"""Find and read the files that a user names. A file is read whole or refused, with line and column of the fault."""
 
 import glob
 import gzip
@@ -9,8 +9,10 @@ from pathlib import Path
 
 
 def expand_home(name: str, path: str) -> str:
-    """`path` with the home folder in the place of a leading `~`; ValueError, with the `name` of its field, if there is
-    none or `path` cannot be one."""
+    """`path` with the home folder in the place of a leading `~`.
+
+    Raises ValueError, with the `name` of the field, for a home folder that does not exist and an impossible path.
+    """
     if not path or "\0" in path:
         raise ValueError(f"{name} must name a file or a folder, got {path!r}.")
     expanded = os.path.expanduser(path)
@@ -20,13 +22,14 @@ def expand_home(name: str, path: str) -> str:
 
 
 def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetched: Path, command: str) -> list[Path]:
-    """The files that match paths and globs, in order. `command` makes the folder `fetched`.
+    """The files that match paths and globs, sorted.
 
-    Raises ValueError, with the `name` of the field, for a pattern without a file and a file with another suffix.
+    name: of the field. fetched, command: a folder, and the command that fills it, for the message.
+    Raises ValueError, with `name`, for a pattern that matches no file and for a file with another suffix.
     """
     paths = set()
     for pattern in (expand_home(name, pattern) for pattern in patterns):
-        # A name may have the brackets of a glob in it.
+        # The name of a file may have the brackets of a glob in it.
         matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(path).absolute() for path in matches if os.path.isfile(path)}
         if not found and Path(pattern).is_relative_to(fetched):
@@ -41,9 +44,10 @@ def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetche
 
 
 def read_text(path: Path) -> str:
-    """Text of a UTF-8 file, gzip or not, without a byte-order mark, and with "\\n" at the ends of lines.
+    """Text of a UTF-8 file, gzipped or not, without a byte-order mark and with "\\n" as the line end.
 
-    Raises ValueError, with line and column, for a file that is missing, of 0 bytes, cut short, no UTF-8 or binary.
+    Raises ValueError for a file that is missing, empty, cut short, binary or not UTF-8; where it can, with line and
+    column.
     """
     try:
         raw = path.read_bytes()
@@ -71,9 +75,9 @@ def read_text(path: Path) -> str:
 
 
 def gzip_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of every line of a gzip file; ValueError, with the line, for one that is cut short."""
+    """(number from 1, line) of every line of a gzip file. Raises ValueError, with the line, for a file cut short."""
     number = 0
-    # `datasets` puts a function of its own in the place of gzip.open, which leaves the file open.
+    # Not gzip.open: `datasets` replaces it by a function that leaves the file open.
     with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as file:
         lines = iter(file)
         while True:
@@ -88,6 +92,6 @@ def gzip_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def place(before: str) -> tuple[int, int]:
-    """Line and column, from 1, of the character that comes after the text `before`."""
+    """Line and column, counted from 1, of the character that comes after the text `before`."""
     lines = before.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return len(lines), len(lines[-1]) + 1

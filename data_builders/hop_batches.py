@@ -1,13 +1,11 @@
-"""Batches of one length and one depth; every draw is a pure function of (seed, step), so that resuming replays them.
+"""Batches of the hop tasks. A batch has one hop count, hence one length, and one loop count.
 
     num_loops = depth(step)                                    the same on every rank
-    hops      = one hop count, drawn by the rows each has
-    rows      = the next global batch of that hop count's shuffled epochs; a rank takes its contiguous share
+    hops      = one hop count, drawn in proportion to its rows
+    rows      = the next rows in the shuffled epochs of that hop count; each rank takes a contiguous share
 
-Text has no hops; its rows are blocks of T tokens, cut from all documents one after the other. Molecules are packed,
-several to a row: molecule_batches.py.
-
-Legend: N rows, b rows of a rank's batch, T tokens.
+Every draw is a pure function of (seed, step), so that a resumed training sees the same batches.
+Legend: N rows, b batch rows of one rank, T tokens.
 """
 
 from typing import Literal
@@ -19,7 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .depth import CHUNK, DepthSampler
+from .depth import UPDATES_AT_ONCE, DepthSampler
 from .epochs import ShuffledEpochs, check_share
 from .hop_rows import hop_table
 from .seeding import stream
@@ -28,10 +26,10 @@ from .seeding import stream
 def encode_hops(
     split: Dataset, tokenizer: PreTrainedTokenizerBase, hops: list[int] | None = None
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Hop count -> (input_ids (N, T) long, its last column the readout, answers (N,) long); of `hops`, or of all.
+    """Hop count -> (input_ids (N, T) long, answers (N,) long), for the hop counts `hops`, or for all.
 
-    The same ids as calling the tokenizer row by row, many times faster. Raises ValueError for an unknown word, and as
-    `hop_table`.
+    The answer is read at the last column of input_ids. The ids are the same as from the tokenizer row by row, and come
+    many times faster. Raises ValueError for an unknown word, and as `hop_table`.
     """
     table = hop_table(split)
     if hops is not None:
@@ -42,7 +40,7 @@ def encode_hops(
 def encode_groups(
     split: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-    """(hops, split_kind) -> (input_ids (N, T), answers (N,)), as `encode_hops`: the groups of results."""
+    """(hops, split_kind) -> (input_ids (N, T), answers (N,)), as `encode_hops`: results are told by these groups."""
     return _encode(hop_table(split, ["split_kind"]), tokenizer, ["hops", "split_kind"])
 
 
@@ -51,7 +49,7 @@ def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
     Raises ValueError as `encode_hops`.
     """
-    encode_hops(split, tokenizer)  # says what is wrong with a row, as the tokenizer does not
+    encode_hops(split, tokenizer)  # its errors name the row and the column
 
     def encode(batch: dict) -> dict:
         answers = tokenizer.convert_tokens_to_ids(batch["answer"])
@@ -61,7 +59,7 @@ def encode_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, columns: list[str]) -> dict[tuple, tuple]:
-    # What the tokenizer's template appends to every row: the readout token, or nothing.
+    # The tokenizer's template appends this to every row: the readout token, or nothing.
     readout = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)
     groups = {}
     for key in table.group_by(columns).aggregate([]).sort_by([(name, "ascending") for name in columns]).to_pylist():
@@ -74,7 +72,7 @@ def _encode(table: pa.Table, tokenizer: PreTrainedTokenizerBase, columns: list[s
 
 
 def _token_ids(words: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Ids (M,) of words: the tokenizer is asked once per distinct word."""
+    """Ids (M,) of words: each distinct word is looked up once."""
     coded = words.combine_chunks().dictionary_encode()
     vocabulary = tokenizer.get_vocab()
     distinct = [vocabulary.get(word) for word in coded.dictionary.to_pylist()]
@@ -85,20 +83,20 @@ def _token_ids(words: pa.ChunkedArray, tokenizer: PreTrainedTokenizerBase) -> to
 
 
 class HopBatches(torch.utils.data.Dataset):
-    """Batches of one hop count and one depth; item `step` is this rank's share of the step-th *global* batch:
+    """Batches of one hop count and one loop count; item `step` is this rank's share of the *global* batch `step`:
 
         {"input_ids": (b, T) long, "shift_labels": (b, 1) long, "logits_to_keep": 1, "num_loops": int, "hops": int}
 
-    A pure function of (seed, step), so that training resumed at a step goes on as if never interrupted, and training
-    on `world` ranks sees the batches of one. Within a hop count the rows come in shuffled epochs, each row once per
-    epoch. There is no last step: index it, or use a DataLoader with `batch_size=None, sampler=range(start, stop)`.
+    An item is a pure function of (seed, step): a resumed training sees the same batches, and `world` ranks together
+    see the batches that one would. Within a hop count the rows come in shuffled epochs, each row once per epoch. There
+    is no last item: index the object, or use a DataLoader with `batch_size=None, sampler=range(start, stop)`.
 
     split: rows with the columns text, answer, hops. batch_size: rows of the global batch. depth: draws `num_loops`.
-    hops: the hop counts to draw from, all by default. weighting: how often a hop count is drawn, in proportion to its
-    "rows" or "uniform". at_least_hops: a depth below the batch's hop count is raised to it. (The paper draws the two
-    apart, which asks a core that follows one relation per loop for answers it cannot reach.) pad_to: length to which
-    rows are filled up with masked copies of the readout token before the one that is read, with an "attention_mask";
-    the answer is the same and the work is that of the paper's code, which pads to 50.
+    hops: the hop counts to draw from, all by default. weighting: hop counts are drawn in proportion to their "rows",
+    or "uniform". at_least_hops: raise `num_loops` to the batch's hop count where it is smaller. (The paper draws the
+    two independently, and so asks a core that follows one relation per loop for answers that it cannot reach.)
+    pad_to: fill rows up to this length with copies of the readout token, masked by "attention_mask", before the
+    readout token that is read. The answers stay the same; the work is that of the paper's code, which pads to 50.
 
     Raises ValueError for a batch size that does not divide, a hop count without rows, or rows longer than pad_to.
     """
@@ -136,9 +134,9 @@ class HopBatches(torch.utils.data.Dataset):
         self.at_least_hops = at_least_hops
         weights = np.array([self.num_rows[k] if weighting == "rows" else 1 for k in self.hops])
         self._weights = weights / weights.sum()
-        # How often each hop count came before each chunk of steps, as far as it is known; and the chunk in use.
+        # How often each hop count was drawn before draw 0, 1 .., as far as known; and the draw in use.
         self._counts = [np.zeros(len(self.hops), dtype=np.int64)]
-        self._chunk = (-1, np.empty(0), np.empty(0))
+        self._drawn = (-1, np.empty(0), np.empty(0))
         self._epochs = {k: ShuffledEpochs(n, batch_size, seed, "rows of epochs", k) for k, n in self.num_rows.items()}
 
     def __getitem__(self, step: int) -> dict:
@@ -159,27 +157,27 @@ class HopBatches(torch.utils.data.Dataset):
         return batch if self.pad_to is None else batch | pad_rows(batch["input_ids"], self.pad_to)
 
     def _hops_of(self, step: int) -> tuple[int, int]:
-        """Hop count of a step, and how many earlier steps had the same."""
-        chunk, offset = divmod(step, CHUNK)
-        if self._chunk[0] != chunk:
-            while len(self._counts) <= chunk:
-                drawn = self._draw_chunk(len(self._counts) - 1)
+        """Hop count of update `step`, and how many earlier updates had the same hop count."""
+        draw, offset = divmod(step, UPDATES_AT_ONCE)
+        if self._drawn[0] != draw:
+            while len(self._counts) <= draw:
+                drawn = self._draw(len(self._counts) - 1)
                 self._counts.append(self._counts[-1] + np.bincount(drawn, minlength=len(self.hops)))
-            drawn = self._draw_chunk(chunk)
-            earlier = np.empty(CHUNK, dtype=np.int64)
-            for i, count in enumerate(self._counts[chunk]):
+            drawn = self._draw(draw)
+            earlier = np.empty(UPDATES_AT_ONCE, dtype=np.int64)
+            for i, count in enumerate(self._counts[draw]):
                 earlier[drawn == i] = count + np.arange((drawn == i).sum())
-            self._chunk = (chunk, drawn, earlier)
-        _, drawn, earlier = self._chunk
+            self._drawn = draw, drawn, earlier
+        _, drawn, earlier = self._drawn
         return self.hops[drawn[offset]], int(earlier[offset])
 
-    def _draw_chunk(self, chunk: int) -> np.ndarray:
-        """Indices into `hops` (CHUNK,) of one chunk of steps."""
-        return stream(self.seed, "hops of steps", chunk).choice(len(self.hops), size=CHUNK, p=self._weights)
+    def _draw(self, draw: int) -> np.ndarray:
+        """Indices into `hops` (UPDATES_AT_ONCE,) of the updates that are drawn together."""
+        return stream(self.seed, "hops of steps", draw).choice(len(self.hops), size=UPDATES_AT_ONCE, p=self._weights)
 
 
 def pad_rows(input_ids: torch.Tensor, length: int) -> dict:
-    """Rows (b, T) with their last token, the readout, repeated up to `length`; all copies but the last are masked."""
+    """Rows (b, T), padded to `length` with copies of their last token, the readout token, masked but for the last."""
     num_copies = length - input_ids.shape[1]
     mask = torch.ones(len(input_ids), length, dtype=torch.long)
     mask[:, input_ids.shape[1] - 1 : -1] = 0

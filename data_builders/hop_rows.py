@@ -1,4 +1,4 @@
-"""What the hop tasks have in common: the columns of a row and the random streams.
+"""What the hop tasks share: the columns of a row, and rows as Arrow tables.
 
 e4 r1 r0 <ans>  ->  e9        start at entity 4, follow relation 1, then relation 0: which entity is it?
 """
@@ -24,8 +24,11 @@ FEATURES = datasets.Features(
 
 
 def hop_tables(relations: np.ndarray, path: np.ndarray, split_kind: str) -> Iterator[pa.Table]:
-    """Rows of one hop count, as tables: relations (N, k) followed in turn, path (N, k + 1) the entities from start to
-    answer."""
+    """Arrow tables with the N rows of one hop count k.
+
+    relations (N, k): the relations, in the order they are followed. path (N, k + 1): the entities from the start to
+    the answer.
+    """
     entity_words = pa.array([f"e{i}" for i in range(path.max() + 1)])
     relation_words = pa.array([f"r{i}" for i in range(relations.max() + 1)])
     for start in range(0, len(path), TABLE_ROWS):
@@ -44,10 +47,10 @@ def hop_tables(relations: np.ndarray, path: np.ndarray, split_kind: str) -> Iter
 
 
 def hop_table(split: datasets.Dataset, columns: Sequence[str] = ()) -> pa.Table:
-    """Columns text, answer, hops and `columns` of a split, in its order.
+    """The columns text, answer, hops and `columns` of a split, with its rows in order.
 
-    Raises ValueError, with row and column, for a column that is missing, a text or an answer that is no text, hops
-    that are no whole number, and a text that is not an entity and as many relations as it has hops.
+    Raises ValueError, with row and column, for a column that is missing, a text or an answer that is not text, hops
+    that are not a whole number, and a text other than one entity and one relation per hop.
     """
     kinds = {"text": str, "answer": str, "hops": int} | dict.fromkeys(set(columns) - {"hops"}, str)
     missing = [name for name in kinds if name not in split.column_names]

@@ -3,9 +3,9 @@
     graph     num_relations random permutations of num_entities entities
     program   (start entity, relation_1 .. relation_k); its answer is the entity the k relations lead to
     hop 1     every program, all in train (the atomic facts)
-    hop k     distinct programs, uniform over all there are: test, then validation, then train
+    hop k     distinct programs, drawn uniformly: first those of test, then validation, then train
 
-Permutations, because with random maps the answer soon depends on the last relations only.
+The relations are permutations because, with random maps, the answer soon depends on the last relations only.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from .seeding import source_hash, stream
 
 VERSION = datasets.Version("1.0.0")
 
-# Where a hop count has few programs, validation and test each get at most this share, train the other three quarters.
+# Where a hop count has few programs, validation and test get at most this share each; train gets three quarters.
 HELD_OUT_SHARE = 1 / 8
 
-# Programs below this number are drawn by their number, which keeps them distinct; numpy counts in 64 bits.
+# Programs are numbered, and distinct numbers are drawn. Numbers stay below this limit, since numpy counts in 64 bits.
 NUMBERED_PROGRAMS = 2**62
 
 
@@ -37,7 +37,7 @@ class KhopConfig(datasets.BuilderConfig):
     train_hops: int = number(40, at_least=1, whole=True)  # train holds 1 .. train_hops
     max_hops: int = number(40, at_least=2, whole=True)  # validation and test hold 2 .. max_hops
     train_per_hop: int = number(15_000, at_least=1, whole=True)
-    gate_per_hop: int = number(375, at_least=1, whole=True)  # rows of validation, by which a curriculum goes on
+    gate_per_hop: int = number(375, at_least=1, whole=True)  # validation rows: the held-out check of a curriculum
     test_per_hop: int = number(375, at_least=1, whole=True)
     seed: int = number(0, at_least=0, whole=True)
 
@@ -46,15 +46,15 @@ class Khop(datasets.ArrowBasedBuilder):
     """k-hop chains: train (hops 1 .. train_hops), validation and test (hops 2 .. max_hops), pairwise disjoint.
 
     Configs: `paper` (200 entities x 10 relations, hops to 40), `cpu` (50 x 6, trained to 6 hops, tested to 16) and
-    `quickstart` (20 x 4, trained to 8, tested to 24). `split_kind` is "atomic" or "train" in train; elsewhere "id" for
-    a hop count that train holds, "ood" for a deeper one. The rows of a hop count follow from (graph sizes, rows per
-    hop, seed) alone: a run trained to fewer hops is tested on the same items. One example,
+    `quickstart` (20 x 4, trained to 8, tested to 24). `split_kind` is "atomic" or "train" in train; in validation and
+    test it is "id" for a hop count that train holds, and "ood" for a deeper one. The rows of a hop count depend only
+    on graph sizes, rows per hop and seed, so that a run trained to fewer hops is tested on the same rows. One example,
     e10 --r1--> e12 --r1--> e15 --r2--> e14:
 
     >>> load_task("khop", "quickstart")["test"][41]
     {'text': 'e10 r1 r1 r2', 'answer': 'e14', 'hops': 3, 'split_kind': 'id', 'path': [10, 12, 15, 14]}
 
-    Arrow tables and not a row at a time: the 616,250 rows of `paper` take seconds instead of a minute.
+    Rows are made as Arrow tables: the 616,250 rows of `paper` take seconds, row by row they would take a minute.
     Raises ValueError for a config field that is unknown, not a whole number, or too small.
     """
 
@@ -97,7 +97,7 @@ class Khop(datasets.ArrowBasedBuilder):
             "validation": range(2, self.config.max_hops + 1),
             "test": range(2, self.config.max_hops + 1),
         }
-        # A list is what `datasets` deals out to processes and streaming workers.
+        # `datasets` shares out the items of a list among processes and streaming workers.
         return [datasets.SplitGenerator(split, {"split": split, "hops": list(hops[split])}) for split in hops]
 
     def _generate_tables(self, split: str, hops: list[int]):
@@ -115,24 +115,24 @@ class Khop(datasets.ArrowBasedBuilder):
                 yield (k, i), table
 
     def relation_tables(self) -> np.ndarray:
-        """(num_relations, num_entities): where each relation leads from each entity; every row is a permutation."""
+        """(num_relations, num_entities): the entity that each relation leads to from each entity, a permutation."""
         identity = np.tile(np.arange(self.config.num_entities), (self.config.num_relations, 1))
         return stream(self.config.seed, "khop relations").permuted(identity, axis=1)
 
     def programs(self, hops: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Start entities (N,) and relations (N, hops) of one hop count's share of a split."""
+        """Start entities (N,) and relations (N, hops) of the programs with `hops` hops in a split."""
         config = self.config
         base = config.num_relations
         if hops == 1:
             starts, relations = np.divmod(np.arange(config.num_entities * base), base)
             return starts, relations[:, None]
-        # Test comes first and train last, and train is drawn even where it is not used: one item, one place.
+        # All splits are drawn together, whichever is asked for: each program goes to one split only.
         total = config.num_entities * base**hops
         cap = int(total * HELD_OUT_SHARE)
         num_test, num_gate = min(config.test_per_hop, cap), min(config.gate_per_hop, cap)
         num_train = min(config.train_per_hop, total - num_test - num_gate)
         rng = stream(config.seed, "khop programs", hops)
-        # Programs whose numbered beginnings differ are distinct, whatever relations follow.
+        # A long program has a number for its first hops only: programs that differ there are distinct.
         numbered_hops = hops
         while config.num_entities * base**numbered_hops > NUMBERED_PROGRAMS:
             numbered_hops -= 1

@@ -1,14 +1,14 @@
-"""Molecules packed into rows of one length: no padding to the longest, and none sees another.
+"""Molecules packed into sequences of one length. No molecule is padded to the longest, and none sees another.
 
-    row        <bos> C C O  <bos> c 1 c c c c c 1  <bos> C N  <pad> <pad>
+    sequence   <bos> C C O  <bos> c 1 c c c c c 1  <bos> C N  <pad> <pad>
     predicts   C C O <eos>  c 1 c c c c c 1 <eos>  C N <eos>    -     -
     position   0 1 2 3      0 1 2 3 4 5 6 7 8      0 1 2        0     1
 
-Positions that begin anew tell transformers' masks where a molecule begins, under sdpa, eager, flex and flash attention
-alike, provided there is no KV cache (`use_cache=False`): each attends to itself. A packed row therefore gives the
-logits of its molecules one by one.
+transformers' masks let a molecule attend to itself only: they see where it begins by the position 0. This holds under
+sdpa, eager, flex and flash attention, without a KV cache (`use_cache=False`). A packed molecule therefore has the same
+logits as the molecule alone.
 
-Legend: N molecules, r rows, T tokens of a row.
+Legend: N molecules, r packed sequences, T tokens of a sequence.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 class PackedMolecules:
-    """The molecules of a split, packed on demand: `rows(numbers)`.
+    """The molecules of a split; `rows(numbers)` packs some of them.
 
-    split: rows with the column text, `encode_text` of it is mapped into memory. sequence_length: T, at least the
-    tokens of the longest molecule and one for `<eos>`.
+    split: rows with the column text, see `encode_text`. sequence_length: T, at least the tokens of the longest
+    molecule and one for `<eos>`.
 
-    lengths (N,): tokens that each molecule predicts, its own and `<eos>`; num_tokens: their sum.
+    lengths (N,): tokens that each molecule predicts, its own and `<eos>`. num_tokens: their sum.
     Raises ValueError for an empty split, a molecule that is too long, and a tokenizer without `<bos>` or `<pad>`.
     """
 
@@ -57,61 +57,68 @@ class PackedMolecules:
 
     @property
     def mean_length(self) -> float:
-        """Tokens that are predicted per molecule."""
+        """Tokens that a molecule predicts on average."""
         return self.num_tokens / len(self)
 
     def tokens(self, number: int) -> np.ndarray:
-        """Tokens (L,) of a molecule, the last one `<eos>`."""
+        """Tokens (L,) of molecule `number`; the last one is `<eos>`."""
         return self._stream.between(*self._stream.starts[number : number + 2])
 
     def rows(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The molecules `numbers` (N,) in as few rows as first fit finds:
+        """The molecules `numbers` (N,), packed into as few sequences as first fit finds:
 
-        {"input_ids": (r, T) long, "position_ids": (r, T) long, "shift_labels": (r, T) long, -100 where nothing is}
+        {"input_ids": (r, T) long, "position_ids": (r, T) long, "shift_labels": (r, T) long, -100 at padding}
         """
         return pack([self.tokens(number) for number in numbers.tolist()], self.sequence_length, self._bos, self._pad)
 
 
-def pack(sequences: Sequence[np.ndarray], length: int, bos: int, pad: int) -> dict[str, torch.Tensor]:
-    """Rows (r, `length`) of token sequences that end in `<eos>`, see the module docstring."""
-    places = first_fit([len(tokens) for tokens in sequences], length)
-    num_rows = 1 + max(row for row, _ in places)
-    input_ids = np.full((num_rows, length), pad, dtype=np.int64)
-    shift_labels = np.full((num_rows, length), IGNORED, dtype=np.int64)
-    begins = np.zeros((num_rows, length), dtype=np.int64)  # of the molecule a token is in
-    # From left to right: what lies behind the molecule placed last is padding.
-    for (row, start), tokens in sorted(zip(places, sequences, strict=True), key=lambda placed: placed[0]):
+def pack(molecules: Sequence[np.ndarray], length: int, bos: int, pad: int) -> dict[str, torch.Tensor]:
+    """Molecules, each as its tokens (L,) with `<eos>` at the end, packed into sequences of `length` tokens.
+
+    Returns {"input_ids", "position_ids", "shift_labels": (r, length) long}, see the module docstring.
+    """
+    places = first_fit([len(tokens) for tokens in molecules], length)
+    shape = 1 + max(number for number, _ in places), length
+    input_ids = np.full(shape, pad, dtype=np.int64)
+    shift_labels = np.full(shape, IGNORED, dtype=np.int64)
+    begins = np.zeros(shape, dtype=np.int64)  # for each token, where its molecule begins
+    # From left to right: a molecule that is placed later overwrites the padding behind the one before.
+    for (number, start), tokens in sorted(zip(places, molecules, strict=True), key=lambda placed: placed[0]):
         stop = start + len(tokens)
-        input_ids[row, start] = bos
-        input_ids[row, start + 1 : stop] = tokens[:-1]
-        shift_labels[row, start:stop] = tokens
-        begins[row, start:stop] = start
-        begins[row, stop:] = stop
-    rows = {"input_ids": input_ids, "position_ids": np.arange(length) - begins, "shift_labels": shift_labels}
-    return {name: torch.from_numpy(values) for name, values in rows.items()}
+        input_ids[number, start] = bos
+        input_ids[number, start + 1 : stop] = tokens[:-1]
+        shift_labels[number, start:stop] = tokens
+        begins[number, start:stop] = start
+        begins[number, stop:] = stop
+    packed = {"input_ids": input_ids, "position_ids": np.arange(length) - begins, "shift_labels": shift_labels}
+    return {name: torch.from_numpy(values) for name, values in packed.items()}
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """(row, start) of each sequence: the longest first, each in the first row that has room (Johnson 1973)."""
+    """(sequence, start) of each molecule: the longest first, each in the first sequence with room (Johnson 1973).
+
+    lengths: tokens of each molecule. capacity: tokens of a sequence.
+    """
     places, filled = [(0, 0)] * len(lengths), np.zeros(len(lengths), dtype=np.int64)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = int((filled + lengths[i] <= capacity).argmax())
-        places[i] = row, int(filled[row])
-        filled[row] += lengths[i]
+        number = int((filled + lengths[i] <= capacity).argmax())
+        places[i] = number, int(filled[number])
+        filled[number] += lengths[i]
     return places
 
 
 class MoleculeBatches(torch.utils.data.Dataset):
-    """Batches of packed molecules and of one depth; item `step` is this rank's share of the step-th *global* batch:
+    """Batches of packed molecules with one loop count; item `step` is this rank's share of the *global* batch `step`:
 
         {"input_ids", "position_ids", "shift_labels": (r, T) long, "num_loops": int, "num_labels": int}
 
-    `num_labels` counts the labels of the global batch: dividing by it weighs every token alike, however many a rank
-    has. A pure function of (seed, step), as `HopBatches`; molecules come in shuffled epochs, each once per epoch.
+    `num_labels` counts the labels of the global batch: a loss divided by it weighs every token alike, however many
+    tokens a rank has. An item is a pure function of (seed, step), as in `HopBatches`. Molecules come in shuffled
+    epochs, each molecule once per epoch.
 
-    batch_size: molecules of the global batch. spellings: epoch e has spelling e mod `spellings` of each molecule, see
-    `augment`, whose seed is `spelling_seed`; None leaves them as they are. Raises ValueError as `PackedMolecules` and
-    `augment`, and for a batch size that does not divide.
+    batch_size: molecules of the global batch. spellings: number of spellings of each molecule; epoch e trains on
+    spelling e mod `spellings`, see `augment`. None leaves the SMILES as they are. spelling_seed: seed of `augment`.
+    Raises ValueError as `PackedMolecules` and `augment`, and for a batch size that does not divide.
     """
 
     def __init__(
@@ -136,7 +143,7 @@ class MoleculeBatches(torch.utils.data.Dataset):
         self._epochs = ShuffledEpochs(len(split), batch_size, seed, "molecules of epochs")
 
     def molecules(self, epoch: int) -> PackedMolecules:
-        """The molecules as an epoch spells them. The last two are kept: a batch may lie in both."""
+        """The molecules in the spelling of an epoch. The last two spellings are kept: a batch may reach over both."""
         spelling = epoch % (self._spellings or 1)
         if spelling not in self._spelt:
             split = self._split if self._spellings is None else augment(self._split, self._spelling_seed, spelling)

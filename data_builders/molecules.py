@@ -1,14 +1,13 @@
-"""Molecules as SMILES, a line of text that spells out a graph of atoms: MOSES, or files of the user's own.
+"""Molecules as SMILES, a line of text that spells out a graph of atoms: MOSES, or files that the user names.
 
-    file        .csv with a column of SMILES, or .smi and .txt with one at the start of each line; any of them with .gz
-    molecule    one SMILES; its copies are dropped
-    split       test files are the test; the rest is dealt by a seeded hash of the SMILES
+    file        .csv with a column of SMILES, or .smi and .txt with a SMILES at the start of each line; each also .gz
+    molecule    one SMILES; copies of a SMILES are dropped
+    split       test files make the split test; other molecules are dealt by a seeded hash of the SMILES
 
-The same SMILES always goes to the same split, so that the splits are disjoint. MOSES: Polykovskiy et al. 2020, arXiv
-1811.12823.
+Equal SMILES go to the same split, so that the splits are disjoint. MOSES: Polykovskiy et al. 2020, arXiv 1811.12823.
 
-A molecule has many SMILES, one per order of its atoms and walk along its bonds: `augment` gives each training row
-another one in every epoch.
+A molecule has many SMILES, one for each walk along its atoms and bonds: `augment` gives each training row another
+SMILES in every epoch.
 """
 
 import csv
@@ -32,7 +31,7 @@ from .tokenizers import SMILES_TOKEN
 
 VERSION = datasets.Version("1.0.0")
 
-# What `looped fetch moses` writes.
+# The folder that `looped fetch moses` writes.
 MOSES = Path(HF_HOME) / "looped" / "moses"
 
 SUFFIXES = (".csv", ".smi", ".txt", ".csv.gz", ".smi.gz", ".txt.gz")
@@ -52,15 +51,18 @@ class MoleculesConfig(datasets.BuilderConfig):
     files: list[str] = field(default_factory=list)  # paths and globs; `**` is any number of folders
     test_files: list[str] = field(default_factory=list)  # the split test, in place of `test_share`
     test_scaffolds_files: list[str] = field(default_factory=list)  # the split test_scaffolds
-    column: str | None = None  # of .csv files; by default the one called SMILES or smiles
-    canonical: bool = False  # write each molecule in rdkit's one way first, so that other spellings are copies
-    validation_share: int | float = number(0.01, above=0, below=0.5)  # of the molecules of `files`
-    test_share: int | float = number(0.01, at_least=0, below=0.5)  # the same
-    train_rows: int | None = number(at_least=1, whole=True)  # a seeded sample; a smaller one is part of a larger one
-    seed: int = number(0, at_least=0, whole=True)  # of the split and the sample
+    column: str | None = None  # of .csv files; by default the column called SMILES or smiles
+    canonical: bool = False  # take rdkit's canonical SMILES, so that two spellings of a molecule are copies
+    validation_share: int | float = number(0.01, above=0, below=0.5)  # share of the molecules of `files`
+    test_share: int | float = number(0.01, at_least=0, below=0.5)  # share of the molecules of `files`
+    train_rows: int | None = number(at_least=1, whole=True)  # a seeded choice; a smaller one is part of a larger one
+    seed: int = number(0, at_least=0, whole=True)  # of the split and of that choice
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """Name of the cache folder: what `datasets` makes of the fields, and a fingerprint of the files themselves."""
+        """Name of the cache folder: the name that `datasets` gives, and a fingerprint of the files themselves.
+
+        Raises ValueError as `check_fields` and `sources`.
+        """
         self.check_fields()
         contents = hashlib.sha256(rdkit_version().encode() if self.canonical else b"")
         for split, sources in self.sources().items():
@@ -69,7 +71,7 @@ class MoleculesConfig(datasets.BuilderConfig):
         return f"{super().create_config_id(config_kwargs, custom_features)}-{contents.hexdigest()[:16]}"
 
     def check_fields(self):
-        """ValueError for a field that is missing or out of range."""
+        """Raise ValueError for a field that is missing or out of range."""
         check_fields(self)
         if not self.files:
             raise ValueError("files must name the molecules to train on: a list of paths and globs.")
@@ -81,7 +83,10 @@ class MoleculesConfig(datasets.BuilderConfig):
             )
 
     def sources(self) -> dict[str, dict[str, Path]]:
-        """Field -> name of each of its files below the folder that all share -> file; fields without files are out."""
+        """Field -> name -> file, for the fields that name files; a name is the path below the deepest shared folder.
+
+        Raises ValueError as `find_files`.
+        """
         paths = {
             name: find_files(name, vars(self)[name], SUFFIXES, MOSES, "looped fetch moses")
             for name in ("files", "test_files", "test_scaffolds_files")
@@ -91,14 +96,14 @@ class MoleculesConfig(datasets.BuilderConfig):
         return {name: {path.relative_to(shared).as_posix(): path for path in found} for name, found in paths.items()}
 
     def deal(self) -> dict[str, list[tuple[str, str, int]]]:
-        """Split -> its rows (SMILES, source, line) in the order of the files; no SMILES comes twice.
+        """Split -> its rows (SMILES, source, line), in the order of the files; no SMILES comes twice.
 
         Raises ValueError for a split without rows.
         """
         seen, splits = set(), {"train": [], "validation": [], "test": []}
         if self.test_scaffolds_files:
             splits["test_scaffolds"] = []
-        # Test files first: what is in them is not trained on.
+        # Test files first: a SMILES that is in them is not trained on.
         for name in ("test_scaffolds_files", "test_files", "files"):
             for smiles, source, line in self.molecules(name):
                 if smiles not in seen:
@@ -123,21 +128,21 @@ class MoleculesConfig(datasets.BuilderConfig):
                 yield self.spelt(path, line, smiles), source, line
 
     def spelt(self, path: Path, line: int, smiles: str) -> str:
-        """The SMILES as it is taken from a line; ValueError, with the place, for what rdkit cannot read."""
+        """The SMILES of a line, canonical if the config says so. Raises ValueError, with the line, as rdkit does."""
         try:
             return canonical_smiles(smiles) if self.canonical else smiles
         except ValueError as error:
             raise ValueError(f"{path}, line {line}: {error}") from error
 
     def split_of(self, smiles: str) -> str:
-        """The split of a molecule of `files`: a number in [0, 1), evenly spread, from a hash of its SMILES."""
+        """The split of a molecule of `files`, from a hash of its SMILES."""
         place = self.place(smiles, "split")
         if place < self.test_share:
             return "test"
         return "validation" if place < self.test_share + self.validation_share else "train"
 
     def sample(self, rows: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-        """`train_rows` of the rows, in their order: those with the first places."""
+        """The `train_rows` rows whose `place` is smallest, in their order. Raises ValueError if there are fewer."""
         if self.train_rows > len(rows):
             raise ValueError(
                 f"train_rows must be at most {len(rows)}, the molecules there are; got {self.train_rows}."
@@ -147,6 +152,7 @@ class MoleculesConfig(datasets.BuilderConfig):
         return [rows[i] for i in sorted(chosen)]
 
     def place(self, smiles: str, purpose: str) -> float:
+        """A number in [0, 1), evenly spread over the SMILES, from a hash of seed, purpose and SMILES."""
         digest = hashlib.sha256(f"{self.seed}\n{purpose}\n{smiles}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -154,21 +160,21 @@ class MoleculesConfig(datasets.BuilderConfig):
 class Molecules(datasets.ArrowBasedBuilder):
     """SMILES in splits train, validation and test, pairwise disjoint and without duplicates.
 
-    Configs: `moses` (what `looped fetch moses` wrote: train, test and test_scaffolds as published, the last of
-    molecules whose scaffold, the rings and what links them, is in no other file; validation is a hundredth of the
-    published train) and `files` (name them: `files=["zinc.csv"]`, perhaps `test_files`, too). `source` is the file,
-    `line` the line in it, from 1. One example:
+    Configs: `moses` (the files that `looped fetch moses` wrote: test and test_scaffolds as published, validation a
+    hundredth of the published train; a scaffold, the rings of a molecule and their links, that is in test_scaffolds is
+    in no other split) and `files`, where you name them: `files=["zinc.csv"]`, perhaps `test_files`, too. `source` is
+    the file, `line` the line in it, from 1. One example:
 
     >>> load_task("molecules", "moses")["test"][0]
     {'text': 'CC1C2CCC(C2)C1CN(CCO)C(=O)c1ccc(Cl)cc1', 'source': 'test.csv.gz', 'line': 2}
 
-    Two SMILES of one molecule are two rows, and may go to different splits, unless `canonical=True`, which takes rdkit
-    and a few minutes per million; of MOSES, all but 2 in 10,000 are canonical as they are. The cache follows the
-    contents of the files.
+    Two SMILES of one molecule are two rows and may go to different splits. `canonical=True` prevents that; it needs
+    rdkit and a few minutes per million molecules. In MOSES all SMILES but 2 in 10,000 are canonical already. The cache
+    follows the contents of the files.
 
     Raises ValueError for a config field that is unknown or out of range, files that are missing, of another kind, not
-    UTF-8 or without a column of SMILES, rows that are no SMILES by their characters, with `canonical` for what rdkit
-    cannot read, and for a split that gets no molecule.
+    UTF-8 or without a column of SMILES, rows with characters that no SMILES has, with `canonical` rows that rdkit
+    cannot read, and a split without a molecule.
     """
 
     VERSION = VERSION
@@ -202,13 +208,13 @@ class Molecules(datasets.ArrowBasedBuilder):
 
 
 def read_smiles(path: Path, column: str | None = None) -> Iterator[tuple[int, str]]:
-    """(line, SMILES) of every row of a file, in its order; blank lines are skipped.
+    """(line, SMILES) of every row of a file, in order; blank lines are skipped.
 
-    Raises ValueError, with the line, for text that is no SMILES by its characters, and as `read_text` and `csv_cells`.
+    Raises ValueError, with the line, for characters that no SMILES has, and as `read_text` and `csv_cells`.
     """
     text = read_text(path)
     if path.name.endswith((".csv", ".csv.gz")):
-        # Cells may hold line ends, as those of the ZINC-250K file do.
+        # Cells may end in line ends: those of the ZINC-250K file do.
         rows = ((line, cell.strip()) for line, cell in csv_cells(path, text, column))
     else:
         lines = enumerate(text.split("\n"), start=1)
@@ -223,9 +229,9 @@ def read_smiles(path: Path, column: str | None = None) -> Iterator[tuple[int, st
 
 
 def csv_cells(path: Path, text: str, column: str | None) -> Iterator[tuple[int, str]]:
-    """(line, cell) of a column of a CSV text, the line where the row begins; blank lines are skipped.
+    """(line, cell) of one column of a CSV text; `line` is where the row begins. Blank lines are skipped.
 
-    Raises ValueError for a header without the column or with two of it, a row with more or fewer cells than the
+    Raises ValueError for a header that has the column not at all or twice, a row with more or fewer cells than the
     header, and quotes that are not closed.
     """
     rows = csv.reader(io.StringIO(text), strict=True)
@@ -253,10 +259,10 @@ def csv_cells(path: Path, text: str, column: str | None) -> Iterator[tuple[int, 
 
 
 def augment(train: datasets.Dataset, seed: int, epoch: int) -> datasets.Dataset:
-    """The training split with another SMILES of each molecule, a function of (seed, epoch, row); needs rdkit.
+    """The split train with another SMILES of each molecule, a function of (seed, epoch, row); needs rdkit.
 
-    Written once into the `datasets` cache, with a progress bar. Raises ValueError for another split than train, whose
-    numbers would no longer be those of its data, and for a row that rdkit cannot read.
+    The result is written once into the `datasets` cache, with a progress bar. Raises ValueError for another split than
+    train, since measurements belong on the SMILES as they are, and for a row that rdkit cannot read.
     """
     if train.split != datasets.Split.TRAIN:
         raise ValueError(f"only the split train is augmented, got {train.split}: measure on the SMILES as they are.")
@@ -276,7 +282,7 @@ def augment(train: datasets.Dataset, seed: int, epoch: int) -> datasets.Dataset:
 
 
 def random_smiles(smiles: str, seed: int, epoch: int, row: int) -> str:
-    """A SMILES of the same molecule, its atoms in an order that is drawn for (seed, epoch, row).
+    """Another SMILES of the same molecule: the order of its atoms is drawn for (seed, epoch, row).
 
     Bjerrum 2017, arXiv 1703.07076. Raises ValueError if rdkit is not installed, or cannot read the SMILES.
     """
@@ -286,12 +292,12 @@ def random_smiles(smiles: str, seed: int, epoch: int, row: int) -> str:
 
 
 def canonical_smiles(smiles: str) -> str:
-    """The one SMILES that rdkit writes for the molecule, however it was given; raises as `random_smiles`."""
+    """The canonical SMILES of the molecule, by rdkit. Raises ValueError as `random_smiles`."""
     return rdkit_chem().MolToSmiles(parsed(smiles))
 
 
 def parsed(smiles: str):
-    """The rdkit molecule of a SMILES; rdkit itself says on stderr what is wrong with one that is none."""
+    """The rdkit molecule of a SMILES. Raises ValueError if rdkit cannot read it; rdkit says why on stderr."""
     molecule = rdkit_chem().MolFromSmiles(smiles)
     if molecule is None:
         raise ValueError(f"rdkit cannot read {smiles!r} as a molecule: see its message, and take the row out.")
@@ -299,7 +305,7 @@ def parsed(smiles: str):
 
 
 def rdkit_chem():
-    """The module rdkit.Chem, which is an optional part of this project."""
+    """The module rdkit.Chem. Raises ValueError, with the extra to install, if there is no rdkit."""
     try:
         from rdkit import Chem
     except ImportError as error:

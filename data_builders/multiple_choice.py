@@ -34,19 +34,19 @@ FEATURES = datasets.Features(
     }
 )
 
-# Every question is there once per choice, and once more without its text under a number from here on.
+# The files hold every question once more without its text, under a number from here on.
 WITHOUT_QUESTION = 1_000_000
 
 
 @dataclass
 class MultipleChoiceConfig(datasets.BuilderConfig):
-    """Where the rows of a benchmark are, and how its questions are written there."""
+    """Where the rows of a benchmark are, and what surrounds its questions in the files."""
 
     version: datasets.Version = VERSION
     source: str = ""  # folder of the benchmark below data_dir
-    published: tuple[str, str] = ("val", "test")  # the published splits that validation and test are
-    prefix: str = ""  # stands before every question in the files
-    suffix: str = "\nAnswer:"  # and after it
+    published: tuple[str, str] = ("val", "test")  # published names of the splits validation and test
+    prefix: str = ""  # before every question in the files
+    suffix: str = "\nAnswer:"  # after every question in the files
     max_validation: int = number(2_000, at_least=1, whole=True)
     seed: int = number(0, at_least=0, whole=True)  # of the order of the rows
 
@@ -57,13 +57,13 @@ class MultipleChoiceConfig(datasets.BuilderConfig):
 
 
 class MultipleChoice(datasets.GeneratorBasedBuilder):
-    """Benchmarks of questions with 2 to 5 choices: validation, to choose by, and test, to report. There is no train.
+    """Benchmarks of questions with 2 to 5 choices: validation for decisions, test for reports. There is no train.
 
-    Configs: `arc_easy` (570 and 2,376 rows), `arc_challenge` (299 and 1,172), `openbookqa` (500 and 500) hold the
-    published splits of these names. The published test answers of `commonsense_qa`, `hellaswag` and `piqa` are secret:
-    test is the published validation split (1,221, 10,042 and 1,838 rows), validation a sample of the published
-    training split (2,000). A question of test is left out of validation. Rows come in a seeded order: the first N are
-    a fair sample. `id` is the published split and the row in it. One example:
+    Configs: `arc_easy` (570 and 2,376 rows), `arc_challenge` (299 and 1,172) and `openbookqa` (500 and 500) hold the
+    published validation and test splits. The test answers of `commonsense_qa`, `hellaswag` and `piqa` are secret, so
+    their test is the published validation split (1,221, 10,042 and 1,838 rows), and their validation is a sample of
+    2,000 rows of the published training split. No question of test is in validation. Rows come in a seeded order, so
+    that the first N are a fair sample. `id` is the published split and the row in it. One example:
 
     >>> MultipleChoice(config_name="arc_easy", data_dir=folder).as_dataset("validation")[0]
     {'id': 'val-19', 'question': 'Which of the following is the most accurate measurement for the length of an object
@@ -113,7 +113,7 @@ class MultipleChoice(datasets.GeneratorBasedBuilder):
             yield rows[i]["id"], rows[i]
 
     def rows(self, split: str) -> Iterator[dict]:
-        """Rows of a split as published, in their order.
+        """Rows of a split in their published order.
 
         Raises ValueError, with the line, for a file that is cut short and a row of another form.
         """
@@ -122,7 +122,7 @@ class MultipleChoice(datasets.GeneratorBasedBuilder):
         path = Path(config.data_dir, config.file(split))
         expected = 0
         for at, line in gzip_lines(path):
-            # Most lines repeat a question for another choice: not worth parsing.
+            # Most lines repeat a question for another choice: skipped unparsed.
             if re.search(rb'"idx": [1-9]', line):
                 continue
             row, document = parse_request(f"{path}, line {at}", line)
@@ -144,7 +144,7 @@ class MultipleChoice(datasets.GeneratorBasedBuilder):
 
 
 def parse_request(place: str, line: bytes) -> tuple[int, dict]:
-    """Number and document of a line's row; ValueError, beginning with the `place`, for a line of another form."""
+    """Row number and document of a line. Raises ValueError, beginning with `place`, for a line of another form."""
     try:
         request = json.loads(line)
         row, document = request["doc_id"], request["doc"]

@@ -1,10 +1,10 @@
 """Plain text for language modelling: files, or a dataset of texts, cut into documents that are dealt to the splits.
 
     file        .txt or .md, or either with .gz; UTF-8
-    document    whole paragraphs of one file, about `document_characters` of them where the file is that long
+    document    whole paragraphs of one file, `document_characters` characters or a little more
     split       by a seeded hash of the document's text: test_share to test, validation_share to validation
 
-The same text always goes to the same split, so that the splits are disjoint; its copies are dropped.
+Equal documents go to the same split, so that the splits are disjoint; copies of a document are dropped.
 """
 
 import hashlib
@@ -36,14 +36,17 @@ class TextConfig(datasets.BuilderConfig):
     version: datasets.Version = VERSION
     files: list[str] = field(default_factory=list)  # paths and globs; `**` is any number of folders
     dataset: dict = field(default_factory=dict)  # arguments of `datasets.load_dataset`, `path` and `split` among them
-    column: str = "text"  # of `dataset`: a text in each row
+    column: str = "text"  # the column of `dataset` that holds the text
     document_characters: int = number(4_000, at_least=1, whole=True)  # a file is cut at the next blank line
-    validation_share: int | float = number(0.01, above=0, below=0.5)  # of the documents
+    validation_share: int | float = number(0.01, above=0, below=0.5)  # share of the documents
     test_share: int | float = number(0.01, above=0, below=0.5)
     seed: int = number(0, at_least=0, whole=True)  # of the split
 
     def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """Name of the cache folder: what `datasets` makes of the fields, and a fingerprint of the text itself."""
+        """Name of the cache folder: the name that `datasets` gives, and a fingerprint of the text itself.
+
+        Raises ValueError for a field out of range, and as `sources` and `rows`.
+        """
         check_fields(self)
         if bool(self.files) == bool(self.dataset):
             raise ValueError("name the text: either files, a list of paths and globs, or dataset.")
@@ -55,17 +58,20 @@ class TextConfig(datasets.BuilderConfig):
         return f"{super().create_config_id(config_kwargs, custom_features)}-{contents.hexdigest()[:16]}"
 
     def sources(self) -> dict[str, Path]:
-        """Name of each file below the folder that all share -> file, in the order of names."""
+        """Name -> file, sorted by file; a name is the path below the deepest folder that holds all files.
+
+        Raises ValueError as `find_files`.
+        """
         paths = find_files("files", self.files, SUFFIXES, CORPUS, "looped fetch corpus")
         shared = os.path.commonpath([path.parent for path in paths]) if paths else ""
         return {path.relative_to(shared).as_posix(): path for path in paths}
 
     def rows(self) -> datasets.Dataset:
-        """The rows of `dataset`."""
+        """The rows of `dataset`; raises ValueError if it cannot be read, or has no column `column`."""
         arguments = expand_homes(self.dataset)
         try:
             rows = datasets.load_dataset(**arguments)
-        except Exception as error:  # each of its readers raises what it likes
+        except Exception as error:  # every kind of file has errors of its own
             while error.__cause__ is not None:
                 error = error.__cause__
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -74,13 +80,13 @@ class TextConfig(datasets.BuilderConfig):
             raise ValueError("dataset must give one split that is not streamed: add `split` to its arguments.")
         if self.column not in rows.column_names:
             raise ValueError(f"column must be one of {', '.join(rows.column_names)}, got {self.column!r}.")
-        # What pandas makes of a header that has the name twice.
+        # pandas renames the second of two columns with one name to `NAME.1`.
         if arguments.get("path") == "csv" and f"{self.column}.1" in rows.column_names:
             raise ValueError(f"column {self.column} is there twice in dataset {arguments}: rename one of them.")
         return rows
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """(source, text) of every file, or of every row."""
+        """(source, text) of every file, or of every row of `dataset`."""
         for source, path in self.sources().items():
             yield source, read_text(path)
         rows = self.rows().select_columns(self.column) if self.dataset else []
@@ -95,7 +101,7 @@ class TextConfig(datasets.BuilderConfig):
             yield str(row), text
 
     def split_of(self, digest: bytes) -> str:
-        """The split of a document, from a hash of its text: a number in [0, 1), evenly spread."""
+        """The split of a document, from the hash of its text, read as a number in [0, 1)."""
         place = int.from_bytes(digest[:8], "big") / 2**64
         if place < self.test_share:
             return "test"
@@ -105,21 +111,20 @@ class TextConfig(datasets.BuilderConfig):
 class Text(datasets.GeneratorBasedBuilder):
     """Documents of plain text in splits train, validation and test, pairwise disjoint and without duplicates.
 
-    Configs: `corpus` (what `looped fetch corpus` wrote: 56 MB of English books, manuals, dictionaries and standards)
-    and `files` (name them: `files=["books/*.txt", "notes.md.gz"]`, or a dataset, `dataset={"path": "json",
-    "data_files": "texts.jsonl", "split": "train"}`). `source` is the file, or the number of the dataset's row. One
-    example:
+    Configs: `corpus` (the text that `looped fetch corpus` wrote: 56 MB of English books, manuals, dictionaries and
+    standards) and `files`, where you name the text: `files=["books/*.txt", "notes.md.gz"]`, or `dataset={"path":
+    "json", "data_files": "texts.jsonl", "split": "train"}`. `source` is the file, or the row number in the dataset.
+    One example:
 
     >>> load_task("text", "corpus")["test"][22]
     {'text': 'BLACKGUARD, n. A man whose qualities, prepared for display like a box of berries in a market -- ...',
      'source': 'dict-devil/dictd-devil-dict-dz.txt'}
 
-    The pieces of a long file are documents of their own and may go to different splits: held-out text is unseen text
-    of a known author. The cache follows the contents of the files: what changed is read again. A text of white space
-    has no document.
+    The documents of one long file may go to different splits: held-out text is then unseen text of a known author. The
+    cache follows the contents of the files: a changed file is read again. A text of white space has no document.
 
     Raises ValueError for a config field that is unknown or out of range, files that are missing, of another kind or
-    not UTF-8, a row that is no text, and a split that gets no document.
+    not UTF-8, a row that is not text, and a split without a document.
     """
 
     VERSION = VERSION
@@ -162,7 +167,7 @@ class Text(datasets.GeneratorBasedBuilder):
 
 
 def expand_homes(value):
-    """`value`, an argument of `load_dataset`, with the home folder in the place of a leading `~`."""
+    """An argument of `load_dataset`, with the home folder in the place of a leading `~` in every text."""
     if isinstance(value, dict):
         return {name: expand_homes(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -171,7 +176,7 @@ def expand_homes(value):
 
 
 def documents(text: str, document_characters: int) -> Iterator[str]:
-    """Pieces of a text: paragraphs gathered until they have `document_characters`; the last piece may have fewer."""
+    """Documents of a text: paragraphs are gathered until they have `document_characters`; the last may have fewer."""
     gathered, length = [], 0
     for paragraph in re.split(r"\n(?:[^\S\n]*\n)+", text):
         if paragraph.strip():

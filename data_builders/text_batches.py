@@ -16,7 +16,7 @@ from .epochs import ShuffledEpochs, check_share
 
 
 def spread_blocks(total: int, limit: int | None) -> torch.Tensor:
-    """Numbers (N,) of at most `limit` of `total` blocks, evenly spread with the first and the last among them."""
+    """Numbers (N,) of at most `limit` of `total` blocks, evenly spread from the first to the last."""
     if limit is None or limit >= total:
         return torch.arange(total)
     return torch.linspace(0, total - 1, limit, dtype=torch.float64).long()  # strictly rising
@@ -25,9 +25,9 @@ def spread_blocks(total: int, limit: int | None) -> torch.Tensor:
 def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The split's documents as one column input_ids (int32), the end-of-text token after each.
 
-    Tokenised once, with a progress bar, into the `datasets` cache; later runs map the file into memory. A special
-    token that is spelt out in the text is read as text. Raises ValueError if the tokenizer has no end-of-text token,
-    and, where it has no token for what is unknown, for a row with a word or a character that it lacks.
+    The tokens are written once into the `datasets` cache, with a progress bar; later runs map the file into memory. A
+    special token that is spelt out in the text is read as text. Raises ValueError if the tokenizer has no end-of-text
+    token, and, if it has no token for unknown words, for a row with an unknown word or character.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, which goes between documents: set one and save it again.")
@@ -36,7 +36,7 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
     @functools.cache
     def is_lost(character: str) -> bool:
-        """Whether the tokenizer drops a character without a word, as BPE does with what is not in its alphabet."""
+        """Whether the tokenizer drops a character silently, as BPE drops characters that its alphabet lacks."""
         meant = character if normalizer is None else normalizer.normalize_str(character)
         shown = meant.isprintable() and not meant.isspace() and meant != ""
         return shown and not tokenizer(character, add_special_tokens=False)["input_ids"]
@@ -49,7 +49,7 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
                     raise ValueError(lacking(min(lost & set(text)), batch, i, split))
         try:
             encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
-        except Exception as error:  # `tokenizers` has no class of its own for it
+        except Exception as error:  # `tokenizers` raises plain Exceptions
             words = tokenizer.backend_tokenizer.pre_tokenizer
             for i, text in enumerate(batch["text"] if words else []):
                 unknown = [word for word, _ in words.pre_tokenize_str(text) if word not in vocabulary]
@@ -59,9 +59,9 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
     features = Features({"input_ids": List(Value("int32"))})
-    if not len(split):  # `map` would return it as it is
+    if not len(split):  # `map` would not change the columns of an empty split
         return Dataset.from_dict({"input_ids": []}, features=features)
-    # Not the hash of the object: it changes with use, as do the padding and truncation of the last call.
+    # The tokenizer object hashes differently after use, since a call leaves its padding and truncation there.
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
     made_of = (split._fingerprint, json.dumps(parts), tokenizer.eos_token_id)
@@ -77,28 +77,28 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def lacking(what: str, batch: dict, i: int, split: Dataset) -> str:
-    """What is wrong with row `i` of a batch of the split: the tokenizer has no token for a part of its text."""
+    """The message for row `i` of a batch of the split: the tokenizer has no token for the part `what` of its text."""
     text = batch["text"][i]
     at = max(0, text.index(what) - 40)
     shown = text if len(text) <= 120 else f"... {text[at : at + 80]} ..."
     place = "".join(f", {name} {batch[name][i]}" for name in ("source", "line") if name in batch)
     return (
-        f"the tokenizer has no token for {what!r} in {shown!r} (split {split.split}{place}): the rows it was made "
-        "from have none. Take the row out, or add one like it to those."
+        f"the tokenizer has no token for {what!r} in {shown!r} (split {split.split}{place}): it was made from rows "
+        "without one. Take the row out, or make the tokenizer from rows that have one."
     )
 
 
 class TokenStream:
-    """The tokens of a split's documents one after the other, the end-of-text token after each.
+    """The tokens of a split's documents one after the other, the end-of-text token after each; mapped into memory.
 
-    starts (N + 1,): where each of the N documents begins, and where the last one ends. Tokens are mapped into memory.
+    starts (N + 1,): positions in the stream where each of the N documents begins, and where the last one ends.
     """
 
     def __init__(self, split: Dataset, tokenizer: PreTrainedTokenizerBase):
         column = encode_text(split, tokenizer).with_format("arrow")[:]["input_ids"]
         lengths = [pc.list_value_length(chunk).to_numpy() for chunk in column.chunks]
         self.starts = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
-        # Views of the file, not copies: a chunk's tokens are contiguous in it.
+        # Views of the file, not copies: the tokens of an Arrow chunk are contiguous in it.
         self._parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
         self._part_starts = np.cumsum([0, *map(len, self._parts)])
 
@@ -106,7 +106,7 @@ class TokenStream:
         return int(self._part_starts[-1])
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start .. stop of the stream."""
+        """Tokens (stop - start,) of the stream, from `start` to before `stop`."""
         first = int(np.searchsorted(self._part_starts, start, side="right")) - 1
         last = int(np.searchsorted(self._part_starts, stop, side="left"))
         parts = zip(self._part_starts[first:last], self._parts[first:last], strict=True)
@@ -114,12 +114,12 @@ class TokenStream:
 
 
 class TextBlocks:
-    """Blocks of `sequence_length` tokens and the token that follows each, cut from all documents in a row.
+    """Blocks of T = `sequence_length` tokens, cut from the documents of a split one after the other.
 
-    Block i predicts tokens i T + 1 .. (i + 1) T of the stream, so that every token but the first is predicted once;
-    the last tokens, too few for a block, are left out. Attention does not stop at the end of a document.
+    Block i predicts tokens i T + 1 .. (i + 1) T of the stream, so that every token but the first is predicted once.
+    The last tokens are left out where they are too few for a block. Attention does not stop at the end of a document.
 
-    split: `encode_text` of it is mapped into memory. Raises ValueError if there is not one block.
+    split: rows with the column text, see `encode_text`. Raises ValueError if the text is too short for one block.
     """
 
     def __init__(self, split: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
@@ -138,11 +138,11 @@ class TextBlocks:
 
     @property
     def mean_length(self) -> float:
-        """Tokens that are predicted per block."""
+        """Tokens that a block predicts."""
         return self.sequence_length
 
     def rows(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{"input_ids": (N, T) long, "shift_labels": (N, T) long} of the blocks `numbers` (N,)."""
+        """The blocks `numbers` (N,) as {"input_ids": (N, T) long, "shift_labels": (N, T) long}."""
         length = self.sequence_length
         blocks = [self._stream.between(at, at + length + 1) for at in (numbers * length).tolist()]
         tokens = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (N, T + 1)
@@ -150,16 +150,16 @@ class TextBlocks:
 
 
 class TextBatches(torch.utils.data.Dataset):
-    """Batches of blocks of text and of one depth; item `step` is this rank's share of the step-th *global* batch:
+    """Batches of blocks of text with one loop count; item `step` is this rank's share of the *global* batch `step`:
 
         {"input_ids": (b, T) long, "shift_labels": (b, T) long, "num_loops": int}
 
-    A pure function of (seed, step), as `HopBatches`: training resumed at a step goes on as if never interrupted, every
-    rank has the same depth, and `world` ranks see the batches of one. Blocks come in shuffled epochs, each once per
-    epoch. There is no last step.
+    An item is a pure function of (seed, step), as in `HopBatches`: a resumed training sees the same batches, every
+    rank has the same loop count, and `world` ranks together see the batches that one would. Blocks come in shuffled
+    epochs, each block once per epoch. There is no last item.
 
     split: rows with the column text, see `TextBlocks`. batch_size: blocks of the global batch. depth: draws
-    `num_loops`. Raises ValueError for a batch size that does not divide, or less text than a block.
+    `num_loops`. Raises ValueError for a batch size that does not divide, or text that is too short for one block.
     """
 
     def __init__(

@@ -1,5 +1,9 @@
-"""Tokenizers: word-level for the hop tasks, with one token where the answer is read; byte-level BPE for text; one
-token per atom for SMILES."""
+"""The tokenizers of the tasks.
+
+hops        a token per word, and a readout token at the end, where the answer is read
+text        byte-level BPE
+molecules   a token per atom, bond, branch or ring bond of a SMILES
+"""
 
 import re
 import tempfile
@@ -21,10 +25,10 @@ from .hop_rows import hop_table
 PAD, EOS, READOUT = "<pad>", "<eos>", "<ans>"
 BOS = "<bos>"
 
-# The grammar of opensmiles.org, and the arrows of dative bonds that rdkit writes. Longer than a character: an atom in
-# brackets, an element of two letters, a ring bond of two digits or more, an arrow.
+# The grammar of opensmiles.org, and the arrows of dative bonds that rdkit writes. Tokens of several characters: atoms
+# in brackets, elements of two letters, ring bonds of two digits or more, arrows.
 LONG_SMILES_TOKEN = r"\[[^\[\]\s]+\]|Br|Cl|%[0-9]{2}|%\([0-9]+\)|->|<-"
-# Atoms that need no brackets, bonds, branches, the dot between molecules, ring bonds of one digit.
+# And tokens of one character: atoms without brackets, bonds, branches, the dot between molecules, ring bonds.
 SMILES_TOKEN = LONG_SMILES_TOKEN + r"|[BCNOPSFIbcnops*]|[-=#$:/\\]|[().]|[0-9]"
 
 
@@ -34,13 +38,15 @@ def hop_tokenizer(
     max_length: int | None = None,
     readout: Literal["token", "last"] = "token",
 ) -> PreTrainedTokenizerFast:
-    """Tokenizer with ids 0 `<pad>`, 1 `<eos>`, 2 `<ans>`, then e0 .. and r0 ..; `AutoTokenizer` loads what it saves.
+    """Tokenizer with ids 0 `<pad>`, 1 `<eos>`, 2 `<ans>`, then e0 .. and r0 ..; `AutoTokenizer` loads it once saved.
 
     `tokenizer("e12 r3 r0")` ends in the readout token `<ans>`: the model's prediction there is the answer. One readout
-    token equals the paper's padding to 50 (no positions, pads masked as keys; Kohli et al. 2026, arXiv 2604.07822).
-    With readout "last" nothing is appended, and the answer is the prediction at the last relation: the beginning of a
-    chain is then the very computation that answers the shorter chain.
-    Padding goes to the left. A word that is not in the vocabulary raises (it has no `<unk>` to hide behind).
+    token gives what the paper's padding to 50 gives, since that model has no positions and masks pads as keys (Kohli
+    et al. 2026, arXiv 2604.07822). With readout "last" nothing is appended, and the answer is the prediction at the
+    last relation, so that a long chain begins with the computation of the shorter one.
+
+    Padding goes to the left. Raises ValueError for arguments out of range; the tokenizer raises for an unknown word,
+    since there is no `<unk>`.
     """
     if readout not in ("token", "last"):
         raise ValueError(f"readout must be token or last, got {readout!r}.")
@@ -66,9 +72,9 @@ def hop_tokenizer(
 def dataset_tokenizer(
     dataset: DatasetDict, max_length: int | None = None, readout: Literal["token", "last"] = "token"
 ) -> PreTrainedTokenizerFast:
-    """The `hop_tokenizer` of a hop dataset: train holds every fact, hence every entity and every relation in use.
+    """The `hop_tokenizer` of a hop dataset, from the facts in train, which have every entity and every relation.
 
-    Raises ValueError for words that are not e0, e1 .. and r0, r1 .., for facts that are missing, and as `hop_table`.
+    Raises ValueError for words other than e0, e1 .. and r0, r1 .., for a train without facts, and as `hop_table`.
     """
     train = hop_table(dataset["train"])
     facts = train.filter(pc.equal(train["hops"], 1))
@@ -84,8 +90,8 @@ def dataset_tokenizer(
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE learnt from `texts`: ids 0 `<pad>`, 1 `<eos>`, the 256 bytes, then merges; words as in GPT-2.
 
-    Any text has tokens, and decodes to itself. Texts too short for so many merges give a smaller vocabulary.
-    Deterministic. Raises ValueError for a vocab_size that has no room for the bytes.
+    Every text has tokens and decodes to itself. Short texts give a smaller vocabulary than `vocab_size`. The same
+    texts give the same tokenizer. Raises ValueError for a vocab_size that has no room for the bytes.
     """
     special = [PAD, EOS]
     alphabet = ByteLevel.alphabet()
@@ -106,9 +112,9 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def dataset_byte_bpe(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """`train_byte_bpe` on the column text of a split from the `datasets` cache, kept beside its file.
+    """`train_byte_bpe` on the column text of a split from the `datasets` cache; the tokenizer is kept beside its file.
 
-    Several processes may do so at once: each builds in a folder of its own, and the first to end gives it the name.
+    Several processes may build it at once: each has a folder of its own, and the first to finish renames its folder.
     """
     folder = Path(train.cache_files[0]["filename"]).parent / f"byte_bpe-{vocab_size}"
     if not folder.exists():
@@ -119,25 +125,25 @@ def dataset_byte_bpe(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast
             try:
                 made.rename(folder)
             except OSError:
-                if not folder.is_dir():  # not another builder's, which is the same
+                if not folder.is_dir():  # otherwise another process was first, with the same tokenizer
                     raise
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def smiles_tokenizer(smiles: Iterable[str], max_length: int | None = None) -> PreTrainedTokenizerFast:
     """One token per atom, bond, branch or ring bond: ids 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, then the tokens of `smiles`
-    in alphabetical order; `AutoTokenizer` loads what it saves.
+    in alphabetical order. `AutoTokenizer` loads it once saved.
 
-    `tokenizer("C[nH]Cl")` is `<bos> C [nH] Cl`, ready for `generate`, and decodes to the same string; without its
-    special tokens the SMILES comes back as it was. Padding goes to the left. What `smiles` has no token of raises, be
-    it an atom or a character that means nothing (there is no `<unk>` to hide behind).
+    `tokenizer("C[nH]Cl")` is `<bos> C [nH] Cl`, ready for `generate`; decoded without special tokens it is the same
+    SMILES. Padding goes to the left. The tokenizer raises for an atom or a character that `smiles` does not have,
+    since there is no `<unk>`.
 
     Raises ValueError for a character of `smiles` that is in no token of the language.
     """
     special = [PAD, BOS, EOS]
     words = [*special, *sorted(smiles_tokens(smiles))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
-    # What lies between two tokens is left as a word, which then is in no vocabulary.
+    # Characters between two tokens become a word of their own, which the vocabulary does not have.
     tokenizer.pre_tokenizer = Split(Regex(SMILES_TOKEN), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, words.index(BOS))])
@@ -153,13 +159,13 @@ def smiles_tokenizer(smiles: Iterable[str], max_length: int | None = None) -> Pr
 
 
 def dataset_smiles_tokenizer(dataset: DatasetDict, max_length: int | None = None) -> PreTrainedTokenizerFast:
-    """The `smiles_tokenizer` of the training molecules: a token that only held-out molecules have raises there."""
+    """The `smiles_tokenizer` of the training molecules; it raises for a token that only held-out molecules have."""
     batches = dataset["train"].select_columns("text").iter(batch_size=10_000)
     return smiles_tokenizer((text for batch in batches for text in batch["text"]), max_length)
 
 
 def smiles_tokens(smiles: Iterable[str]) -> set[str]:
-    """The distinct tokens of SMILES; ValueError for a character that is in none."""
+    """The distinct tokens of SMILES. Raises ValueError for a character that is in no token."""
     long, tokens = re.compile(LONG_SMILES_TOKEN), set()
     for text in smiles:
         tokens.update(long.findall(text))

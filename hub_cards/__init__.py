@@ -1,4 +1,4 @@
-"""Templates of what `looped publish` shows on the Hub: model cards, the dataset card, and the Space.
+"""Templates of the model cards, the dataset card and the Space that `looped publish` puts on the Hub.
 
-They are filled by looplab/publish/cards.py from the files of a run; a value that is missing there is an error.
+looplab/publish/cards.py fills them from the files of a run; a missing value is an error.
 """

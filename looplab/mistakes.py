@@ -1,14 +1,15 @@
-"""What counts as a user's mistake, and how `looped` and train.py tell it: one sentence on stderr, exit status 2.
+"""Tell a user's mistake from a bug. `looped` and train.py tell a mistake in one sentence on stderr, exit status 2.
 
-    ValueError, OSError             something that was given, or a file, is refused; most are raised by this project
-    StrictDataclassError            a field of a configuration of transformers
-    ImportError                     a package of an extra is not installed
-    MemoryError, FloatingPointError the work asked for does not fit, or its loss is no longer finite
-    KeyboardInterrupt               exit status 130, and nothing is said
-    BrokenPipeError                 exit status 141: whoever read the output has enough (`looped table ... | head`)
+    ValueError, OSError             an argument or a file is refused; most are raised by this project
+    StrictDataclassError            a field of a transformers configuration is refused
+    ImportError                     the package of an extra is not installed
+    MemoryError                     the work does not fit into memory
+    FloatingPointError              the loss is no longer finite
+    KeyboardInterrupt               exit status 130, without a word
+    BrokenPipeError                 exit status 141: the reader of the output has enough (`looped table ... | head`)
 
-Everything else is a fault of ours and stays a traceback: a report of it needs one, and a long run cannot be repeated
-to get it. `--debug` shows the traceback of a mistake, too.
+Every other exception is a bug of this project and stays a traceback, since a bug report needs it and a long run cannot
+be repeated to get it. `--debug` shows the traceback of a mistake, too.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import NoReturn
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-# "Validation error for field 'num_loops': ValueError: must be ..." -> field, what is wrong with it
+# "Validation error for field 'num_loops': ValueError: must be ..." -> the field, the reason
 FIELD = re.compile(r"Validation error for field '(\w+)': \w+: (.*)")
 # torch's errors are RuntimeErrors, on the CPU without a class of their own.
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory")
@@ -34,8 +35,8 @@ VALIDATOR = re.compile(r"Class validation error for validator '\w+': \w+: (.*)")
 
 
 def sentence(error: BaseException) -> str | None:
-    """What the user is told of a mistake, on one line; None for what is a fault of ours."""
-    from huggingface_hub.errors import StrictDataclassError  # only when something failed: --help stays quick
+    """The one line that tells the user of a mistake; None if `error` is a bug."""
+    from huggingface_hub.errors import StrictDataclassError  # imported only on failure, so that --help stays quick
 
     said = " ".join(str(error).split())
     if isinstance(error, StrictDataclassError):
@@ -70,27 +71,27 @@ def extra_with(module: str) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong on one line, without the usage."""
+    """A parser that tells an error on one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see `{self.prog} --help`.\n")
 
     def refuse_unknown(self, unknown: Sequence[str]) -> None:
-        """Exit if there are arguments that no option took, with the option that one may have meant."""
+        """Exit if arguments are left that no option took; the message suggests the nearest option."""
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
             self.error(f"unknown argument {unknown[0]!r}{f' (did you mean {near[0]}?)' if near else ''}")
 
 
 def run_command(name: str, call: Callable[[], object], debug: bool = False, rank: int = 0) -> int:
-    """Call `call`; returns the exit status.
+    """Call `call`, tell a mistake, and return the exit status. A bug is raised as it is.
 
     Args:
-        name: of the command, before the sentence.
+        name: of the command; the sentence begins with it.
         debug: show the traceback of a mistake as well.
-        rank: of this process among those on this machine. What all of them find out is said by the first alone.
+        rank: of this process among those on this machine. Of a mistake that all processes make, rank 0 tells.
     """
-    for library in ("torchao", "torch.utils._pytree"):  # which warn of themselves when they are imported
+    for library in ("torchao", "torch.utils._pytree"):  # they log warnings when they are imported
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         call()
@@ -98,7 +99,7 @@ def run_command(name: str, call: Callable[[], object], debug: bool = False, rank
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit, and must not fail
         return 141
     except Exception as error:
         said = sentence(error)
@@ -109,6 +110,6 @@ def run_command(name: str, call: Callable[[], object], debug: bool = False, rank
         if rank == 0 or not isinstance(error, (ValueError, FloatingPointError)):
             print(f"{name}: {said}", file=sys.stderr, flush=True)
         else:
-            time.sleep(3)  # a launcher ends all processes with the first that fails: that one has to speak first
+            time.sleep(3)  # a launcher ends all processes when one ends: rank 0 has to speak first
         return 2
     return 0

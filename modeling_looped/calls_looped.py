@@ -22,9 +22,9 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import slice_logits_to_keep
 
-from .cache_looped import ActiveCache, KeySource, LastSharing, PerLoopSharing
+from .cache_looped import ActiveCache, KeySource, Sharing
 from .checks_looped import check_positions, is_row_mask
-from .halting_looped import FixedRule, Readout, halting_rule
+from .halting_looped import Readout, Rule, halting_rule
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -44,7 +44,7 @@ class Decision:
         ValueError: the rule reads an exit gate that the model does not have, or positions differ between batch rows.
     """
 
-    rule: FixedRule
+    rule: Rule
     head: Readout | None = None
     gate: Readout | None = None
     positions: int | torch.Tensor = 0
@@ -64,7 +64,7 @@ class Decision:
         return None if rule is None else cls(rule, **readouts)
 
     def step(self, memory, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the rule says of states (b, K, D), see `FixedRule.step`."""
+        """What the rule says of states (b, K, D), see `Rule.step`."""
         return self.rule.step(memory, state, self.gate if self.rule.reads_exit_gate else self.head)
 
 
@@ -184,7 +184,7 @@ class ActiveBatch:
         state: torch.Tensor,
         embeds: torch.Tensor,
         context: CallContext,
-        sharing: PerLoopSharing | LastSharing,
+        sharing: Sharing,
     ):
         self.call, self.sharing, self.cache = call, sharing, call.past_key_values
         self.state, self.embeds = state, embeds

@@ -1,4 +1,7 @@
-"""What a call is refused for before any work."""
+"""What is refused before any work, with the value and the remedy.
+
+Legend: B batch rows, T tokens of this call, S cached and new tokens.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import TransformersKwargs
 
-from .configuration_looped import too_many_loops
-from .depth_looped import check_loops_of_rows
+from .depth_looped import check_loops_of_rows, too_many_loops
 
 # What engines with caches of their own pass through forward: they pack the tokens of several requests in one call.
 ENGINE_ARGUMENTS = frozenset({"attention_instances", "block_table", "cache", "read_index", "write_index"})
@@ -21,7 +23,15 @@ BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | ENGINE_ARGUM
 
 
 def refuse_unknown(kwargs: Iterable[str], known: Iterable[str]) -> None:
-    """A misspelt loop argument must not vanish into the attention keywords."""
+    """A misspelt loop argument must not vanish into the attention keywords.
+
+    Args:
+        kwargs: names that are no parameters of `forward`.
+        known: names of the parameters of `forward`.
+
+    Raises:
+        TypeError: an attention backend or engine knows none of them by this name; with the nearest name.
+    """
     for name in kwargs:
         if name not in BACKEND_ARGUMENTS:
             names = [*known, *BACKEND_ARGUMENTS]
@@ -31,7 +41,7 @@ def refuse_unknown(kwargs: Iterable[str], known: Iterable[str]) -> None:
 
 
 def refuse_engine(kv_sharing: str, cache, kwargs: dict) -> None:
-    """An engine that packs requests cuts their prompts as its load has it, which would show in the answers."""
+    """ValueError where an engine packs requests: it cuts prompts as its load has it, and the answers would show it."""
     engine = {name: value for name, value in kwargs.items() if name in ENGINE_ARGUMENTS and value is not None}
     engine |= {} if cache is None or isinstance(cache, Cache) else {"cache": cache}
     if engine:
@@ -55,7 +65,11 @@ def check_positions(logits_to_keep: int | torch.Tensor) -> None:
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_key_values) -> tuple[int, int]:
-    """(B, T) of a call, after checking what would otherwise fail far from its cause."""
+    """B and T of a call, after checking what would otherwise fail far from its cause.
+
+    Raises:
+        ValueError: not one of ids and embeddings, ids beyond the vocabulary, or a (B, S) mask of another shape.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds.")
     batch_size, num_tokens = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:2]
@@ -80,12 +94,12 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_key_valu
 
 
 def is_row_mask(attention_mask) -> bool:
-    """A (B, S) mask of real tokens, as opposed to a prepared 4-D or block mask."""
+    """Whether it is a (B, S) mask of real tokens, as opposed to a prepared 4-D or block mask."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
 def check_loops(num_loops, batch_size: int, max_num_loops: int | None) -> int | torch.Tensor:
-    """An int in 1 .. max_num_loops, or a (B,) LongTensor of such."""
+    """The loop count of a call: an int in 1 .. max_num_loops, or a (B,) LongTensor of such; ValueError otherwise."""
     num_loops = check_loops_of_rows(num_loops, batch_size)
     if max_num_loops is not None:
         most = num_loops if isinstance(num_loops, int) else int(num_loops.max())
@@ -95,7 +109,7 @@ def check_loops(num_loops, batch_size: int, max_num_loops: int | None) -> int | 
 
 
 def check_grad_loops(num_grad_loops: int | None, num_loops: int | torch.Tensor) -> int:
-    """The first loop that is differentiated."""
+    """The first loop that is differentiated, counted from 0; ValueError for a count that is no int >= 1."""
     if num_grad_loops is None:
         return 0
     if isinstance(num_loops, torch.Tensor):

@@ -1,22 +1,27 @@
-"""Chunks: a call cut into pieces of tokens, of which later ones see the KV rows that earlier ones end with.
+"""Chunked calls. A long call is cut into chunks of tokens; each chunk attends to the keys and values that earlier
+chunks left in the cache.
 
-    for chunk in chunks of `prefill_chunk` tokens, counted from a row's first real token of the call:
+    for chunk in chunks of `prefill_chunk` tokens, counted from the first real token of a batch row:
         run it as a call of its own, through one cache
 
-Sequences packed into a row, where positions begin anew, are counted from their own first token: each becomes a row.
+Several sequences may be packed into one batch row, where positions begin anew. Each of them is counted from its own
+first token: it becomes a batch row of its own.
 
-Where a token has one KV row for all loops (`last`, `mean`, `gated`), tokens of one chunk see each other in the loop
-under way and earlier chunks in their final form. How long chunks are is therefore part of what the model computes:
-with `prefill_chunk=1` a whole sequence is computed as decoding would compute it. Training goes through the same
-chunks, with gradients through the rows of earlier ones unless they are cut, and under gradient checkpointing whole
-chunks are run again. Source: MELT (arXiv 2605.07721), chunk-wise training. Legend: B rows, T tokens, C tokens of a
-chunk, D hidden size.
+Where a token has one cached entry for all loops (`last`, `mean`, `gated`), tokens of one chunk see each other in the
+loop under way, and earlier chunks in their final form. The length of a chunk is therefore part of what the model
+computes: with `prefill_chunk=1` a whole sequence is computed as decoding would compute it. Training goes through the
+same chunks, with gradients through the entries of earlier chunks unless they are cut; under gradient checkpointing
+whole chunks are run again. Source: MELT (arXiv 2605.07721), chunk-wise training.
+
+Legend: B batch rows of the call, N batch rows of its chunks, b of them that still loop, T tokens, L tokens of the
+longest batch row of the chunks, C tokens of a chunk, D hidden size.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from typing import final
 
 import torch
 from torch import nn
@@ -24,34 +29,41 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 
-from .cache_looped import readable, recent_rows, rewrite_recent
+from .cache_layers_looped import append, readable, recent_entries, reorder_recent
 from .calls_looped import Call, Decision, LoopStates, Observer
 
 
+@final
 class LeftAligned:
-    """Rows turned so that their first real token comes first: chunks then end at the same tokens as without padding.
+    """Chunks have the batch rows of the call (N = B, L = T), turned so that the first real token comes first.
+
+    Chunks then end at the same tokens as without padding on the left.
 
     Args:
-        real: (B, T) bool of the tokens of the call.
+        real: (B, T) bool, the tokens of the call that are not padding.
+
+    Attributes:
+        moves: whether a token changes its place.
+        inverse: (B, T), the place in the chunks of every token of the call.
     """
 
     def __init__(self, real: torch.Tensor):
         tokens = torch.arange(real.shape[1], device=real.device)
         padding = (real.int().cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
-        self.turned = bool((padding % real.shape[1]).any())
+        self.moves = bool((padding % real.shape[1]).any())
         self.order = (tokens + padding) % real.shape[1]  # (B, T)
         self.inverse = (tokens - padding) % real.shape[1]
 
-    def turn(self, values: torch.Tensor) -> torch.Tensor:
-        """(B or 1, T, ...) to the left."""
-        return self._select(values, self.order) if self.turned else values
+    def to_chunk_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """(B or 1, T, ...) as the call has them -> (N, L, ...) as the chunks have them."""
+        return self._select(values, self.order) if self.moves else values
 
-    def back(self, values: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T, ...), or of some rows (b, T, ...), to where they were."""
-        return self._select(values, self.inverse if rows is None else self.inverse[rows]) if self.turned else values
+    def to_call_rows(self, values: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, L, ...) as the chunks have them, or (b, L, ...) of the batch rows `rows` -> as the call has them."""
+        return self._select(values, self.inverse if rows is None else self.inverse[rows]) if self.moves else values
 
-    def shown(self, rows: torch.Tensor) -> torch.Tensor:
-        """The numbers of what `back` returns of some rows."""
+    def row_numbers(self, rows: torch.Tensor) -> torch.Tensor:
+        """Batch indices of the rows that `to_call_rows(values, rows)` returns."""
         return rows
 
     def _select(self, values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -66,46 +78,48 @@ def begins_of(position_ids: torch.Tensor) -> torch.Tensor:
     return begins
 
 
+@final
 class Unpacked:
-    """Sequences packed into rows, each as a row of its own: N rows of L tokens, a shorter one with what follows it.
+    """Every packed sequence becomes a batch row of its own: N batch rows of L tokens.
 
-    No token of a sequence sees what follows it.
+    A sequence shorter than L is filled with the tokens behind it, which it cannot see.
 
     Args:
         begins: (B, T) bool, see `begins_of`.
     """
 
-    turned = True
+    moves = True
 
     def __init__(self, begins: torch.Tensor):
         self.shape = begins.shape
         first = begins.flatten().nonzero().squeeze(1)  # (N,) among all B T tokens
         tokens = torch.arange(begins.numel(), device=begins.device)
         self.sequence = begins.flatten().cumsum(0) - 1  # (B T,)
-        self.place = tokens - first[self.sequence]
+        self.place = tokens - first[self.sequence]  # (B T,)
         longest = torch.arange(int(self.place.max()) + 1, device=begins.device)
         self.order = (first.unsqueeze(1) + longest).clamp(max=len(tokens) - 1)  # (N, L)
 
-    def turn(self, values: torch.Tensor) -> torch.Tensor:
-        """(B or 1, T, ...) -> (N, L, ...)."""
+    def to_chunk_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """(B or 1, T, ...) as the call has them -> (N, L, ...) as the chunks have them."""
         return values.expand(*self.shape, *values.shape[2:]).flatten(0, 1)[self.order]
 
-    def back(self, values: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, L, ...) -> (B, T, ...); `rows` are all of them, since all run alike."""
+    def to_call_rows(self, values: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, L, ...) -> (B, T, ...); `rows` are all N of them, since all batch rows run the same loops."""
         return values[self.sequence, self.place].unflatten(0, self.shape)
 
-    def shown(self, rows: torch.Tensor) -> torch.Tensor:
-        """The numbers of what `back` returns."""
+    def row_numbers(self, rows: torch.Tensor) -> torch.Tensor:
+        """Batch indices of the rows that `to_call_rows` returns."""
         return torch.arange(self.shape[0], device=rows.device)
 
 
+@final
 class Chunks:
     """One call of `model`, chunk by chunk.
 
     Args:
         model: a LoopedModel.
         call: of more tokens than `prefill_chunk`.
-        cut_gradients: no gradient goes through the rows of earlier chunks.
+        cut_gradients: no gradient goes through the entries of earlier chunks.
 
     Raises:
         ValueError: a prepared mask, several sequences in a row with a cache, a halting rule or
@@ -139,16 +153,16 @@ class Chunks:
         real = call.embeds.new_ones(call.embeds.shape[:2], dtype=torch.bool)
         if mask is not None:
             real = mask[:, -real.shape[1] :].bool()
-        self.rows = Unpacked(begins.expand(real.shape)) if packed else LeftAligned(real)
+        self.layout = Unpacked(begins.expand(real.shape)) if packed else LeftAligned(real)
         if mask is not None:
-            mask = torch.cat([mask[:, : -real.shape[1]], self.rows.turn(mask[:, -real.shape[1] :])], dim=1)
+            mask = torch.cat([mask[:, : -real.shape[1]], self.layout.to_chunk_rows(mask[:, -real.shape[1] :])], dim=1)
         self.call = replace(
             call,
-            embeds=self.rows.turn(call.embeds),
+            embeds=self.layout.to_chunk_rows(call.embeds),
             attention_mask=mask,
-            position_ids=self.rows.turn(call.position_ids),
+            position_ids=self.layout.to_chunk_rows(call.position_ids),
             past_key_values=self.cache,
-            read_at=self.rows.turn(real & self._read_at(call.halting, real.shape[1], real.device)),
+            read_at=self.layout.to_chunk_rows(real & self._read_at(call.halting, real.shape[1], real.device)),
         )
         self.num_tokens = self.call.embeds.shape[1]
 
@@ -175,15 +189,18 @@ class Chunks:
                 visits.append(visited)
                 if self.cut_gradients:
                     self._cut()
-        hidden_states, loops_used = (self.rows.back(torch.cat(parts, dim=1)) for parts in zip(*outputs, strict=True))
+        hidden_states, loops_used = (
+            self.layout.to_call_rows(torch.cat(parts, dim=1)) for parts in zip(*outputs, strict=True)
+        )
         if self.call.observe is not None:
             self._show(visits, self.call.observe)
-        if self.keeps_cache and self.rows.turned:
+        if self.keeps_cache and self.layout.moves:  # packed sequences have no cache that is kept
             for slot in range(len(self.cache.layers)):
-                rewrite_recent(readable(self.cache, slot), self.rows.inverse)
+                reorder_recent(readable(self.cache, slot), self.layout.inverse)
         return hidden_states, loops_used
 
     def _chunk(self, start: int, end: int, visited: LoopStates) -> Call:
+        """The call of tokens `start` .. `end` - 1, whose states (b, C, D) after every loop go into `visited`."""
         mask, read_at = self.call.attention_mask, self.call.read_at[:, start:end]
         positions = read_at.any(0).nonzero().squeeze(1)
         halting = None  # a chunk without a token that the rule reads runs all loops
@@ -203,7 +220,8 @@ class Chunks:
     def _run_recomputed(self, chunk: Call, visited: LoopStates, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """`run_call`, keeping no activations but what goes in and out: the backward pass runs the chunk again.
 
-        The cache must not be written a second time then, so the chunk gets one of its own, and its rows come out.
+        The cache must not be written a second time then: the chunk gets a cache of its own, and the entries of its
+        tokens come out.
         """
         if chunk.generator is not None:
             raise ValueError("gradient checkpointing cannot replay a generator: leave generator out.")
@@ -221,14 +239,16 @@ class Chunks:
             with layers_not_checkpointed(self.model):
                 outputs = self.model.run_call(replace(chunk, embeds=embeds, past_key_values=cache), **kwargs)
             slots = range(len(cache.layers))
-            rows = chain.from_iterable(recent_rows(readable(cache, slot), embeds.shape[1]) for slot in slots)
-            return *outputs, *(state for _, state in visited.visits), *rows
+            entries = chain.from_iterable(recent_entries(readable(cache, slot), embeds.shape[1]) for slot in slots)
+            # Checkpointing passes tensors one by one: first the outputs, then a state per loop, then keys and values.
+            return *outputs, *(state for _, state in visited.visits), *entries
 
-        hidden_states, loops_used, *rest = self.model._gradient_checkpointing_func(run, chunk.embeds, *past)
-        visited.visits = [(rows, state) for (rows, _), state in zip(visited.visits, rest, strict=False)]
-        rest = rest[len(visited.visits) :]
+        hidden_states, loops_used, *tensors = self.model._gradient_checkpointing_func(run, chunk.embeds, *past)
+        num_states = len(visited.visits)
+        states, entries = tensors[:num_states], tensors[num_states:]
+        visited.visits = [(rows, state) for (rows, _), state in zip(visited.visits, states, strict=True)]
         self.model.sharing.open(self.cache, self.call.most_loops)
-        for layer, keys, values in zip(self.cache.layers, rest[0::2], rest[1::2], strict=True):
+        for layer, keys, values in zip(self.cache.layers, entries[0::2], entries[1::2], strict=True):
             append(layer, keys, values)
         return hidden_states, loops_used
 
@@ -237,22 +257,19 @@ class Chunks:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
     def _show(self, chunks: list[LoopStates], observe: Observer) -> None:
-        """Show the states of all chunks at once. Rows leave by their own loop counts here, the same in every chunk."""
+        """Show the states of all chunks at once, loop by loop.
+
+        Batch rows halt by their own loop counts here, which are the same in every chunk.
+        """
         for of_loop in zip(*(visited.visits for visited in chunks), strict=True):
             rows = of_loop[0][0]
-            states = self.rows.back(torch.cat([state for _, state in of_loop], dim=1), rows)
-            observe(self.rows.shown(rows), states)
-
-
-def append(layer: object, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Put (B, K, T, d) rows at the end of a growing layer, whatever its policy does with loops."""
-    assert isinstance(layer, DynamicLayer)
-    DynamicLayer.update(layer, keys, values)
+            states = self.layout.to_call_rows(torch.cat([state for _, state in of_loop], dim=1), rows)
+            observe(self.layout.row_numbers(rows), states)
 
 
 @contextmanager
 def layers_not_checkpointed(model: nn.Module) -> Iterator[None]:
-    """Within the block layers keep their activations, and the cache that checkpointing would take from them."""
+    """Within the block the layers keep their activations and their cache, which checkpointing would take from them."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     for layer in layers:
         layer.gradient_checkpointing = False

@@ -9,6 +9,7 @@ One KV slot per attention call: `[prelude | coda | core @ loop 0 | core @ loop 1
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -18,7 +19,12 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
-from .depth_looped import SavedDepth
+from .cache_looped import SHARINGS
+from .connections_looped import CONNECTIONS, GATES_OF_LOOP, HYPER_CONNECTIONS, HYPER_INITS, LOOP_EMBEDDINGS, STARTS
+from .depth_looped import SavedDepth, too_many_loops
+from .gates_looped import KV_GATES
+from .layers_looped import POSITIONS
+from .losses_looped import EXIT_LOSSES
 
 logger = logging.get_logger(__name__)
 
@@ -29,10 +35,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_looped.LoopedForCausalLM",
     "AutoModelForSequenceClassification": "modeling_looped.LoopedForSequenceClassification",
 }
-
-# KV sharings under which a loop rewrites the rows of the one before: tokens that are computed together see each other
-# in the loop under way, and otherwise than tokens of successive calls.
-REWRITING_SHARINGS = ("last", "mean", "gated")
 
 # What PreTrainedConfig accepts beside the declared fields: its own keyword arguments, what it writes into config.json,
 # and what quantisers and Trainer store there.
@@ -92,6 +94,19 @@ def activation(value: str):
     if value not in ACT2FN:
         near = difflib.get_close_matches(str(value), list(ACT2FN), n=3)
         raise ValueError(f"must be an activation of transformers, got {value!r}; near names: {near}")
+
+
+def name_in(registry: Mapping[str, object]):
+    """A field that holds one of the names of a registry."""
+
+    @as_validated_field
+    def name(value: str):
+        if value not in registry:
+            near = difflib.get_close_matches(str(value), list(registry), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"must be one of {list(registry)}, got {value!r}{hint}")
+
+    return name
 
 
 @dataclass(frozen=True)
@@ -206,28 +221,28 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     embedding_dropout: int | float = probability(default=0.0)
     tie_word_embeddings: bool = True
 
-    position_embedding: Literal["rope", "learned", "none"] = "rope"
+    position_embedding: str = name_in(POSITIONS)(default="rope")
     rope_parameters: RopeParameters | dict | None = None
 
     residual_init: Literal["zero", "normal"] = "normal"
     initializer_range: int | float = scale(default=0.02)
     embedding_init_std: int | float | None = scale(default=None)
 
-    loop_connection: Literal["plain", "inject_add", "inject_concat", "hyper"] = "plain"
-    loop_embedding: Literal["none", "learned", "sinusoidal"] = "none"
+    loop_connection: str = name_in(CONNECTIONS)(default="plain")
+    loop_embedding: str = name_in(LOOP_EMBEDDINGS)(default="none")
     max_num_loops: int | None = optional_positive_int(default=None)
     num_streams: int = positive_int(default=4)
-    hyper_mixing: Literal["diagonal", "identity", "sinkhorn", "static"] = "diagonal"
-    hyper_gates: Literal["per_loop", "shared"] = "per_loop"
-    hyper_init: Literal["norm_preserving", "euler", "plain", "zero"] = "norm_preserving"
-    state_init: Literal["embeddings", "zeros", "normal"] = "embeddings"
+    hyper_mixing: str = name_in(HYPER_CONNECTIONS)(default="diagonal")
+    hyper_gates: str = name_in(GATES_OF_LOOP)(default="per_loop")
+    hyper_init: str = name_in(HYPER_INITS)(default="norm_preserving")
+    state_init: str = name_in(STARTS)(default="embeddings")
     state_init_std: int | float = scale(default=1.0)
-    kv_sharing: Literal["per_loop", "first", "last", "mean", "gated"] = "per_loop"
-    kv_gate: Literal["elementwise", "low_rank", "scalar", "mean", "ema", "last"] = "elementwise"
+    kv_sharing: str = name_in(SHARINGS)(default="per_loop")
+    kv_gate: str = name_in(KV_GATES)(default="elementwise")
     kv_gate_rank: int = positive_int(default=64)
     prefill_chunk: int | None = None
     exit_gate: bool = False
-    exit_loss: Literal["expected", "gate"] = "expected"
+    exit_loss: str = name_in(EXIT_LOSSES)(default="expected")
     exit_entropy_weight: int | float = scale(default=0.1)
 
     use_cache: bool = True
@@ -345,7 +360,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     def validate_start(self):
         """Said, not refused: such a model is a building block of tests, and nothing else."""
-        if self.state_init != "embeddings" and self.loop_connection in ("plain", "hyper"):
+        if self.state_init != "embeddings" and not CONNECTIONS[self.loop_connection].reads_embeds:
             logger.warning_once(
                 f"state_init={self.state_init!r} with loop_connection={self.loop_connection!r} never reads the input: "
                 "use loop_connection='inject_add' or 'inject_concat'."
@@ -369,7 +384,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             return
         if isinstance(self.prefill_chunk, bool) or self.prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be an integer >= 1 or None, got {self.prefill_chunk!r}.")
-        if self.kv_sharing not in REWRITING_SHARINGS:
+        if not SHARINGS[self.kv_sharing].rewrites:
             raise ValueError(
                 f"prefill_chunk={self.prefill_chunk} has no meaning with kv_sharing={self.kv_sharing!r}, where every "
                 "chunk length gives the same output: leave it out. `generate(prefill_chunk_size=...)` saves memory."
@@ -386,8 +401,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     @property
     def loops_have_parameters(self) -> bool:
         """Whether loops have gates or embeddings of their own, so that no more of them can be run."""
-        per_loop = self.loop_connection == "hyper" and self.hyper_gates == "per_loop"
-        return per_loop or self.loop_embedding == "learned"
+        connection, embedding = CONNECTIONS[self.loop_connection], LOOP_EMBEDDINGS[self.loop_embedding]
+        return connection.has_parameters_per_loop(self) or embedding.has_parameters_per_loop
 
     @property
     def num_hidden_layers(self) -> int:
@@ -398,7 +413,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     def num_hidden_layers(self, value: int):
         """Early-exit drafting and tools that shrink a model assign this field: it sets the loop count."""
         loops = self.loops_of(value)
-        if self.kv_sharing == "per_loop":
+        if SHARINGS[self.kv_sharing].slot_per_loop:
             self.num_loops = loops
 
     def loops_of(self, num_hidden_layers: int) -> int:
@@ -409,7 +424,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         """
         outside = self.num_prelude_layers + self.num_coda_layers
         loops, rest = divmod(num_hidden_layers - outside, self.num_core_layers)
-        if rest or loops < 1 or (self.kv_sharing != "per_loop" and loops > 1):
+        if rest or loops < 1 or (loops > 1 and not SHARINGS[self.kv_sharing].slot_per_loop):
             raise ValueError(
                 f"num_hidden_layers={num_hidden_layers} is not {outside} layers outside the core plus a whole number "
                 f"of loops of {self.num_core_layers} core layers with kv_sharing={self.kv_sharing!r}: set num_loops."
@@ -424,7 +439,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     @property
     def final_norm_closes_loops(self) -> bool:
         """The norm between loops is also the final one: nothing comes after the last loop (Ouro)."""
-        return self.norm_between_loops and self.num_coda_layers == 0 and self.loop_connection != "hyper"
+        closes = CONNECTIONS[self.loop_connection].closes_with_norm
+        return closes and self.norm_between_loops and self.num_coda_layers == 0
 
     def _sections(self) -> list[str]:
         layers = {"prelude": self.num_prelude_layers, "core": self.num_core_layers, "coda": self.num_coda_layers}
@@ -453,17 +469,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     def kv_slots(self) -> KVSlots:
         """The slot arithmetic of this configuration."""
-        return KVSlots(
-            self.num_prelude_layers, self.num_coda_layers, self.num_core_layers, per_loop=self.kv_sharing == "per_loop"
-        )
-
-
-def too_many_loops(num_loops: int, max_num_loops: int) -> str:
-    return (
-        f"num_loops={num_loops} must be in 1 .. max_num_loops={max_num_loops}: loops beyond have no gates or "
-        "embedding of their own. Ask for fewer loops, or train with hyper_gates='shared' and "
-        "loop_embedding='sinusoidal', which run at any count."
-    )
+        per_loop = SHARINGS[self.kv_sharing].slot_per_loop
+        return KVSlots(self.num_prelude_layers, self.num_coda_layers, self.num_core_layers, per_loop)
 
 
 __all__ = ["KVSlots", "LoopedConfig"]

@@ -89,6 +89,14 @@ def count_to_save(config: PreTrainedConfig, generation_config: GenerationConfig)
     return None if stored_count(generation_config) is None else generation_count(config, generation_config)
 
 
+def too_many_loops(num_loops: int, max_num_loops: int) -> str:
+    return (
+        f"num_loops={num_loops} must be in 1 .. max_num_loops={max_num_loops}: loops beyond have no gates or "
+        "embedding of their own. Ask for fewer loops, or train with hyper_gates='shared' and "
+        "loop_embedding='sinusoidal', which run at any count."
+    )
+
+
 def check_loops_of_rows(num_loops, batch_size: int) -> int | torch.Tensor:
     """An int >= 1, or a (B,) LongTensor of such; ValueError for anything else."""
     if isinstance(num_loops, torch.Tensor):

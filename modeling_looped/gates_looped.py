@@ -1,4 +1,4 @@
-"""KV gates: the latent that keys and values are computed from when a token has one KV row for all loops (MELT).
+"""KV gates: the latent that keys and values are computed from when a token has one cached entry for all loops (MELT).
 
     x_t = input_layernorm(hidden_states)               (B, T, D)  what a layer runs on in loop t
     h_t = z_t * h_{t-1} + (1 - z_t) * x_t              h_0 := x_1, so that the first loop is any transformer's
@@ -13,17 +13,22 @@
 
 A gate belongs to one layer and is the same in every loop. The three without parameters are baselines. Source: MELT
 (arXiv 2605.07721); h_0, the normalised input and the initial bias are our choices, since its text was not available:
-weights 0 and bias -3 start near `last`, which changes a model trained with a row per loop least. Legend: B rows, T
-tokens, D hidden size, r rank.
+weights 0 and bias -3 start near `last`, which changes a model trained with an entry per loop least. Legend: B batch
+rows, T tokens, D hidden size, r rank.
 """
+
+from abc import ABC, abstractmethod
+from typing import final
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .initial_looped import SetsInitialValues
 
-class LastGate(nn.Module):
-    """h_t = x_t: the latent forgets the loops before. The base of the other gates."""
+
+class KVGate(nn.Module, ABC):
+    """How the latent of a layer takes up what the layer runs on, loop by loop."""
 
     def __init__(self, config):
         super().__init__()
@@ -32,18 +37,29 @@ class LastGate(nn.Module):
         """x_t (B, T, D) and h_{t-1} (B, T, D), None in the first loop -> h_t (B, T, D); `loop` is t - 1."""
         return hidden_states if latent is None else self.mix(hidden_states, latent, loop)
 
+    @abstractmethod
     def mix(self, hidden_states: torch.Tensor, latent: torch.Tensor, loop: int) -> torch.Tensor:
+        """`forward` from the second loop on."""
+
+
+@final
+class LastGate(KVGate):
+    """h_t = x_t: the latent forgets the loops before."""
+
+    def mix(self, hidden_states, latent, loop):
         return hidden_states
 
 
-class MeanGate(LastGate):
+@final
+class MeanGate(KVGate):
     """h_t = (x_1 + ... + x_t) / t."""
 
     def mix(self, hidden_states, latent, loop):
         return torch.lerp(latent, hidden_states, 1 / (loop + 1))
 
 
-class EMAGate(LastGate):
+@final
+class EMAGate(KVGate):
     """h_t = 0.2 h_{t-1} + 0.8 x_t."""
 
     kept = 0.2
@@ -52,30 +68,31 @@ class EMAGate(LastGate):
         return torch.lerp(hidden_states, latent, self.kept)
 
 
-class LearnedGate(LastGate):
-    """h_t = z * h_{t-1} + (1 - z) * x_t; a subclass has `of_input` and `of_latent`, whose sum is the logit of z."""
+class LearnedGate(KVGate, SetsInitialValues):
+    """h_t = z_t * h_{t-1} + (1 - z_t) * x_t, z_t = sigmoid(of_input(x_t) + of_latent(h_{t-1}))."""
 
     of_input: nn.Module
     of_latent: nn.Module
     initial_bias = -3.0
 
     def ends(self) -> tuple[nn.Linear, nn.Linear]:
-        """The linears whose sum is the logit."""
+        """The linears whose sum is the logit of z."""
         return self.of_input, self.of_latent  # pyright: ignore[reportReturnType]
 
     def initialize(self) -> None:
-        """Values of a fresh gate: z is about 0.05, whatever the input. Those that were loaded stay."""
+        """Whatever the input, z is about 0.05."""
         for linear in self.ends():
             init.zeros_(linear.weight)
             if linear.bias is not None:
                 init.constant_(linear.bias, self.initial_bias)
 
     def mix(self, hidden_states, latent, loop):
-        # lerp is exact at both ends: z = 0 is the model with a row per loop, z = 1 its first loop, bit for bit.
-        share = torch.sigmoid(self.of_input(hidden_states) + self.of_latent(latent))
-        return torch.lerp(hidden_states, latent, share.to(hidden_states.dtype).expand_as(latent))
+        # lerp is exact at both ends: z = 0 is the model with an entry per loop, z = 1 its first loop, bit for bit.
+        z = torch.sigmoid(self.of_input(hidden_states) + self.of_latent(latent))
+        return torch.lerp(hidden_states, latent, z.to(hidden_states.dtype).expand_as(latent))
 
 
+@final
 class ElementwiseGate(LearnedGate):
     def __init__(self, config):
         super().__init__(config)
@@ -83,6 +100,7 @@ class ElementwiseGate(LearnedGate):
         self.of_latent = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
 
+@final
 class ScalarGate(LearnedGate):
     def __init__(self, config):
         super().__init__(config)
@@ -90,6 +108,7 @@ class ScalarGate(LearnedGate):
         self.of_latent = nn.Linear(config.hidden_size, 1, bias=False)
 
 
+@final
 class LowRankGate(LearnedGate):
     def __init__(self, config):
         super().__init__(config)
@@ -103,7 +122,7 @@ class LowRankGate(LearnedGate):
         return self.of_input[-1], self.of_latent[-1]
 
 
-KV_GATES = {
+KV_GATES: dict[str, type[KVGate]] = {
     "elementwise": ElementwiseGate,
     "low_rank": LowRankGate,
     "scalar": ScalarGate,

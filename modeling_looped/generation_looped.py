@@ -1,4 +1,4 @@
-"""`generate` of a looped model: its three more settings, and what of transformers' decoding needs to know of loops."""
+"""`generate` of a looped model: its three more settings, and where transformers' decoding has to know of loops."""
 
 import inspect
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .checks_looped import cuts_show, is_row_mask
-from .configuration_looped import REWRITING_SHARINGS
 from .depth_looped import asked_count, generation_count
 from .halting_looped import halting_rule
 from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
@@ -37,9 +36,9 @@ class LoopedGenerationMixin(GenerationMixin):
 
             num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`): loops per token.
             halting (`str` or `dict`): rule by which a token stops looping earlier, see `forward`.
-            draft_loops (`int`): loops that draft tokens for all loops to verify, of one row, see
-                `speculation_looped.py`; 0 for none. How far a draft goes is up to `num_assistant_tokens` and
-                `assistant_confidence_threshold`, as in assisted decoding.
+            draft_loops (`int`): so many loops draft tokens, and all loops verify them, for a batch of one text; 0 for
+                no drafts. See `speculation_looped.py`. `num_assistant_tokens` and `assistant_confidence_threshold` say
+                how far a draft goes, as in assisted decoding.
 
         With `return_dict_in_generate=True` the output of sampling and greedy search also has `loops_used`, a
         (B, new tokens) LongTensor, and with `draft_loops` the fields of `SpeculativeGenerateOutput`.
@@ -58,12 +57,16 @@ class LoopedGenerationMixin(GenerationMixin):
         return with_loops_used(super()._assisted_decoding, *args, **kwargs)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
-        """Loop settings are model arguments: a generation config that knows them must not swallow the call's own."""
+        """Loop settings are model arguments: a generation config that knows them must not swallow the call's own.
+
+        Raises:
+            ValueError: the prompt is to be cut where cuts show (`kv_sharing`), or the halting rule is none.
+        """
         asked = {name: kwargs.pop(name, None) for name in LOOP_SETTINGS}
         given = generation_config
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         cut = generation_config.prefill_chunk_size
-        if cut is not None and self.config.kv_sharing in REWRITING_SHARINGS and self.config.prefill_chunk != 1:
+        if cut is not None and self.model.sharing.rewrites and self.config.prefill_chunk != 1:
             raise ValueError(
                 f"prefill_chunk_size={cut}: {cuts_show(self.config.kv_sharing)}. Leave it out; the model's own cuts "
                 "are config.prefill_chunk, which bounds memory too."
@@ -86,8 +89,8 @@ class LoopedGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, loops_of_calls=None, tokenizer=None, **kwargs
     ):
-        # generate looks for inputs_embeds in this signature before it accepts them. The tokenizer, which stop strings
-        # need, it hands on to the model, as it does loops_of_calls.
+        # generate accepts inputs_embeds only if it finds them in this signature. It hands the tokenizer, which stop
+        # strings need, and loops_of_calls on to this method; the model takes neither.
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         if self.model.is_cut(tokens.shape[1]) and not is_row_mask(inputs.get("attention_mask")):
@@ -95,13 +98,13 @@ class LoopedGenerationMixin(GenerationMixin):
         return inputs
 
     def init_continuous_batching(self, generation_config=None, *args, **kwargs):
-        """As in transformers, where every request runs `config.num_loops`, which the paged cache is sized by.
+        """As in transformers. Every request runs `config.num_loops` loops, since the paged cache is sized by them.
 
         Raises:
             ValueError: the generation config asks for another loop count, or for a halting rule; or tokens depend on
                 where prompts are cut (`kv_sharing`).
         """
-        if self.config.kv_sharing in REWRITING_SHARINGS:
+        if self.model.sharing.rewrites:
             raise ValueError(
                 f"{cuts_show(self.config.kv_sharing)}, and continuous batching cuts prompts as its load has it: use "
                 "generate, or kv_sharing='per_loop' or 'first'."
@@ -118,9 +121,13 @@ class LoopedGenerationMixin(GenerationMixin):
         return super().init_continuous_batching(generation_config, *args, **kwargs)
 
     def _get_candidate_generator(self, generation_config, *args, model_kwargs, assistant_model=None, **kwargs):
-        """Drafting: another model that drafts has a depth of its own, or none, and an early exit of this one means
-        fewer loops, also where the call names a loop count."""
-        if self.config.kv_sharing in REWRITING_SHARINGS:
+        """Assisted decoding. Another draft model uses its own loop count. When this model drafts for itself by early
+        exit, it runs fewer loops, even if the call asks for more.
+
+        Raises:
+            ValueError: drafts cannot be verified (`kv_sharing`), or a library prepares the calls of this model.
+        """
+        if self.model.sharing.rewrites:
             raise ValueError(
                 f"kv_sharing={self.config.kv_sharing!r} cannot verify drafted tokens: several tokens in one call see "
                 "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "
@@ -137,13 +144,13 @@ class LoopedGenerationMixin(GenerationMixin):
         if generation_config.assistant_early_exit is not None:
             candidates.assistant_kwargs["num_loops"] = self.config.loops_of(generation_config.assistant_early_exit)
         elif assistant_model is not None:
-            for name in LOOP_SETTINGS:  # what it does not find in the call, it takes from its own generation config
+            for name in LOOP_SETTINGS:  # the draft model reads them in its own generation config
                 vars(candidates.generation_config).pop(name, None)
         return candidates
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *, num_new_tokens=1, **kwargs):
         if "loops_of_calls" in model_kwargs:  # decoding loops of other libraries call this as well
-            # A call that verifies a draft makes several tokens, all of them at its depth.
+            # A call that verifies a draft makes several tokens, all with the same loop count.
             model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:].expand(-1, num_new_tokens))
         return super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
@@ -151,13 +158,13 @@ class LoopedGenerationMixin(GenerationMixin):
 
 
 def with_loops_used(decode: Callable, *args, **kwargs):
-    """What a decoding method of transformers returns, with the loops of its calls.
+    """The output of a decoding method of transformers, with the loops of its calls.
 
-    They are asked for here, as a model keyword that only `_update_model_kwargs_for_generation` reads: `generate`
-    checks its keywords against the signatures of the model, or of the library that wraps it.
+    The list `loops_of_calls` is added here, and only `_update_model_kwargs_for_generation` reads it: `generate` would
+    refuse it as a keyword that the model, or the library that wraps it, does not have.
     """
     calls = []
-    # In place of the outer call's own, where a model drafts for itself.
+    # A model that drafts for itself calls generate again: give the inner call its own list.
     outputs = decode(*args, **kwargs | {"loops_of_calls": calls})
     if type(outputs) is not GenerateDecoderOnlyOutput or any(len(call) != len(outputs.sequences) for call in calls):
         return outputs

@@ -3,11 +3,13 @@
 Legend: B rows, T tokens, D hidden size, H heads, K key-value heads, d head size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -21,20 +23,20 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .cache_looped import LAYERS_WRITE_ENGINE_CACHES
-from .configuration_looped import LoopedConfig
+from .cache_layers_looped import LAYERS_WRITE_ENGINE_CACHES
 from .gates_looped import KV_GATES
+from .initial_looped import SetsInitialValues
 
 Section = Literal["prelude", "core", "coda"]
 
 
-def make_norm(config: LoopedConfig, size: int | None = None) -> nn.Module:
+def make_norm(config: PreTrainedConfig, size: int | None = None) -> nn.Module:
     norm = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(size or config.hidden_size, eps=config.norm_eps)
 
 
 def as_is(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Stands for a norm or dropout that a configuration does not have; nn.Identity would cost a module call each."""
+    """Stands for a norm or dropout that a configuration does not have. An nn.Identity would cost a module call."""
     return hidden_states
 
 
@@ -42,14 +44,14 @@ def make_dropout(probability: float) -> Callable:
     return nn.Dropout(probability) if probability else as_is
 
 
-def make_outer_norm(config: LoopedConfig) -> Callable:
+def make_outer_norm(config: PreTrainedConfig) -> Callable:
     return as_is if config.norm_placement == "pre" else make_norm(config)
 
 
 class LoopedMLP(nn.Module):
     """GPT-2's MLP: down(act(up(x)))."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -59,10 +61,11 @@ class LoopedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
+@final
 class LoopedGatedMLP(LoopedMLP):
     """Llama's MLP: down(act(gate(x)) * up(x))."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
@@ -70,14 +73,15 @@ class LoopedGatedMLP(LoopedMLP):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+@final
 class SlotAttention(nn.Module):
     """The attention of one KV slot, without parameters: caches, paged attention and engines find the slot here.
 
-    A layer runs it with a different one in every loop. Nothing is written to it after it was made, so that several
-    threads can run one model at different loop counts.
+    A layer has one for every slot, and uses another one in every loop. Nothing is written to it after it was made, so
+    that several threads can run one model at different loop counts.
     """
 
-    def __init__(self, config: LoopedConfig, slot: int):
+    def __init__(self, config: PreTrainedConfig, slot: int):
         super().__init__()
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None  # both filled by the configuration
@@ -119,16 +123,17 @@ class SlotAttention(nn.Module):
         )
 
 
+@final
 class LoopedAttention(nn.Module):
     """Llama's attention, except that every loop has a KV slot of its own and keys may come from another input.
 
-    The projections are those of all loops; `attentions` holds one attention for every slot of the layer.
+    All loops share the projections; `attentions` holds one attention for every slot of the layer.
 
     Args:
         section, index: which layer this is, see `KVSlots.slot`.
     """
 
-    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+    def __init__(self, config: PreTrainedConfig, section: Section = "core", index: int = 0):
         super().__init__()
         assert config.head_dim is not None
         assert config.num_key_value_heads is not None  # both filled by the configuration
@@ -187,10 +192,10 @@ class LoopedAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-class LoopedLayer(GradientCheckpointingLayer):
+class LoopedLayer(GradientCheckpointingLayer, SetsInitialValues):
     """Pre-norm layer; with `norm_placement="sandwich"` each sublayer's output is normalised as well (Ouro)."""
 
-    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+    def __init__(self, config: PreTrainedConfig, section: Section = "core", index: int = 0):
         super().__init__()
         self.self_attn = LoopedAttention(config, section, index)
         self.mlp = LoopedGatedMLP(config) if config.gated_mlp else LoopedMLP(config)
@@ -204,11 +209,10 @@ class LoopedLayer(GradientCheckpointingLayer):
         self.has_outer_norms = config.norm_placement == "sandwich"
 
     def initialize(self) -> None:
-        """Values of a fresh model that the layer sets after its modules; those that were loaded stay.
+        """With `residual_init="zero"` the last module of each sublayer is zero: the layer starts as the identity.
 
-        With `residual_init="zero"` what ends a sublayer is zero, and the layer starts as the identity. That is the
-        output projection, or the outer norm under sandwich norms: a norm fed with zeros would multiply gradients by
-        norm_eps ** -0.5.
+        That is the output projection, or under sandwich norms the outer norm: a norm that is fed zeros would multiply
+        gradients by norm_eps ** -0.5.
         """
         if self.starts_as_identity:
             norms, projections = (
@@ -238,10 +242,11 @@ class LoopedLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.post_attention_layernorm_2(output))
 
 
+@final
 class GatedLoopedLayer(LoopedLayer):
-    """A core layer whose keys and values come from a latent that a gate carries from loop to loop (MELT)."""
+    """A core layer whose keys and values come from a latent that a KV gate carries from loop to loop (MELT)."""
 
-    def __init__(self, config: LoopedConfig, section: Section = "core", index: int = 0):
+    def __init__(self, config: PreTrainedConfig, section: Section = "core", index: int = 0):
         super().__init__(config, section, index)
         self.kv_gate = KV_GATES[config.kv_gate](config)
 
@@ -259,20 +264,31 @@ class GatedLoopedLayer(LoopedLayer):
         return self.add_and_transform(hidden_states, output), latent
 
 
-class LoopedRotaryEmbedding(LlamaRotaryEmbedding):
-    """Rotary position embeddings: queries and keys are rotated in every layer, by the same angles in every loop.
-
-    Its name ends as transformers expects of a module whose frequencies it must compute again after loading.
-    """
+class Positions(ABC):
+    """How a token's position reaches the model."""
 
     def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (B, T, D) at positions (B or 1, T) -> (B, T, D) with what is added to them."""
         return embeds
 
+    @abstractmethod
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines (B or 1, T, d) by which queries and keys are rotated, in the precision of `x`; or None."""
 
-class LearnedPositions(nn.Module):
+
+@final
+class LoopedRotaryEmbedding(LlamaRotaryEmbedding, Positions):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Rotary position embeddings: queries and keys are rotated in every layer, by the same angles in every loop.
+
+    The name ends in RotaryEmbedding because transformers computes the frequencies of such modules again after loading.
+    """
+
+
+@final
+class LearnedPositions(nn.Module, Positions):
     """A learned table added to the token embeddings, (max_position_embeddings, D)."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
@@ -284,20 +300,18 @@ class LearnedPositions(nn.Module):
             )
         return embeds + self.table(position_ids)
 
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> None:
+    def forward(self, x, position_ids):
         return None
 
 
-class NoPositions(nn.Module):
+@final
+class NoPositions(nn.Module, Positions):
     """No positions at all: order is seen through the causal mask only (arXiv 2604.07822, k-hop task)."""
 
-    def __init__(self, config: LoopedConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
 
-    def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        return embeds
-
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> None:
+    def forward(self, x, position_ids):
         return None
 
 

@@ -10,6 +10,9 @@ Source: Ouro (arXiv 2510.25741), stages 1 and 2; a weight beta on the entropy is
 uniform). All of it is computed in float32. Legend: B rows, K positions, D hidden size, V vocabulary, R loops.
 """
 
+from abc import ABC, abstractmethod
+from typing import final
+
 import torch
 from torch import nn
 
@@ -88,30 +91,58 @@ def shift(labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
-class LastLoopLoss:
-    """Cross-entropy of the logits that are returned."""
+class Objective(ABC):
+    """What `labels` train: a loss of a `LoopedForCausalLM`."""
 
+    @abstractmethod
     def states(self, logits_to_keep: int | torch.Tensor, also: Observer | None) -> LoopStates | None:
         """What observes the forward pass for this objective, see `LoopStates`; None where the logits are enough."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        model,
+        logits: torch.Tensor,
+        states: LoopStates | None,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """The loss, a scalar.
+
+        Args:
+            model: the LoopedForCausalLM.
+            logits: (B, K, V) of the last loop.
+            states: what `states` made, after the forward pass.
+            labels: (B, K), of the same positions, to be shifted by one; -100 has no loss.
+            shift_labels: (B, K), the next token's; in the place of `labels`.
+            kwargs: `num_items_in_batch`, by which a sum over labels is divided instead of their mean being taken.
+        """
+
+
+@final
+class LastLoopLoss(Objective):
+    """Cross-entropy of the logits that are returned."""
+
+    def states(self, logits_to_keep, also):
         return None
 
-    def __call__(self, model, logits, states, labels=None, shift_labels=None, **kwargs) -> torch.Tensor:
+    def __call__(self, model, logits, states, labels=None, shift_labels=None, **kwargs):
         return model.loss_function(
             logits=logits, labels=labels, vocab_size=model.config.vocab_size, shift_labels=shift_labels, **kwargs
         )
 
 
-class ExpectedLoss(LastLoopLoss):
-    """Ouro's stage 1 objective; not the loss of mixed logits, which the released file computes."""
+class ExitObjective(Objective):
+    """A loss of what the exit gate and the head say after every loop."""
 
     def __init__(self, config):
         self.entropy_weight = config.exit_entropy_weight
 
-    def states(self, logits_to_keep, also) -> LoopStates:
+    def states(self, logits_to_keep, also):
         return LoopStates(logits_to_keep, also)
 
     def __call__(self, model, logits, states, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
-        """Scalar; the mean over labels that are not -100, or their sum over `num_items_in_batch`."""
         if shift_labels is None:
             assert labels is not None
             shift_labels = shift(labels)
@@ -123,13 +154,13 @@ class ExpectedLoss(LastLoopLoss):
         return total / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
 
     def read(self, model, states: LoopStates, labels: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Gate logits and cross-entropies, (b, K) of every loop."""
+        """Gate logits and cross-entropies (nats) of every loop, (b, K) each, with the next tokens' labels (B, K)."""
         hidden_states, losses = self.read_head(model, states, labels)
         return [model.model.exit_logits(hidden) for hidden in hidden_states], losses
 
     def read_head(self, model, states, labels) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The normalised states (b, K, D) and the cross-entropies (b, K) of every loop."""
-        hidden_states = [model.model.norm(state) for _, state in states.visits]
+        hidden_states = [model.model.readout_norm(state) for _, state in states.visits]
         losses = [
             nn.functional.cross_entropy(
                 model.lm_head(hidden).float().transpose(1, 2), labels[rows], ignore_index=-100, reduction="none"
@@ -138,25 +169,35 @@ class ExpectedLoss(LastLoopLoss):
         ]
         return hidden_states, losses
 
-    def per_token(self, gate_logits, losses, loops_run) -> torch.Tensor:
+    @abstractmethod
+    def per_token(self, gate_logits: torch.Tensor, losses: torch.Tensor, loops_run: torch.Tensor) -> torch.Tensor:
+        """Gate logits and cross-entropies (B, K, R), and the loops run, (B, 1) -> the loss of each token, (B, K)."""
+
+
+@final
+class ExpectedLoss(ExitObjective):
+    """Ouro's stage 1 objective; not the loss of mixed logits, which the released file computes."""
+
+    def per_token(self, gate_logits, losses, loops_run):
         return expected_loss(gate_logits, losses, self.entropy_weight, loops_run)
 
 
-class GateLoss(ExpectedLoss):
-    """Ouro's stage 2 objective: the gate learns which loops were worth it; the rest gets no gradient."""
+@final
+class GateLoss(ExitObjective):
+    """Ouro's stage 2 objective: the exit gate learns which loops were worth it; the rest gets no gradient."""
 
     def read_head(self, model, states, labels):
         with torch.no_grad():
             hidden_states, losses = super().read_head(model, states, labels)
         return [hidden.detach() for hidden in hidden_states], losses  # with no norm to apply they are the states
 
-    def per_token(self, gate_logits, losses, loops_run) -> torch.Tensor:
+    def per_token(self, gate_logits, losses, loops_run):
         return gate_loss(gate_logits, losses, loops_run)
 
 
-EXIT_LOSSES = {"expected": ExpectedLoss, "gate": GateLoss}
+EXIT_LOSSES: dict[str, type[ExitObjective]] = {"expected": ExpectedLoss, "gate": GateLoss}
 
 
-def make_loss(config) -> LastLoopLoss:
+def make_objective(config) -> Objective:
     """The objective of `labels` that a configuration asks for."""
     return EXIT_LOSSES[config.exit_loss](config) if config.exit_gate else LastLoopLoss()

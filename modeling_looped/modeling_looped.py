@@ -3,8 +3,8 @@
     e     = prelude(embed(ids))                               # (B, T, D)  once
     state = connection.open(start(e), e)                      # (B, T, D)
     for loop in range(num_loops):                             # same weights every time
-        x, gates = connection.read(state, e, loop)
-        state    = connection.write(state, gates, core(x), loop)   # with the loop's embedding, where loops have one
+        x, carry = connection.read(state, e, loop)
+        state    = connection.write(state, carry, core(x), loop)   # with the loop's embedding, where loops have one
         rows that are done leave the batch                    # no work is done for them
     h      = coda(connection.close(state))                    # (B, T, D)  once
     logits = head(norm(h))                                    # (B, T, V)
@@ -36,18 +36,19 @@ from transformers.utils import auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_looped import CACHE_NAME, OWN_KEYS, SHARINGS, one_cache
+from .cache_layers_looped import CACHE_NAME, one_cache
+from .cache_looped import OWN_KEYS, SHARINGS
 from .calls_looped import ActiveBatch, Call, CallContext, Decision, LoopStates, Observer, make_position_ids
 from .checks_looped import check_grad_loops, check_inputs, check_loops, refuse_engine, refuse_unknown
 from .chunks_looped import Chunks
-from .configuration_looped import REWRITING_SHARINGS, LoopedConfig
-from .connections_looped import CONNECTIONS, INITIALIZED, LOOP_EMBEDDINGS, STARTS
+from .configuration_looped import LoopedConfig
+from .connections_looped import CONNECTIONS, LOOP_EMBEDDINGS, STARTS
 from .depth_looped import count_to_save, mark_saved_settings
-from .gates_looped import LearnedGate
 from .generation_looped import GENERATION_SETTINGS, LoopedGenerationMixin
-from .halting_looped import FixedRule, halting_rule
-from .layers_looped import POSITIONS, GatedLoopedLayer, LoopedAttention, LoopedLayer, as_is, make_dropout, make_norm
-from .losses_looped import ExpectedLoss, make_loss
+from .halting_looped import Rule, halting_rule
+from .initial_looped import SetsInitialValues
+from .layers_looped import POSITIONS, LoopedAttention, LoopedLayer, as_is, make_dropout, make_norm
+from .losses_looped import ExitObjective, make_objective
 from .outputs_looped import FORWARD_DOCSTRING, LoopedCausalLMOutput, LoopedModelOutput, choose_hidden_states
 
 OPENING = threading.Lock()  # held while a model gets attentions for more slots
@@ -56,6 +57,7 @@ OPENING = threading.Lock()  # held while a model gets attentions for more slots
 @auto_docstring
 class LoopedPreTrainedModel(PreTrainedModel):
     config: LoopedConfig
+    rule_class = Rule  # what halting rules of one's own derive from; a model of remote code has its own
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LoopedLayer", "GatedLoopedLayer"]  # noqa: RUF012
@@ -74,7 +76,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding) and self.config.embedding_init_std is not None:
             init.normal_(module.weight, mean=0.0, std=self.config.embedding_init_std)
-        if isinstance(module, (*INITIALIZED, LearnedGate, LoopedLayer, LoopedModel)):
+        if isinstance(module, SetsInitialValues):
             module.initialize()
 
     @classmethod
@@ -117,26 +119,33 @@ class LoopedPreTrainedModel(PreTrainedModel):
 
 
 @auto_docstring
-class LoopedModel(LoopedPreTrainedModel):
+class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
     def __init__(self, config: LoopedConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.positions = POSITIONS[config.position_embedding](config)
         self.dropout = make_dropout(config.embedding_dropout)
-        core_layer = GatedLoopedLayer if config.kv_sharing == "gated" else LoopedLayer
+        self.sharing = SHARINGS[config.kv_sharing](config)
         self.prelude = nn.ModuleList([LoopedLayer(config, "prelude", i) for i in range(config.num_prelude_layers)])
-        self.core = nn.ModuleList([core_layer(config, "core", i) for i in range(config.num_core_layers)])
+        self.core = nn.ModuleList([self.sharing.core_layer(config, "core", i) for i in range(config.num_core_layers)])
         self.coda = nn.ModuleList([LoopedLayer(config, "coda", i) for i in range(config.num_coda_layers)])
-        self.connection = CONNECTIONS[config.loop_connection](config)
+        self.connection = CONNECTIONS[config.loop_connection].of(config)(config)
         self.loop_embedding = LOOP_EMBEDDINGS[config.loop_embedding](config)
         self.start = STARTS[config.state_init](config)
-        self.sharing = SHARINGS[config.kv_sharing](config)
-        # Ouro's final norm closes every loop: what it returns is both the readout and the next loop's input.
         self.core_norm = make_norm(config) if config.norm_between_loops else as_is
         self.norm = as_is if config.final_norm_closes_loops else make_norm(config)
         self.exit_gate = nn.Linear(config.hidden_size, 1) if config.exit_gate else None
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def readout_norm(self) -> Callable:
+        """The norm through which head and exit gate read a state: logits = W readout_norm(h), (B, K, D) -> (B, K, D).
+
+        It is the final norm. Ouro (arXiv 2510.25741) has one norm for everything, which closes every loop: with h_t =
+        core_norm(core(h_{t-1})) the state is normalised already, logits_t = W h_t, and this is the identity.
+        """
+        return self.norm
 
     def pieces(self) -> list[nn.Module]:
         """What to compile one by one: the layers, and the modules of the loop connection. The loop itself stays in
@@ -163,7 +172,7 @@ class LoopedModel(LoopedPreTrainedModel):
     @property
     def exit_readout(self) -> Callable | None:
         """Norm + exit gate on a state: (B, K, D) -> (B, K) logits; None in a model without a gate."""
-        return None if self.exit_gate is None else lambda state: self.exit_logits(self.norm(state))
+        return None if self.exit_gate is None else lambda state: self.exit_logits(self.readout_norm(state))
 
     @choose_hidden_states
     @merge_with_config_defaults
@@ -180,14 +189,14 @@ class LoopedModel(LoopedPreTrainedModel):
         num_loops: int | torch.Tensor | None = None,
         num_grad_loops: int | None = None,
         cut_chunks: bool = False,
-        halting: str | dict | FixedRule | Decision | None = None,
+        halting: str | dict | Rule | Decision | None = None,
         observe: Observer | None = None,
         generator: torch.Generator | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> LoopedModelOutput:
         refuse_unknown(kwargs, LoopedForCausalLM.forward.__annotations__)
-        if self.config.kv_sharing in REWRITING_SHARINGS:
+        if self.sharing.rewrites:
             refuse_engine(self.config.kv_sharing, cache, kwargs)
         if cache is None or isinstance(cache, Cache):
             past_key_values = one_cache(past_key_values, cache)
@@ -246,7 +255,7 @@ class LoopedModel(LoopedPreTrainedModel):
             "num_loops as a tensor": isinstance(num_loops, torch.Tensor),
             "a halting rule": halts,
             f"prefill_chunk={self.config.prefill_chunk}": self.is_cut(num_tokens),
-            "state_init='normal'": self.config.state_init == "normal" and not self.training,
+            f"state_init={self.config.state_init!r}": self.start.looks_at_positions and not self.training,
         }
         for name, holds in reasons.items():
             if holds:
@@ -274,7 +283,7 @@ class LoopedModel(LoopedPreTrainedModel):
         hidden_states = self.run_section(self.coda, self.connection.close(state), context, **kwargs)  # (B, T, D)  once
         if call.past_key_values is not None:
             self.sharing.close(call.past_key_values, active.loops_run, embeds.shape[1])
-        return self.norm(hidden_states), loops_used
+        return self.readout_norm(hidden_states), loops_used
 
     def open_context(self, call: Call) -> CallContext:
         """What the layers of a call share: the mask, the rotary angles, and the cache with its slots open."""
@@ -324,10 +333,10 @@ class LoopedModel(LoopedPreTrainedModel):
             embeds: (b, T, D), the output of the prelude.
             context: of these b batch rows.
         """
-        x, gates = self.connection.read(state, embeds, loop)
+        x, carry = self.connection.read(state, embeds, loop)
         x = self.run_section(self.core, x, context, loop, **kwargs)
         x = self.loop_embedding(self.core_norm(x), loop)
-        return self.connection.write(state, gates, x, loop)
+        return self.connection.write(state, carry, x, loop)
 
 
 @auto_docstring
@@ -341,7 +350,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         self.model = LoopedModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.objective = make_loss(config)
+        self.objective = make_objective(config)
         self.post_init()
 
     def __init_subclass__(cls, **kwargs):
@@ -350,7 +359,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
 
     def readout(self, state: torch.Tensor) -> torch.Tensor:
         """Norm + head on a state: (B, K, D) -> (B, K, V) logits."""
-        return self.lm_head(self.model.norm(state))
+        return self.lm_head(self.model.readout_norm(state))
 
     @can_return_tuple
     @auto_docstring(custom_args=FORWARD_DOCSTRING)
@@ -367,7 +376,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         num_loops: int | torch.Tensor | None = None,
         num_grad_loops: int | None = None,
         cut_chunks: bool = False,
-        halting: str | dict | FixedRule | None = None,
+        halting: str | dict | Rule | None = None,
         observe: Observer | None = None,
         generator: torch.Generator | None = None,
         cache: Cache | None = None,
@@ -426,7 +435,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         `position_ids` are those of `forward`: positions that begin anew hold the texts of a row apart.
         `losses_looped.py` says what to do with the result. ValueError without an exit gate.
         """
-        if not isinstance(self.objective, ExpectedLoss):
+        if not isinstance(self.objective, ExitObjective):
             raise ValueError("exits are read by an exit gate, which this model lacks: train with exit_gate=True.")
         states = LoopStates()
         self.model(

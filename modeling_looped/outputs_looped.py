@@ -1,4 +1,4 @@
-"""What `forward` is given and what it gives back."""
+"""What `forward` takes and returns, as its users read it."""
 
 import functools
 from collections.abc import Callable
@@ -9,18 +9,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 FORWARD_DOCSTRING = r"""
         num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Loops of the core, >= 1; `config.num_loops` by default. With a tensor each row gets its own depth, equal
-            to running it alone, and leaves the batch when it has had it.
+            Loops of the core, >= 1; `config.num_loops` by default. With a tensor every batch row gets a loop count of
+            its own, as if it were run alone, and leaves the batch after its last loop.
         num_grad_loops (`int`, *optional*):
             Only the last `num_grad_loops` loops are differentiated (truncated back-propagation). Head and exit gate
             learn from all loops they read.
         cut_chunks (`bool`, *optional*):
-            With `config.prefill_chunk`: no gradient goes from a chunk of tokens to the KV rows of earlier ones.
+            With `config.prefill_chunk`: no gradient goes from a chunk of tokens to the cached entries of earlier ones.
         halting (`str` or `dict`, *optional*):
-            Rule by which a row stops before `num_loops`: `"kl_entropy"`, `"kl"`, `"latent"`, `"q_exit"`, `"fixed"`,
-            or a dict with the rule's thresholds, `{"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": 3.0}`;
-            `"q_exit"` needs `exit_gate=True` in the configuration. It is read at the positions of `logits_to_keep`,
-            padding excluded, and a row stops when all of them agree.
+            Rule by which a batch row halts before `num_loops`: the name of one of `RULES` in `halting_looped.py`, such
+            as `"kl_entropy"`; a dict with the rule's thresholds, `{"rule": "kl_entropy", "kl_threshold": 0.01,
+            "max_entropy": 3.0}`; or a rule object. `"q_exit"` needs `exit_gate=True` in the configuration. The rule
+            reads the positions of `logits_to_keep`, padding excluded. A batch row halts when all of them agree.
         observe (`Callable`, *optional*):
             Called after every loop as `observe(rows, state)`: with a `(b,)` LongTensor of the batch rows that ran it,
             and what coda and readout see of their state, `(b, sequence_length, hidden_size)`, before the final norm.
@@ -41,9 +41,9 @@ FORWARD_DOCSTRING = r"""
 class LoopedModelOutput(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` plus the loops run.
 
-    `hidden_states` and `attentions` have one entry per layer call, in the order of the calls; entries of a loop hold
-    the rows that were still looping. A call that `prefill_chunk` cuts has those of one chunk after the other, with
-    padding on the left moved to the end.
+    `hidden_states` and `attentions` have one entry per layer call, in the order of the calls. The entry of a loop
+    covers only the batch rows that still looped in it. In a chunked call (`prefill_chunk`) the entries of all chunks
+    follow each other, and left padding is moved to the right.
 
     Args:
         loops_used (`torch.LongTensor` of shape `(batch_size, sequence_length)`): loops run for each token.

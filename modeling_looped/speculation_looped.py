@@ -29,9 +29,9 @@ from transformers import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import create_causal_mask
 
-from .cache_looped import CACHE_NAME, CACHE_NAMES, OWN_KEYS, KeySource, RewritingLayer, one_cache
+from .cache_layers_looped import CACHE_NAME, CACHE_NAMES, RewritingLayer, one_cache
+from .cache_looped import OWN_KEYS, KeySource
 from .calls_looped import CallContext
-from .configuration_looped import REWRITING_SHARINGS
 from .depth_looped import check_loops_of_rows
 
 
@@ -350,7 +350,7 @@ class SelfSpeculation:
         refusals = [
             (settings.num_beams != 1, f"num_beams={settings.num_beams} follows several texts: use num_beams=1"),
             (
-                sharing in REWRITING_SHARINGS,
+                model.model.sharing.rewrites,
                 f"kv_sharing={sharing!r} cannot verify drafted tokens: in one call they see other rows of each other "
                 "than in successive calls, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'",

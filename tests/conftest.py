@@ -58,6 +58,24 @@ def trained(tmp_path_factory):
     return TrainedRuns(tmp_path_factory.mktemp("trained"))
 
 
+@pytest.fixture
+def hops(trained, tmp_path):
+    """hops("name", "--field=value", ...): the smoke recipe, its runs below the test's folder."""
+    return lambda name, *flags: trained.recipe("hops", f"--output_dir={tmp_path}", f"--name={name}", *flags)
+
+
+@pytest.fixture
+def text(trained, tmp_path):
+    """The same of text, on toy pages."""
+    return lambda name, *flags: trained.recipe("text", f"--output_dir={tmp_path}", f"--name={name}", *flags)
+
+
+@pytest.fixture
+def molecules(trained, tmp_path):
+    """The same of the toy molecules."""
+    return lambda name, *flags: trained.recipe("molecules", f"--output_dir={tmp_path}", f"--name={name}", *flags)
+
+
 @pytest.fixture(scope="session")
 def toy_runs(tmp_path_factory, trained):
     """The folder of `toy_runs.make_toy_runs`, to look at: what a test breaks or writes, it copies."""

@@ -8,7 +8,10 @@ study.yaml              a recipe for `looped frozen`, of that model
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -23,7 +26,6 @@ from toys import ROOT, SIZES, write_pages
 
 SHORT = ["--max_steps=2", "--check_every=2", "--checkpoint_every=2", "--optim.warmup_steps=0"]
 SPLITS = "--data.overrides={document_characters: 500, validation_share: 0.1, test_share: 0.1}"
-TOY_MOLECULES = f"--data.files=[{ROOT}/docs/molecules/toys.smi]"
 RECIPES = {"hops": "smoke.yaml", "text": "smoke_text.yaml", "molecules": "molecules/smoke_molecules.yaml"}
 
 
@@ -44,13 +46,15 @@ class TrainedRuns:
         self.data = {
             "hops": [],
             "text": [f"--data.files={write_pages(home / 'pages')}", "--data.vocab_size=280", SPLITS],
-            "molecules": [TOY_MOLECULES],
+            "molecules": [f"--data.files=[{ROOT}/docs/molecules/toys.smi]"],
         }
+
+    def recipe(self, task: str, *flags: str) -> train.Recipe:
+        return train.read_recipe(ROOT / "recipes" / RECIPES[task], [*self.data[task], *flags])
 
     def __call__(self, task: str, *flags: str) -> Path:
         if (task, *flags) not in self.folders:
-            output = f"--output_dir={self.home / str(len(self.folders))}"
-            recipe = train.read_recipe(ROOT / "recipes" / RECIPES[task], [output, *self.data[task], *flags])
+            recipe = self.recipe(task, f"--output_dir={self.home / str(len(self.folders))}", *flags)
             train.main(recipe)
             reset_accelerator()
             self.folders[task, *flags] = Path(recipe.output_dir) / recipe.name
@@ -115,3 +119,27 @@ def failure(capfd, *arguments) -> str:
     assert main([str(argument) for argument in arguments]) == 2
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("looped "))
     return line
+
+
+def launch(*command: str, **environment: str) -> subprocess.Popen:
+    """Python, in the repository, with these arguments."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Wait for it; it must succeed."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-2000:]
+
+
+def two_processes(recipe: str, *flags: str, **environment: str) -> None:
+    """train.py in two processes on CPUs, which speak over gloo at a port that is free."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    finish(launch(*command, str(ROOT / "recipes" / recipe), *flags, ACCELERATE_USE_CPU="true", **environment))

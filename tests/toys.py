@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 import modeling_looped
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.cache_looped import SHARINGS
 
 ROOT = Path(__file__).parents[1]  # of the repository
 
@@ -30,7 +31,7 @@ SIZES = {
 }
 
 
-KV_SHARINGS = ["per_loop", "first", "last", "mean", "gated"]
+KV_SHARINGS = list(SHARINGS)
 
 
 def make_config(**fields) -> LoopedConfig:

@@ -1,11 +1,11 @@
 """A page with a loop slider: one question, and what a looped model answers after each of its loops.
 
-    demo.json                                           beside this file: which models, and what they were trained on
-    model(question repeated R times, num_loops=1 .. R)  one forward; row t is the model after t loops
-    model(question, num_loops=R, halting={...})         how many of R loops it takes before its answer has settled
+    demo.json                                           beside this file: the models, and what they were trained on
+    model(question repeated R times, num_loops=1 .. R)  one forward pass; batch row t is the model after t loops
+    model(question, num_loops=R, halting={...})         the loops it runs until its answer has settled, R at most
 
-This file, demo.json, requirements.txt and README.md are the whole Space; `looped demo RUN` writes and runs the same
-four. Legend: R loops, K hops, T tokens, V vocabulary.
+The Space is this file, demo.json, requirements.txt and README.md; `looped demo RUN` writes and runs the same four.
+Legend: R loops, K hops, T tokens, V vocabulary.
 """
 
 import json
@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 try:
     from rdkit import Chem, rdBase
     from rdkit.Chem.Draw import rdMolDraw2D
-except ImportError:  # molecules are then shown as text
+except ImportError:  # molecules are shown as text
     Chem = None
 
-MOLECULES = 12  # written at once
+MOLECULES = 12  # that a click writes
 MAX_TEXT = 1000  # characters of a question
 TEMPERATURE, TOP_K = 0.8, 40
 ON_A_CLICK = {"show_progress": "hidden", "trigger_mode": "always_last"}
@@ -70,15 +70,15 @@ CSS = """
 
 @dataclass(frozen=True)
 class Hops:
-    """A hop model's part of demo.json.
+    """The section of demo.json about a hop model.
 
     Args:
         model: repo id or folder.
-        text: what it is, in a sentence or two.
-        facts: entity -> relation -> the entity it leads to.
+        text: one or two sentences about the model.
+        facts: entity -> relation -> the entity that the relation leads to.
         trained_hops, trained_loops: smallest and largest count in training.
-        max_hops, max_loops: how far the sliders go.
-        chance: accuracy of guessing, a fraction.
+        max_hops, max_loops: ends of the sliders.
+        chance: accuracy of guessing, a share in [0, 1].
         halting: rule and thresholds, as the model takes them.
     """
 
@@ -94,7 +94,7 @@ class Hops:
 
 
 def random_question(facts: dict, hops: int, draw: random.Random, words: list[str] | None = None) -> list[str]:
-    """[entity, relation, ...] of `hops` relations; begins as `words` does, as far as that is a chain of the graph."""
+    """[entity, relation, ...] with `hops` relations. It begins with `words`, if these are a chain of the graph."""
     words = (words or [draw.choice(list(facts))])[: hops + 1]
     try:
         entity = follow(facts, words)[-1]
@@ -108,7 +108,7 @@ def random_question(facts: dict, hops: int, draw: random.Random, words: list[str
 
 
 def follow(facts: dict, words: list[str]) -> list[str]:
-    """The entities from the start to the answer. ValueError where a relation leads nowhere, or there is none."""
+    """The entities from the start to the answer. Raises ValueError if a relation leads nowhere, or there is none."""
     path = words[:1]
     for relation in words[1:]:
         known = facts.get(path[-1], {})
@@ -121,14 +121,14 @@ def follow(facts: dict, words: list[str]) -> list[str]:
 
 
 def whole(what: str, number: float, most: int) -> int:
-    """A slider's number. ValueError where it is beyond the slider: programs send what they like."""
+    """A slider's number, from 1 to `most`. Raises ValueError for any other value, which a program may have sent."""
     if not isinstance(number, int | float) or not 1 <= number <= most:
         raise ValueError(f"{what} go from 1 to {most}, got {str(number)[:20]}.")
     return int(number)
 
 
 def read_question(hops: Hops, start: str, relations: str | None) -> list[str]:
-    """[entity, relation, ...]. ValueError where it is longer than the page offers."""
+    """[entity, relation, ...]. Raises ValueError for an unknown start, or a question longer than the page allows."""
     if len(relations or "") > MAX_TEXT:
         raise ValueError(f"Write at most {MAX_TEXT} characters, got {len(relations)}.")
     words = [start, *(relations or "").split()]
@@ -143,21 +143,21 @@ def read_question(hops: Hops, start: str, relations: str | None) -> list[str]:
 
 
 def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a repo id or folder, through the code that is published beside the weights."""
+    """Model and tokenizer of a repo id or folder, with the code that lies beside the weights."""
     loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True)
     return loaded.eval(), AutoTokenizer.from_pretrained(model, trust_remote_code=True)
 
 
 @torch.inference_mode()
 def probabilities(model: PreTrainedModel, input_ids: torch.Tensor, num_loops: int) -> torch.Tensor:
-    """(R, T, V): row t - 1 is what the model says at each word of `input_ids` (1, T) after t loops."""
+    """Probabilities (R, T, V) of the next word at each word of `input_ids` (1, T), after 1 .. R loops."""
     depths = torch.arange(1, num_loops + 1, device=input_ids.device)
     return model(input_ids.repeat(num_loops, 1), num_loops=depths, use_cache=False).logits.float().softmax(-1)
 
 
 @torch.inference_mode()
 def loops_taken(model: PreTrainedModel, input_ids: torch.Tensor, num_loops: int, halting: dict) -> int:
-    """Of at most `num_loops` loops, those run until the answer has settled."""
+    """The loops that the model runs until its answer has settled, `num_loops` at most."""
     output = model(input_ids, num_loops=num_loops, halting=halting, logits_to_keep=1, use_cache=False)
     return int(output.loops_used[0, -1])
 
@@ -168,10 +168,11 @@ class Answer:
 
     Args:
         path: K + 1 entities, from the start to the answer.
-        says: what the model says after each of R loops; `sure`, the probability it gives that.
+        says: the model's answer after each of R loops.
+        sure: the probability that the model gives each of these answers.
         columns: for each word of the question but the first, the entity that the chain has reached there.
-        lens: R rows with the probability of that entity in every column.
-        used: loops after which the answer is read.
+        lens: (R, columns), the probability that the model gives the entity of each column.
+        used: the loop after which the answer is read.
     """
 
     path: list[str]
@@ -190,12 +191,12 @@ def answer(
     loops: int,
     halting: dict | None = None,
 ) -> Answer:
-    """What the model says to `words`; ValueError if they are no chain of the graph."""
+    """The model's answers to the question `words`. Raises ValueError if they are not a chain of the graph."""
     path = follow(facts, words)
     input_ids = tokenizer(" ".join(words), return_tensors="pt")["input_ids"].to(model.device)
     said = probabilities(model, input_ids, loops)
     sure, tokens = said[:, -1].max(-1)
-    # Where the tokenizer appends a word to answer at, the answer is expected there as well.
+    # If the tokenizer appends a readout token, the answer is expected there as well.
     columns = path[1:] + path[-1:] * (input_ids.shape[1] - len(path))
     targets = torch.tensor(tokenizer.convert_tokens_to_ids(columns), device=said.device)
     lens = said[:, torch.arange(1, len(columns) + 1), targets]
@@ -222,7 +223,7 @@ def path_html(words: list[str], path: list[str]) -> str:
 
 
 def note(path: list[str], word: str) -> str:
-    """How a word that the model says lies to the path."""
+    """Where the word that the model says lies on the path: at its end (right), at a hop, or nowhere."""
     if word == path[-1]:
         return '<span class="right">&#10003; right</span>'
     return f'<span class="dim">hop {path.index(word)} of {len(path) - 1}</span>' if word in path else ""
@@ -235,7 +236,7 @@ def verdict_html(result: Answer, halt: bool, hops: Hops) -> str:
     if not halt:
         spent = f"{total} loops used."
     elif result.used < total:
-        spent = f"Stopped by itself: {result.used} of {total} loops used; the pale rows are what more would have said."
+        spent = f"It halted: {result.used} of {total} loops used; pale lines show what more loops would have said."
     else:
         spent = f"It did not settle: all {total} loops used."
     return (
@@ -246,7 +247,10 @@ def verdict_html(result: Answer, halt: bool, hops: Hops) -> str:
 
 
 def table_html(head: str, rows: list[str], result: Answer, trained: int, columns: int, kind: str) -> str:
-    """One row per loop, those that halting spared pale, and a line under the last trained loop."""
+    """A line per loop, pale for loops that halting spared, and a rule under the last trained loop.
+
+    rows: the cells of each loop as HTML. columns: how many cells these are. kind: CSS class.
+    """
     body = ""
     for loop, cells in enumerate(rows, start=1):
         if loop == trained + 1:
@@ -268,7 +272,7 @@ def answers_html(result: Answer, trained: int) -> str:
     head = '<th class="says">says</th><th>probability</th><th class="note"></th>'
     return (
         '<div class="looped"><p><b>The answer after every loop</b></p>'
-        '<p class="dim caption">A row per loop: every loop runs the same layers once more.</p>'
+        '<p class="dim caption">A line per loop: every loop runs the same layers once more.</p>'
         f"{table_html(head, rows, result, trained, 3, 'answers')}</div>"
     )
 
@@ -287,7 +291,7 @@ def lens_html(result: Answer, trained: int) -> str:
     kind = "lens many" if len(result.columns) > 9 else "lens"
     return (
         '<div class="looped"><p><b>Inside: how far along the path</b></p>'
-        '<p class="dim caption">A column per relation: how sure the model is, at that word, of the entity reached.</p>'
+        '<p class="dim caption">A column per relation: how sure the model is there of the entity reached.</p>'
         f"{table_html(head, rows, result, trained, len(result.columns), kind)}</div>"
     )
 
@@ -315,7 +319,7 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
         try:
             words, count = read_question(hops, start, relations), whole("Loops", loops, hops.max_loops)
             result = answer(model, tokenizer, hops.facts, words, count, hops.halting if halt else None)
-        except ValueError as error:  # the user's question, or what the model says of it
+        except ValueError as error:  # the page or the model refuses the question
             return problem_html(str(error)), "", "", ""
         return (
             path_html(words, result.path),
@@ -350,7 +354,7 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
                 trained,
                 step=1,
                 label="Loops: how long it thinks",
-                info=f"Training ended at {trained}; to the right of that, the same weights go on.",
+                info=f"Training ended at {trained} loops; beyond, the same weights run on.",
                 buttons=[],
             )
             halt = gr.Checkbox(False, label="Halting: stop when the answer has settled", info=rule_text(hops.halting))
@@ -381,7 +385,7 @@ def hops_tab(hops: Hops, page: gr.Blocks) -> None:
 
 @dataclass(frozen=True)
 class Molecules:
-    """A molecule model's part of demo.json. Its fields mean what they mean in `Hops`."""
+    """The section of demo.json about a molecule model; the fields are explained in `Hops`."""
 
     model: str
     text: str
@@ -393,7 +397,7 @@ class Molecules:
 def write_molecules(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_loops: int, number: int = MOLECULES
 ) -> list[str]:
-    """SMILES sampled with `num_loops` loops per token."""
+    """`number` SMILES, sampled with `num_loops` loops per token."""
     start = tokenizer([""] * number, return_tensors="pt").to(model.device)
     written = model.generate(
         **start,
@@ -409,7 +413,7 @@ def write_molecules(
 
 
 def drawing(smiles: str) -> str | None:
-    """An SVG of the molecule; None if rdkit reads none in it."""
+    """An SVG of the molecule; None if rdkit cannot read the SMILES."""
     with rdBase.BlockLogs():
         molecule = Chem.MolFromSmiles(smiles) if smiles else None
     if molecule is None:
@@ -443,7 +447,7 @@ def molecules_tab(molecules: Molecules) -> None:
         trained,
         step=1,
         label="Number of loops per token",
-        info=f"Training ended at {trained}.",
+        info=f"Training ended at {trained} loops.",
         buttons=[],
     )
     new = gr.Button(f"Write {MOLECULES} molecules", variant="primary")
@@ -462,9 +466,8 @@ def molecules_tab(molecules: Molecules) -> None:
 
 
 def make_page(folder: Path) -> gr.Blocks:
-    """The page of the demo.json in `folder`; loads its models."""
+    """Load the models that demo.json in `folder` names, and make the page."""
     settings = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    # Counted visits are nobody's business.
     with gr.Blocks(title=settings["title"], analytics_enabled=False) as page:
         gr.Markdown(f"# {settings['title']}")
         if "hops" in settings:

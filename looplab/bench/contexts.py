@@ -16,11 +16,10 @@ from transformers.cache_utils import DynamicCache
 
 from looplab.instruments.timing import compared, interleaved, ratio_text
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.cache_looped import CACHE_NAME
+from modeling_looped.cache_layers_looped import CACHE_NAME
+from modeling_looped.cache_looped import SHARINGS
 
 from .pair import Workload, build_pair, kv_bytes_per_token, model_sizes, training_step
-
-SHARINGS = ("per_loop", "first", "last", "mean", "gated")
 
 
 def filled_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:

@@ -1,6 +1,7 @@
 """Floating-point operations, counted from a configuration."""
 
 from modeling_looped import LoopedConfig
+from modeling_looped.connections_looped import CONNECTIONS
 
 
 def forward_flops(
@@ -25,16 +26,7 @@ def forward_flops(
 
 def connection_flops(config: LoopedConfig) -> int:
     """Matrix-product FLOPs of the loop connection, per token and loop."""
-    hidden, streams = config.hidden_size, config.num_streams
-    if config.loop_connection != "hyper":
-        return {"plain": 0, "inject_add": 0, "inject_concat": 4 * hidden * hidden}[config.loop_connection]
-    gates, mixing = {
-        "diagonal": (3 * streams, 0),
-        "identity": (2 * streams, 0),
-        "sinkhorn": (2 * streams + streams**2, streams**2),
-        "static": (0, streams**2),
-    }[config.hyper_mixing]
-    return 2 * streams * hidden * gates + 2 * mixing * hidden
+    return CONNECTIONS[config.loop_connection].of(config).flops(config)
 
 
 def update_flops(config: LoopedConfig, batch: int, tokens: dict[int, float], loops: dict[int, float]) -> float:

@@ -23,10 +23,8 @@ from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
 from looplab.tasks.base import MEMORY
 from looplab.tasks.registry import task_for
-from modeling_looped.cache_looped import CACHE_NAME
-from modeling_looped.configuration_looped import REWRITING_SHARINGS
-
-SHARINGS = ("per_loop", "first", "last", "mean")
+from modeling_looped.cache_layers_looped import CACHE_NAME
+from modeling_looped.cache_looped import SHARINGS
 
 
 def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> PreTrainedModel:
@@ -46,9 +44,10 @@ def kv_bytes(model: PreTrainedModel) -> int:
 def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, int | None]]:
     """(kv_sharing, chunk) pairs to measure; of sharings that chunks do not change, one."""
     own = model.config.kv_sharing
-    sharings = [own] if own == "gated" else list(SHARINGS)
+    # Weights that have KV gates fit no other policy, and others lack them.
+    sharings = [own] if SHARINGS[own].has_parameters else [s for s in SHARINGS if not SHARINGS[s].has_parameters]
     lengths = [chunk or None for chunk in chunks]
-    return [(s, chunk) for s in sharings for chunk in (lengths if s in REWRITING_SHARINGS else [None])]
+    return [(s, chunk) for s in sharings for chunk in (lengths if SHARINGS[s].rewrites else [None])]
 
 
 def measure_memory(

@@ -1,8 +1,8 @@
-"""A pretrained dense transformer as a looped one: `looped convert SOURCE TARGET`.
+"""`looped convert SOURCE TARGET`: make a looped model from a pretrained dense transformer, or from Ouro.
 
-The layers below the core become the prelude, those above it the coda, and no weight changes: at one loop the looped
-model is the source. That is not assumed but measured on the files that were written, before they get their name.
-Ouro is a looped model already: it only changes its names (`ouro.py`), and its tensors are compared.
+The layers before the core become the prelude, the layers after it the coda, and no weight changes, so that at one loop
+the looped model equals its source. This is measured on the written files before they get their name. Ouro is a looped
+model already: only names change (`ouro.py`), and the tensors are compared instead.
 """
 
 import copy
@@ -34,7 +34,7 @@ from .ouro import check_tokenizer, ouro_config, ouro_generation_settings, ouro_w
 
 logger = logging.get_logger(__name__)
 
-# Fields of LoopedConfig that the sources have under the same name and with the same meaning.
+# Fields that LoopedConfig and the configurations of the sources have with the same name and meaning.
 SAME_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -46,11 +46,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture says about its layers, in the words of LoopedConfig.
+    """How an architecture maps to LoopedConfig.
 
     Args:
-        layer: of the source's configuration, the fields attention_bias, mlp_bias and qk_norm where they are not False.
-        zeros: ending of the tensors that the looped model has, the source has not, and that are zero.
+        layer: from the configuration of the source to the fields attention_bias, mlp_bias and qk_norm that are True.
+        zeros: endings of tensor names: the looped model has these tensors, the source does not, and they are zero.
     """
 
     layer: Callable[[PreTrainedConfig], dict]
@@ -63,7 +63,7 @@ FAMILIES = {
     "qwen2": Family(lambda config: {"attention_bias": True}, zeros=("self_attn.o_proj.bias",)),
     "qwen3": Family(lambda config: {"attention_bias": config.attention_bias, "qk_norm": True}),
 }
-# Why not: an architecture that is asked for often deserves its own reason.
+# Why an architecture cannot be converted, for those that users ask for most.
 MIXTURE = "its MLPs are mixtures of experts, and a looped layer has one MLP"
 GEMMA = "its norms multiply by 1 + weight and its embeddings by sqrt(hidden_size), which a looped model does not"
 REASONS = {
@@ -78,10 +78,10 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Identity:
-    """How far a looped model at one loop is from its source, over the real tokens of a few rows.
+    """How much the logits of a looped model at one loop differ from those of its source.
 
     Args:
-        difference: the largest |logit difference|.
+        difference: the largest absolute difference over all tokens compared.
         tolerance: the largest difference that rounding explains, see `compare`.
     """
 
@@ -98,10 +98,11 @@ class Conversion:
     """What `convert` wrote.
 
     Args:
-        folder: of the looped model.
-        core: first and last core layer, both inclusive, of the source's `num_layers`.
-        num_loops: loops by default.
-        identity: the check at one loop; None for Ouro, whose published code does not run: its tensors were compared.
+        folder: holds the looped model.
+        core: first and last layer of the core, both inclusive, counted in the source.
+        num_layers: layers of the source.
+        num_loops: default loop count.
+        identity: the check at one loop; None for Ouro, whose tensors are compared since its code does not run.
     """
 
     folder: Path
@@ -112,14 +113,15 @@ class Conversion:
 
 
 def refuse(field: str, value, reason: str, remedy: str) -> ValueError:
+    """The error for a field of the source that cannot be converted."""
     return ValueError(f"{field}={value!r} cannot be converted exactly: {reason}; {remedy}.")
 
 
 def check_core(core: Sequence[int] | None, num_layers: int) -> tuple[int, int]:
-    """First and last layer of the core, both inclusive; by default those of `default_window`.
+    """First and last layer of the core, both inclusive; those of `default_window` if `core` is None.
 
     Raises:
-        ValueError: not two layers of the source in order.
+        ValueError: `core` is not two layers of the source in order.
     """
     first, last = default_window(num_layers) if core is None else core
     if not 0 <= first <= last < num_layers:
@@ -131,6 +133,7 @@ def check_core(core: Sequence[int] | None, num_layers: int) -> tuple[int, int]:
 
 
 def check_architecture(model_type: str | None) -> None:
+    """Raise ValueError, with the reason, for an architecture that is not in FAMILIES."""
     if model_type not in FAMILIES:
         reason = REASONS.get(str(model_type), "its layers are not known to be those of a looped model")
         known = ", ".join([*FAMILIES, "ouro"])
@@ -139,7 +142,7 @@ def check_architecture(model_type: str | None) -> None:
 
 
 def check_fields(config: PreTrainedConfig) -> None:
-    """Refuse what a configuration of a known family may say and a looped model cannot."""
+    """Raise ValueError for a field of a known family that no looped model can express."""
     values = vars(config)
     quantization = values.get("quantization_config")
     if quantization is not None and not isinstance(quantization, GgufConfig):  # load_source unpacks gguf tensors
@@ -166,15 +169,15 @@ def check_fields(config: PreTrainedConfig) -> None:
 
 
 def looped_config(config: PreTrainedConfig, core: Sequence[int] | None = None, num_loops: int = 1) -> LoopedConfig:
-    """The configuration of the source as that of a looped model.
+    """The configuration of the looped model that equals the source at one loop.
 
     Args:
-        config: of a dense Llama, Mistral, Qwen2 or Qwen3.
-        core: first and last core layer, both inclusive; by default those of `default_window`.
-        num_loops: loops by default, >= 1.
+        config: the source's, a dense Llama, Mistral, Qwen2 or Qwen3.
+        core: first and last layer of the core, both inclusive; `default_window` unless given.
+        num_loops: default loop count, >= 1.
 
     Raises:
-        ValueError: a field that cannot be mapped exactly, or a core outside the source's layers.
+        ValueError: a field cannot be mapped exactly, or the core lies outside the source's layers.
     """
     check_architecture(config.model_type)
     check_fields(config)
@@ -196,7 +199,7 @@ def looped_config(config: PreTrainedConfig, core: Sequence[int] | None = None, n
 
 
 def looped_name(name: str, core: tuple[int, int]) -> str:
-    """Of a source's tensor, its name in the looped model: layer 14 is `core.1` if the core is (13, 16)."""
+    """The name in the looped model of the source's tensor `name`: layer 14 is `core.1` if the core is (13, 16)."""
     if not name.startswith("model.layers."):
         return name
     _, _, layer, *rest = name.split(".")
@@ -212,15 +215,15 @@ def looped_name(name: str, core: tuple[int, int]) -> str:
 
 
 def to_looped(model: PreTrainedModel, core: Sequence[int] | None = None, num_loops: int = 1) -> LoopedForCausalLM:
-    """A looped copy of a loaded causal LM, equal to it at one loop; the model is left as it is.
+    """A looped copy of a loaded causal LM, equal to it at one loop; `model` does not change.
 
     Args:
         model: a dense Llama, Mistral, Qwen2 or Qwen3 causal LM.
-        core: first and last core layer, both inclusive; by default those of `default_window`.
-        num_loops: loops by default, >= 1, in the configuration and the generation configuration.
+        core: first and last layer of the core, both inclusive; `default_window` unless given.
+        num_loops: default loop count, >= 1, in the configuration and the generation configuration.
 
     Raises:
-        ValueError: a field or tensor that cannot be mapped exactly, or a core outside the model's layers.
+        ValueError: a field or tensor cannot be mapped exactly, or the core lies outside the model's layers.
     """
     config = looped_config(model.config, core, num_loops)
     core = check_core(core, model.config.num_hidden_layers)
@@ -229,7 +232,7 @@ def to_looped(model: PreTrainedModel, core: Sequence[int] | None = None, num_loo
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) > 1:
         raise ValueError(f"the tensors have several dtypes, {sorted(map(str, dtypes))}: convert them to one first.")
-    # What the weights do counts: a checkpoint whose two matrices differ is not tied, whatever its config.json says.
+    # The weights decide, not config.json: embeddings are tied only if the two matrices are one.
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     config.tie_word_embeddings = head is not None and head.weight is embeddings.weight
 
@@ -246,10 +249,10 @@ def to_looped(model: PreTrainedModel, core: Sequence[int] | None = None, num_loo
 
 
 def check_tensors(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Every tensor of the source has its place, every place its tensor.
+    """Check that the tensors `weights` of the source are exactly those that the looped model needs.
 
     Raises:
-        ValueError: with the names, in the looped model, that are left over, empty, or of another shape.
+        ValueError: with the names, in the looped model, of tensors that are left over, missing, or of another shape.
     """
     shapes = [
         f"{name} {tuple(weights[name].shape)} for {tuple(tensor.shape)}"
@@ -267,13 +270,13 @@ def check_tensors(weights: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 
 def generation_settings(model: PreTrainedModel, num_loops: int) -> GenerationConfig:
-    """The source's generation settings with the loop count; of settings that contradict each other only the ids."""
+    """The source's generation settings with the loop count; if they contradict each other, only the special ids."""
     settings = copy.deepcopy(model.generation_config)
     settings.num_loops = num_loops
     try:
         settings.validate(strict=True)
     except ValueError as error:  # transformers loads such a file and refuses to write it
-        logger.warning(f"of the source's generation settings only the special ids are kept: {error}")
+        logger.warning(f"only the special ids are kept from the source's generation settings: {error}")
         ids = {name: getattr(settings, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         return GenerationConfig(num_loops=num_loops, **ids)
     return settings
@@ -281,13 +284,13 @@ def generation_settings(model: PreTrainedModel, num_loops: int) -> GenerationCon
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, looped: LoopedForCausalLM, seed: int = 0) -> Identity:
-    """The source against the looped model at one loop, both in float32 on the same device.
+    """Compare the logits of the source and of the looped model at one loop, both in float32 on the same device.
 
-    Three rows of seeded random tokens: as they are, spread over all positions (where a wrong rotary embedding shows),
-    and left-padded. The tolerance is 1e-4 of the largest |logit|. On SmolLM2-135M a change of rounding alone (another
-    attention kernel, or float64) moved the logits by 3e-6 to 2e-5 of it; one norm's weight off by 0.1 % by 6e-4,
-    an epsilon of norms 10 times too small by 2e-2, a rotary base off by a little by 1. The norms are torch's RMSNorm,
-    which may round otherwise than the source's.
+    There are three batch rows of seeded random tokens: plain, with positions spread over all that the model allows
+    (which shows a wrong rotary embedding), and left-padded. The tolerance is 1e-4 of the largest |logit|. On
+    SmolLM2-135M, rounding alone (another attention kernel, or float64) moved the logits by 3e-6 to 2e-5 of the
+    largest; one norm weight wrong by 0.1 % moved them by 6e-4, a norm epsilon 10 times too small by 2e-2, and a
+    slightly wrong rotary base by 1. The looped norms are torch's RMSNorm, which may round otherwise than the source's.
     """
     longest = model.config.max_position_embeddings
     tokens = min(32, longest)
@@ -304,7 +307,7 @@ def compare(model: PreTrainedModel, looped: LoopedForCausalLM, seed: int = 0) ->
 
 
 def load_tokenizer(source: str, gguf_file: str | None = None, **arguments) -> PreTrainedTokenizerBase | None:
-    """The source's tokenizer, or None where it has none; before its weights, which take longer to read."""
+    """The source's tokenizer, or None if it has none. Raises ValueError if its files are damaged."""
     if gguf_file is None and not any(
         cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in TOKENIZER_FILES
     ):
@@ -314,7 +317,7 @@ def load_tokenizer(source: str, gguf_file: str | None = None, **arguments) -> Pr
 
 
 def read_fields(source: str, gguf_file: str | None) -> dict:
-    """The source's config.json, as it is."""
+    """The fields of the source's config.json. Raises ValueError if there is no such source, or no fields in it."""
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise ValueError(f"gguf_file={gguf_file!r} needs the gguf package: pip install gguf.")
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
@@ -329,16 +332,16 @@ def read_fields(source: str, gguf_file: str | None) -> dict:
 
 
 def read_config(fields: dict) -> PreTrainedConfig:
-    """The source's configuration, its architecture checked before its class is looked for."""
+    """The source's configuration. Raises ValueError as `check_architecture`."""
     check_architecture(fields.get("model_type"))
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 
 def load_source(source: str, config: PreTrainedConfig, gguf_file: str | None) -> PreTrainedModel:
-    """The source in its own dtype.
+    """The source model in its own dtype.
 
     Raises:
-        ValueError: the checkpoint and its configuration do not fit, which transformers only warns about.
+        ValueError: the weights do not fit the configuration, which transformers only warns about.
     """
     gguf = {} if gguf_file is None else {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     with quietly(), blaming(source, REMEDY):
@@ -362,7 +365,7 @@ def load_source(source: str, config: PreTrainedConfig, gguf_file: str | None) ->
 
 
 def convert_ouro(source: str, target: Path, fields: dict, num_loops: int | None) -> Conversion:
-    """Write a published Ouro checkpoint as a looped model, bit for bit; see `convert`."""
+    """`convert` for a published Ouro checkpoint: its tensors are written bit for bit."""
     config = ouro_config(fields)
     if num_loops is not None:
         config.num_loops = num_loops
@@ -402,14 +405,14 @@ def convert(
     num_loops: int | None = None,
     gguf_file: str | None = None,
 ) -> Conversion:
-    """Write the looped model of a pretrained dense causal LM or of an Ouro, with its tokenizer, to a folder that any
-    transformers loads with `trust_remote_code=True`.
+    """Make a looped model from a pretrained dense causal LM or from Ouro, and write it to a folder with its tokenizer;
+    transformers loads it with `trust_remote_code=True`.
 
     Args:
         source: folder or Hub name of a Llama, Mistral, Qwen2, Qwen3 or Ouro causal LM.
-        target: a folder that does not exist; it appears when all is written and checked.
-        core: first and last core layer, both inclusive; by default those of `default_window`. All of Ouro's loop.
-        num_loops: loops by default, >= 1; if not said 1, and for Ouro those it was trained with.
+        target: a folder that does not exist; it appears when everything is written and checked.
+        core: first and last layer of the core, both inclusive; `default_window` unless given. In Ouro all layers loop.
+        num_loops: default loop count, >= 1; unless given it is 1, and for Ouro the loop count it was trained with.
         gguf_file: name of a gguf file in `source`; its tensors are dequantised.
 
     Raises:
@@ -424,7 +427,7 @@ def convert(
 def convert_checked(
     source: str, target: Path, core: Sequence[int] | None, num_loops: int | None, gguf_file: str | None
 ) -> Conversion:
-    """`convert`, for files that are in order."""
+    """`convert`, without the blame of unexpected errors on the source's files."""
     fields = read_fields(source, gguf_file)
     if fields.get("model_type") == "ouro":
         if core is not None or gguf_file is not None:
@@ -435,7 +438,7 @@ def convert_checked(
     config = read_config(fields)
     core = check_core(core, config.num_hidden_layers)
     num_loops = 1 if num_loops is None else num_loops
-    looped_config(config, core, num_loops)  # refuses before gigabytes are read
+    looped_config(config, core, num_loops)  # raises before gigabytes are read
 
     tokenizer = load_tokenizer(source, gguf_file=gguf_file)
 
@@ -448,8 +451,9 @@ def convert_checked(
         identity = compare(model.float(), written)
         if not identity.holds:
             raise ValueError(
-                f"{source} is not its looped model at 1 loop: the largest logit difference is "
+                f"the looped model does not equal {source} at 1 loop: the largest logit difference is "
                 f"{identity.difference:.2e}, and rounding explains {identity.tolerance:.2e}. Nothing was written. If "
-                "these are numbers, the conversion is wrong for this model: please report it; nan is the source's own."
+                "these are numbers, the conversion is wrong for this model: please report it. If they are nan, the "
+                "source itself gives nan."
             )
     return Conversion(target, core, config.num_hidden_layers, num_loops, identity)

@@ -1,4 +1,4 @@
-"""A published Ouro checkpoint (arXiv 2510.25741) in the words and names of a looped model; no code of it is run.
+"""Ouro (arXiv 2510.25741): the names of a published checkpoint, and what they become in a looped model.
 
     model.layers.I.*        -> model.core.I.*            all layers loop; the four norms have the same names
     model.norm              -> model.core_norm           closes every loop: readout and next input
@@ -6,7 +6,7 @@
     total_ut_steps          -> num_loops
     early_exit_threshold q  -> generation_config.halting = {"rule": "q_exit", "q": q}, where q < 1
 
-The released file computes all loops whatever its gate says, and does not run on transformers 5.
+The published code is not run. It runs all loops whatever its exit gate says, and does not load in transformers 5.
 """
 
 import json
@@ -26,18 +26,18 @@ SAME_FIELDS = (
     "max_position_embeddings", "initializer_range", "tie_word_embeddings",
 )  # fmt: skip
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# The shipped configurations say 0 for all three, with which generation never stops.
+# The published configurations say 0 for all three, so that generation never stops.
 RIGHT_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def same_special_ids(fields: dict) -> bool:
-    """The fault of the shipped files: one id for the beginning, the end and padding."""
+    """Whether bos, eos and pad have one id, which is the fault of the published files."""
     ids = {fields.get(name) for name in SPECIAL_IDS}
     return len(ids) == 1 and None not in ids
 
 
 def special_ids(fields: dict) -> dict:
-    """bos, eos and pad of an Ouro config.json, put right where all three are the same."""
+    """The ids of bos, eos and pad in an Ouro config.json, corrected if all three are the same."""
     if not same_special_ids(fields):
         return {name: fields.get(name) for name in SPECIAL_IDS}
     logger.warning(f"bos, eos and pad are all {fields['eos_token_id']}: corrected to {RIGHT_IDS}.")
@@ -45,10 +45,10 @@ def special_ids(fields: dict) -> dict:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, fields: dict) -> None:
-    """Make the special tokens of a tokenizer with the fault of its configuration the corrected ones.
+    """Correct the special tokens of `tokenizer` in place where they have the fault of the published files.
 
     Raises:
-        ValueError: they are others than the configuration's.
+        ValueError: the tokenizer and config.json have different ids.
     """
     of_tokenizer = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -68,7 +68,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, fields: dict) -> None:
 
 
 def check_fields(fields: dict) -> None:
-    """Refuse what an Ouro configuration may say and a looped model cannot."""
+    """Raise ValueError for a field of Ouro's configuration that no looped model can express."""
     refused = {
         "use_sliding_window": bool(fields.get("use_sliding_window")),
         "layer_types": bool(set(fields.get("layer_types") or []) - {"full_attention"}),
@@ -84,16 +84,16 @@ def check_fields(fields: dict) -> None:
 
 
 def ouro_config(fields: dict) -> LoopedConfig:
-    """The `config.json` of a published Ouro checkpoint as that of a looped model.
+    """The configuration of the looped model, from the fields of a published Ouro config.json.
 
     Raises:
-        ValueError: a field that is missing or cannot be mapped exactly.
+        ValueError: a field is missing or cannot be mapped exactly.
     """
     check_fields(fields)
     needed = {*SAME_FIELDS, "num_hidden_layers", "total_ut_steps", "rms_norm_eps", "rope_theta"}
     missing = sorted(needed - fields.keys())
     if missing:
-        raise ValueError(f"the source's config.json lacks {', '.join(missing)}: it is not that of an Ouro model.")
+        raise ValueError(f"the source's config.json lacks {', '.join(missing)}: it is not the file of an Ouro model.")
     return LoopedConfig(
         **{name: fields[name] for name in SAME_FIELDS},
         **special_ids(fields),
@@ -110,12 +110,12 @@ def ouro_config(fields: dict) -> LoopedConfig:
 
 
 def ouro_generation_settings(source: str, fields: dict, num_loops: int | None = None) -> GenerationConfig:
-    """The source's generation settings, with right ids, the loop count and the exit threshold.
+    """The source's generation settings, with corrected ids, the loop count and the threshold of the exit gate.
 
     Args:
         source: folder or Hub name.
-        fields: its config.json.
-        num_loops: loops by default; those of the source if not said.
+        fields: of its config.json.
+        num_loops: default loop count; the one of the source unless given.
     """
     stored = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     settings = GenerationConfig() if stored is None else GenerationConfig.from_pretrained(source)
@@ -131,7 +131,7 @@ def ouro_generation_settings(source: str, fields: dict, num_loops: int | None = 
 
 
 def ouro_name(name: str) -> str:
-    """Of a published tensor, its name in the looped model."""
+    """The name in the looped model of the published tensor `name`."""
     for published, ours in (
         ("model.layers.", "model.core."),
         ("model.norm.", "model.core_norm."),
@@ -143,10 +143,10 @@ def ouro_name(name: str) -> str:
 
 
 def ouro_weights(source: str) -> dict[str, torch.Tensor]:
-    """All tensors of the checkpoint's safetensors files, under their names in the looped model.
+    """Name in the looped model -> tensor, for all tensors in the checkpoint's safetensors files.
 
     Raises:
-        OSError: there are none.
+        OSError: there are no such files.
     """
     index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     names = ["model.safetensors"]

@@ -1,4 +1,4 @@
-"""Instruments that look into any model: recorder, traces, probes, stopwatch, drawing.
+"""Instruments that look into any looped model, whatever its task: recorder, traces, probes, stopwatch, drawing.
 
-They may import runs and what lies below it. They know no task.
+They may import runs and what lies below it.
 """

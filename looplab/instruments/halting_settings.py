@@ -1,12 +1,11 @@
 """A halting rule with its threshold and a budget of loops, as one row of `halting.jsonl` names it."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+from modeling_looped import LoopedConfig
+from modeling_looped.halting_looped import RULES, Effort
 
-SETTING_FIELDS = ("kl_threshold", "max_entropy", "threshold", "num_loops")
+SETTING_FIELDS = ("num_loops", *dict.fromkeys(name for rule in RULES.values() for name in rule.thresholds()))
 
 
 @dataclass(frozen=True)
@@ -24,36 +23,37 @@ class HaltingSetting:
         return {"num_loops": self.num_loops, **(self.halting or {"rule": "fixed"})}
 
 
-def exit_settings(
-    model: PreTrainedModel, num_loops: int, thresholds: dict[str, Sequence[float]]
-) -> list[HaltingSetting]:
-    """Every rule of `thresholds` that the model has, with at most `num_loops` loops, then the fixed counts below.
+def rules_to_try(config: LoopedConfig, effort: Effort) -> list[dict]:
+    """Every rule that a model of this configuration has, at every threshold that is worth the effort."""
+    return [
+        {"rule": name, **thresholds}
+        for name, rule in RULES.items()
+        if config.exit_gate or not rule.reads_exit_gate
+        for thresholds in rule.grid(effort, config.vocab_size)
+    ]
+
+
+def exit_settings(config: LoopedConfig, num_loops: int, effort: Effort) -> list[HaltingSetting]:
+    """Every setting of `rules_to_try`, with at most `num_loops` loops, then the fixed loop counts below.
 
     Raises:
         ValueError: there is only one loop.
     """
     if num_loops < 2:
         raise ValueError(f"num_loops={num_loops} leaves no loop out: exits are measured with 2 or more.")
-    bound = entropy_bound(model.config.vocab_size)
-    rules = [{"rule": "kl_entropy", "kl_threshold": kl, "max_entropy": bound} for kl in thresholds["kl_entropy"]]
-    rules += [{"rule": "latent", "threshold": change} for change in thresholds["latent"]]
-    rules += [{"rule": "q_exit", "q": q} for q in thresholds["q_exit"] if model.config.exit_gate]
-    return [HaltingSetting(rule, num_loops) for rule in rules] + [
-        HaltingSetting(None, fixed) for fixed in range(1, num_loops)
-    ]
+    rules = [HaltingSetting(rule, num_loops) for rule in rules_to_try(config, effort)]
+    return rules + [HaltingSetting(None, fixed) for fixed in range(1, num_loops)]
 
 
 def threshold_text(row: dict) -> str:
-    """The threshold of a row's rule; of a fixed count, that."""
-    return f"{row.get('kl_threshold', row.get('threshold', row.get('q', row['num_loops']))):g}"
+    """The first threshold of a row's rule; of a fixed loop count, that."""
+    first = [*RULES[row["rule"]].thresholds(), "num_loops"][0]
+    return f"{row[first]:g}"
 
 
 def setting_of(row: dict) -> HaltingSetting:
     """The setting of a row of halting.jsonl."""
-    thresholds = {key: row[key] for key in ("rule", "kl_threshold", "max_entropy", "threshold", "q") if key in row}
-    return HaltingSetting(None if row["rule"] == "fixed" else thresholds, row["num_loops"])
-
-
-def entropy_bound(vocab_size: int) -> float:
-    """The bound of arXiv 2604.07822, 3.00 nats of ln 217, scaled to another vocabulary."""
-    return 3.0 / math.log(217) * math.log(vocab_size)
+    if row["rule"] == "fixed":
+        return HaltingSetting(None, row["num_loops"])
+    thresholds = {name: row[name] for name in RULES[row["rule"]].thresholds()}
+    return HaltingSetting({"rule": row["rule"], **thresholds}, row["num_loops"])

@@ -1,4 +1,4 @@
-"""Linear probes: what a linear map can read out of states."""
+"""Linear probes: how well a linear map predicts labels from states."""
 
 import copy
 
@@ -8,10 +8,14 @@ from transformers import PreTrainedModel
 
 
 def fit_probe(features: torch.Tensor, labels: torch.Tensor, num_classes: int, penalty: float = 1e-3) -> torch.Tensor:
-    """Multinomial logistic regression of `labels` (N,) on `features` (N, D), by L-BFGS from zero; W (D + 1, classes).
+    """Weights (D + 1, num_classes) of a multinomial logistic regression; the last row is the bias.
 
-    Minimises mean cross-entropy + penalty / 2 x the squares of all weights but the last row, the bias. Features are
-    best standardised.
+    L-BFGS, from zero, minimises the mean cross-entropy in nats plus penalty / 2 times the sum of the squared weights
+    without the bias.
+
+    Args:
+        features: (N, D), best standardised.
+        labels: (N,) class numbers.
     """
     weights = torch.zeros(features.shape[1] + 1, num_classes, requires_grad=True)
     inputs = with_bias(features)
@@ -28,13 +32,16 @@ def fit_probe(features: torch.Tensor, labels: torch.Tensor, num_classes: int, pe
 
 
 def with_bias(features: torch.Tensor) -> torch.Tensor:
+    """(N, D) -> (N, D + 1), the last column 1."""
     return torch.cat([features, torch.ones(len(features), 1)], dim=1)
 
 
 def probe_accuracy(features, labels, test_features, test_labels, penalty: float = 1e-3) -> tuple[float, float]:
-    """Accuracy on the test rows of a probe, and of guessing the commonest label, both fitted on the other rows.
+    """(accuracy of a probe, accuracy of always guessing the commonest label), both fitted on the training rows.
 
-    Features are standardised by the mean and spread of the training rows. Labels (N,) are any token ids.
+    Args:
+        features, test_features: (N, D) and (M, D), standardised here by mean and deviation of the training rows.
+        labels, test_labels: (N,) and (M,) token ids.
     """
     mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
     classes, labels = labels.unique(return_inverse=True)
@@ -45,10 +52,10 @@ def probe_accuracy(features, labels, test_features, test_labels, penalty: float 
 
 
 def random_twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """A model of the same configuration with random weights.
+    """A model of the same configuration with random weights, to compare a probe of the trained one with.
 
-    Its layers start with N(0, initializer_range^2) projections also where the trained model's started as the identity,
-    since no state would otherwise know any word but its own.
+    Its layers are drawn from N(0, initializer_range^2), even if those of the trained model started as the identity:
+    under identity layers a state would hold nothing but its own token.
     """
     config = copy.deepcopy(model.config)
     config.residual_init = "normal"

@@ -1,17 +1,16 @@
-"""Record and edit what every layer call of a looped model puts out.
+"""Record and edit the output of every layer call of a looped model.
 
     recording = record(model, input_ids)                   one forward
     recording.states["core", 2, 0]                         (B, T, D)  core layer 0 in the third loop
-    recording.readout(("core", 2, 0))                      (B, T, V)  what the model would say if it stopped there
+    recording.readout(("core", 2, 0))                      (B, T, V)  logits if the model stopped there
 
     with edit(model, ("core", 2, 0), change, positions=[1]):
         model(input_ids)                                   change: (B, K, D) -> (B, K, D) replaces that output
-    with edit_head(model, ("core", 2, 0), head, change):   the same of one attention head, (B, T, d)
+    with edit_head(model, ("core", 2, 0), head, change):   the same for one attention head, (B, T, d)
 
-A core layer is one module that runs once per loop, so a call is named (section, loop, layer), all counted from 0;
-prelude and coda have loop 0. Works on every LoopedForCausalLM, also one loaded through the code saved beside its
-weights. Legend: B rows, T tokens, K edited positions, D hidden size, H heads, d head size, V
-vocabulary.
+A core layer is one module that runs once per loop, so a layer call is named (section, loop, layer), all counted from
+0; prelude and coda have loop 0. The model may be any LoopedForCausalLM, also one loaded by the code saved beside its
+weights. Legend: B batch rows, T tokens, K edited positions, D hidden size, H heads, d head size, V vocabulary.
 """
 
 from collections import Counter
@@ -35,7 +34,7 @@ class LayerCall(NamedTuple):
 
 
 def layer_calls(config: PreTrainedConfig, num_loops: int | None = None) -> list[LayerCall]:
-    """The layer calls of a forward in the order they happen; `config.num_loops` loops unless given."""
+    """The layer calls of a forward pass, in order. num_loops: `config.num_loops` unless given."""
     num_loops = config.num_loops if num_loops is None else num_loops
     prelude = [LayerCall("prelude", 0, layer) for layer in range(config.num_prelude_layers)]
     core = [LayerCall("core", loop, layer) for loop in range(num_loops) for layer in range(config.num_core_layers)]
@@ -44,7 +43,7 @@ def layer_calls(config: PreTrainedConfig, num_loops: int | None = None) -> list[
 
 @dataclass(frozen=True)
 class Recording:
-    """One forward: the output of every layer call, in call order, and the logits (B, T, V) at the end."""
+    """One forward pass: the output (B, T, D) of every layer call, in order, and the logits (B, T, V)."""
 
     model: PreTrainedModel
     states: dict[LayerCall, torch.Tensor]
@@ -52,12 +51,12 @@ class Recording:
 
     @torch.no_grad()
     def readout(self, call: tuple[str, int, int]) -> torch.Tensor:
-        """Logits (B, T, V) if every later layer were the identity (logit lens; nostalgebraist 2020)."""
+        """Logits (B, T, V) as if every layer after `call` were the identity (logit lens; nostalgebraist 2020)."""
         return stopped_readout(self.model, LayerCall(*call), self.states[call])
 
 
 def stopped_readout(model: PreTrainedModel, call: LayerCall, state: torch.Tensor) -> torch.Tensor:
-    """Readout of a state (B, K, D) that `call` put out: the norms that still lie ahead of it, then the head."""
+    """Logits (B, K, V) of `state` (B, K, D), the output of `call`: the norms that come after it, then the head."""
     if call.section != "coda":
         state = model.model.core_norm(state)
     return model.readout(state)
@@ -73,7 +72,7 @@ def record(
     """Run `model` once, in evaluation mode, on `input_ids` (B, T), and keep the output of every layer call.
 
     Args:
-        num_loops: one loop count for all rows, `config.num_loops` unless given.
+        num_loops: one loop count for all batch rows, `config.num_loops` unless given.
 
     Raises:
         ValueError: num_loops is not an int >= 1.
@@ -96,16 +95,16 @@ def edit(
     change: Callable[[torch.Tensor], torch.Tensor],
     positions: Sequence[int] | None = None,
 ) -> Iterator[None]:
-    """Within the block, every forward continues from `change(state)` in place of what `call` puts out.
+    """Within the block, `change` replaces the output of `call` in every forward pass.
 
     Edits nest, and `record` inside the block sees them.
 
     Args:
-        change: (B, K, D) -> (B, K, D), given the state at `positions`.
+        change: (B, K, D) -> (B, K, D), from the output at `positions` to the output that replaces it.
         positions: the K edited positions, all T unless given; negative ones count from the end.
 
     Raises:
-        ValueError: the model has no such call, `change` returns another shape, or no forward reached the call.
+        ValueError: the model has no such call, `change` returns another shape, or no forward pass reached the call.
     """
     call = LayerCall(*call)
     check_call(model.config, call)
@@ -121,7 +120,7 @@ def edit(
         if changed.shape != output[:, where].shape:
             raise ValueError(
                 f"change must return the shape it is given, {tuple(output[:, where].shape)}, got "
-                f"{tuple(changed.shape)}; rows that halted early are not in it."
+                f"{tuple(changed.shape)}; batch rows that halted early are not in it."
             )
         output = output.clone()
         output[:, where] = changed
@@ -133,7 +132,7 @@ def edit(
 
 
 def check_call(config: PreTrainedConfig, call: LayerCall) -> None:
-    """ValueError unless a forward with enough loops makes `call`."""
+    """Raise ValueError unless a forward pass with enough loops makes `call`."""
     if call not in layer_calls(config, max(call.loop, 0) + 1):
         raise ValueError(
             f"there is no layer call {tuple(call)}: the model has {config.num_prelude_layers} prelude, "
@@ -148,16 +147,16 @@ def edit_head(
     head: int,
     change: Callable[[torch.Tensor], torch.Tensor],
 ) -> Iterator[None]:
-    """Within the block, every forward continues from `change(output)` in place of what one attention head puts out.
+    """Within the block, `change` replaces the output of one attention head in `call`, in every forward pass.
 
-    The output is that head's slice in `call`, before the output projection; other passes of its layer keep theirs.
+    The output of a head is its slice of the input of the output projection. The head runs in other loops as before.
 
     Args:
         head: counted from 0.
-        change: (B, T, d) -> (B, T, d), or what spreads to that shape.
+        change: (B, T, d) -> (B, T, d), or to a shape that broadcasts to it.
 
     Raises:
-        ValueError: the model has no such call or head, or no forward reached the call.
+        ValueError: the model has no such call or head, or no forward pass reached the call.
     """
     call = LayerCall(*call)
     check_call(model.config, call)
@@ -180,6 +179,7 @@ def edit_head(
 
 
 def check_reached(reached: bool, call: LayerCall) -> None:
+    """Raise ValueError unless `reached`: an edit that changed nothing is a mistake."""
     if not reached:
         raise ValueError(f"no forward reached {tuple(call)}: run the model inside the block, with enough loops.")
 
@@ -188,14 +188,17 @@ def check_reached(reached: bool, call: LayerCall) -> None:
 def watching(
     model: PreTrainedModel, visit: Callable[[LayerCall, torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
-    """Within the block, `visit(call, output)` sees every layer call and returns a new output, or None to keep it."""
+    """Within the block, `visit(call, output)` gets the output (B, T, D) of every layer call.
+
+    It returns the output that replaces it, or None to keep it.
+    """
 
     def attach(layer: nn.Module, next_call: Callable[[], LayerCall]) -> RemovableHandle:
         def hook(layer: nn.Module, arguments: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple | None:
             call = next_call()
             if isinstance(output, torch.Tensor):
                 return visit(call, output)
-            hidden_states, latent = output  # of a layer with a KV gate
+            hidden_states, latent = output  # a layer with a KV gate returns both
             changed = visit(call, hidden_states)
             return None if changed is None else (changed, latent)
 
@@ -209,7 +212,7 @@ def watching(
 def watching_heads(
     model: PreTrainedModel, visit: Callable[[LayerCall, torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
-    """As `watching`, for what attention puts out before its output projection: (B, T, H, d), a slice per head."""
+    """As `watching`, but `visit` gets the outputs (B, T, H, d) of the heads, before the output projection."""
 
     def attach(layer: nn.Module, next_call: Callable[[], LayerCall]) -> RemovableHandle:
         def hook(projection: nn.Module, arguments: tuple) -> tuple | None:
@@ -228,9 +231,9 @@ def hooked(
 ) -> Iterator[None]:
     """Within the block, every layer has the hook that `attach(layer, next_call)` puts on it.
 
-    next_call: what the hook asks once per run of its layer; it says which call that is.
+    The hook calls `next_call()` exactly once each time its layer runs, and gets the name of that layer call.
     """
-    loops: Counter[nn.Module] = Counter()  # times each layer has run in the forward under way
+    loops: Counter[nn.Module] = Counter()  # times that each layer has run in the present forward pass
 
     def counter(section: str, index: int, layer: nn.Module) -> Callable[[], LayerCall]:
         def next_call() -> LayerCall:

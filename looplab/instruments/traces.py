@@ -1,31 +1,33 @@
-"""Every loop of a forward at once: what a model would answer if it stopped after loop 1, 2 .. R.
+"""Traces: what a model would answer after loop 1, 2 .. R, and what the halting rules look at, from one forward pass.
 
-    for loop in range(R):                      one forward
-        state  = the loop's state
+    for loop in range(R):
+        state  = the state after the loop
         logits = readout(state)                (N, V) at the last position
         trace  = argmax, margin of the gold token, KL to the loop before, entropy, change of the state
 
-Nothing in a loop depends on how many follow, so loop t of R answers as a run of t loops does (arXiv 2604.07822). A
-coda runs once, after the last loop: the answers of a model that has one are taken from a forward per loop count.
-Legend: R loops, N rows, T tokens, D hidden size, V vocabulary.
+A loop does not depend on how many loops follow, so the state after loop t of R is that of a call with t loops (arXiv
+2604.07822). A coda runs after the last loop only: the answers of a model with a coda come from a forward pass per loop
+count. Legend: R loops, N batch rows, T tokens, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Rows after each of R loops, every tensor (R, N).
+    """Answers and signals of N batch rows after each of R loops; every tensor is (R, N).
 
     Args:
         prediction: id of the token with the largest logit.
-        margin: logit of the gold token minus the largest of the others.
+        margin: logit of the gold token minus the largest other logit.
         kl: KL(p_t || p_{t-1}) in nats, infinite at the first loop.
         entropy: H(p_t) in nats.
         change: ||s_t - s_{t-1}|| / ||s_t||, infinite at the first loop.
+        exit_chance: that the exit gate has ended the text by loop t; 0 in a model without one.
     """
 
     prediction: torch.Tensor
@@ -33,14 +35,19 @@ class Trace:
     kl: torch.Tensor
     entropy: torch.Tensor
     change: torch.Tensor
+    exit_chance: torch.Tensor
 
 
 def trace(
     model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.Tensor, num_loops: int, batch_size: int = 1024
 ) -> Trace:
-    """The trace of rows `input_ids` (N, T), read at the last position, with gold tokens `answers` (N,), on the CPU.
+    """The trace, on the CPU, of the batch rows `input_ids` (N, T), read at the last position.
 
-    The signals are what the halting rules of `halting_looped.py` compare with their thresholds.
+    The halting rules of `halting_looped.py` compare its signals with their thresholds.
+
+    Args:
+        answers: (N,) gold tokens.
+        batch_size: batch rows of a forward pass.
     """
     model.eval()
     batches = zip(input_ids.split(batch_size), answers.split(batch_size), strict=True)
@@ -49,7 +56,7 @@ def trace(
 
 
 def joined(traces: list[Trace]) -> Trace:
-    """Traces of several batches of rows as one."""
+    """Traces of several batches as one."""
     return Trace(*(torch.cat([getattr(part, field.name) for part in traces], dim=1) for field in fields(Trace)))
 
 
@@ -59,11 +66,15 @@ def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.
     signals, said = [], []
 
     def observe(rows: torch.Tensor, state: torch.Tensor) -> None:
-        logits = model.readout(state[:, -1:])[:, -1].float()
+        state = state[:, -1:]
+        logits, gate = model.readout(state)[:, -1].float(), model.model.exit_readout
+        stays = torch.zeros(len(state), device=state.device)  # the log of the chance that the gate goes on
+        if gate is not None:
+            stays = F.logsigmoid(-gate(state)[:, -1])
         before = signals[-1] if signals else None
-        signals.append(signals_of(state[:, -1].float(), logits.log_softmax(-1), before))
+        signals.append(signals_of(state[:, -1].float(), logits.log_softmax(-1), stays, before))
         if before is not None:
-            del before["state"], before["log_p"]  # only the loop before is compared with
+            del before["state"], before["log_p"], before["stays"]  # only the loop before is compared with
         said.append(answer_of(logits, answers))
 
     model(input_ids, num_loops=num_loops, observe=observe, **calls)
@@ -71,22 +82,39 @@ def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.
         runs = (model(input_ids, num_loops=loops, **calls).logits[:, -1] for loops in range(1, num_loops + 1))
         said = [answer_of(logits.float(), answers) for logits in runs]
     prediction, margin = (torch.stack(part).cpu() for part in zip(*said, strict=True))
-    stacked = {name: torch.stack([signal[name] for signal in signals]).cpu() for name in ("kl", "entropy", "change")}
+    names = [field.name for field in fields(Trace) if field.name not in ("prediction", "margin")]
+    stacked = {name: torch.stack([signal[name] for signal in signals]).cpu() for name in names}
     return Trace(prediction, margin, **stacked)
 
 
-def signals_of(state: torch.Tensor, log_p: torch.Tensor, before: dict | None) -> dict:
-    """What the rules look at, (N,) each, for states (N, D) and log-probabilities (N, V)."""
+def signals_of(state: torch.Tensor, log_p: torch.Tensor, stays: torch.Tensor, before: dict | None) -> dict:
+    """What the rules look at, (N,) each, of one loop.
+
+    Args:
+        state: (N, D).
+        log_p: (N, V) log-probabilities of the head.
+        stays: (N,), log of the chance that the exit gate goes on after this loop.
+        before: what this returned of the loop before.
+    """
     p = log_p.exp()
     kl = change = torch.full(log_p.shape[:1], torch.inf, device=log_p.device)
     if before is not None:
         kl = (p * (log_p - before["log_p"])).sum(-1).clamp_min(0)
         change = (state - before["state"]).norm(dim=-1) / state.norm(dim=-1).clamp_min(1e-12)
-    return {"state": state, "log_p": log_p, "kl": kl, "entropy": -(p * log_p).sum(-1), "change": change}
+        stays = before["stays"] + stays
+    return {
+        "state": state,
+        "log_p": log_p,
+        "stays": stays,
+        "kl": kl,
+        "entropy": -(p * log_p).sum(-1),
+        "change": change,
+        "exit_chance": -torch.expm1(stays),
+    }
 
 
 def answer_of(logits: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted token and margin of the gold one, (N,) each."""
+    """Predicted token and margin of the gold token, (N,) each, from logits (N, V)."""
     gold = logits.gather(1, answers[:, None])
     others = logits.scatter(1, answers[:, None], -torch.inf).amax(1)
     return logits.argmax(-1), gold[:, 0] - others

@@ -1,4 +1,4 @@
-"""Pretrained models looped without training, and what is fetched for them: models, benchmarks, corpora.
+"""`looped fetch`, `looped score` and `looped frozen`: fetch models, benchmarks and texts, and loop a frozen model.
 
 It may import instruments and what lies below. It knows no task.
 """

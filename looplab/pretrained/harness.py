@@ -1,8 +1,9 @@
-"""A loaded model on a multiple-choice benchmark, through lm-evaluation-harness (Gao et al. 2024, arXiv 2405.12256),
-and the comparison of two models item by item.
+"""Score a loaded model on a multiple-choice benchmark with lm-evaluation-harness (Gao et al. 2024, arXiv 2405.12256),
+and compare two models item by item.
 
-looplab/tasks/NAME.yaml says how a row of `data_builders.MultipleChoice` becomes a prompt. A choice is scored by the
-sum of its tokens' log-probabilities after the prompt; `acc` takes the largest, `acc_norm` the largest per character.
+benchmarks/NAME.yaml says how a row of `data_builders.MultipleChoice` becomes a prompt. The score of a choice is the
+sum of the log-probabilities of its tokens after the prompt, in nats. `acc` takes the choice with the largest score,
+`acc_norm` the one with the largest score per character.
 """
 
 import copy
@@ -34,20 +35,17 @@ TASKS = Path(__file__).parent / "benchmarks"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The second model against the first on the same items.
-
-    points (percentage points) and nats are means over items; their intervals hold 95 % of the bootstrap means.
-    """
+    """The second model compared with the first on the same items; the intervals are bootstrap intervals at 95 %."""
 
     items: int
     first: float  # accuracy
-    second: float
-    points: float  # 100 (second - first)
+    second: float  # accuracy
+    points: float  # second - first, in percentage points
     points_interval: tuple[float, float]
     gained: int  # items that only the second model has right
-    lost: int
+    lost: int  # items that only the first model has right
     mcnemar_p: float  # exact, two-sided
-    nats: float  # gain in log-probability of the right choice among the choices
+    nats: float  # mean gain in log-probability of the right choice, given that one of the choices follows
     nats_interval: tuple[float, float]
     wilcoxon_p: float  # of the gains in nats, two-sided
 
@@ -61,11 +59,12 @@ class Comparison:
 
 
 def task_names() -> list[str]:
+    """The benchmarks that `score` knows."""
     return sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
 def settle_depth(model: PreTrainedModel) -> None:
-    """Choices are scored by `forward`, which has no generation config: let it run the loops that `generate` would."""
+    """Let `forward`, which scores the choices, run as many loops as `generate` would by the generation config."""
     if isinstance(model, LoopedForCausalLM):
         model.config.num_loops = generation_count(model.config, model.generation_config)
     elif isinstance(model, FrozenLooped):
@@ -82,15 +81,15 @@ def score(
     data: str | Path | None = None,
     cache_dir: str | Path | None = None,
 ) -> list[dict]:
-    """Rows of a split, in its order: id, answer, logprobs (one per choice, natural logarithm), acc, acc_norm.
+    """A dict for each row of a split, in order: id, answer, logprobs (nats, one per choice), acc and acc_norm.
 
-    The model is scored as it is: where it lies, in its own dtype, in evaluation mode for the time being, with whatever
-    its caller has attached to it.
+    The model is scored on its device and in its dtype, with any hooks that its caller attached. It is in evaluation
+    mode meanwhile.
 
     Args:
-        limit: the first rows only; the order is seeded, so these are a fair sample.
-        batch_size: sequences, that is choices, in a forward pass.
-        data: the folder of `looped fetch benchmarks`; by default the one in the user's cache.
+        limit: score the first rows only; the order of the rows is seeded, so that they are a fair sample.
+        batch_size: choices in a forward pass.
+        data: the folder that `looped fetch benchmarks` made; the one in the user's cache unless given.
         cache_dir: of the `datasets` library.
 
     Raises:
@@ -108,10 +107,10 @@ def score(
     rows = build_splits(builder)
 
     config = read_yaml(TASKS / f"{task}.yaml")
-    # The harness evaluates what it is told is the test split.
+    # The harness always evaluates its test split, so `split` goes by that name.
     harness_task = ConfigurableTask(config=config | {"custom_dataset": lambda: rows, "test_split": split})
     training = model.training
-    # It sets a padding token where there is none: on a copy.
+    # The harness may set a padding token: it gets a copy.
     language_model = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     try:
         results = evaluate(language_model, {"tasks": {task: harness_task}}, limit=limit, bootstrap_iters=0)
@@ -132,18 +131,18 @@ def score(
 def compare(
     first: Sequence[dict], second: Sequence[dict], metric: Literal["acc", "acc_norm"] = "acc", seed: int = 0
 ) -> Comparison:
-    """The second model's rows of `score` against the first's, item by item.
+    """Compare two models item by item. first, second: what `score` returned for each.
 
     Raises:
-        ValueError: the rows are not of the same items in the same order, there are none, or the metric is unknown.
+        ValueError: the items differ or come in another order, there are none, or the metric is unknown.
     """
     if metric not in ("acc", "acc_norm"):
         raise ValueError(f"metric must be acc or acc_norm, got {metric!r}.")
     if not first or [row["id"] for row in first] != [row["id"] for row in second]:
         raise ValueError("the two models must be scored on the same items in the same order: same task, split, limit.")
     right = np.array([[row[metric] for row in rows] for rows in (first, second)], dtype=float)  # (2, N)
-    said = np.array([[answer_logprob(row) for row in rows] for rows in (first, second)])
-    gains = np.stack([100 * (right[1] - right[0]), said[1] - said[0]])  # (2, N): points and nats
+    logprobs = np.array([[answer_logprob(row) for row in rows] for rows in (first, second)])  # (2, N)
+    gains = np.stack([100 * (right[1] - right[0]), logprobs[1] - logprobs[0]])  # (2, N): points and nats
     items = gains.shape[1]
     points_interval, nats_interval = bootstrap_intervals(gains, seed)
     gained, lost = int((gains[0] > 0).sum()), int((gains[0] < 0).sum())
@@ -163,24 +162,24 @@ def compare(
 
 
 def wilcoxon_p(gains: np.ndarray) -> float:
-    """Two-sided p of the signed-rank test, (N,) -> p; two equal models have no differences to rank."""
+    """Two-sided p of Wilcoxon's signed-rank test on gains (N,); 1 if all gains are 0, which leaves nothing to rank."""
     return float(wilcoxon(gains).pvalue) if gains.any() else 1.0
 
 
 def answer_logprob(row: dict) -> float:
-    """Log-probability of the right choice, given that one of the choices follows."""
+    """Log-probability of the right choice in nats, given that one of the choices follows."""
     return row["logprobs"][row["answer"]] - float(np.logaddexp.reduce(row["logprobs"]))
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
-    """Two-sided exact p of McNemar's test: items on which two models differ fall either way like a fair coin."""
+    """Two-sided exact p of McNemar's test: gained and lost items are equally likely if the two models are equal."""
     differ = gained + lost
     tail = sum(math.comb(differ, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**differ)
 
 
 def accuracies(rows: Sequence[dict]) -> str:
-    """Accuracy with its standard error, in %, both ways of choosing."""
+    """acc and acc_norm with their standard errors, in %, as text."""
     said = []
     for metric in ("acc", "acc_norm"):
         share = sum(row[metric] for row in rows) / len(rows)

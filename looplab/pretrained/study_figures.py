@@ -1,5 +1,6 @@
-"""Pictures of a study of looping a frozen model, `looped frozen`: the depth profile, and the sweep."""
+"""Figures of `looped frozen`: the depth profile and the sweep."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -10,8 +11,10 @@ UNITS = {"text": "per token of text"}  # of tasks without choices
 
 
 def profile_figure(rows: Sequence[dict]) -> Figure:
-    """Per layer how much it writes, and per window of layers, drawn at its middle, how much looping it changes: where
-    a window moves its output but hardly the loss, looping it is safe."""
+    """For each layer how much it writes; for each window of layers, drawn at its middle, how much looping it changes.
+
+    Looping is safe for a window that moves its output but hardly changes the loss. rows: of `study.run_profile`.
+    """
     layers = [row for row in rows if "layer" in row]
     windows = [row for row in rows if "window" in row]
     middles = [sum(row["window"]) / 2 for row in windows]
@@ -52,7 +55,7 @@ def profile_figure(rows: Sequence[dict]) -> Figure:
 
 
 def sweep_figure(gains: dict[str, tuple[dict, float]], task: str) -> Figure:
-    """Windows x ways to loop, coloured by the gain over the base model, in 1/1000 nats."""
+    """Windows x ways to loop, coloured by the gain over the base model in 1/1000 nats. gains: of `study.gains`."""
     cells = {}
     for setting, gain in gains.values():
         window = "default" if setting["window"] is None else "{}-{}".format(*setting["window"])
@@ -64,15 +67,15 @@ def sweep_figure(gains: dict[str, tuple[dict, float]], task: str) -> Figure:
         {window for window, _ in cells}, key=lambda w: (int(w.split("-")[0]), w) if w[0].isdigit() else (-1, w)
     )
     ways = list(dict.fromkeys(way for _, way in cells))
-    values = [[cells.get((window, way), float("nan")) for way in ways] for window in windows]
-    # Naive looping may lose a hundred times what anything gains: the scale is that of the other ways.
+    values = [[cells.get((window, way), math.nan) for way in ways] for window in windows]
+    # The colours span the other ways: naive looping may lose a hundred times more than any way gains.
     bound = max(abs(value) for (_, way), value in cells.items() if not way.startswith("naive"))
     figure = Figure(figsize=(2.2 + 0.95 * len(ways), 1.6 + 0.36 * len(windows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto")
     for row, line in enumerate(values):
         for column, value in enumerate(line):
-            if value == value:
+            if not math.isnan(value):
                 dark = abs(value) > 0.6 * bound
                 axes.text(
                     column, row, f"{value:+.0f}", ha="center", va="center", fontsize=8, color="w" if dark else "k"

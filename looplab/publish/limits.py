@@ -1,4 +1,4 @@
-"""What one request, and all of them together, may cost a server: the options of `looped serve`."""
+"""Limits of `looped serve`: what one request may cost, and all requests together."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """`LIMITS` says what each is; all are at least 1, only the grace period may be 0."""
+    """The limits that `LIMITS` explains. All are at least 1; the grace period may be 0."""
 
     max_loops: int = 64
     max_new_tokens: int = 1024
@@ -29,5 +29,5 @@ class Limits:
 
 
 def option(name: str) -> str:
-    """max_loops -> --max-loops."""
+    """The option that sets a limit: --max-loops for max_loops."""
     return "--" + name.replace("_", "-")

@@ -1,9 +1,11 @@
-"""An OpenAI-compatible server of one saved model, with a depth per request: `looped serve`.
+"""`looped serve`: an OpenAI-compatible server of one saved model; each request may choose its loop count.
 
-Starlette and uvicorn do the HTTP, this module the endpoints; `serving_requests.py` says what a request may say and
-`serving_jobs.py` how many are answered at once. `transformers serve` is built on the same two, but has no hook for any
-of that: it answers one request after the other, without limits, and loads whatever model a request names.
-The model runs by this package's code rather than by the copy saved in its folder.
+    serving.py            the endpoints, on Starlette and uvicorn
+    serving_requests.py   the fields of a request, and the rules they are checked by
+    serving_jobs.py       requests at work at the same time
+
+`transformers serve` cannot be extended to this: it answers one request after the other, has no limits, and loads
+whatever model a request names. The model runs with this package's code, not with the copy saved in its folder.
 """
 
 import asyncio
@@ -34,27 +36,28 @@ from .serving_requests import CHAT, COMPLETION, Refusal, read_fields, short
 
 MODELS = {each.__name__ for each in (LoopedForCausalLM, FrozenLoopedForCausalLM)}
 REMEDY = "name a folder that save_pretrained wrote, such as RUN/model."
-DISCARDING = 1.0  # seconds
+DISCARDING = 1.0  # seconds that a refused body is read on
 
 
 class Completions:
-    """What /v1/completions takes, and how it writes its answers."""
+    """The endpoint /v1/completions: the rules of its requests, and the form of its answers."""
 
     path, rules, prefix = "/v1/completions", COMPLETION, "cmpl-"
     kind = piece_kind = "text_completion"
 
     def choice(self, text: str, reason: str | None) -> dict:
+        """The whole answer, or with `piece` a piece of a stream. reason: why it ends, None before the end."""
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
 
     def opening(self) -> list[dict]:
-        """Pieces of a stream before its first text."""
+        """Pieces that a stream sends before its first text."""
         return []
 
     piece = choice
 
 
 class Chats(Completions):
-    """What /v1/chat/completions takes, and how it writes its answers."""
+    """The endpoint /v1/chat/completions."""
 
     path, rules, prefix = "/v1/chat/completions", CHAT, "chatcmpl-"
     kind, piece_kind = "chat.completion", "chat.completion.chunk"
@@ -71,7 +74,7 @@ class Chats(Completions):
 
 
 class Stream(StreamingResponse):
-    """Server-sent events of a job, which ends when its client leaves."""
+    """The server-sent events of a job. The job ends when its client leaves."""
 
     def __init__(self, job: Job, lines: AsyncIterator[str]):
         super().__init__(lines, headers={"cache-control": "no-cache"}, media_type="text/event-stream")
@@ -93,9 +96,9 @@ def as_event(body: dict) -> str:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """Refusal where it is too long, as soon as that is known, too slow, or said to be something else than JSON."""
+    """The body of a request. Raises Refusal if it is too long, takes too long, or is not declared to be JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # which also keeps other sites' pages out: browsers ask before they send it
+    if kind != "application/json":  # this also keeps pages of other sites out: browsers ask before they send JSON
         raise Refusal(f"the content type must be application/json, got {short.repr(kind)}.", status=415)
     body, length = bytearray(), int(request.headers.get("content-length", 0))
     try:
@@ -108,7 +111,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     except TimeoutError as error:
         raise Refusal(f"the body took longer than {limits.max_seconds} seconds.", status=408) from error
     if length > limits.max_body_bytes:
-        if "expect" not in request.headers:  # who sends that asks first, and has not begun
+        if "expect" not in request.headers:  # a client that sends "expect" waits before it sends the body
             await discard(request)
         raise Refusal(
             f"the body is longer than {limits.max_body_bytes} bytes, the server's limit ({option('max_body_bytes')}).",
@@ -118,7 +121,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 async def discard(request: Request) -> None:
-    """Let a client send on for a while: most read no answer before, and closing now would take it from them."""
+    """Read on for a while: most clients read the answer only when they have sent all, and closing would lose it."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DISCARDING):
             while (await request.receive()).get("more_body"):
@@ -126,12 +129,13 @@ async def discard(request: Request) -> None:
 
 
 async def until_left(request: Request) -> None:
+    """Wait until the client leaves."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless_left(request: Request, work: Coroutine[None, None, Response]) -> Response:
-    """What `work` returns; it is cancelled when the client leaves."""
+    """The response of `work`, which is cancelled if the client leaves."""
     working, leaving = asyncio.create_task(work), asyncio.create_task(until_left(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -142,6 +146,7 @@ async def unless_left(request: Request, work: Coroutine[None, None, Response]) -
 
 
 async def respond(service: Service, endpoint: Completions, request: Request) -> Response:
+    """Read and answer one request; a Refusal becomes its HTTP response."""
     try:
         body = await read_body(request, service.limits)
         fields = await asyncio.to_thread(read_fields, body, endpoint.rules, service.bounds)
@@ -156,13 +161,14 @@ async def respond(service: Service, endpoint: Completions, request: Request) -> 
 
 
 async def answer(service: Service, endpoint: Completions, fields: dict) -> Response:
+    """Run the job of a request with checked fields. Raises Refusal."""
     streams = fields.get("stream", False)
     job = service.admit(streams)
     try:
         plan = await asyncio.to_thread(service.plan, fields)
         await service.reserve(job, plan.cache_bytes)
         job.start(plan)
-        first = await job.events.get()  # as long as nothing is sent, a refusal has a status
+        first = await job.events.get()  # a refusal can have an HTTP status only while nothing is sent
         if isinstance(first, Refusal):
             raise first
     except BaseException:
@@ -179,6 +185,13 @@ async def answer(service: Service, endpoint: Completions, fields: dict) -> Respo
 async def pieces(
     endpoint: Completions, job: Job, event: str | Refusal | None, head: dict, with_usage: bool
 ) -> AsyncIterator[str]:
+    """The lines of a stream.
+
+    Args:
+        event: the first event of the job, see `Job`.
+        head: fields that every piece has.
+        with_usage: end with the token counts.
+    """
     for choice in endpoint.opening():
         yield as_event(head | {"choices": [choice]})
     while isinstance(event, str):
@@ -208,7 +221,7 @@ def make_app(service: Service) -> Starlette:
         sentence = f"{request.method} {short.repr(request.url.path)}: {error.detail}; there is {places}."
         return as_json(Refusal(sentence, status=error.status_code).body(), error.status_code)
 
-    async def failed(request: Request, error: Exception) -> Response:  # whose traceback uvicorn logs
+    async def failed(request: Request, error: Exception) -> Response:  # uvicorn logs the traceback
         return as_json(Refusal("the server failed at this request; its log says why.", status=500).body(), 500)
 
     routes = [Route("/health", health), Route("/v1/models", models)]
@@ -218,11 +231,11 @@ def make_app(service: Service) -> Starlette:
 
 
 class Server(uvicorn.Server):
-    """Ends with 0 at the first SIGTERM or SIGINT, when requests are answered or the grace period is over, and at once
-    at the second."""
+    """At the first SIGTERM or SIGINT the server answers the requests at work, within the grace period, and ends with
+    exit status 0. At the second it ends at once."""
 
     def __init__(self, service: Service):
-        grace = service.limits.grace_seconds + 1  # time to tell the clients
+        grace = service.limits.grace_seconds + 1  # one second more to tell the clients
         super().__init__(
             uvicorn.Config(
                 make_app(service),
@@ -243,12 +256,12 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address that is free.
+    """A socket bound to an address.
 
     Raises:
-        OSError: it is not.
+        OSError: the address is not free.
     """
-    # TCP is said because asyncio turns the delay of small packets off only where it is.
+    # IPPROTO_TCP is named because asyncio turns the delay of small packets off only for such a socket.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -261,7 +274,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_kind(model: str) -> None:
-    """Refuse what cannot be served before its weights are read.
+    """Check, before any weights are read, that `model` can be served.
 
     Raises:
         ValueError: it is a path without a model, or a model of another kind.
@@ -289,7 +302,7 @@ def serve(
 
     Args:
         model: a folder with a looped model and its tokenizer, or its name on the Hub; requests name it the same way.
-        device: where it computes; by default the accelerator, if there is one.
+        device: the accelerator if there is one, unless given.
 
     Raises:
         ValueError: as `check_kind`, `load_model` and `Service`.
@@ -301,5 +314,5 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         print(f"{model} is served at http://{address}:{listener.getsockname()[1]}; ctrl-c ends it", flush=True)
         Server(service).run(sockets=[listener])
-    if service.jobs:  # a loop longer than the grace period: it has no end that Python could wait for
+    if service.jobs:  # a loop took longer than the grace period, and Python would wait for its thread
         os._exit(0)

@@ -1,9 +1,9 @@
-"""Requests at work: every one generates in a thread of its own, and one thread computes at a time.
+"""Requests at work: each generates in a thread of its own, and one thread computes at a time.
 
-    after every loop of the core:   its client has left, its time is over, the server ends  -> the request ends here
-                                    others wait                                             -> the next one's turn
+    after every loop of the core:   client gone, time over, or server shutting down  -> the request ends
+                                    other requests wait                              -> another thread computes
 
-No request holds up the others for longer than a loop, and none goes on for nobody.
+So a request holds up the others for one loop at most, and a request without a client ends after its present loop.
 """
 
 import asyncio
@@ -28,21 +28,21 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from modeling_looped import LoopedForCausalLM
-from modeling_looped.cache_looped import CACHE_NAME
+from modeling_looped.cache_layers_looped import CACHE_NAME
 from modeling_looped.depth_looped import generation_count
 
 from .limits import Limits, option
 from .serving_requests import Bounds, Refusal, check_generation_config, short
 
-# Of a saved generation config, what has no place here: a reply's length is the request's, and drafts change no text.
+# Fields of a saved generation config that are dropped: a request says its length itself, and drafts change no text.
 NOT_SERVED = ("max_length", "draft_loops", "num_assistant_tokens", "assistant_confidence_threshold")
-CUT = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character decode to
+CUT = "\N{REPLACEMENT CHARACTER}"  # the first bytes of a character decode to it
 
 logger = logging.getLogger("uvicorn.error")
 
 
 class AtWork(threading.local):
-    """The job of the thread that asks."""
+    """The job that the present thread works at."""
 
     job: "Job | None" = None
 
@@ -51,13 +51,17 @@ at_work = AtWork()
 
 
 class Turns:
-    """Lets one thread compute at a time. Who passes the turn on goes to the end of the queue: between two turns of a
-    thread, each of those that wait has exactly one."""
+    """Lets one thread compute at a time.
+
+    A thread that passes its turn on goes to the end of the queue, so that every waiting thread has exactly one turn
+    between two turns of another.
+    """
 
     def __init__(self):
         self.lock, self.waiting, self.taken = threading.Lock(), deque(), False
 
     def take(self) -> None:
+        """Wait for a first turn."""
         with self.lock:
             if not self.taken:
                 self.taken = True
@@ -66,6 +70,7 @@ class Turns:
         mine.acquire()
 
     def give(self) -> None:
+        """End the last turn of this thread."""
         with self.lock:
             if self.waiting:
                 self.waiting.popleft().release()
@@ -73,6 +78,7 @@ class Turns:
                 self.taken = False
 
     def pass_on(self) -> None:
+        """Let the waiting threads compute first, if there are any."""
         with self.lock:
             if not self.waiting:
                 return
@@ -89,11 +95,15 @@ class Turns:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is generated for a request: `input_ids` (1, T), at most `new_tokens` more, as `config` and `depth` say.
+    """The arguments of `generate` for a request, and how its reply ends.
 
     Args:
-        depth: num_loops and halting, where the request names them.
-        cache_bytes: of its KV cache when it has all its tokens.
+        input_ids: (1, T), the prompt.
+        new_tokens: most tokens of the reply.
+        depth: num_loops and halting, if the request names them.
+        end_tokens: ids that end the reply.
+        stops: strings that end the reply.
+        cache_bytes: bytes of the KV cache when the reply is full.
     """
 
     input_ids: torch.Tensor
@@ -107,8 +117,11 @@ class Plan:
 
 
 class Draws(LogitsProcessor):
-    """Gives a request random numbers of its own, those that follow `torch.manual_seed(seed)`: between its draws, other
-    requests draw from the same generator."""
+    """Gives a request the random numbers that follow `torch.manual_seed(seed)`.
+
+    `generate` draws from torch's global generator, and so do other requests in between: this processor sets the state
+    of the generator before each draw, and `keep` notes it after.
+    """
 
     def __init__(self, seed: int, device: torch.device):
         self.generator = torch if device.type == "cpu" else torch.get_device_module(device)
@@ -124,39 +137,43 @@ class Draws(LogitsProcessor):
         return scores
 
     def keep(self) -> None:
+        """Note the state of the generator after a draw."""
         self.state = self.generator.get_rng_state()
 
 
 class Job:
-    """One request at work: a thread that generates, and what it tells the event loop in `events`.
+    """One request at work: a thread that generates, and `events`, which it sends to the event loop.
 
-    Those are pieces of text, and in the end None, or a Refusal.
+    An event is a piece of the text; the last event is None, or a Refusal.
     """
 
     def __init__(self, service: "Service", streams: bool):
         self.service, self.streams = service, streams
         self.deadline = time.monotonic() + service.limits.max_seconds
         self.events, self.event_loop = asyncio.Queue(), asyncio.get_running_loop()
-        self.left = False  # the client
+        self.left = False  # whether the client has left
         self.thread: threading.Thread | None = None
         self.cache_bytes, self.loops, self.tokens, self.text, self.stopped = 0, 0, [], "", False
 
     def start(self, plan: Plan) -> None:
+        """Start the thread."""
         self.plan, self.draws = plan, Draws(plan.seed, plan.input_ids.device)
         thread = threading.Thread(target=self.run, daemon=True)
-        thread.start()  # may fail: then nobody but `leave` releases the job
+        thread.start()  # if this fails, `thread` stays None, and `leave` releases the job
         self.thread = thread
 
     def leave(self) -> None:
-        """Nobody waits for the answer any more; no matter where there is one already."""
+        """Note that nobody waits for the answer any more; the answer may be there already."""
         self.left = True
         if self.thread is None:
             self.service.release(self)
 
     def tell(self, event: str | Refusal | None) -> None:
+        """Send an event to the event loop, from the thread."""
         self.event_loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def run(self) -> None:
+        """The work of the thread."""
         at_work.job = self
         self.service.turns.take()
         try:
@@ -167,6 +184,7 @@ class Job:
         self.tell(end)
 
     def generate(self) -> Refusal | None:
+        """Generate the reply; returns the Refusal if there is one."""
         plan = self.plan
         try:
             self.check()
@@ -180,15 +198,15 @@ class Job:
             )
             self.grow(final=True)
         except Refusal as refusal:
-            return refusal.with_traceback(None)  # which holds on to the cache
-        except ValueError as error:  # the model's own refusal, before it computes
+            return refusal.with_traceback(None)  # the traceback would keep the cache in memory
+        except ValueError as error:  # the model refuses its arguments, before it computes
             return Refusal(str(error))
         except Exception:
             logger.exception("a request failed")
             return Refusal("the server failed at this request; its log says why.", status=500)
 
     def check(self) -> None:
-        """Refusal if nobody waits for the answer any more, or nobody will get it."""
+        """Raise Refusal if the client has left, the time of the request is over, or the server is shutting down."""
         now, limits = time.monotonic(), self.service.limits
         if self.left:
             raise Refusal("the client has left.")
@@ -210,7 +228,8 @@ class Job:
         self.check()
 
     def after_token(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        """Whether the reply ends here, (1,) bool; generate's own criteria end it at an end token and at its length."""
+        """Whether a stop string ends the reply here, (1,) bool; `generate` itself ends it at an end token or its
+        length."""
         self.draws.keep()
         self.tokens.append(int(input_ids[0, -1]))
         if self.streams or self.plan.stops:
@@ -220,7 +239,10 @@ class Job:
         return torch.tensor([self.stopped], device=input_ids.device)
 
     def grow(self, final: bool = False) -> None:
-        """Make `text` what can be said of the reply by now: up to a stop string, and no beginning of one."""
+        """Bring `text` up to date: the reply so far, up to a stop string, without a beginning of a stop string.
+
+        final: the reply is complete, so that such a beginning stays.
+        """
         text = self.service.tokenizer.decode(self.tokens, skip_special_tokens=True)
         text = text if final else text.rstrip(CUT)
         found = [at for stop in self.plan.stops if (at := text.find(stop)) >= 0]
@@ -233,18 +255,19 @@ class Job:
         self.text = text if final or len(text) > len(self.text) else self.text
 
     def finish_reason(self) -> str:
+        """OpenAI's word for the end of the reply: "stop" or "length"."""
         ended = self.stopped or self.tokens[-1] in self.plan.end_tokens
         return "stop" if ended or len(self.tokens) < self.plan.new_tokens else "length"
 
     def usage(self) -> dict:
-        """Tokens, and the loops of the core run for prompt and reply (of a frozen model, passes of its window)."""
+        """Token counts, and `loops`: how often the core, or the window of a frozen model, ran for prompt and reply."""
         prompt, reply = self.plan.input_ids.shape[1], len(self.tokens)
         counts = {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply}
         return counts | {"loops": self.loops}
 
 
 def begun(text: str, stop: str) -> int:
-    """Characters of `stop`, fewer than all, that `text` ends in."""
+    """How many first characters of `stop`, fewer than all, `text` ends in."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -252,7 +275,7 @@ class Service:
     """A model, its tokenizer, the limits, and the jobs at work.
 
     Raises:
-        ValueError: the model's own generation config asks for what is not served, or exceeds the limits.
+        ValueError: the saved generation config has a field that is not served, or exceeds the limits.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, limits: Limits):
@@ -269,19 +292,19 @@ class Service:
             halts=looped,
         )
         self.positions = positions_of(model)
-        self.depth_config = (model if looped else model.loop).config  # which says the loops where nobody does
+        self.depth_config = (model if looped else model.loop).config  # has the default loop count
         self.check_own_settings()
         self.nothing = {special: tokenizer("", add_special_tokens=special)["input_ids"] for special in (True, False)}
         self.one_loop, self.further_loop = self.measure_cache()
         self.turns_are_loops = looped
         if looped:
             model.model.core[-1].register_forward_hook(after_loop_and_pass_on)
-        else:  # a window keeps its place in the loop on the model, so that turns pass between tokens only
+        else:  # a window keeps the state of its loop in the model, so that turns change between tokens only
             for window in model.loop.windows[:1]:
                 window.layers[-1].module.register_forward_hook(after_loop)
 
     def check_own_settings(self) -> None:
-        """Refuse to serve what no request could ask for; drop what a saved generation config need not say here."""
+        """Drop NOT_SERVED from the saved generation config. Raises ValueError if a request might not say the rest."""
         saved = self.model.generation_config
         for name in NOT_SERVED:
             setattr(saved, name, None)
@@ -294,7 +317,7 @@ class Service:
 
     @torch.inference_mode()
     def measure_cache(self) -> tuple[int, int]:
-        """Bytes of a token's KV cache at one loop, and those that a further loop adds."""
+        """KV bytes per token at one loop, and the KV bytes per token that each further loop adds."""
 
         def measured(num_loops: int) -> int:
             cache = DynamicCache(config=self.model.config)
@@ -306,14 +329,14 @@ class Service:
         one = measured(1)
         return one, measured(2) - one if self.bounds.max_loops > 1 else 0
 
-    # ---- what a request asks for
+    # ---- the plan of a request
 
     def plan(self, fields: dict) -> Plan:
-        """What to do for the fields of a request.
+        """The plan for the checked fields of a request.
 
         Raises:
-            Refusal: the prompt has no tokens, unknown words or too many tokens, or all of it is too much for the model
-                or the limits.
+            Refusal: the prompt has no tokens, unknown words or too many tokens, or prompt and reply are too long for
+                the model or the limits.
         """
         input_ids = self.encode(fields)
         given, own = fields.get("generation_config"), self.model.generation_config
@@ -322,12 +345,12 @@ class Service:
         if heat == 0:
             config.do_sample = False
         elif heat is not None or (top_p is not None and top_p < 1):
-            # As the API means it: from all tokens, unless a generation config says of how many.
+            # As in the OpenAI API, the draw is from all tokens, unless a generation config sets top_k.
             config.do_sample, config.top_k = True, (own.top_k or 0) if config.top_k is None else config.top_k
             config.temperature = config.temperature if heat is None else heat
         config.top_p = config.top_p if top_p is None else top_p
         config.max_new_tokens = new_tokens = self.reply_length(len(input_ids), fields)
-        config.min_new_tokens = min(config.min_new_tokens or own.min_new_tokens or 0, new_tokens)  # the most wins
+        config.min_new_tokens = min(config.min_new_tokens or own.min_new_tokens or 0, new_tokens)
         ends = own.eos_token_id if config.eos_token_id is None else config.eos_token_id
         ends = frozenset(ends if isinstance(ends, list) else [ends])
         depth = {name: fields[name] for name in ("num_loops", "halting") if name in fields}
@@ -343,7 +366,8 @@ class Service:
         return Plan(rows, new_tokens, config, depth, ends, fields.get("stop", []), seed, cost)
 
     def reply_length(self, prompt_length: int, fields: dict) -> int:
-        """The most new tokens: as the request says, else the model's generation config, else as many as may be."""
+        """The most new tokens: from the request, else from the model's generation config, else as many as there is
+        room for. Raises Refusal if there is no room for those that the request asks for."""
         asked = fields.get("max_tokens", fields.get("max_completion_tokens"))
         if asked is None:
             asked = fields.get("generation_config", {}).get("max_new_tokens")
@@ -361,6 +385,7 @@ class Service:
         return asked
 
     def encode(self, fields: dict) -> list[int]:
+        """The token ids of the prompt or the messages. Raises Refusal as `plan`."""
         name = "prompt" if "prompt" in fields else "messages"
         if isinstance(fields[name], str):
             ids = self.tokenize(fields[name], name, special=True)
@@ -376,6 +401,7 @@ class Service:
         return ids
 
     def render(self, messages: list[dict]) -> str:
+        """The messages as text, by the chat template of the tokenizer. Raises Refusal."""
         if self.tokenizer.chat_template is None:
             raise Refusal("this model's tokenizer has no chat template: send a prompt to /v1/completions.", "messages")
         try:
@@ -384,10 +410,14 @@ class Service:
             raise Refusal(f"the chat template refuses these messages: {error}.", "messages") from error
 
     def tokenize(self, text: str, name: str, special: bool) -> list[int]:
+        """The token ids of a text, with special tokens if `special`.
+
+        Raises Refusal, with the field `name`, for unknown words and for a text without a token.
+        """
         tokenizer, unknown = self.tokenizer, []
         try:
             coded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=tokenizer.is_fast)
-        except Exception as error:  # the tokenizers library has no narrower one
+        except Exception as error:  # `tokenizers` raises plain Exceptions
             words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
             unknown = [word for word in words if tokenizer.backend_tokenizer.token_to_id(word) is None]
             raise Refusal(f"{name} has unknown words {short.repr(unknown)} ({error}).", name) from error
@@ -400,10 +430,10 @@ class Service:
             raise Refusal(f"{name} is empty: it has no token.", name)
         return ids
 
-    # ---- what is at work
+    # ---- the jobs at work
 
     def admit(self, streams: bool) -> "Job":
-        """A new job; Refusal where there are too many, or the server ends."""
+        """A new job. Raises Refusal if there are too many jobs, or the server is shutting down."""
         if self.end < float("inf"):
             raise Refusal("the server is shutting down.", status=503)
         if len(self.jobs) >= self.limits.max_requests:
@@ -417,7 +447,7 @@ class Service:
         return job
 
     async def reserve(self, job: "Job", cache_bytes: int) -> None:
-        """Wait until so much more cache fits beside that of the jobs at work; who needs less may pass by."""
+        """Wait until `cache_bytes` fit beside the caches of the jobs at work; a smaller job may go first."""
         while sum(each.cache_bytes for each in self.jobs) + cache_bytes > self.limits.max_cache_bytes:
             self.freed.clear()
             with contextlib.suppress(TimeoutError):
@@ -427,11 +457,12 @@ class Service:
         job.cache_bytes = cache_bytes
 
     def release(self, job: "Job") -> None:
+        """Forget a job that has ended, and its cache."""
         self.jobs.discard(job)
         self.freed.set()
 
     def close(self) -> None:
-        """Admit no more requests, and end those at work after the grace period."""
+        """Admit no more requests, and end the requests at work after the grace period."""
         self.end = time.monotonic() + self.limits.grace_seconds
         self.freed.set()
 
@@ -448,8 +479,8 @@ def after_loop_and_pass_on(*_) -> None:
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """How many tokens a row can have, where positions are a table."""
+    """The most tokens that a sequence may have; None if positions are not a table."""
     if isinstance(model, LoopedForCausalLM):
         return model.config.max_position_embeddings if model.config.position_embedding == "learned" else None
-    # A frozen base model may be of any family: what transformers itself reads, where there is one.
+    # A frozen base model may be of any family; transformers itself looks for this field.
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

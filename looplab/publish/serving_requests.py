@@ -1,7 +1,7 @@
-"""What a request to `looped serve` may say: the OpenAI API's fields, and a depth.
+"""The fields that a request to `looped serve` may have: those of the OpenAI API, num_loops and halting.
 
-Every field has a rule, a function of (name, value, bounds) that returns the value or refuses it in a sentence. No
-field is ignored: one that is not served is refused unless it asks for nothing.
+Every field has a rule: a function of (name, value, bounds) that returns the value, or raises Refusal with one sentence
+for the client. No field is ignored: a field that is not served is refused, unless its value asks for nothing.
 """
 
 import difflib
@@ -16,8 +16,8 @@ from modeling_looped.halting_looped import halting_rule
 from .limits import option
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-STOPS, STOP_LENGTH = 4, 256
-# Of a generation config, what changes no text.
+STOPS, STOP_LENGTH = 4, 256  # most stop strings; most characters of one
+# Fields of a generation config that do not change the text.
 NO_TEXT = ("transformers_version", "_from_model_config", "use_cache", "output_attentions", "output_hidden_states")
 
 short = Repr()
@@ -25,7 +25,7 @@ short.maxstring = short.maxother = short.maxlong = 60
 
 
 class Refusal(Exception):
-    """Why a request is not answered: a sentence for its sender, and the HTTP status."""
+    """A request is not answered: one sentence for the client, the field at fault, and the HTTP status."""
 
     def __init__(self, message: str, field: str | None = None, status: int = 400):
         super().__init__(message)
@@ -38,10 +38,10 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the model and the limits allow.
+    """The most that the model and the limits of the server allow.
 
     Args:
-        max_loops: of the limits, or fewer where the model has a gate per loop.
+        max_loops: the limit of the server, or the `max_num_loops` of the model if that is smaller.
         halts: whether the model takes halting rules.
     """
 
@@ -55,6 +55,7 @@ Rule = Callable[[str, object, Bounds], object]
 
 
 def refused(name: str, what: str, value: object) -> Refusal:
+    """A Refusal for the field `name`, which must be `what` and is `value`."""
     return Refusal(f"{name} must be {what}, got {short.repr(value)}.", name)
 
 
@@ -63,7 +64,7 @@ def is_number(value: object, kind: type | tuple = (int, float)) -> bool:
 
 
 def integer(low: int, high: int | str) -> Rule:
-    """From `low` to `high`, a number or the name of a bound."""
+    """The rule for an integer from `low` to `high`, which is a number or the name of a bound."""
 
     def rule(name, value, bounds):
         most = getattr(bounds, high) if isinstance(high, str) else high
@@ -76,6 +77,8 @@ def integer(low: int, high: int | str) -> Rule:
 
 
 def number(low: float, high: float) -> Rule:
+    """The rule for a number from `low` to `high`."""
+
     def rule(name, value, bounds):
         if not is_number(value) or not low <= value <= high:
             raise refused(name, f"a number from {low} to {high}", value)
@@ -85,7 +88,7 @@ def number(low: float, high: float) -> Rule:
 
 
 def temperature(name, value, bounds):
-    # Logits divided by less overflow.
+    # Logits divided by a smaller number overflow.
     if not is_number(value) or not (value == 0 or 1e-4 <= value <= 2):
         raise refused(name, "0 or a number from 0.0001 to 2", value)
     return float(value)
@@ -108,7 +111,7 @@ def text(name, value, bounds):
 
 
 def nothing_but(*values: object) -> Rule:
-    """For what is not served: only the values that ask for nothing."""
+    """The rule for a field that is not served: only `values`, which ask for nothing, are allowed."""
 
     def rule(name, value, bounds):
         if not any(type(value) is type(each) and value == each for each in values):
@@ -186,15 +189,15 @@ def halting(name, value, bounds):
 
 
 def generation_config(name, value, bounds):
-    """A string of JSON, as `GenerationConfig.to_json_string` writes it."""
+    """The rule for a generation config as a string of JSON, as `GenerationConfig.to_json_string` writes it."""
     return check_generation_config(name, read_object(text(name, value, bounds), name), bounds)
 
 
 def check_generation_config(name: str, fields: dict, bounds: Bounds) -> dict:
-    """The fields that change the text.
+    """The fields of a generation config that change the text.
 
     Raises:
-        Refusal: one is not served, or breaks its rule.
+        Refusal: a field is not served, or breaks its rule.
     """
     return check_fields(name, {key: each for key, each in fields.items() if key not in NO_TEXT}, GENERATION, bounds)
 
@@ -228,7 +231,7 @@ SHARED = {
     "num_loops": integer(1, "max_loops"),
     "halting": halting,
     "generation_config": generation_config,
-    "user": text,  # who asks changes no answer
+    "user": text,  # not used
     "n": nothing_but(1),
     "frequency_penalty": nothing_but(0, 0.0),
     "presence_penalty": nothing_but(0, 0.0),
@@ -253,10 +256,10 @@ CHAT = SHARED | {
 
 
 def read_fields(body: bytes, rules: dict[str, Rule], bounds: Bounds) -> dict:
-    """The fields of a request's body; those that are null are left out.
+    """The fields of a request's body; a field that is null is left out.
 
     Raises:
-        Refusal: it is not a JSON object, has a field without a rule, or one breaks its rule.
+        Refusal: the body is not a JSON object, or a field is unknown, missing or breaks its rule.
     """
     fields = check_fields("the request", read_object(body, "the body"), rules, bounds)
     limits = [name for name in ("max_tokens", "max_completion_tokens") if name in fields]
@@ -271,6 +274,7 @@ def read_fields(body: bytes, rules: dict[str, Rule], bounds: Bounds) -> dict:
 
 
 def check_fields(what: str, given: dict, rules: dict[str, Rule], bounds: Bounds) -> dict:
+    """The given fields, each through its rule; `what` has them, for the message. Raises Refusal."""
     for name in given:
         if name not in rules:
             close = difflib.get_close_matches(name[:60], rules, n=1)
@@ -280,7 +284,11 @@ def check_fields(what: str, given: dict, rules: dict[str, Rule], bounds: Bounds)
 
 
 def read_object(source: bytes | str, what: str) -> dict:
-    """A JSON object; numbers that JSON does not have, huge ones, and names given twice are refused."""
+    """The JSON object in `source`; `what` is its name in a message.
+
+    Raises:
+        Refusal: it is no JSON object, or has an infinite or huge number or a name that comes twice.
+    """
 
     def whole(digits: str) -> int:
         if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
-MAX_SOURCES = 1000  # files whose digests are kept one by one
+MAX_SOURCES = 1000  # with more source files than this, single files have no digests
 
 
 @lru_cache(maxsize=4096)
@@ -17,7 +17,7 @@ def _sha256(path: str, size: int, changed: int) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read once as long as size and time of change stay."""
+    """SHA-256 of a file; it is read again only if its size or its time of change differs."""
     stat = path.stat()
     return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
 
@@ -42,7 +42,7 @@ def _tensors(path: str, size: int, changed: int) -> tuple[str, ...]:
 
 
 def _digest_of(file, length: int) -> str:
-    """SHA-256 of the next `length` bytes."""
+    """SHA-256 of the next `length` bytes of an open file."""
     digest = hashlib.sha256()
     while length > 0 and (block := file.read(min(length, 2**24))):
         digest.update(block)
@@ -51,10 +51,10 @@ def _digest_of(file, length: int) -> str:
 
 
 def weights_of(folder: Path) -> str:
-    """SHA-256 of the tensors saved in `folder`, whatever files they are in.
+    """SHA-256 of the tensors saved in `folder`; it does not depend on how they are divided into files.
 
     Raises:
-        ValueError: there are none, or a file is damaged or missing.
+        ValueError: a file is damaged or missing.
     """
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     try:
@@ -68,10 +68,10 @@ def weights_of(folder: Path) -> str:
 
 
 def data_of(splits: Mapping) -> dict:
-    """What tells data sets apart, of a `datasets.DatasetDict`.
+    """Digests of the rows of a `datasets.DatasetDict`.
 
-    {"splits": {split: SHA-256 of its rows}, "sources": {file: SHA-256 of its rows}}; sources are left out where rows
-    do not name them, or name more than MAX_SOURCES.
+    {"splits": {split: SHA-256 of its rows}, "sources": {file: SHA-256 of its rows}}; "sources" is empty if the rows do
+    not name their files, or name more than MAX_SOURCES.
     """
     digests, sources = {}, {}
     for split in sorted(splits):
@@ -89,7 +89,7 @@ def data_of(splits: Mapping) -> dict:
 
 
 def data_changes(before: dict, after: dict) -> str:
-    """What differs between two results of `data_of`, in words; '' if nothing does."""
+    """The difference between two results of `data_of`, in words; '' if there is none."""
     said = []
     for kind, noun in (("sources", "file"), ("splits", "split")):
         old, new = before[kind], after[kind]
@@ -107,7 +107,7 @@ def data_changes(before: dict, after: dict) -> str:
 
 
 def tokenizer_of(tokenizer) -> str:
-    """SHA-256 of what a tokenizer does: its parts but for padding and truncation, which the last call left there."""
+    """SHA-256 of all parts of a tokenizer but padding and truncation, which its last call changed."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
     kept["ids"] = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -115,10 +115,10 @@ def tokenizer_of(tokenizer) -> str:
 
 
 def refuse_other_data(folder: Path, before: dict, after: dict) -> None:
-    """ValueError, with what changed, if two results of `data_of` differ."""
+    """Raise ValueError, with the difference, unless two results of `data_of` are equal."""
     changes = data_changes(before, after)
     if changes:
         raise ValueError(
-            f"the data of {folder} are not those it began with ({changes}): restore the files its recipe names, or "
-            "train on the new ones under another --name."
+            f"the data of {folder} have changed since it began ({changes}): restore the files that its recipe names, "
+            "or train on the new files under another --name."
         )

@@ -34,7 +34,7 @@ UNFINISHED = f"the training has not finished; {AGAIN}"
 
 @dataclass(frozen=True)
 class Run:
-    """The files of one run; every reader raises ValueError that says what to do when its file is missing or broken."""
+    """The files of one run. A reader raises ValueError, with the remedy, if its file is missing or broken."""
 
     folder: Path
 
@@ -57,9 +57,9 @@ class Run:
         return self._parse("summary.json", json.loads, UNFINISHED, SUMMARY)
 
     def check_summary(self) -> None:
-        """ValueError if model/ does not hold the weights that the training ended with."""
+        """Raise ValueError if model/ does not hold the weights that the training ended with."""
         if self.note().get("weights", self.weights) != self.weights:
-            raise ValueError(f"{self.folder}/model does not hold the weights that summary.json is of: {AGAIN}")
+            raise ValueError(f"{self.folder}/model does not hold the weights that summary.json describes: {AGAIN}")
 
     def metrics(self) -> list[dict]:
         return self._parse("metrics.jsonl", json_lines, "nothing was trained here; run train.py.", METRICS)
@@ -88,25 +88,26 @@ class Run:
 
     @cached_property
     def weights(self) -> str:
-        """Digest of the weights in model/, as they were when it was first asked for."""
+        """Digest of the weights in model/ at the first time that this is read."""
         return weights_of(self.model_folder())
 
     def note(self) -> dict:
-        """run.json; {} of a run from before there was one."""
+        """The object in run.json; {} for a run that an older version made without it."""
         return read_object(self.folder / "run.json", f"delete it, or {AGAIN}")
 
     def check_data(self, splits: Mapping, only: str | None = None) -> None:
-        """Refuse data that the run was not trained on; of one split, if `only` that has to be the same.
+        """Check that the run was trained on these data.
 
         Args:
-            splits: the run's data as its recipe gives them now.
+            splits: the data that the recipe gives now.
+            only: the one split to compare; all unless given.
 
         Raises:
-            ValueError: they differ; it says in what.
+            ValueError: the data differ; the message says which files or splits.
         """
         before = self.note().get("data")
         if before is None:
-            say_once(f"{self.folder} was begun before runs kept digests of their data: they are not compared.")
+            say_once(f"{self.folder} is from before runs kept digests of their data: the data are not compared.")
             return
         after = data_of(splits if only is None else {only: splits[only]})
         if only is not None:
@@ -115,20 +116,20 @@ class Run:
         refuse_other_data(self.folder, before, after)
 
     def write(self, files: Mapping[str, str], weights: Mapping[str, str] | None = None) -> Path:
-        """Write the files of one measurement, all or none, with the weights they are of; returns the last one's path.
+        """Write the files of one measurement, all or none, note the measured weights, and return the last file.
 
         Args:
             files: name -> text.
-            weights: folder of the run -> digest of the weights in it that were measured; those of model/ unless given.
+            weights: folder in the run -> digest of the weights in it that were measured; model/ unless given.
         """
         write_records(self.folder, files, {"model": self.weights} if weights is None else weights)
         return self.folder / list(files)[-1]
 
     def drew(self, figures: Iterable[Path], weights: Mapping[str, str] | None = None) -> list[Path]:
-        """Note which weights `figures` show, of those that lie in the run; returns all. Arguments as of `write`."""
+        """Note which weights the figures inside the run show, and return all `figures`. weights: as in `write`."""
         figures = list(figures)
         if weights is None and not (self.folder / "model" / "config.json").is_file():
-            return figures  # of a run that trains
+            return figures  # the run is still in training
         weights = {"model": self.weights} if weights is None else dict(weights)
         own = [path for path in figures if path.is_relative_to(self.folder)]
         made = {path.relative_to(self.folder).as_posix(): sha256_of(path) for path in own}
@@ -136,21 +137,22 @@ class Run:
         return figures
 
     def check_record(self, file: str, remedy: str, strict: bool = False) -> None:
-        """ValueError if a file is of other weights than those that are there now.
+        """Raise ValueError if a file was measured on other weights than the run has now.
 
-        strict: also if that is not known, of a run that notes it; otherwise this is said.
+        strict: raise also if the weights of the file are unknown, unless the run is too old to note them. Otherwise a
+        warning is logged.
         """
         entry = read_records(self.folder).get(file)
         if entry is None or entry["sha256"] != sha256_of(self.folder / file):
-            unknown = f"it is not known which weights {self.folder}/{file} is of"
+            unknown = f"it is not known which weights {self.folder}/{file} was made with"
             if strict and self.note():
                 raise ValueError(f"{unknown}: {remedy}")
             say_once(f"{unknown}.")
             return
         for folder, digest in entry["weights"].items():
-            # What was deleted, to save space, is not another.
+            # A folder of weights that the user deleted is no contradiction.
             if (self.folder / folder / "config.json").is_file() and weights_of(self.folder / folder) != digest:
-                raise ValueError(f"{self.folder}/{file} is of other weights than those in {folder}/ now: {remedy}")
+                raise ValueError(f"{self.folder}/{file} was made with other weights than {folder}/ has now: {remedy}")
 
     def _parse(self, file: str, parse: Callable, remedy: str, shape: Mapping):
         path = self.folder / file
@@ -168,7 +170,7 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """The run at `folder`.
+    """The run in `folder`.
 
     Raises:
         ValueError: there is no such folder (with the nearest name), or it is not a run.
@@ -186,7 +188,7 @@ def open_run(folder: str | Path) -> Run:
 
 
 class Record(dict):
-    """A JSON object from a file; what it lacks raises ValueError that names the file and says what to do."""
+    """A JSON object from a file. A missing field raises ValueError with the file and the remedy."""
 
     def __init__(self, values: dict, path: str, remedy: str):
         super().__init__(values)
@@ -197,9 +199,10 @@ class Record(dict):
 
 
 def checked_record(value, shape, path: str, remedy: str):
-    """`value` with its objects as `Record`; ValueError where it has another type than `shape` says.
+    """`value` with its objects as `Record`. Raises ValueError if a type differs from `shape`.
 
-    shape: a type, several, SHARE, [shape of the items], or {name: shape} for names that are there ("*": all others).
+    shape: a type, several types, SHARE, [shape of the items], or {name: shape}, where "*" stands for all other names;
+    a name may be missing.
     """
     if shape == SHARE:
         checked_record(value, NUMBER, path, remedy)
@@ -266,14 +269,14 @@ said = set()
 
 
 def say_once(sentence: str) -> None:
-    """Log a sentence, once in the life of the process."""
+    """Log a warning, once in the life of the process."""
     if sentence not in said:
         said.add(sentence)
         logger.warning(sentence)
 
 
 def json_lines(text: str) -> list[dict]:
-    """The rows of JSON lines; a last line that a kill cut short is left out."""
+    """The lines of a .jsonl text as objects. The last line is left out if a kill cut it short."""
     lines = [line for line in text.split("\n") if line.strip()]
     rows = [json.loads(line) for line in lines[:-1]]
     try:
@@ -285,7 +288,7 @@ def json_lines(text: str) -> list[dict]:
 
 
 def rows_so_far(path: Path) -> list[dict]:
-    """The rows of a file that is written bit by bit, to go on from; none where it is missing or damaged."""
+    """The lines of a .jsonl file that is written bit by bit; none if it is missing or damaged."""
     try:
         rows = json_lines(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -298,5 +301,5 @@ def to_json_lines(rows: Iterable[dict]) -> str:
 
 
 def rows_on_file(path: Path, facts: dict) -> list[dict]:
-    """The lines of the file that were measured under the same facts, to go on from."""
+    """The lines of a .jsonl file that have all of `facts`: a measurement that was interrupted goes on from them."""
     return [row for row in rows_so_far(path) if facts.items() <= row.items()]

@@ -1,4 +1,4 @@
-"""Intervals of means by the bootstrap (Efron 1979): items are drawn again with replacement, all rows alike."""
+"""95 % intervals: the bootstrap for means of many items, Wilson's and Newcombe's for shares, Student's t for seeds."""
 
 import math
 from collections.abc import Sequence
@@ -10,31 +10,36 @@ RESAMPLES = 10_000
 
 
 def bootstrap_intervals(gains: np.ndarray, seed: int = 0) -> list[tuple[float, float]]:
-    """(M, N) values of N items -> for each of the M rows the interval that holds 95 % of the bootstrap means."""
+    """(low, high) for each of M means over the same N items, by the bootstrap (Efron 1979).
+
+    Args:
+        gains: (M, N). Each resample draws N items with replacement, the same items for all M.
+    """
     rng, items = np.random.default_rng(seed), gains.shape[1]
     means = np.stack([gains[:, rng.integers(items, size=items)].mean(1) for _ in range(RESAMPLES)])
     return [(float(low), float(high)) for low, high in np.quantile(means, [0.025, 0.975], 0).T]
 
 
 def wilson_interval(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share `accuracy` of `n` trials (Wilson 1927); inside [0, 1], and not empty at 0 or 1."""
+    """(low, high) of the share `accuracy` of `n` trials (Wilson 1927); inside [0, 1], and not empty at 0 or 1."""
     centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
-    # Rounding may leave the share itself outside at 0 and 1, and then an error bar would have a negative length.
+    # At 0 and 1 rounding may put the share outside its interval, and an error bar would get a negative length.
     return max(0.0, min(accuracy, centre - half)), min(1.0, max(accuracy, centre + half))
 
 
 def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
-    """The 95 % interval of the share of `after` less that of `before`, in the same trials (Newcombe 1998, method 10).
+    """(low, high) of the share of successes `after` minus the share `before`, over the same trials.
 
-    It joins Wilson's intervals of the two shares by their correlation, and is not empty where no trial changed.
+    Newcombe 1998, method 10: it joins Wilson's intervals of the two shares by their correlation, and is not empty if
+    no trial changed.
     """
     n = len(before)
     (first, low, high), (second, lower, higher) = (
         (share, *wilson_interval(share, n)) for share in (sum(before) / n, sum(after) / n)
     )
     both = sum(b and a for b, a in zip(before, after, strict=True))
-    # both x neither - only one x only the other, with Newcombe's correction of a positive one
+    # both x neither - only before x only after, with Newcombe's correction if that is positive
     excess = both * (n - sum(before) - sum(after) + both) - (sum(before) - both) * (sum(after) - both)
     if excess > 0:
         excess = max(excess - n / 2, 0)
@@ -53,7 +58,7 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of the 95 % t-interval; of one value, that value three times."""
+    """(mean, low, high) of the 95 % t-interval; for one value, all three are the value."""
     mean = fmean(values)
     if len(values) < 2:
         return mean, mean, mean
@@ -63,5 +68,6 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def t_quantile(freedom: int, z: float = 1.959964) -> float:
-    """Quantile of Student's t, from the normal's `z`; three digits from 10 degrees of freedom on (Cornish-Fisher)."""
+    """Quantile of Student's t from the quantile `z` of the normal (Cornish-Fisher); right to three digits for
+    `freedom` >= 10."""
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -23,7 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from looplab.mistakes import sentence
 from modeling_looped import LoopedForCausalLM  # which registers all classes of ours
-from modeling_looped.configuration_looped import too_many_loops
+from modeling_looped.depth_looped import too_many_loops
 
 from .digests import sha256_of
 from .folder import AGAIN, Run

@@ -1,6 +1,6 @@
-"""Dataclasses as sections of a YAML file: fields by dotted names, types checked, and the nearest name for a wrong one.
+"""Recipes as nested dataclasses: a section of the YAML file is a dataclass, and a field has a dotted name.
 
-A section whose class depends on what it says is named in `own`: dotted name -> the class to take.
+The class of a section is the annotation of its field, unless `own` gives another: dotted name -> class.
 """
 
 import difflib
@@ -13,17 +13,17 @@ from huggingface_hub.dataclasses import type_validator
 
 from data_builders.files import expand_home
 
-ANNOTATED: Mapping[str, type] = MappingProxyType({})  # every section is of the class its annotation names
+ANNOTATED: Mapping[str, type] = MappingProxyType({})  # `own` where the annotations hold for all sections
 
 
 def check_name(name: str):
-    """ValueError for a name that is no plain folder name."""
+    """Raise ValueError for a name that is not a plain folder name."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"name must be a plain folder name, got {name!r}: use letters, digits, '_', '-', '.'.")
 
 
 def expand_paths(section, prefix: str = ""):
-    """Put the home folder in the place of a leading `~`, in every field that names a file or a folder."""
+    """Replace a leading `~` by the home folder, in every field of `section` that names files or folders."""
     for item in fields(section):
         name, value = prefix + item.name, vars(section)[item.name]
         if is_dataclass(value):
@@ -34,12 +34,12 @@ def expand_paths(section, prefix: str = ""):
 
 
 def field_types(section: type, own: Mapping[str, type], prefix: str = "") -> dict[str, type]:
-    """Field of a section -> its type."""
+    """Name of each field of a section -> its type, see the module docstring."""
     return {item.name: own.get(prefix + item.name, item.type) for item in fields(section)}
 
 
 def field_names(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "") -> list[str]:
-    """Dotted names of the fields of a section, and of the sections in it."""
+    """Dotted names of the fields of a section and of its inner sections."""
     types = field_types(section, own, prefix)
     inner = [
         n for name, kind in types.items() if is_dataclass(kind) for n in field_names(kind, own, f"{prefix}{name}.")
@@ -48,7 +48,7 @@ def field_names(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str 
 
 
 def defaults(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "") -> dict:
-    """Dotted name -> default, of the fields of a section and of the sections in it; None for a field without one."""
+    """Dotted name -> default for the fields of a section and its inner sections; None for a field without one."""
     flat, types = {}, field_types(section, own, prefix)
     for item in fields(section):
         name = prefix + item.name
@@ -64,10 +64,14 @@ def defaults(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "
 def build(
     values: dict, section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "", root: type | None = None
 ):
-    """A section from nested plain values.
+    """Build a section from nested plain values.
+
+    Args:
+        prefix: what stands before the names of this section, such as "data.".
+        root: the outermost section; `section` itself unless given.
 
     Raises:
-        ValueError: an unknown field, with the nearest name among those of `root`, or a wrong type.
+        ValueError: a field is unknown (with the nearest name in `root`), missing, or of a wrong type.
     """
     if not isinstance(values, dict):
         raise ValueError(f"expected fields and values, got {values!r}.")
@@ -94,13 +98,13 @@ def build(
 
 
 def nearest(prefix: str, name: str, root: type, own: Mapping[str, type]) -> str:
-    """The field that is most like a wrong one, by the whole dotted name and its last part: `lr` finds `optim.lr`."""
+    """The field whose dotted name, and last part of it, are most like a wrong name: `lr` finds `optim.lr`."""
     pairs = {known: [(f"{prefix}{name}", known), (name, known.split(".")[-1])] for known in field_names(root, own)}
     return max(pairs, key=lambda known: sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs[known]))
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
-    """Nested values under dotted names."""
+    """Dotted name -> value, from nested values."""
     flat = {}
     for name, value in values.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

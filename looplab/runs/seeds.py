@@ -1,8 +1,8 @@
-"""Several runs of one recipe that differ in their seeds: grouped, averaged, and told as a Markdown table.
+"""Groups of seeds: runs of one recipe that differ in their seeds are grouped, averaged, and told as a Markdown table.
 
-A group holds the runs whose recipes are equal but for name, seed and data.seed. An interval over n seeds is Student's
-t at 95 %, mean +- t(n - 1) * s / sqrt(n), which assumes that runs scatter normally; three runs say little, and t(2) =
-4.30 says so. Accuracies near 0 or 1 do not scatter normally: tables give [lowest, highest] instead.
+The recipes in a group are equal except for name, seed and data.seed. An interval over n seeds is Student's t at 95 %,
+mean +- t(n - 1) * s / sqrt(n), which assumes a normal distribution; with three runs it is wide, since t(2) = 4.30.
+Accuracies near 0 or 1 are not normally distributed, so tables give [lowest, highest] instead.
 """
 
 import difflib
@@ -26,7 +26,7 @@ SHARED = {
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by group, in the order given; a group is called by its first run, without a `_seedN` at the end.
+    """Name of the group -> its runs, in the order given. A group has the shortest name of its runs without `_seedN`.
 
     Raises:
         ValueError: a run is given twice, or two groups have the same name.
@@ -50,7 +50,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def groups_against(runs: Sequence[Run], against: str | None) -> dict[str, list[Run]]:
-    """`group_runs`, of which the one called `against`, if given, is to be the baseline.
+    """`group_runs`, checked for a group called `against`, the baseline, if it is given.
 
     Raises:
         ValueError: there is no such group (with the nearest name), or as `group_runs`.
@@ -72,7 +72,13 @@ def recipe_key(run: Run) -> str:
 
 
 def span(values: Iterable[float | None], digits: int = 0, scale: float = 1) -> str:
-    """`mean [lowest, highest]`; one number where they agree, and - without values."""
+    """`mean [lowest, highest]`; one number if they print alike, and - if there are no values.
+
+    Args:
+        values: None is left out.
+        digits: after the point.
+        scale: every value is multiplied by it.
+    """
     known = [scale * value for value in values if value is not None]
     if not known:
         return "-"
@@ -81,14 +87,14 @@ def span(values: Iterable[float | None], digits: int = 0, scale: float = 1) -> s
 
 
 def to_markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table of cells by column; - where a row lacks a column that another has."""
+    """A Markdown table with a line for each dict of column -> cell; a missing cell is -."""
     columns = list(dict.fromkeys(column for cells in rows for column in cells))
     lines = [columns, ["---"] * len(columns)] + [[cells.get(column, "-") for column in columns] for cells in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def interval(values: Sequence[float], form: str) -> str:
-    """The 95 % t-interval; - of one value, which has none."""
+    """The 95 % t-interval as text; - for one value. form: format of the numbers, such as ".1f"."""
     if len(values) < 2:
         return "-"
     _, low, high = t_interval(values)
@@ -96,13 +102,13 @@ def interval(values: Sequence[float], form: str) -> str:
 
 
 def seeds_of(run: Run) -> tuple[int, int]:
-    """What tells the runs of a group apart: seed and data.seed."""
+    """(seed, data.seed) of a run: the two fields in which the runs of a group differ."""
     recipe = run.recipe()
     return recipe["seed"], recipe["data"]["seed"]
 
 
 def by_seeds(runs: Sequence[Run]) -> dict[tuple[int, int], Run]:
-    """Runs by their seeds; ValueError if two have the same."""
+    """Runs by `seeds_of`. Raises ValueError if two runs have the same seeds."""
     found = {}
     for run in runs:
         if seeds_of(run) in found:

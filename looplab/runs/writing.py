@@ -1,12 +1,12 @@
-"""Files and folders that appear whole or not at all, and only where they were asked for.
+"""Write files and folders whole or not at all, and only where the user asked for them.
 
     write_whole(path, content)       a file: written beside, then renamed
     with whole_folder(path) as new:  a folder: filled beside, then renamed
     below(folder, "figures")         a folder inside the one that the user named, and not behind a link
 
-Whoever reads, or starts again after a kill, sees the old file or the new one, never half of it, and two writers of one
-name do not mix. A link in the place of a file is replaced; what it points to keeps its bytes. A link in the place of a
-folder is refused: what lies behind it is somebody else's.
+A reader sees the old file or the new one, never half of it, also after a kill. Two writers of one name do not mix. If
+`path` is a link to a file, the link is replaced and the file behind it stays. If it is a link to a folder, it is
+refused, since the folder behind it may belong to somebody else.
 """
 
 import os
@@ -25,11 +25,11 @@ def partial_of(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
-    """Make `content` (text as UTF-8) the file `path`, and its folders where they are missing; returns `path`.
+    """Write `content` (text as UTF-8) to the file `path`, make missing folders, and return `path`.
 
     Raises:
         ValueError: `path` is a folder, a device or a pipe.
-        OSError: of the disk.
+        OSError: the disk refuses.
     """
     check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,17 +44,18 @@ def write_whole(path: Path, content: str | bytes) -> Path:
 
 
 def check_file(path: Path) -> None:
-    """ValueError if there is something at `path` that no file may replace."""
+    """Raise ValueError if `path` exists and is not a file."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file: name another one, or move it away.")
 
 
 @contextmanager
 def whole_folder(path: Path, another_built: Callable[[], bool] = lambda: False) -> Iterator[Path]:
-    """A folder beside `path` to write to, which gets that name when all went well and is removed otherwise.
+    """Within the block, a new folder beside `path` to write to. It gets the name `path` if all went well, and is
+    removed otherwise.
 
     Args:
-        another_built: whether another process has built the same at `path` meanwhile, and this folder may go.
+        another_built: whether another process has made the same folder at `path` meanwhile; then this one is removed.
 
     Raises:
         ValueError: there is something at `path`.
@@ -75,10 +76,10 @@ def whole_folder(path: Path, another_built: Callable[[], bool] = lambda: False) 
 
 
 def below(folder: Path, *names: str) -> Path:
-    """`folder`/`names`; `folder` itself may be a link, since the user named it.
+    """The path `folder`/`names`; `folder` itself may be a link, since the user named it.
 
     Raises:
-        ValueError: a folder on the way from `folder` is a link or a file.
+        ValueError: one of `names` is a link or a file.
     """
     path = folder
     for name in names:
@@ -88,7 +89,7 @@ def below(folder: Path, *names: str) -> Path:
 
 
 def check_folder(path: Path) -> None:
-    """ValueError if there is something at `path` that is not a folder in its own right."""
+    """Raise ValueError if `path` exists and is a link or not a folder."""
     if path.is_symlink():
         raise ValueError(f"{path} is a link to {os.readlink(path)}, where nothing of ours belongs: remove the link.")
     if path.exists() and not path.is_dir():
@@ -96,7 +97,7 @@ def check_folder(path: Path) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what writers that were killed left in `folder`; only where nobody writes at the moment."""
+    """Remove the partial files and folders that killed writers left in `folder`; nobody may be writing there now."""
     for left in folder.glob(f".*{PARTIAL}"):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)

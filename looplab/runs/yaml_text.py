@@ -1,9 +1,9 @@
-"""YAML 1.2, the core schema: what JSON means by its text, and nothing that can be read twofold.
+"""Read and write YAML 1.2 with the core schema, and refuse everything that can be misread.
 
-    010 is 10, 0o10 is 8, 1e-4 a number      1:30, yes, on, 2001-01-01 are text
-    a key that comes twice, a key that is no text, an alias, a tag: refused, with line and column
+    010 is 10, 0o10 is 8, 1e-4 is a number; 1:30, yes, on and 2001-01-01 are text
+    refused, with line and column: a key that comes twice, a key that is not text, an alias, a tag
 
-PyYAML by itself reads YAML 1.1, where 010 is 8, 1:30 is 90 and `no` is false; there the last of two keys wins.
+PyYAML alone reads YAML 1.1: there 010 is 8, 1:30 is 90, `no` is false, and the last of two equal keys wins.
 """
 
 import re
@@ -15,6 +15,7 @@ from data_builders.files import place, read_text
 
 
 def refuse(node: yaml.Node | yaml.Event, problem: str):
+    """Raise MarkedYAMLError, with the place of `node`; `parse_yaml` makes it a ValueError."""
     raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
@@ -52,7 +53,7 @@ class CoreLoader(yaml.SafeLoader):
 
 
 class CoreDumper(yaml.SafeDumper):
-    """Writes what `CoreLoader` reads, without aliases; quotes text that would be something else in YAML 1.1 or 1.2."""
+    """PyYAML's dumper for `CoreLoader`: no aliases, and quotes around text that is not text in YAML 1.1 or 1.2."""
 
     def ignore_aliases(self, data) -> bool:
         return True
@@ -74,8 +75,12 @@ CoreLoader.add_constructor("tag:yaml.org,2002:int", CoreLoader.construct_whole)
 
 
 def parse_yaml(text: str, where: str):
-    """The plain values of a YAML text; ValueError that begins with `where` and has line and column."""
-    # Line ends of YAML 1.1 only, which PyYAML would turn into spaces.
+    """The plain values of a YAML text. Raises ValueError with `where`, line and column.
+
+    Args:
+        where: what the text is, for the message, such as a file name.
+    """
+    # YAML 1.1 has three more line ends, which PyYAML would turn into spaces.
     odd = re.search("[\x85\u2028\u2029]", text)
     if odd:
         line, column = place(text[: odd.start()])
@@ -95,10 +100,10 @@ def parse_yaml(text: str, where: str):
 
 
 def read_yaml(path: str | Path):
-    """The plain values of a YAML file in UTF-8; ValueError if it cannot be read."""
+    """The plain values of a YAML file in UTF-8. Raises ValueError as `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(Path(path)), str(path))
 
 
 def to_yaml(values: dict) -> str:
-    """The values as `parse_yaml` reads them, in their order, in ASCII."""
+    """YAML text in ASCII, with the fields in their order; `parse_yaml` gives the same values back."""
     return yaml.dump(values, Dumper=CoreDumper, sort_keys=False)

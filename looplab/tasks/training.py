@@ -47,7 +47,7 @@ class State:
 
 
 class TaskTraining(ABC):
-    """One task in training. Legend: b rows of this rank, T tokens of a row, K positions of a row that have labels.
+    """One task in training. Legend: b batch rows of this rank, T tokens of each, K labels of each.
 
     Args:
         recipe: what is trained, and on what.
@@ -58,11 +58,11 @@ class TaskTraining(ABC):
 
     Attributes:
         tokenizer: it is saved with the model.
-        batches: step -> batch, a dict of `num_loops` (int) and tensors, rows first: input_ids (b, T), shift_labels
-            (b, K), ...
-        logits_to_keep: K, counted from the end of a row; 0 where every token has a label.
+        batches: step -> batch, a dict of `num_loops` (int) and tensors, batch rows first: input_ids (b, T),
+            shift_labels (b, K), ...
+        logits_to_keep: K, the last tokens of a batch row; 0 where every token has a label.
         generation: fields of the model's generation_config.json.
-        padding: what pads the rows, None if nothing does.
+        padding: what pads the batch rows, None if nothing does.
 
     Raises:
         ValueError: data and recipe do not fit.

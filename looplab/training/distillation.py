@@ -1,4 +1,4 @@
-"""Distillation of a model with one KV row per token from the same model with a row per loop (MELT).
+"""Distillation into a model that caches one entry per token, from the same model with an entry per loop (MELT).
 
     phase         keys and values                               loss
     interpolation alpha gated + (1 - alpha) per loop,           KD
@@ -9,11 +9,12 @@
     o  = what attention adds, after its output projection and before a sandwich norm: every core layer of every loop,
          mean over layers, loops, tokens and channels
 
-The student starts from the teacher's weights and runs chunk by chunk, the teacher whole sequences. In the
-interpolation past rows are mixed as well: of a past token, loop t sees alpha times its one row and 1 - alpha times its
-row of loop t. `train.py` runs both phases (`distill` in a recipe). Source: MELT (arXiv 2605.07721), whose text was not
-available: the linear ramp, KD as the only loss of the first phase, what o is and its mean are our choices. Legend: B
-rows, T tokens, C tokens of a chunk, D hidden size, K heads, d head size, R loops.
+The student starts from the teacher's weights. It runs chunk by chunk; the teacher runs whole sequences. The
+interpolation mixes cached entries as well: loop t sees a past token as alpha times its gated entry plus 1 - alpha
+times its entry of loop t. `train.py` runs both phases (`distill` in a recipe). Source: MELT (arXiv 2605.07721), whose
+text was not available: the linear ramp, KD as the only loss of the first phase, what o is and its mean are our
+choices. Legend: B batch rows, T tokens, C tokens of a chunk, S cached tokens, D hidden size, K heads, d head size, R
+loops.
 """
 
 from collections.abc import Iterator
@@ -24,12 +25,13 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.cache_looped import GatedSharing, RewritingDynamicLayer
+from modeling_looped.cache_layers_looped import RewritingDynamicLayer
+from modeling_looped.cache_looped import GatedKeys, OneEntrySharing
 from modeling_looped.calls_looped import LoopStates
 
 
 class InterpolatedLayer(RewritingDynamicLayer):
-    """Both memories of one core layer: its one row per token, and beside it the rows of each loop."""
+    """Both memories of one core layer: the gated entry of every token, and beside it an entry for every loop."""
 
     def __init__(self, sharing: "InterpolatedSharing"):
         super().__init__()
@@ -41,7 +43,7 @@ class InterpolatedLayer(RewritingDynamicLayer):
         self.loop = 0
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """(2B, K, C, d) of the gated and the per-loop memory -> the mixture of all tokens' rows (B, K, S, d)."""
+        """Keys and values (2B, K, C, d), the gated ones first -> the mixed entries of all tokens (B, K, S, d)."""
         if self.loop == len(self.of_loops):
             self.of_loops.append(DynamicLayer())
         (keys, own_keys), (values, own_values) = key_states.chunk(2), value_states.chunk(2)
@@ -53,24 +55,29 @@ class InterpolatedLayer(RewritingDynamicLayer):
         return alpha * keys + (1 - alpha) * own_keys, alpha * values + (1 - alpha) * own_values
 
 
-class InterpolatedSharing(GatedSharing):
-    """A share alpha of gated memory and 1 - alpha of a row per loop, T + 1 rows per token; for training only."""
+class InterpolatedSharing(OneEntrySharing):
+    """A share alpha of the gated entry and 1 - alpha of the loop's own: R + 1 entries per token, for training only."""
+
+    rewrites = True
 
     def __init__(self, config: LoopedConfig, alpha: float):
         super().__init__(config)
         self.alpha = alpha
+
+    def key_source(self) -> GatedKeys:
+        return GatedKeys()
 
     def layer_like(self, layer) -> InterpolatedLayer:
         return InterpolatedLayer(self)
 
 
 def both_inputs(gate: nn.Module, arguments: tuple, latent: torch.Tensor) -> torch.Tensor:
-    """A gate's hook: keys and values of both memories are computed in one call, (2B, T, D)."""
+    """Hook behind a KV gate: one call computes keys and values of both memories, from (2B, T, D)."""
     return torch.cat([latent, arguments[0]])
 
 
 def gated_half(gate: nn.Module, arguments: tuple) -> tuple:
-    """A gate's hook: of what the loop before computed, the latent is the first half."""
+    """Hook before a KV gate: the latent is the first half of what `both_inputs` returned in the loop before."""
     hidden_states, latent, loop = arguments
     return hidden_states, None if latent is None else latent[: len(hidden_states)], loop
 
@@ -79,8 +86,8 @@ def gated_half(gate: nn.Module, arguments: tuple) -> tuple:
 def interpolated(model: LoopedForCausalLM, alpha: float) -> Iterator[None]:
     """Within the block `model`, which has kv_sharing="gated", runs on the mixture of both memories.
 
-    Call it with `use_cache=True`, all rows to one depth and without a padding mask. `alpha`, 0 .. 1, is the share of
-    the gated memory: 0 is the model with an entry per loop, whatever the chunks.
+    Call it with `use_cache=True`, one depth for all batch rows and without a padding mask. `alpha`, 0 .. 1, is the
+    share of the gated memory: 0 is the model with an entry per loop, whatever the chunks.
     """
     base = model.model
     gated, base.sharing = base.sharing, InterpolatedSharing(model.config, alpha)

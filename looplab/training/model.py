@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from looplab.runs.models import blaming
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.cache_looped import SHARINGS
 
 from .recipe import Recipe
 
@@ -21,40 +22,30 @@ def build_model(
     Raises:
         ValueError: model and tokenizer do not fit.
     """
-    model = make_or_load(recipe, tokenizer)
-    # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
-    model.generation_config = GenerationConfig(
-        num_loops=model.config.num_loops,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **generation,
-    )
-    return model
-
-
-def make_or_load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LoopedForCausalLM:
-    # Ids may have holes.
-    num_ids = 1 + max(tokenizer.get_vocab().values())
+    special_ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    num_ids = 1 + max(tokenizer.get_vocab().values())  # not their number: ids may have holes
     if recipe.init_from is None:
-        token_ids = {
-            "vocab_size": num_ids,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        config = LoopedConfig(**(token_ids | recipe.model))
+        config = LoopedConfig(**({"vocab_size": num_ids} | special_ids | recipe.model))
         if num_ids > config.vocab_size:
             raise ValueError(
                 f"model.vocab_size must be at least {num_ids}, the tokens of the tokenizer, got {config.vocab_size}."
             )
-        return LoopedForCausalLM(config)
-    with blaming(recipe.init_from, "name another folder in init_from."):
-        config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
-    # KV gates that the weights were trained without start as fresh ones do.
-    model = load_trained("init_from", recipe.init_from, may_lack=".kv_gate.", config=config)
-    if num_ids > config.vocab_size:
-        raise ValueError(f"init_from: {recipe.init_from} has {num_ids} tokens, and a model for {config.vocab_size}.")
+        model = LoopedForCausalLM(config)
+    else:
+        with blaming(recipe.init_from, "name another folder in init_from."):
+            config = LoopedConfig.from_pretrained(recipe.init_from, **recipe.model)
+        # KV gates that the weights were trained without start as fresh ones do.
+        model = load_trained("init_from", recipe.init_from, may_lack=".kv_gate.", config=config)
+        if num_ids > config.vocab_size:
+            raise ValueError(
+                f"init_from: {recipe.init_from} has {num_ids} tokens, and a model for {config.vocab_size}."
+            )
+    # A fresh object: the one derived from the model's config loses unknown fields such as num_loops on reload.
+    model.generation_config = GenerationConfig(num_loops=model.config.num_loops, **special_ids, **generation)
     return model
 
 
@@ -84,7 +75,7 @@ def may_lack_gradients(recipe: Recipe, config: LoopedConfig) -> bool:
     return (
         recipe.num_grad_loops is not None
         or config.loops_have_parameters
-        or config.kv_sharing == "gated"
+        or SHARINGS[config.kv_sharing].has_parameters
         or config.exit_gate
     )
 

@@ -5,7 +5,7 @@
     ExitLoss           the labels, as every loop sees them: the model has an exit gate
     DistillationLoss   a teacher's word on every token: the recipe names one
 
-Legend: b rows, T tokens of a row, K labels of a row, V ids.
+Legend: b batch rows, T tokens and K labels of each, V ids.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +34,7 @@ class Objective(ABC):
             model: the model as accelerate wraps it.
             rows: tensors of a batch, (b, T) each.
             labels: (b, K); -100 counts for nothing.
-            num_loops: loops of every row.
+            num_loops: loops of every batch row.
             progress: share of the run that is done, 0 .. 1.
         """
 

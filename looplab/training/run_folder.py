@@ -49,24 +49,11 @@ from .recipe import Recipe, move_check_every, recipe_defaults
 
 logger = logging.getLogger(__name__)
 
-
 # Fields of a recipe that may change when a run goes on: none of them changes what an update does, but for schedules
 # that follow the budget.
 FREE = frozenset({"max_steps", "max_seconds", "log_every", "checkpoint_every", "eval_loops", "snapshots", "trackers"})
 
 OTHERS = "Give this run another --name, or replace the one there with --overwrite true."
-
-
-# Digests
-
-
-# Files, whole or not at all
-
-
-# Measurements and the weights they are of
-
-
-# One training
 
 
 def read_state(checkpoint: Path) -> State:
@@ -109,6 +96,7 @@ class RunFolder:
     Attributes:
         final: where the run is, at the latest from its first checkpoint on.
         folder: where it is written to now.
+        starts: field of the recipe -> folder of the weights that the run starts or learns from, or None.
         changed: field -> [old, new], of the FREE fields that differ from those the run went by so far.
         complete: the run has finished, and there are no checkpoints to go on from.
     """
@@ -118,6 +106,7 @@ class RunFolder:
         self.final = Path(recipe.output_dir) / recipe.name
         self.staging = self.final.with_name(f".{recipe.name}.new")
         self.folder = self.final
+        self.starts = {"init_from": recipe.init_from, "distill.teacher": recipe.distill.teacher}
         self.changed: dict[str, list] = {}
         self.complete = self.resumes = False
 
@@ -271,8 +260,8 @@ class RunFolder:
         for name, digest in (before.get("start") or {}).items():
             if began["start"].get(name) != digest:
                 raise ValueError(
-                    f"the weights in {vars_at(self.recipe, name)} ({name}) are not those {self.final} began with: "
-                    f"restore them. {OTHERS}"
+                    f"the weights in {self.starts[name]} ({name}) are not those {self.final} began with: restore "
+                    f"them. {OTHERS}"
                 )
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -293,10 +282,8 @@ class RunFolder:
 
     def starting_weights(self) -> dict[str, str]:
         """Field of the recipe -> digest of the weights in the folder that it names."""
-        named = {"init_from": self.recipe.init_from, "distill.teacher": self.recipe.distill.teacher}
-        return {
-            name: weights_of(Path(path)) for name, path in named.items() if path is not None and Path(path).is_dir()
-        }
+        folders = {name: Path(path) for name, path in self.starts.items() if path is not None}
+        return {name: weights_of(folder) for name, folder in folders.items() if folder.is_dir()}
 
     def trim_metrics(self, state: State) -> None:
         """Drop rows that a resumed run will write again and lines that are no rows; say where the recipe changed."""
@@ -497,11 +484,3 @@ def files_in(folder: Path) -> list[str]:
         links = [name for name in folders if Path(place, name).is_symlink()]
         found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links)]
     return sorted(found)
-
-
-def vars_at(recipe: Recipe, name: str):
-    """The value of a dotted field."""
-    value = recipe
-    for part in name.split("."):
-        value = vars(value)[part]
-    return value

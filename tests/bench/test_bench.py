@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from looplab.bench.contexts import SHARINGS, context_row, filled_cache, step_at
+from looplab.bench.contexts import context_row, filled_cache, step_at
 from looplab.bench.flops import connection_flops, forward_flops, update_flops
 from looplab.bench.pair import QUICK, build_pair
 from looplab.bench.speed import kv_row
 from looplab.instruments.timing import compared, interleaved
+from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
 from toys import make_config, make_ids, make_model
 
@@ -50,7 +51,7 @@ def test_the_flop_estimate_counts_every_loop_as_torch_does(fields, num_loops):
 def test_every_connection_says_what_it_costs(connection):
     """One that the estimate did not know would be free in every claim of equal compute."""
     config = make_config(loop_connection=connection, max_num_loops=3)
-    matrices = CONNECTIONS[connection](config).parameters()
+    matrices = CONNECTIONS[connection].of(config)(config).parameters()
     per_loop = sum(2 * m.numel() for m in matrices if m.ndim == 2) / (3 if connection == "hyper" else 1)
     assert connection_flops(config) >= per_loop
 

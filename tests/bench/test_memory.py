@@ -10,7 +10,7 @@ from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
 from looplab.tasks.text.perplexity import block_losses, run_blocks
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.cache_looped import CACHE_NAME
+from modeling_looped.cache_layers_looped import CACHE_NAME
 from toy_runs import rows_of
 from toys import FP32, KV_SHARINGS, make_ids, make_model
 

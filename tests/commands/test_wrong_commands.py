@@ -378,10 +378,9 @@ def test_train_says_a_sentence_once(tmp_path):
         sys.executable,
         ROOT / "train.py",
         ROOT / "recipes" / "smoke.yaml",
-        "--lr",
-        "3",
-        "--output_dir",
-        tmp_path,
+        "--lr=3",
+        "--curriculum.check_every=5",
+        f"--output_dir={tmp_path}",
     ]
     processes = [
         subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | {"LOCAL_RANK": rank})
@@ -394,6 +393,7 @@ def test_train_says_a_sentence_once(tmp_path):
         1,
         1,
     ]
+    assert [said.count("curriculum.check_every is now check_every") for said in (once, nothing)] == [1, 0]
     assert "train.py:" not in nothing
     assert ["Traceback" in said for said in (once, nothing, debugged)] == [False, False, True]
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from transformers import (
     StaticCache,
 )
 
-from modeling_looped.cache_looped import CACHE_NAME, RewritingDynamicLayer
+from modeling_looped.cache_layers_looped import CACHE_NAME, RewritingDynamicLayer
 from toys import FP32, KV_SHARINGS, make_ids, make_model, open_gates, stepwise
 
 every_sharing = pytest.mark.parametrize("kv_sharing", KV_SHARINGS)

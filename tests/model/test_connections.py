@@ -270,7 +270,7 @@ def test_extra_parameters_follow_the_formula(hidden, expected):
     config = make_config(
         hidden_size=hidden, num_attention_heads=16, num_loops=3, loop_connection="hyper", loop_embedding="learned"
     )
-    modules = CONNECTIONS["hyper"](config), LOOP_EMBEDDINGS["learned"](config)
+    modules = CONNECTIONS["hyper"].of(config)(config), LOOP_EMBEDDINGS["learned"](config)
     assert sum(p.numel() for module in modules for p in module.parameters()) == expected
     assert expected == 3 * (3 * 16 * hidden + 3 * 4 + 3 + hidden)
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from families import EXPERT_FAMILIES, FAMILIES, make_frozen, make_tokens
 from modeling_looped import frozen_window_looped
-from modeling_looped.cache_looped import CACHE_NAME
+from modeling_looped.cache_layers_looped import CACHE_NAME
 from modeling_looped.frozen_looped import attach, default_window, detach, looped
 from modeling_looped.frozen_solvers_looped import METHODS
 from toys import FP32, make_model

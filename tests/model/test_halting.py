@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from modeling_looped.halting_looped import FixedRule, halting_rule
+from modeling_looped.halting_looped import Rule, halting_rule
 from toys import FP32, KV_SHARINGS, count_layer_calls, make_ids, make_model
 
 RULES = {
@@ -235,7 +235,7 @@ def test_fixed_halting_is_no_halting():
     assert model(ids, halting="fixed").logits.equal(model(ids).logits)
 
 
-class DoneFromFourth(FixedRule):
+class DoneFromFourth(Rule):
     """Halts at every position but the first four."""
 
     def step(self, memory, state, readout):

@@ -23,7 +23,7 @@ from data_builders.depth import DepthSampler
 from data_builders.tokenizers import hop_tokenizer
 from families import make_frozen
 from modeling_looped import LoopedForCausalLM, LoopedForSequenceClassification, attach, looped
-from modeling_looped.configuration_looped import REWRITING_SHARINGS
+from modeling_looped.cache_looped import SHARINGS
 from toys import FP32, make_config, make_ids, make_model, open_gates
 
 OURO = {"norm_placement": "sandwich", "norm_between_loops": True}
@@ -401,10 +401,12 @@ def test_pipelines_know_the_models(caplog, capfd):
 
 # Prompts that the host cuts
 
+REWRITING = [name for name, sharing in SHARINGS.items() if sharing.rewrites]
+
 
 @pytest.mark.parametrize(
     ("kv_sharing", "chunk"),
-    [("per_loop", None), ("first", None), *product(REWRITING_SHARINGS, [None, 1, 3])],
+    [("per_loop", None), ("first", None), *product(REWRITING, [None, 1, 3])],
 )
 @pytest.mark.parametrize("where", ["call", "generation_config"])
 def test_a_prompt_that_is_cut_gives_the_same_tokens_or_is_refused(kv_sharing, chunk, where):
@@ -416,7 +418,7 @@ def test_a_prompt_that_is_cut_gives_the_same_tokens_or_is_refused(kv_sharing, ch
         call["prefill_chunk_size"] = 4
     else:
         model.generation_config.prefill_chunk_size = 4
-    if kv_sharing not in REWRITING_SHARINGS or chunk == 1:
+    if kv_sharing not in REWRITING or chunk == 1:
         assert model.generate(ids, **call).equal(whole)
     else:
         with pytest.raises(ValueError, match=f"prefill_chunk_size=4: kv_sharing='{kv_sharing}' gives other tokens"):

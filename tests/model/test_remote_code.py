@@ -41,6 +41,10 @@ for loops in (1, 3, 6):
 halted = model.generate(**batch, num_loops=9, halting={"rule": "kl", "kl_threshold": 1e9}, max_new_tokens=3,
                         do_sample=False, return_dict_in_generate=True)
 assert halted.loops_used.unique().tolist() == [2]
+class AtOnce(model.rule_class):
+    def step(self, memory, state, readout):
+        return None, torch.ones(state.shape[:2], dtype=torch.bool)
+assert model(**batch, num_loops=9, halting=AtOnce()).loops_used.unique().tolist() == [1]
 model.save_pretrained(folder + "/again")
 import os, json
 print(json.dumps({"tokens": out, "shipped": sorted(f for f in os.listdir(folder + "/again") if f.endswith(".py"))}))

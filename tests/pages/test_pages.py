@@ -28,6 +28,7 @@ from modeling_looped import LoopedForCausalLM
 from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
 from modeling_looped.halting_looped import RULES
+from modeling_looped.losses_looped import EXIT_LOSSES
 from toys import FP32, make_config, make_model, write_pages
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,12 @@ def toy_molecules() -> dict:
     return {}
 
 
+def check_readme(names: dict, printed: str) -> None:
+    two, sixteen, *asked = printed.splitlines()
+    assert two.partition(" ")[2] != sixteen.partition(" ")[2]  # the same weights at two depths
+    assert [line.split()[0] for line in asked] == ["1", "2", "4", "8", "16"]
+
+
 def check_frozen(names: dict, printed: str) -> None:
     assert names["again"].loop.config.window == [12, 15]
     assert list(Path("smollm2-looped").glob("*.safetensors")) == []
@@ -176,7 +183,7 @@ def nothing(*_) -> dict:
 # Page -> what a reader has made or defined before its first block, and what must hold of the names that the blocks
 # leave and of what they print, where running is not enough.
 RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
-    "README.md": (a_model_of_chains, nothing),
+    "README.md": (a_model_of_chains, check_readme),
     "docs/design/forward_pass.md": (nothing, check_slots),
     "docs/guides/add_a_system.md": (nothing, check_new_rule),
     "docs/guides/clients.md": (a_model_and_rows, check_clients),
@@ -190,6 +197,7 @@ RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "docs/guides/melt.md": (nothing, nothing),
     "docs/guides/molecules.md": (toy_molecules, check_molecules),
 }
+SLOW = {"docs/guides/clients.md"}  # exports eight loops, fine-tunes with TRL
 # Page -> the test that runs it, and why it is not run here.
 ELSEWHERE = {
     "docs/guides/publish.md": ("test_what_is_published_works_where_this_repository_does_not_exist", "needs a Hub"),
@@ -208,7 +216,9 @@ def test_a_page_with_python_is_run_or_says_where(page):
 
 # TRL 1.16 uses the old names of activation checkpointing; a CPU may have no bfloat16 to recommend.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("page", RUNS)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in RUNS]
+)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -404,7 +414,7 @@ def test_the_map_names_every_folder_and_file_that_there_is():
 
 
 def test_the_named_verbs_are_those_of_every_object():
-    """The table of docs/guides/add_a_system.md against all connections, policies and rules there are."""
+    """The table of docs/guides/add_a_system.md against all connections, policies, rules and objectives there are."""
     page = read("docs/guides/add_a_system.md")
     table = {
         kind: re.findall(r"`(\w+)`", verbs)
@@ -413,10 +423,13 @@ def test_the_named_verbs_are_those_of_every_object():
     streams = {"hyper": {"max_num_loops": 3}}
     objects = {
         "loop connection": [
-            kind(make_config(loop_connection=name, **streams.get(name, {}))) for name, kind in CONNECTIONS.items()
+            kind.of(config)(config)
+            for name, kind in CONNECTIONS.items()
+            for config in [make_config(loop_connection=name, **streams.get(name, {}))]
         ],
         "KV sharing": [kind(make_config(kv_sharing=name)) for name, kind in SHARINGS.items()],
         "halting rule": [rule() for rule in RULES.values()],
+        "objective": [kind(make_config(exit_gate=True)) for kind in EXIT_LOSSES.values()],
     }
     assert set(table) == set(objects)
     for kind, verbs in table.items():

@@ -349,6 +349,7 @@ def test_a_run_of_an_older_version_has_the_same_recipe(tmp_path, file):
     keys = []
     for written in (values, as_older_versions_wrote(values) | {"seed": 2}):
         write_whole(run / "recipe.yaml", to_yaml(written))
+        assert read_recipe(run / "recipe.yaml").resolved() == values | {"seed": written["seed"]}
         keys.append(recipe_key(Run(run)))
     assert keys[0] == keys[1]
     for name, value in (("max_steps", 40), ("check_every", 11)):
@@ -431,7 +432,7 @@ def test_data_that_change_are_refused_and_named(text, tmp_path):
         ),
     ):
         change()
-        with pytest.raises(ValueError, match=rf"the data of .*run are not those it began with \({message}"):
+        with pytest.raises(ValueError, match=rf"the data of .*run have changed since it began \({message}"):
             main(text("--max_steps=4"))
         with pytest.raises(ValueError, match=r"restore the files its recipe names"):
             looped_or_raise("eval", run)
@@ -533,7 +534,7 @@ def test_a_measurement_of_other_weights_is_refused(run, name):
         tensors = load_file(path)
         save_file({n: t + 1 for n, t in tensors.items()}, path, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=rf"{name} is of other weights than those in model/ now: run `looped {record.verb}"
+        ValueError, match=rf"{name} was made with other weights than model/ has now: run `looped {record.verb}"
     ):
         open_run(run).read(record)
     open_run(run).write({name: "{}\n"})
@@ -548,7 +549,7 @@ def test_a_run_that_goes_on_leaves_its_old_measurements_behind(run):
     assert open_run(run).read(GRID) == [{}]
     main(recipe_of(run, "--max_steps=30"))
     for name in ("grid.jsonl", "lens.jsonl"):
-        with pytest.raises(ValueError, match=rf"{name} is of other weights"):
+        with pytest.raises(ValueError, match=rf"{name} was made with other weights"):
             open_run(run).check_record(name, "measure again.")
 
 
@@ -557,7 +558,9 @@ def test_only_what_is_known_to_be_of_the_weights_is_published(run, name):
     check_measured(open_run(run))
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text("{}\n")
-    with pytest.raises(ValueError, match=rf"it is not known which weights .*{name} is of: run `looped (eval|plot)"):
+    with pytest.raises(
+        ValueError, match=rf"it is not known which weights .*{name} was made with: run `looped (eval|plot)"
+    ):
         check_measured(open_run(run))
 
 

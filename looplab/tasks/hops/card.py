@@ -1,6 +1,5 @@
 """What a model card and the demo page say of a run on hops."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ from data_builders import Khop
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
 from looplab.tasks.card import Card, Names, between, spread
+from modeling_looped.halting_looped import entropy_bound
 
 from .data import HopData
-from .halting import ENTROPY
 from .records import EVALUATION, GRID, HALTING
 from .results import THRESHOLDS, depth_facts
 from .rows import first_question_beyond, line_order, load_run_task
@@ -133,4 +132,4 @@ def halting_of(run: Run, vocab_size: int) -> dict:
         for row in run.read(HALTING):
             if row["measure"] == "chosen" and row["rule"] == "kl_entropy":
                 return {name: row[name] for name in ("rule", "kl_threshold", "max_entropy")}
-    return {"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": max(ENTROPY) * math.log(vocab_size)}
+    return {"rule": "kl_entropy", "kl_threshold": 0.01, "max_entropy": entropy_bound(vocab_size)}

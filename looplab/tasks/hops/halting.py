@@ -11,7 +11,6 @@ validation rows; the others are measured, but choose nothing. A budget is the `n
 that never halt.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -20,11 +19,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from looplab.instruments.halting_settings import HaltingSetting, entropy_bound
+from looplab.instruments.halting_settings import HaltingSetting, rules_to_try
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of
 from looplab.instruments.traces import Trace
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
+from modeling_looped import LoopedConfig
+from modeling_looped.halting_looped import FixedRule, entropy_bound, halting_rule
 
 from .evaluation import MAX_LOOPS, trace_groups
 from .records import HALTING
@@ -33,31 +34,19 @@ from .rows import RowGroup, groups_of, load_run_task
 
 POINT = 0.01  # of accuracy that a rule may lose at any hop count
 SOLVABLE = 0.6
-KL = [10 ** (-k / 2) for k in range(13)]  # nats
-ENTROPY = (0.02, 0.05, 0.1, 0.2, 0.35, 3.0 / math.log(217))  # of ln V; the last is the bound of arXiv 2604.07822
-CHANGE = [10 ** (-k / 4) for k in range(13)]
 TIMED_ROWS = 64  # of each hop count
 
 
-def sweep(vocab_size: int, budgets: Sequence[int]) -> list[HaltingSetting]:
+def sweep(config: LoopedConfig, budgets: Sequence[int]) -> list[HaltingSetting]:
     """Every setting that is tried."""
-    entropies = [share * math.log(vocab_size) for share in ENTROPY]
-    rules = [{"rule": "kl", "kl_threshold": kl} for kl in KL]
-    rules += [{"rule": "kl_entropy", "kl_threshold": kl, "max_entropy": h} for kl, h in product(KL, entropies)]
-    rules += [{"rule": "latent", "threshold": change} for change in CHANGE]
-    return [HaltingSetting(rule, budget) for rule, budget in product(rules, budgets)]
+    return [HaltingSetting(rule, budget) for rule, budget in product(rules_to_try(config, "traced"), budgets)]
 
 
 def loops_used(setting: HaltingSetting, traced: Trace) -> torch.Tensor:
     """(N,) loops that each row of a trace would run under `setting`."""
-    rule = setting.halting or {"rule": "fixed"}
-    stops = {
-        "fixed": lambda: torch.zeros_like(traced.kl, dtype=torch.bool),
-        "kl": lambda: traced.kl < rule["kl_threshold"],
-        "kl_entropy": lambda: (traced.kl < rule["kl_threshold"]) & (traced.entropy < rule["max_entropy"]),
-        "latent": lambda: traced.change < rule["threshold"],
-    }[setting.rule]()[: setting.num_loops]
-    stops[-1] = True  # after the budget; the signals of the first loop are infinite, so that none halts there
+    rule = halting_rule(setting.halting) or FixedRule()
+    stops = rule.stops(traced)[: setting.num_loops]
+    stops[-1] = True  # after the budget
     return stops.int().argmax(0) + 1
 
 
@@ -199,7 +188,7 @@ def halting_run(
     few = {split: [groups[split][index] for index in solvable] for split in groups}
     few_traces = {split: [traces[split][index] for index in solvable] for split in groups}
     budgets = sorted({fixed.num_loops, min(2 * fixed.num_loops, max_loops), max_loops} - {1})
-    settings = sweep(model.config.vocab_size, budgets)
+    settings = sweep(model.config, budgets)
     rows = []
     for loops in range(1, max_loops + 1):
         accuracy, used = mean_outcome(HaltingSetting(None, loops), few["test"], few_traces["test"])

@@ -11,7 +11,6 @@ A line is a (split kind, hop count); every line counts alike in a mean. Plain Py
 
 from collections.abc import Sequence
 
-from looplab.instruments.halting_settings import SETTING_FIELDS
 from looplab.runs.folder import Run
 from looplab.runs.seeds import group_runs, span, to_markdown
 
@@ -138,6 +137,8 @@ def number(value: float | None) -> str:
 
 def halting_facts(rows: Sequence[dict]) -> dict[str, dict]:
     """Per rule, over the solvable hop counts of the test rows: what `halting_text` prints."""
+    from looplab.instruments.halting_settings import SETTING_FIELDS  # which imports torch
+
     facts = {}
     for time in (row for row in rows if row["measure"] == "time"):
         chosen = [

@@ -26,11 +26,6 @@ from looplab.instruments.timing import counted_calls, interleaved, ratio_of, rat
 
 PROMPT, DECODED = 32, 32  # tokens of a row of text
 BATCHES = (1, 16)
-THRESHOLDS = {
-    "kl_entropy": (1.0, 0.3, 0.1, 0.03, 0.01, 0.003),  # nats
-    "latent": (0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
-    "q_exit": (0.1, 0.3, 0.5, 0.7, 0.9, 0.99),
-}
 
 
 @dataclass(frozen=True)

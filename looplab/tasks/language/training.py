@@ -31,7 +31,7 @@ class LanguageTraining(TaskTraining):
         """Nothing: `batches` are the same from the first step to the last."""
 
     def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """Nats per token at `num_loops` and each of `eval_loops`, and where an exit gate would let tokens exit."""
+        """Nats per token at `num_loops` and each of `eval_loops`; what an exit gate would do, if there is one."""
         state.gate = {
             str(loops): held_out_loss(self.accelerator, model, self.held_out_rows(), loops)
             for loops in dict.fromkeys([num_loops, *self.recipe.eval_loops])
@@ -82,7 +82,7 @@ def held_out_exits(
 ) -> dict[str, float]:
     """What the exit gate would do, as means over the labels of all ranks' `rows`.
 
-    expected_loss: nats, of the loop after which a token exits. mean_loop: that loop, 1 .. num_loops. entropy: of
+    expected_loss: nats, of the loop after which a token halts. mean_loop: that loop, 1 .. num_loops. entropy: of
     the gate's distribution over loops, nats.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)

@@ -27,6 +27,7 @@ In `generate` a molecule that is complete stays in the batch until all are, as i
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -214,6 +215,17 @@ def timed_row(
     } | ratio_of([(our.seconds_per_step, their.seconds_per_step) for our, their in pairs])
 
 
+def fewer(settings: Sequence[HaltingSetting], number: int | None) -> list[HaltingSetting]:
+    """The first `number` settings of each halting rule (None: all of them), and all fixed loop counts."""
+    seen = Counter()
+    kept = []
+    for setting in settings:
+        seen[setting.rule] += 1
+        if setting.halting is None or number is None or seen[setting.rule] <= number:
+            kept.append(setting)
+    return kept
+
+
 def halting_run(
     run: Run,
     num_loops: int | None = None,
@@ -240,7 +252,7 @@ def halting_run(
     model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     num_loops = model.config.num_loops if num_loops is None else num_loops
-    settings = exit_settings(model, num_loops, sizes.thresholds)
+    settings = fewer(exit_settings(model.config, num_loops, "sampled"), sizes.thresholds)
     splits = run_molecules(run)
     test = PackedMolecules(splits["test"], tokenizer, MoleculeData.of(run).sequence_length)
     number = SAMPLES if limit is None else limit

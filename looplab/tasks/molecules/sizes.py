@@ -1,7 +1,7 @@
 """How molecules are written, and how many at once: what results depend on, and how long they take."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sizes:
     decoded: batches in which teacher-forced tokens are timed
     timed: batches in which `generate` is timed
     fit_tokens: tokens that a fresh head is fitted on
-    thresholds: of each halting rule; fewer than for text, since each is sampled: minutes on one core
+    thresholds: of each halting rule that are tried; None for all
     """
 
     batch: int = 500
@@ -39,10 +39,4 @@ class Sizes:
     decoded: Sequence[int] = (1, 16)
     timed: Sequence[int] = (1, 100)
     fit_tokens: int = 300_000
-    thresholds: Mapping[str, Sequence[float]] = field(
-        default_factory=lambda: {
-            "kl_entropy": (1.0, 0.1, 0.01),
-            "latent": (0.5, 0.3, 0.2, 0.1),
-            "q_exit": (0.1, 0.3, 0.5, 0.7, 0.9),
-        }
-    )
+    thresholds: int | None = None

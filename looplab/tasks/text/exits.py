@@ -6,7 +6,7 @@ from data_builders.text_batches import spread_blocks
 from looplab.instruments.halting_settings import exit_settings
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
-from looplab.tasks.language.exits import BATCHES, DECODED, PROMPT, THRESHOLDS, exit_rows
+from looplab.tasks.language.exits import BATCHES, DECODED, PROMPT, exit_rows
 
 from .perplexity import run_blocks
 from .records import HALTING
@@ -38,5 +38,5 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
         raise ValueError(f"there are {len(numbers)} rows of test text, and a batch takes {max(BATCHES)}: allow more.")
     rows = {name: value[:, : PROMPT + DECODED].to(model.device) for name, value in blocks.rows(numbers).items()}
     num_loops = model.config.num_loops if num_loops is None else num_loops
-    results = exit_rows(model, rows, PROMPT, num_loops, exit_settings(model, num_loops, THRESHOLDS), rounds)
+    results = exit_rows(model, rows, PROMPT, num_loops, exit_settings(model.config, num_loops, "decoded"), rounds)
     return run.write({HALTING.name: to_json_lines(results)})

@@ -100,7 +100,7 @@ def test_loop_rows_are_the_means_over_the_rows_of_a_group(groups):
     group = RowGroup(2, "id", torch.zeros(4, 3), torch.tensor([5, 6, 7, 8]))
     prediction = torch.tensor([[5, 1, 1, 1], [5, 6, 1, 1], [1, 6, 7, 1]])  # the first answer is lost again
     margin = torch.arange(12.0).view(3, 4)
-    rows = loop_rows("test", group, Trace(prediction, margin, margin, margin, margin))
+    rows = loop_rows("test", group, Trace(prediction, margin, margin, margin, margin, margin))
     assert rows[0] == {"split": "test", "split_kind": "id", "hops": 2, "loops": 1, "accuracy": 0.25, "n": 4} | {
         "margin": 1.5,
         "first_correct": 0.25,

@@ -59,7 +59,7 @@ def test_the_settings_of_that_test_do_halt_rows_at_different_loops(rows):
 def toy_trace(signal, right_from):
     """Rows whose KL, change and entropy are `signal` (R, N), right from loop `right_from` (N,) on; gold token 1."""
     loops = torch.arange(1, len(signal) + 1)[:, None]
-    return Trace((loops >= right_from).long(), signal, signal, signal, signal)
+    return Trace((loops >= right_from).long(), signal, signal, signal, signal, torch.zeros_like(signal))
 
 
 def test_the_fewest_loops_within_a_point_are_chosen_and_else_the_smallest_loss():
@@ -80,7 +80,7 @@ def test_the_fewest_loops_within_a_point_are_chosen_and_else_the_smallest_loss()
 def test_no_setting_beats_one_of_the_frontier_and_it_rises(rows):
     model, group = rows
     traces = trace_groups(model, [group], [LOOPS])
-    settings = sweep(model.config.vocab_size, [4, LOOPS])
+    settings = sweep(model.config, [4, LOOPS])
     points = [mean_outcome(setting, [group], traces) for setting in frontier(settings, [group], traces)]
     assert points == sorted(set(points))
     assert [loops for _, loops in points] == sorted(loops for _, loops in points)

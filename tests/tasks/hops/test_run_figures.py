@@ -40,7 +40,9 @@ def make_run(tmp_path):
         ]
         summary = {"trained_hops": [1, 2, 3], "trained_loops": {"minimum": 2, "maximum": 8, "mean": 4.1}}
         facts = {"summary": summary, "evaluation": {"chance": 0.125, "limit": None}}
-        return written_run(tmp_path / name, {"name": name, "data": {"task": "khop"}}, **facts, grid=grid, metrics=steps + gates).folder
+        return written_run(
+            tmp_path / name, {"name": name, "data": {"task": "khop"}}, **facts, grid=grid, metrics=steps + gates
+        ).folder
 
     return make
 

@@ -6,7 +6,6 @@ import torch
 from looplab.bench.pair import QUICK
 from looplab.bench.speculation import CONFIDENCE, accepted_row, speculation_row
 from looplab.instruments.halting_settings import exit_settings
-from looplab.tasks.language import exits
 from looplab.tasks.language.exits import counted_calls, decode, exit_rows, exits_text
 from toys import FP32, make_ids, make_model
 
@@ -45,7 +44,9 @@ def test_decoded_losses_with_all_loops_are_those_of_one_call():
 
 def test_every_rule_is_measured_at_both_batch_sizes():
     model, rows = make_model(exit_gate=True), make_rows(3)
-    settings = exit_settings(model, 3, {name: values[:1] for name, values in exits.THRESHOLDS.items()})
+    settings = exit_settings(model.config, 3, "decoded")
+    rules = {setting.rule: setting for setting in settings if setting.halting}
+    settings = [*rules.values(), *(setting for setting in settings if setting.halting is None)]
     results = exit_rows(model, rows, PROMPT, 3, settings, rounds=1, batches=(1, 2))
     assert [(row["rule"], row["num_loops"], row["batch"]) for row in results] == [
         (rule, loops, batch)
@@ -66,7 +67,7 @@ def test_every_rule_is_measured_at_both_batch_sizes():
 
 
 def test_where_loops_change_nothing_all_drafts_are_accepted():
-    row = accepted_row(32, QUICK, rounds=1)
+    row = accepted_row(32, QUICK, rounds=1, batches=(1, 2))
     assert row["acceptance"] == 1.0
     assert row["num_loops"] == 2 * QUICK.loops
 

@@ -16,7 +16,6 @@ from looplab.bench.speculation import speculation_rows
 from looplab.cli import main
 from looplab.instruments.halting_settings import HaltingSetting, setting_of
 from looplab.runs.folder import open_run
-from looplab.tasks.language import exits
 from looplab.tasks.language.exits import between_counts, counted_calls, decode
 from looplab.tasks.molecules import samples
 from looplab.tasks.molecules.exits import cheapest, kind_rows, loops_of_tokens, molecule_rows, sample_row, timed_row
@@ -65,7 +64,7 @@ SMALL = Sizes(
     reference=0,
     decoded=(1, 2),
     timed=(1, 3),
-    thresholds={name: values[1:2] for name, values in exits.THRESHOLDS.items()},
+    thresholds=1,
 )
 
 

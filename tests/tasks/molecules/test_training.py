@@ -11,30 +11,22 @@ from transformers import AutoTokenizer, GenerationConfig
 from data_builders import MoleculesConfig, PackedMolecules, load_molecules
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
-from toy_runs import TOY_MOLECULES, measured, reset_accelerator
+from toy_runs import measured, reset_accelerator
 from toys import ROOT
 from train import main, read_recipe
 
-RECIPE = ROOT / "recipes" / "molecules" / "smoke_molecules.yaml"
 DROPOUT = "--model.residual_dropout=0.2"
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    """recipe("name", "--field=value", ...): the smoke recipe, its runs below the test's folder."""
-    flags = [f"--output_dir={tmp_path}", TOY_MOLECULES]
-    return lambda name, *more: read_recipe(RECIPE, [*flags, f"--name={name}", *more])
-
-
 @pytest.mark.slow
-def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(molecules, tmp_path):
     """Over the end of an epoch of nine steps, with spellings that change there."""
     flags = (DROPOUT, "--data.spellings=2")
-    whole = main(recipe("whole", *flags))
-    main(recipe("parts", *flags))
+    whole = main(molecules("whole", *flags))
+    main(molecules("parts", *flags))
     for later in ("model", "checkpoints/step-000000030"):
         (tmp_path / "parts" / later).rename(tmp_path / later.replace("/", "-"))
-    parts = main(recipe("parts", *flags))
+    parts = main(molecules("parts", *flags))
     for key in ("loss", "held_out", "held_out_at_loops", "tokens"):
         assert measured(tmp_path / "parts", key) == measured(tmp_path / "whole", key)
     assert parts["held_out"] == whole["held_out"]
@@ -45,22 +37,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path):
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_every_token_of_a_batch_weighs_alike(recipe, tmp_path):
+def test_every_token_of_a_batch_weighs_alike(molecules, tmp_path):
     """Micro-batches hold rows that are filled unevenly; their losses are of sums, not means of means."""
-    main(recipe("whole", "--optim.kind=adamw"))
+    main(molecules("whole", "--optim.kind=adamw"))
     reset_accelerator()
-    main(recipe("parts", "--optim.kind=adamw", "--accumulation_steps=4"))
+    main(molecules("parts", "--optim.kind=adamw", "--accumulation_steps=4"))
     whole = [loss for _, loss in measured(tmp_path / "whole")]
     assert [loss for _, loss in measured(tmp_path / "parts")] == pytest.approx(whole, abs=1e-5)
 
 
-def test_the_model_folder_alone_has_the_loss_the_run_measured(recipe, tmp_path):
+def test_the_model_folder_alone_has_the_loss_the_run_measured(molecules, tmp_path):
     """A naive twin: held-out molecules one by one, each with the model's own loss; and it writes without being told
     how."""
-    summary = main(recipe("run"))
+    summary = main(molecules("run"))
     folder = tmp_path / "run" / "model"
     model, tokenizer = LoopedForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    splits = load_molecules("files", recipe("run").data.files, **recipe("run").data.overrides)
+    splits = load_molecules("files", molecules("run").data.files, **molecules("run").data.overrides)
     held_out = splits["validation"]["text"][: summary["held_out_molecules"]]
     for num_loops, expected in ({"3": summary["held_out"]} | summary["held_out_at_loops"]).items():
         total = count = 0
@@ -78,14 +70,14 @@ def test_the_model_folder_alone_has_the_loss_the_run_measured(recipe, tmp_path):
     assert model.generate(num_return_sequences=2, max_new_tokens=5).shape[0] == 2
 
 
-def test_exits_of_packed_molecules_are_those_of_each_alone(recipe, tmp_path):
+def test_exits_of_packed_molecules_are_those_of_each_alone(molecules, tmp_path):
     """The expected loss in metrics.jsonl was 1.6 where no loop's was above 0.8: exits were read without the positions
     that hold the molecules of a row apart."""
     flags = ("--model.exit_gate=true", "--max_steps=30")
-    main(recipe("run", *flags))
+    main(molecules("run", *flags))
     folder = tmp_path / "run" / "model"
     model, tokenizer = LoopedForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    splits = load_molecules("files", recipe("run").data.files, **recipe("run").data.overrides)
+    splits = load_molecules("files", molecules("run").data.files, **molecules("run").data.overrides)
     totals, count = torch.zeros(2), 0
     for text in splits["validation"]["text"]:
         ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
@@ -98,9 +90,9 @@ def test_exits_of_packed_molecules_are_those_of_each_alone(recipe, tmp_path):
     assert [exits["expected_loss"], exits["mean_loop"]] == pytest.approx((totals / count).tolist(), rel=1e-4)
 
 
-def test_molecules_are_learnt(recipe):
+def test_molecules_are_learnt(molecules):
     """From the entropy of the vocabulary, ln 21, to near that of the toys, whose three parts are drawn alike."""
-    summary = main(recipe("run", "--max_steps=60", "--check_every=1000", "--optim.lr=1e-2"))
+    summary = main(molecules("run", "--max_steps=60", "--check_every=1000", "--optim.lr=1e-2"))
     assert summary["held_out"]["loss"] < 0.8 < 3.0
 
 
@@ -114,9 +106,9 @@ def test_molecules_are_learnt(recipe):
         ("--data.spellings=0", r"data\.spellings must be >= 1, got 0"),
     ],
 )
-def test_a_field_of_another_task_raises(recipe, flag, message):
+def test_a_field_of_another_task_raises(molecules, flag, message):
     with pytest.raises(ValueError, match=message):
-        recipe("run", flag)
+        molecules("run", flag)
 
 
 @pytest.mark.parametrize("task", ["khop", "text"])
@@ -126,9 +118,9 @@ def test_spellings_are_of_molecules(task):
         read_recipe(smoke, ["--data.spellings=2"])
 
 
-def test_rows_too_short_for_a_molecule_are_refused_before_training(recipe, tmp_path):
+def test_rows_too_short_for_a_molecule_are_refused_before_training(molecules, tmp_path):
     with pytest.raises(ValueError, match=r"sequence_length must be at least"):
-        main(recipe("run", "--data.sequence_length=8"))
+        main(molecules("run", "--data.sequence_length=8"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -152,10 +144,10 @@ def held_out(tmp_path: Path, split: str, end: str) -> tuple[list[str], str, int]
 
 @pytest.mark.parametrize("split", ["validation", "test", "test_scaffolds"])
 @pytest.mark.parametrize(("end", "token"), [("[Se]C", "[Se]"), ("I", "I"), ("C%10CCC%10", "%10"), ("C$C", "$")])
-def test_a_token_that_only_held_out_molecules_have_is_named(recipe, tmp_path, split, end, token):
+def test_a_token_that_only_held_out_molecules_have_is_named(molecules, tmp_path, split, end, token):
     flags, source, line = held_out(tmp_path, split, end)
     with pytest.raises(ValueError, match="no token for") as raised:
-        main(recipe("run", *flags))
+        main(molecules("run", *flags))
     said = str(raised.value)
     assert f"no token for {token!r} in" in said
     assert end in said
@@ -165,29 +157,29 @@ def test_a_token_that_only_held_out_molecules_have_is_named(recipe, tmp_path, sp
 
 
 @pytest.mark.parametrize("split", ["validation", "test", "test_scaffolds"])
-def test_a_held_out_molecule_that_is_too_long_is_named(recipe, tmp_path, split):
+def test_a_held_out_molecule_that_is_too_long_is_named(molecules, tmp_path, split):
     flags, *_ = held_out(tmp_path, split, "C" * 100)
     with pytest.raises(ValueError, match=r"sequence_length must be at least 10\d, the tokens of 'CC"):
-        main(recipe("run", *flags))
+        main(molecules("run", *flags))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_token_that_the_model_to_begin_from_lacks_is_named(recipe, tmp_path):
+def test_a_token_that_the_model_to_begin_from_lacks_is_named(molecules, tmp_path):
     """When training goes on from it, and when it is to be measured on other molecules."""
-    main(recipe("first", "--max_steps=1"))
+    main(molecules("first", "--max_steps=1"))
     others = [f"{'C' * i}[Se]{'C' * j}" for i in range(1, 9) for j in range(9)]
     (tmp_path / "odd.smi").write_text("\n".join(others), encoding="utf-8")
     message = r"no token for '\[Se\]' in .* \(split {}, source odd\.smi, line \d+\)"
     flags = (f"--data.files=[{tmp_path}/odd.smi]", f"--init_from={tmp_path}/first/model", "--model={}")
     with pytest.raises(ValueError, match=message.format("train")):
-        main(recipe("second", *flags))
+        main(molecules("second", *flags))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first" / "model")
     splits = load_molecules("files", [f"{tmp_path}/odd.smi"], validation_share=0.2, test_share=0.2)
     with pytest.raises(ValueError, match=message.format("test")):
         PackedMolecules(splits["test"], tokenizer, 76)
 
 
-def test_a_vocabulary_too_small_for_the_tokens_is_refused(recipe, tmp_path):
+def test_a_vocabulary_too_small_for_the_tokens_is_refused(molecules, tmp_path):
     with pytest.raises(ValueError, match=r"model\.vocab_size must be at least \d+, the tokens .*, got 9"):
-        main(recipe("run", "--model.vocab_size=9"))
+        main(molecules("run", "--model.vocab_size=9"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,21 +1,16 @@
-"""Batches: one length, one depth, every row once per epoch, and nothing but (seed, step) decides."""
+"""Laws of hop batches: rows say what the text says, a batch follows from seed and step, every row comes once."""
 
-import math
 import re
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import Trainer, TrainingArguments, default_data_collator
+from torch.utils.data import DataLoader
 
 from data_builders import (
     DepthSampler,
     HopBatches,
-    LoopCollator,
-    LoopCollatorCallback,
     dataset_tokenizer,
     encode_groups,
     encode_hops,
@@ -30,8 +25,8 @@ PAPER_DEPTH = {"kind": "poisson", "rate": 4, "minimum": 2, "maximum": 8}
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return load_task("khop", "quickstart", cache_dir=tmp_path_factory.mktemp("datasets"), train_hops=3, max_hops=8)
+def dataset():
+    return load_task("khop", "quickstart", train_hops=3, max_hops=8)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +55,20 @@ def row_numbers(batches: HopBatches, batch: dict) -> list[int]:
     return [places[tuple(row)] for row in batch["input_ids"].tolist()]
 
 
-# Readout
+FACTS = [{"text": "e0 r0", "answer": "e1", "hops": 1}, {"text": "e1 r1", "answer": "e0", "hops": 1}]
+CHAIN = {"text": "e0 r0 r1", "answer": "e0", "hops": 2}
+READERS = {
+    "tokenizer": lambda rows: dataset_tokenizer({"train": rows}),
+    "hops": lambda rows: encode_hops(rows, hop_tokenizer(2, 2)),
+    "rows": lambda rows: encode_rows(rows, hop_tokenizer(2, 2)),
+}
+
+
+class Rows:
+    """The simplest collate function that reaches a worker."""
+
+    def __call__(self, rows: list) -> dict:
+        return {"rows": rows}
 
 
 def test_padding_to_a_length_changes_the_work_and_not_the_answer(dataset, tokenizer, make_batches):
@@ -105,89 +113,6 @@ def test_without_a_readout_token_a_row_ends_at_its_last_relation(dataset, tokeni
         )
 
 
-# Depth
-
-
-def test_the_paper_sampler_has_the_paper_mean_and_tails():
-    """(4; 2, 8): mean 4.08, P(2) = 24 %, P(8) = 5 %. A peer's sampler had mean + 1."""
-    sampler = DepthSampler(**PAPER_DEPTH)
-    assert sampler.expected == pytest.approx(4.0763, abs=1e-4)
-    poisson = [math.exp(-4) * 4**count / math.factorial(count) for count in range(8)]
-    assert sampler.probabilities == pytest.approx([sum(poisson[:3]), *poisson[3:8], 1 - sum(poisson[:8])])
-    drawn = Counter(sampler(step) for step in range(20_000))
-    assert sum(depth * count for depth, count in drawn.items()) / 20_000 == pytest.approx(4.0763, abs=0.05)
-    assert drawn[2] / 20_000 == pytest.approx(0.238, abs=0.012)
-    assert drawn[8] / 20_000 == pytest.approx(0.051, abs=0.006)
-    assert set(drawn) == set(range(2, 9))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"kind": "poisson", "mean": 4, "minimum": 2, "maximum": 8},
-        {"kind": "poisson", "mean": 2.2, "minimum": 2, "maximum": 8},
-        {"kind": "poisson", "mean": 7.9, "minimum": 1, "maximum": 8},
-        {"kind": "lognormal_poisson", "mean": 8, "sigma": 0.5, "minimum": 1, "maximum": 32},
-        {"kind": "lognormal_poisson", "mean": 3, "sigma": 1.0, "minimum": 1, "maximum": 16},
-        {"kind": "uniform", "minimum": 2, "maximum": 5},
-        {"kind": "fixed", "mean": 6},
-    ],
-)
-def test_the_mean_asked_for_is_the_mean_drawn(fields):
-    sampler = DepthSampler(**fields, seed=3)
-    mean = fields.get("mean", 3.5)
-    assert sampler.expected == pytest.approx(mean, abs=1e-9)
-    assert sampler.probabilities.sum() == pytest.approx(1)
-    drawn = np.array([sampler(step) for step in range(20_000)])
-    sd = np.sqrt(sampler.probabilities @ (sampler.depths - mean) ** 2)
-    assert abs(drawn.mean() - mean) <= 5 * sd / 20_000**0.5
-
-
-def test_lognormal_poisson_is_the_two_step_draw():
-    """The quadrature against its slow twin: draw the rate, then the count, then clip."""
-    rng = np.random.default_rng(0)
-    rates = 8 * np.exp(0.5 * rng.standard_normal(400_000) - 0.125)
-    drawn = rng.poisson(rates).clip(2, 20)
-    sampler = DepthSampler("lognormal_poisson", rate=8, sigma=0.5, minimum=2, maximum=20)
-    share = np.bincount(drawn, minlength=21)[2:] / len(drawn)
-    assert np.abs(share - sampler.probabilities).max() < 0.004
-    assert sampler.expected == pytest.approx(drawn.mean(), abs=0.05)
-
-
-def test_depth_is_a_pure_function_of_seed_and_step():
-    """Asked in any order, by any process: the same. Ranks therefore agree, and resuming replays."""
-    forward, backward = DepthSampler(**PAPER_DEPTH, seed=5), DepthSampler(**PAPER_DEPTH, seed=5)
-    steps = [0, 1, 4095, 4096, 10_000, 3]
-    assert [forward(step) for step in steps] == [backward(step) for step in reversed(steps)][::-1]
-    assert [forward(step) for step in range(4_096)] != [forward(step) for step in range(4_096, 8_192)]
-    other = DepthSampler(**PAPER_DEPTH, seed=6)
-    assert [forward(step) for step in range(50)] != [other(step) for step in range(50)]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"kind": "gauss"}, "kind must be one of fixed, uniform"),
-        ({"kind": "fixed", "mean": 4, "maximum": 8}, "depth fixed takes mean; maximum is 8"),
-        ({"kind": "fixed", "mean": 2.5}, "whole numbers"),
-        ({"kind": "fixed", "mean": 0}, "1 <= minimum"),
-        ({"kind": "uniform", "minimum": 2}, "maximum is None"),
-        ({"kind": "poisson", "rate": 4, "mean": 4, "minimum": 2, "maximum": 8}, "rate is 4"),
-        ({"kind": "poisson", "rate": -1, "minimum": 2, "maximum": 8}, "rate must be > 0"),
-        ({"kind": "poisson", "mean": 2, "minimum": 2, "maximum": 8}, "mean 2 must lie between"),
-        ({"kind": "poisson", "rate": 4, "minimum": 8, "maximum": 2}, "minimum <= maximum"),
-        ({"kind": "lognormal_poisson", "rate": 4, "minimum": 2, "maximum": 8}, "sigma is None"),
-        ({"kind": "lognormal_poisson", "rate": 4, "sigma": 0, "minimum": 2, "maximum": 8}, "sigma must be > 0"),
-    ],
-)
-def test_a_bad_depth_raises(fields, message):
-    with pytest.raises(ValueError, match=message):
-        DepthSampler(**fields)
-
-
-# Encoding
-
-
 def test_encoding_equals_the_tokenizer_row_by_row(dataset, tokenizer):
     for hops, (input_ids, answers) in encode_hops(dataset["test"], tokenizer).items():
         rows = [row for row in dataset["test"].to_list() if row["hops"] == hops]
@@ -220,15 +145,6 @@ def test_encoding_raises_for_what_it_cannot_say(dataset):
         encode_hops(crooked, hop_tokenizer(10, 4))
 
 
-FACTS = [{"text": "e0 r0", "answer": "e1", "hops": 1}, {"text": "e1 r1", "answer": "e0", "hops": 1}]
-CHAIN = {"text": "e0 r0 r1", "answer": "e0", "hops": 2}
-READERS = {
-    "tokenizer": lambda rows: dataset_tokenizer({"train": rows}),
-    "hops": lambda rows: encode_hops(rows, hop_tokenizer(2, 2)),
-    "rows": lambda rows: encode_rows(rows, hop_tokenizer(2, 2)),
-}
-
-
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("column", ["text", "answer", "hops"])
 @pytest.mark.parametrize("value", [None, 2.5, ["e0", "r0"], "e0 r0 r1 r0", True, {}, "missing"], ids=repr)
@@ -257,9 +173,6 @@ def test_a_word_that_is_no_entity_and_no_relation_is_named(word):
             dataset_tokenizer({"train": Dataset.from_list([*FACTS, fact | {"hops": 1}])})
     with pytest.raises(ValueError, match="train has no facts"):
         dataset_tokenizer({"train": Dataset.from_list([CHAIN])})
-
-
-# HopBatches
 
 
 def test_rows_of_a_batch_have_one_length_and_end_in_the_readout_token(make_batches, tokenizer):
@@ -361,136 +274,3 @@ def test_data_loader_reads_steps_in_order(make_batches):
 def test_bad_batches_raise(make_batches, options, message):
     with pytest.raises(ValueError, match=message):
         make_batches(**options)
-
-
-# LoopCollator
-
-
-def test_collator_batches_equal_lengths_only(dataset, tokenizer):
-    rows = encode_rows(dataset["test"], tokenizer).select_columns(["input_ids", "shift_labels"]).to_list()
-    collator = LoopCollator(DepthSampler(**PAPER_DEPTH))
-    batch = collator(rows[:8])
-    assert batch["input_ids"].shape == (8, 4)
-    assert batch["shift_labels"].shape == (8, 1)
-    assert batch["logits_to_keep"] == 1
-    with pytest.raises(ValueError, match=r"one length, got \[4, 5\]"):
-        collator(rows[36:44])
-
-
-def test_collator_draws_one_depth_per_update():
-    """Micro-batches of an update share its depth; a counter set to a step goes on as if it had counted there."""
-    depth = DepthSampler(**PAPER_DEPTH)
-    collator = LoopCollator(depth, collate=lambda rows: {"rows": rows})
-    assert [collator([1])["num_loops"] for _ in range(6)] == [depth(step) for step in range(6)]
-    collator.start_at(10, accumulation_steps=2)
-    assert [collator([1])["num_loops"] for _ in range(6)] == [depth(step) for step in (10, 10, 11, 11, 12, 12)]
-
-
-def test_collator_counts_over_workers():
-    """Each worker of a DataLoader has its own counter; the batches still get the depths of their place."""
-    depth = DepthSampler(**PAPER_DEPTH)
-    loader = DataLoader(list(range(12)), batch_size=1, num_workers=2, collate_fn=LoopCollator(depth, Rows()))
-    assert [batch["num_loops"] for batch in loader] == [depth(step) for step in range(12)]
-
-
-class Rows:
-    """The simplest collate function that reaches a worker."""
-
-    def __call__(self, rows: list) -> dict:
-        return {"rows": rows}
-
-
-@pytest.mark.slow
-def test_stock_trainer_replays_the_depths_after_a_resume(tmp_path, dataset, tokenizer):
-    """Evaluations in between neither move the count nor draw a depth: they run the model's own number of loops."""
-    two_hops = encode_rows(dataset["train"].filter(lambda hops: hops == 2, input_columns="hops"), tokenizer)
-    depth = DepthSampler(**PAPER_DEPTH, seed=7)
-
-    def train(folder: str, max_steps: int, resume: bool = False) -> tuple[list[int], list[int], torch.Tensor]:
-        torch.manual_seed(0)
-        config = LoopedConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_attention_heads=2, num_core_layers=1,
-            max_position_embeddings=16, num_loops=3, pad_token_id=0, eos_token_id=1,
-        )  # fmt: skip
-        model = LoopedForCausalLM(config)
-        trained, evaluated = [], []
-
-        def note(module, args, kwargs):
-            (trained if module.training else evaluated).append(kwargs.get("num_loops"))
-
-        model.register_forward_pre_hook(note, with_kwargs=True)
-        collator = LoopCollator(depth)
-        arguments = TrainingArguments(
-            output_dir=tmp_path / folder, max_steps=max_steps, per_device_train_batch_size=32, learning_rate=1e-3,
-            gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=120,
-            save_steps=3, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-            lr_scheduler_type="constant", logging_strategy="no", label_names=["shift_labels"],
-        )  # fmt: skip
-        trainer = Trainer(
-            model, arguments, data_collator=collator, train_dataset=two_hops, eval_dataset=two_hops,
-            callbacks=[LoopCollatorCallback(collator)],
-        )  # fmt: skip
-        trainer.train(resume_from_checkpoint=resume)
-        trainer.evaluate()
-        trainer.evaluate()
-        return trained, evaluated, torch.cat([parameter.flatten() for parameter in model.parameters()])
-
-    # 240 rows are 8 batches, 4 updates an epoch: the run goes through two of them and stops within the second.
-    trained, evaluated, weights = train("whole", 7)
-    assert trained == [depth(step) for step in range(7) for _ in range(2)]
-    assert set(evaluated) == {None}
-    train("parts", 3)
-    resumed, _, resumed_weights = train("parts", 7, resume=True)
-    assert resumed == [depth(step) for step in range(3, 7) for _ in range(2)]
-    torch.testing.assert_close(resumed_weights, weights, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("accumulated", "workers", "sized", "skips"),
-    [(1, 0, False, True), (2, 0, True, True), (2, 2, False, True), (1, 2, True, True), (1, 0, False, False)],
-)
-def test_stock_trainer_replays_the_depths_of_a_stream(tmp_path, accumulated, workers, sized, skips):
-    """To resume within an epoch of a stream Trainer collates the batches again that were seen: their calls moved the
-    count, and the resumed run had other depths."""
-    rows = [{"input_ids": [i, i + 1, 3], "labels": [i, i + 1, 3]} for i in range(32)]
-    depth = DepthSampler(**PAPER_DEPTH, seed=7)
-
-    def train(max_steps: int, resume: bool = False) -> list[int]:
-        config = LoopedConfig(vocab_size=40, hidden_size=16, intermediate_size=16, num_attention_heads=2)
-        model, trained = LoopedForCausalLM(config), []
-        model.register_forward_pre_hook(lambda _, args, given: trained.append(given["num_loops"]), with_kwargs=True)
-        collator = LoopCollator(depth, default_data_collator)
-        arguments = TrainingArguments(
-            tmp_path, max_steps=max_steps, per_device_train_batch_size=4, save_steps=3, report_to=[],
-            gradient_accumulation_steps=accumulated, dataloader_num_workers=workers, ignore_data_skip=not skips,
-            disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, logging_strategy="no",
-            remove_unused_columns=False,
-        )  # fmt: skip
-        stream = (Sized if sized else Stream)(rows)
-        trainer = Trainer(
-            model, arguments, data_collator=collator, train_dataset=stream, callbacks=[LoopCollatorCallback(collator)]
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        return trained
-
-    expected = [depth(step) for step in range(6) for _ in range(accumulated)]
-    assert train(3) == expected[: 3 * accumulated]
-    assert train(6, resume=True) == expected[3 * accumulated :]
-
-
-class Stream(IterableDataset):
-    """Rows in their order, every other one to each of two workers."""
-
-    def __init__(self, rows: list):
-        self.rows = rows
-
-    def __iter__(self):
-        worker = get_worker_info()
-        return iter(self.rows if worker is None else self.rows[worker.id :: worker.num_workers])
-
-
-class Sized(Stream):
-    """One that says how long it is, as some streams do: an epoch ends there."""
-
-    def __len__(self):
-        return len(self.rows)

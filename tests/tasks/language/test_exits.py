@@ -67,7 +67,7 @@ def test_every_rule_is_measured_at_both_batch_sizes():
 
 
 def test_where_loops_change_nothing_all_drafts_are_accepted():
-    row = accepted_row(32, QUICK, rounds=1, batches=(1, 2))
+    row = accepted_row(32, QUICK, rounds=1)
     assert row["acceptance"] == 1.0
     assert row["num_loops"] == 2 * QUICK.loops
 

@@ -212,6 +212,7 @@ def test_halting_writes_and_prints_every_measure(run, capsys, monkeypatch):
     assert lines[-1] == f"written to {run.folder / 'halting.jsonl'}"
 
 
+@pytest.mark.slow  # of what the test before measured
 def test_the_picture_of_exits_is_drawn(run):
     figure = exits_figure(run)
     labels = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}

@@ -55,12 +55,11 @@ def main(recipe: Recipe) -> dict:
         ValueError: a recipe that cannot run.
         FloatingPointError: the loss is no longer finite.
     """
-    ddp = DistributedDataParallelKwargs()  # `fit` sets it when it knows the model
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=recipe.trackers or None,
         project_dir=Path(recipe.output_dir) / recipe.name,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[DistributedDataParallelKwargs()],  # `fit` sets it when it knows the model
     )
     world = accelerator.num_processes
     if recipe.batch_size % (world * recipe.accumulation_steps):
@@ -72,10 +71,10 @@ def main(recipe: Recipe) -> dict:
         if run.complete:
             accelerator.print(f"{run.final}: finished, and its checkpoints are gone: it is left as it is")
             return run.summary()
-        return fit(recipe, accelerator, ddp, run)
+        return fit(recipe, accelerator, run)
 
 
-def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKwargs, run: RunFolder) -> dict:
+def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
     """`main` in the folder of the run, which this process holds."""
     # Data: what the task trains and measures on.
     depth = recipe.depth.sampler(recipe.seed)
@@ -90,7 +89,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
     check_loops = recipe.gate_loops or looped.config.num_loops
     objective = make_objective(recipe, looped, task, accelerator)
     check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": check_loops}, recipe.eval_loops)
-    ddp.find_unused_parameters = may_lack_gradients(recipe, looped.config)
+    accelerator.ddp_handler.find_unused_parameters = may_lack_gradients(recipe, looped.config)
     set_seed(recipe.seed, device_specific=True)
     if recipe.gradient_checkpointing:
         looped.activation_checkpointing_enable()
@@ -104,7 +103,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
     task.begin(state)
     run.begin(task.tokenizer, state)
     if state.finished and not over(recipe, state) and not task.is_through(state):
-        # A larger budget: what the check at the end left undone, as there was no step to come, is done now.
+        # The budget has grown. The last check could not begin a stage, because the run ended there: it does so now.
         state.finished = False
         if state.step % recipe.check_every == 0 and task.advance(state):
             restart(optimizers)
@@ -124,7 +123,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, ddp: DistributedDataParallelKw
                 file.write(json.dumps(row) + "\n")
         accelerator.log(flatten({k: v for k, v in row.items() if k != "step"}), step=row["step"])
 
-    # What another run reached is where this one begins.
+    # The row of step 0 says what the model of `init_from` had reached.
     if recipe.init_from is not None and state.step == 0:
         write_row({"step": 0, "seconds": 0.0} | task.check(looped, state, check_loops))
     model.train()

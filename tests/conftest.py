@@ -55,7 +55,9 @@ def trained(tmp_path_factory):
     """trained("hops" | "text" | "molecules", "--field=value", ...) is the folder of such a run: see `TrainedRuns`."""
     from toy_runs import TrainedRuns
 
-    return TrainedRuns(tmp_path_factory.mktemp("trained"))
+    runs = TrainedRuns(tmp_path_factory.mktemp("trained"))
+    yield runs
+    runs.check_unchanged()
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class TrainedRuns:
     """
 
     def __init__(self, home: Path):
-        self.home, self.folders = home, {}
+        self.home, self.folders, self.times = home, {}, {}
         self.data = {
             "hops": [],
             "text": [f"--data.files={write_pages(home / 'pages')}", "--data.vocab_size=280", SPLITS],
@@ -58,11 +58,22 @@ class TrainedRuns:
             train.main(recipe)
             reset_accelerator()
             self.folders[task, *flags] = Path(recipe.output_dir) / recipe.name
+            self.times |= times_of(self.folders[task, *flags])
         return self.folders[task, *flags]
 
     def copy(self, folder: Path, task: str, *flags: str) -> Path:
         run = self(task, *flags)
         return Path(shutil.copytree(run, folder / run.name))
+
+    def check_unchanged(self) -> None:
+        """No test has written into what all of them look at."""
+        now = {path: time for folder in self.folders.values() for path, time in times_of(folder).items()}
+        assert now.items() ^ self.times.items() == set()
+
+
+def times_of(folder: Path) -> dict[Path, int]:
+    """When each file below `folder` was written last."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def make_toy_runs(folder: Path, trained: TrainedRuns) -> None:

@@ -92,13 +92,18 @@ def matmul_peak(size: int) -> float:
     return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(10)) / 1e9
 
 
-def machine() -> dict:
-    """Processor, threads, versions and dtype that the numbers were measured with."""
+def processor() -> str:
+    """Name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine() -> dict:
+    """Processor, threads, versions and dtype that the numbers were measured with."""
     return {
-        "machine": names[0] if names else platform.processor() or platform.machine(),
+        "machine": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

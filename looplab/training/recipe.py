@@ -197,7 +197,7 @@ def of_task(values: dict, section: str, task: str) -> dict:
         owners = [other for other in TASKS if name in known[other]]
         if task in owners or not owners:
             kept[name] = value
-        elif value != known[owners[0]][name]:
+        elif value not in [known[other][name] for other in owners]:
             raise ValueError(
                 f"{section}.{name} is not for the task {task}: leave it out; {' and '.join(owners)} have it."
             )

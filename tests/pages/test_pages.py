@@ -427,7 +427,7 @@ def test_the_named_verbs_are_those_of_every_object():
             for name, kind in CONNECTIONS.items()
             for config in [make_config(loop_connection=name, **streams.get(name, {}))]
         ],
-        "KV sharing": [kind(make_config(kv_sharing=name)) for name, kind in SHARINGS.items()],
+        "KV policy": [kind(make_config(kv_sharing=name)) for name, kind in SHARINGS.items()],
         "halting rule": [rule() for rule in RULES.values()],
         "objective": [kind(make_config(exit_gate=True)) for kind in EXIT_LOSSES.values()],
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_looped import LoopedForCausalLM
-from toy_runs import measured, two_processes
+from toy_runs import measured, reset_accelerator, two_processes
 from train import main
 
 GATED = "--model={kv_sharing: gated, prefill_chunk: 5, num_loops: 3}"
@@ -98,3 +98,16 @@ def test_two_processes_distil_one_batch(text, trained, teacher, tmp_path):
 def test_a_distillation_that_cannot_be_is_refused(text, teacher, flags, message):
     with pytest.raises(ValueError, match=message):
         main(text("second", *distilled_from(teacher, "interpolation", *flags)))
+
+
+def test_rows_with_padding_are_not_distilled(hops, molecules):
+    """A teacher is asked of every token: it would be asked of the padding, too."""
+    teacher = "--distill.teacher=nowhere"
+    for recipe, message in (
+        (hops("run", teacher, "--data.pad_to=12"), r"data\.pad_to pads them"),
+        (molecules("run", teacher), "packing pads them"),
+        (hops("run", teacher), "nowhere"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(recipe)
+        reset_accelerator()

@@ -1,11 +1,10 @@
-"""Laws of what an update minimises: DDP knows which parameters it may leave out, and a teacher refuses padding."""
+"""DDP has to know whether an update may leave parameters without a gradient."""
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from looplab.training.model import may_lack_gradients
-from looplab.training.objectives import DistillationLoss, ExitLoss, LabelLoss
+from looplab.training.objectives import ExitLoss, LabelLoss
 from looplab.training.recipe import build_recipe
 from toys import make_model
 
@@ -39,11 +38,3 @@ def test_ddp_knows_whether_parameters_may_have_no_gradient(config, fields, lacks
         without |= {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert bool(without) == lacks, without
     assert may_lack_gradients(recipe, model.config) == lacks
-
-
-@pytest.mark.parametrize("padding", ["packing", "data.pad_to"])
-def test_a_teacher_refuses_rows_with_padding(padding):
-    """It is asked of every token, and would be of the padding, too."""
-    recipe = make_recipe(distill={"teacher": "nowhere"})
-    with pytest.raises(ValueError, match=f"rows without padding, and {padding} pads them"):
-        DistillationLoss(recipe, make_model(kv_sharing="gated"), padding, Accelerator())

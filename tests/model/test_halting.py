@@ -152,6 +152,25 @@ def test_an_early_token_is_cached_as_its_last_computed_loop():
                 torch.testing.assert_close(cache.layers[2 * loop + layer].keys[row], expected, **FP32)
 
 
+@pytest.mark.parametrize(
+    ("rule", "low", "high"),
+    [
+        ({"rule": "kl", "kl_threshold": 0.44}, [0.5, 0.5], [0.9, 0.1]),
+        ({"rule": "kl_entropy", "kl_threshold": 0.44}, [0.5, 0.5], [0.9, 0.1]),
+        ({"rule": "latent", "threshold": 0.7}, [1.0, 0.0], [2.0, 0.0]),
+    ],
+)
+def test_a_change_is_measured_by_what_came_last(rule, low, high):
+    """KL(high || low) is 0.368 nats and KL(low || high) 0.511; a state of 2 after 1 has changed by a half, and one of
+    1 after 2 by all of it. Where states hardly change both are alike, and no run of a model tells them apart."""
+    states = [torch.tensor(values)[None, None] for values in (low, high)]
+    for before, after, halts in ((*states, True), (*reversed(states), False)):
+        rule_of_call, memory = halting_rule(rule), None
+        for state in (before, after):
+            memory, done = rule_of_call.step(memory, state, torch.log)
+        assert done.item() == halts
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["kl_entropy", "kl"])
 def test_thresholds_at_their_ends(name):

@@ -33,13 +33,13 @@ class Card(ABC):
 
     Attributes:
         Data: class of the recipe's data section.
-        template: file of hub_cards/, which extends model_card.md.
+        template: file of hub_cards/, model_card.md or one that extends it.
         metrics: names of what is measured, as the Hub spells them.
         tags: of the task, by which the Hub finds the model.
     """
 
     Data: type[Data]
-    template: str
+    template: str = "model_card.md"
     metrics: Sequence[str]
     tags: Sequence[str] = ()
 
@@ -47,9 +47,10 @@ class Card(ABC):
     def results(self, run: Run, names: Names) -> list[EvalResult]:
         """The model-index, lines of `result`; ValueError for a run that was not evaluated."""
 
-    @abstractmethod
     def values(self, run: Run) -> dict:
-        """What the template asks for beyond `publish.cards.common_values`."""
+        """What the template asks for beyond `publish.cards.common_values`: `limit` is how many rows were measured at
+        most, None for all, and `limit_of` says what rows they are."""
+        return {"limit": None}
 
     def result(self, run: Run, names: Names, metric: str, name: str, value: float, arguments: dict) -> EvalResult:
         """One line of the model-index; the measured data are those of the run's test split."""

@@ -88,9 +88,8 @@ class TaskTraining(ABC):
         """The state before the first update."""
         return State()
 
-    @abstractmethod
-    def begin(self, state: State) -> None:
-        """Make `batches` those of the stage of `state`."""
+    def begin(self, state: State) -> None:  # noqa: B027 (a task may have no stages)
+        """Make `batches` those of the stage of `state`; without stages they are the same throughout."""
 
     def is_through(self, state: State) -> bool:
         """Whether the run ends here, whatever budget remains."""
@@ -117,9 +116,9 @@ class TaskTraining(ABC):
         """Whether the check let a new stage begin whose optimizer starts afresh."""
         return False
 
-    @abstractmethod
     def progress(self, state: State) -> dict:
         """What the progress bar shows beside the loss."""
+        return {}
 
     @abstractmethod
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:

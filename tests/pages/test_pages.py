@@ -176,6 +176,17 @@ def check_molecules(names: dict, printed: str) -> None:
     assert names["written"].shape[1] > 1
 
 
+def check_new_task(names: dict, printed: str) -> None:
+    from looplab.tasks.registry import TASKS
+
+    del TASKS["parity"]
+    assert re.search(r"runs/parity: 20 steps, held-out accuracy \{'2': [\d.]+\}", printed)
+    assert re.search(r"\{'1': [\d.]+, '2': [\d.]+, '4': [\d.]+\}", printed)
+    assert {"run/parity.json", "figures/parity.png", "run/metrics.jsonl"} <= set(re.findall(r"\S+/\S+", printed))
+    lines = [line for line in blocks_of("docs/guides/add_a_task.md", "python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 60
+
+
 def nothing(*_) -> dict:
     return {}
 
@@ -186,6 +197,7 @@ RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "README.md": (a_model_of_chains, check_readme),
     "docs/design/forward_pass.md": (nothing, check_slots),
     "docs/guides/add_a_system.md": (nothing, check_new_rule),
+    "docs/guides/add_a_task.md": (nothing, check_new_task),
     "docs/guides/clients.md": (a_model_and_rows, check_clients),
     "docs/guides/demo.md": (a_run_on_chains, check_space),
     "docs/guides/mechanism.md": (a_run_on_compositions, check_inside),
@@ -325,7 +337,10 @@ def test_the_dataset_that_a_guide_names_is_accepted():
 # ---- names, links, tables
 
 KINDS = "py|md|yaml|toml|txt|cff"
-MADE_BY_A_READER = {"notes.yaml", "my_tasks/hops.yaml"}
+MADE_BY_A_READER = {
+    "notes.yaml", "my_tasks/hops.yaml", "looplab/tasks/parity/task.py", "hub_cards/model_parity.md",
+    "tests/tasks/parity/",
+}  # fmt: skip
 MADE_BY_A_RUN = {"recipe.yaml"}
 
 

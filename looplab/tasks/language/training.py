@@ -27,9 +27,6 @@ class LanguageTraining(TaskTraining):
     held_out: TextBlocks | PackedMolecules
     num_held_out: int
 
-    def begin(self, state: State) -> None:
-        """Nothing: `batches` are the same from the first step to the last."""
-
     def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """Nats per token at `num_loops` and each of `eval_loops`; what an exit gate would do, if there is one."""
         state.gate = {

@@ -14,7 +14,6 @@ import datasets
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,12 +22,14 @@ from data_builders import dataset_tokenizer, load_task
 from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from looplab.cli import main, parser
 from looplab.runs.yaml_text import parse_yaml
+from looplab.tasks.base import METHODS, Task
 from looplab.training.recipe import build_recipe
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
 from modeling_looped.halting_looped import RULES
 from modeling_looped.losses_looped import EXIT_LOSSES
+from toy_runs import reset_accelerator
 from toys import FP32, make_config, make_model, write_pages
 
 ROOT = Path(__file__).parents[2]
@@ -318,7 +319,7 @@ def test_text_of_your_own_trains_and_is_evaluated(tmp_path, monkeypatch):
     Path("notes.yaml").write_text(recipe)
     shorter = ["--max_steps", "2", "--batch_size", "4", "--data.vocab_size", "300", "--checkpoint_every", "2"]
     train.main(train.read_recipe("notes.yaml", shorter))
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerator()
     [measure] = [words for words in commands_of(page) if words[:2] == ["looped", "eval"]]
     assert main(measure[1:]) == 0
     rows = [json.loads(line) for line in Path("runs/notes/text.jsonl").read_text().splitlines()]
@@ -426,6 +427,19 @@ def test_the_map_names_every_folder_and_file_that_there_is():
     assert {str(folder.relative_to(ROOT)) for folder in folders} - {"looplab", "looplab/tasks"} <= named
     files = {path.name for path in (ROOT / "modeling_looped").glob("*_looped.py")}
     assert files <= set(re.findall(r"`(?:modeling_looped/)?(\w+\.py)`", read("docs/design/forward_pass.md")))
+
+
+def test_the_methods_of_a_task_are_those_of_the_page():
+    """The table of docs/design/tasks_and_systems.md against what the verbs of `looped` ask of a task."""
+    lines = re.findall(
+        r"^\| ([`\w, ]+) \| `(?:looped )?([\w.]+)` \|", read("docs/design/tasks_and_systems.md"), re.MULTILINE
+    )
+    methods = {verb: set(re.findall(r"\w+", names)) for names, verb in lines}
+    assert methods.pop("train.py") == {"training"}
+    assert set(methods) == set(METHODS)
+    for verb, names in methods.items():
+        assert set(METHODS[verb]) <= names
+        assert all(callable(getattr(Task, name)) for name in names)
 
 
 def test_the_named_verbs_are_those_of_every_object():

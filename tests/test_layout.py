@@ -37,8 +37,9 @@ BELOW = {
 }
 # The model folder is shipped as remote code: what whoever loads it has.
 SHIPPED_WITH = {"torch", "transformers", "huggingface_hub"}
-FILES = sorted(path for part in ("modeling_looped", "data_builders", "hub_cards", "looplab") for path in
-               (ROOT / part).rglob("*.py") if "space" not in path.parts) + [ROOT / "train.py"]  # fmt: skip
+PACKAGES = ("modeling_looped", "data_builders", "hub_cards", "looplab")
+FILES = [path for part in PACKAGES for path in sorted((ROOT / part).rglob("*.py")) if "space" not in path.parts]
+FILES.append(ROOT / "train.py")
 
 
 def part_of(path: Path) -> str:

@@ -8,36 +8,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from looplab.publish.limits import LIMITS, Limits, option
-from looplab.tasks.registry import files_of, having, help_of
+from looplab.tasks.registry import arguments_of, files_of, having, help_of, spelt
 
-from .mistakes import Parser, run_command
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The range of an option that takes an integer, both ends inclusive, and of those the multiples of `step`."""
-
-    lowest: int = 1
-    highest: int = 10**9
-    step: int = 1
-
-    def __call__(self, text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = self.lowest - 1
-        if not self.lowest <= value <= self.highest or value % self.step:
-            kind = "an integer" if self.step == 1 else f"a multiple of {self.step}"
-            raise argparse.ArgumentTypeError(f"must be {kind} from {self.lowest} to {self.highest}, got {text!r}")
-        return value
-
+from .mistakes import Parser, Whole, run_command
 
 COUNT = Whole()
 LOOPS = Whole(highest=10_000)
-HOPS = Whole(highest=1_000)
 
 
 def named(text: str) -> str:
@@ -50,23 +28,24 @@ def named(text: str) -> str:
 
 
 def opened(verb: str, folders: str | Sequence[str], arguments, *names: str):
-    """The runs in `folders`, their task, and the options among `names` that were given: those that tasks take."""
+    """The runs in `folders`, their task, and the options of tasks that were given, those in `names` among them."""
     from looplab.runs.folder import open_run
     from looplab.tasks.registry import task_for
 
+    names = (*names, *arguments_of(verb))
     runs = [open_run(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return runs, task_for(verb, runs, *given), given
 
 
 def run_eval(arguments) -> None:
-    [run], task, given = opened("eval", arguments.run, arguments, "loops", "limit", "max_loops", "max_hops", "masked")
+    [run], task, given = opened("eval", arguments.run, arguments, "loops", "limit")
     path = task.evaluate(run, **given)
     print(f"\n{run.folder}\n{task.show(run)}\n\nwritten to {path}")
 
 
 def run_halting(arguments) -> None:
-    [run], task, given = opened("halting", arguments.run, arguments, "limit", "max_loops", "max_hops")
+    [run], task, given = opened("halting", arguments.run, arguments, "limit", "max_loops")
     path, text = task.halting(run, **given)
     print(f"\n{run.folder}\n{text}\n\nwritten to {path}")
 
@@ -83,8 +62,7 @@ def run_table(arguments) -> None:
 
 
 def run_lens(arguments) -> None:
-    options = ("snapshot", "hops", "loops", "limit", "no_probes")
-    [run], task, given = opened("lens", arguments.run, arguments, *options)
+    [run], task, given = opened("lens", arguments.run, arguments, "loops", "limit", "no_probes")
     for path in task.lens(run, **given):
         print(path)
 
@@ -241,6 +219,11 @@ def parser() -> argparse.ArgumentParser:
     def files(verb: str) -> str:
         return ", ".join(files_of(verb))
 
+    def add_arguments(command: Parser, verb: str) -> None:
+        for name, argument in arguments_of(verb).items():
+            words = f"{argument.help} {help_of(verb, name)}"
+            command.add_argument(spelt(name), type=argument.type, metavar=argument.metavar, help=words)
+
     command = commands.add_parser(
         "eval",
         help=f"measure a run at several loop counts, to files of its task ({files('eval')})",
@@ -259,18 +242,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"at most N test rows of each sort {help_of('eval', 'limit')}",
     )
-    command.add_argument(
-        "--max-loops", type=LOOPS, metavar="R", help=f"follow held-out rows so far {help_of('eval', 'max_loops')}"
-    )
-    command.add_argument(
-        "--max-hops", type=HOPS, metavar="K", help=f"test chains of up to K hops {help_of('eval', 'max_hops')}"
-    )
-    command.add_argument(
-        "--masked",
-        type=COUNT,
-        metavar="N",
-        help=f"also write N samples of prefixes that can be completed {help_of('eval', 'masked')}",
-    )
+    add_arguments(command, "eval")
     command.set_defaults(call=run_eval)
 
     command = commands.add_parser("halting", help=f"what each halting rule saves, to RUN/{files('halting')}")
@@ -281,9 +253,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="R",
         help=f"the largest budget {help_of('halting', 'max_loops')}",
     )
-    command.add_argument(
-        "--max-hops", type=HOPS, metavar="K", help=f"chains of up to K hops {help_of('halting', 'max_hops')}"
-    )
+    add_arguments(command, "halting")
     command.add_argument(
         "--limit",
         type=COUNT,
@@ -336,12 +306,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"what states, heads and loops of a model say and cause, to files of its task ({files('lens')})",
     )
     command.add_argument("run", metavar="RUN")
-    command.add_argument(
-        "--snapshot",
-        metavar="step-N",
-        help=f"a folder of RUN/snapshots, or 'all': over training {help_of('lens', 'snapshot')}",
-    )
-    command.add_argument("--hops", type=HOPS, metavar="K", help=f"length of the chains {help_of('lens', 'hops')}")
+    add_arguments(command, "lens")
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: those of the model's configuration")
     command.add_argument(
         "--limit", type=COUNT, metavar="N", help=f"at most N test rows of each sort {help_of('lens', 'limit')}"

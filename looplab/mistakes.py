@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import NoReturn
 
@@ -68,6 +69,25 @@ def extra_with(module: str) -> str | None:
         re.search(r"extra == .(\w+)", str(need.marker)) for need in needs if canonicalize_name(need.name) == package
     ]
     return next((found[1] for found in extras if found), None)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The range of an option that takes an integer, both ends inclusive, and of those the multiples of `step`."""
+
+    lowest: int = 1
+    highest: int = 10**9
+    step: int = 1
+
+    def __call__(self, text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = self.lowest - 1
+        if not self.lowest <= value <= self.highest or value % self.step:
+            kind = "an integer" if self.step == 1 else f"a multiple of {self.step}"
+            raise argparse.ArgumentTypeError(f"must be {kind} from {self.lowest} to {self.highest}, got {text!r}")
+        return value
 
 
 class Parser(argparse.ArgumentParser):

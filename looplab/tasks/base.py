@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from looplab.mistakes import Whole
 from looplab.runs.folder import NUMBER, RecordFile, Run
 
 from .data import Curriculum, Data
@@ -77,6 +78,21 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Argument:
+    """An option of a verb that the command line has because a task takes it.
+
+    Args:
+        help: what it does.
+        metavar: what stands for its value in the help.
+        type: the range of a number; None for a name.
+    """
+
+    help: str
+    metavar: str
+    type: Whole | None = None
+
+
+@dataclass(frozen=True)
 class Drafting:
     """How texts are begun and continued where `looped bench` times drafts.
 
@@ -103,6 +119,7 @@ class Task(ABC):
         records: files that are measured, in the order in which they are published.
         figures: name -> picture of a run, in the order of the card.
         files: patterns of other files in a run that measuring leaves there.
+        arguments: (verb, option) -> its help and type, of options that are not of the verb itself.
         defaults: "eval --loops" -> what the option is where it is not given, for the help.
         measured: what `measure` finds.
         drafting: of `prompts`.
@@ -116,6 +133,7 @@ class Task(ABC):
     records: Sequence[RecordFile] = ()
     figures: ClassVar[Mapping[str, Figure]] = {}
     files: Sequence[str] = ()
+    arguments: ClassVar[Mapping[tuple[str, str], Argument]] = {}
     defaults: ClassVar[Mapping[str, str]] = {}
     measured: str
     drafting: Drafting

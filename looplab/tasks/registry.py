@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from looplab.runs.folder import Run
 
-from .base import Task
+from .base import Argument, Task
 from .hops.task import Composition, Khop
 from .molecules.task import MoleculeTask
 from .text.task import TextTask
@@ -72,6 +72,11 @@ def chosen(has: Callable[[Task], bool]) -> list[str]:
         if has(task)
     ]
     return list(dict.fromkeys(words))
+
+
+def arguments_of(verb: str) -> dict[str, Argument]:
+    """Options of a verb that tasks declare, by name ("max_hops")."""
+    return {name: a for task in TASKS.values() for (of, name), a in task.arguments.items() if of == verb}
 
 
 def help_of(verb: str, option: str) -> str:

@@ -73,6 +73,8 @@ def test_an_option_that_a_task_lacks_is_refused_in_one_sentence(task, verb, acti
 def test_an_option_of_a_task_is_one_of_the_command(task):
     for verb in METHODS:
         assert (task.options(verb) or set()) <= {action.dest for action in arguments_of(verb)}, verb
+    for verb, option in task.arguments:
+        assert option in task.options(verb), option
     for words in task.defaults:
         verb, option = words.split()
         assert option.removeprefix("--").replace("-", "_") in task.options(verb), words

@@ -2,31 +2,25 @@
 
 from collections.abc import Sequence
 
-import datasets
 import torch
 from transformers import PreTrainedModel
 
 from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
 
-from .rows import first_question_beyond, load_run_task
+from .rows import facts_of_task, first_question_beyond, load_run_task
 
 LOOPS = (1, 2, 4, 8, 16)
 
 
-def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
-    """Entities along the chain of `question`, by following the atomic facts; None where a fact does not exist."""
-    facts = {
-        text: answer
-        for text, answer, kind in zip(*(train_rows[name][:] for name in ("text", "answer", "split_kind")), strict=True)
-        if kind == "atomic"
-    }
+def true_path(facts: dict[str, dict[str, str]], question: str) -> list[str] | None:
+    """Entities along the chain of `question`, by following the facts; None where one does not exist."""
     entity, *relations = question.split()
     path = [entity]
     for relation in relations:
-        if f"{path[-1]} {relation}" not in facts:
+        if relation not in facts.get(path[-1], {}):
             return None
-        path.append(facts[f"{path[-1]} {relation}"])
+        path.append(facts[path[-1]][relation])
     return path
 
 
@@ -49,7 +43,7 @@ def ask(run: Run, question: str | None = None, loops: Sequence[int] | None = Non
     if unknown:
         examples = ", ".join(task["test"]["text"][:3])
         raise ValueError(f"unknown words {unknown} in the question {question!r}; questions look like: {examples}.")
-    path = true_path(task["train"], question)
+    path = true_path(facts_of_task(task), question)
     print(f"question  {question}")
     if path is None:
         print("chain     not in the graph: the question is an entity followed by relations it has")

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import datasets
-import numpy as np
 from huggingface_hub import EvalResult
 
 from data_builders import Khop
@@ -16,7 +14,7 @@ from modeling_looped.halting_looped import entropy_bound
 from .data import HopData
 from .records import EVALUATION, GRID, HALTING
 from .results import THRESHOLDS, depth_facts
-from .rows import first_question_beyond, line_order, load_run_task
+from .rows import facts_of_task, first_question_beyond, line_order, load_run_task
 
 
 @dataclass(frozen=True)
@@ -110,16 +108,6 @@ def hops_part(run: Run, config: dict) -> dict:
         "chance": 1 / len(answers),
         "halting": halting_of(run, config["vocab_size"]),
     }
-
-
-def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
-    """Entity -> relation -> entity: the graph of a hop task, all of which is in train."""
-    train = task["train"].select(np.flatnonzero(np.array(task["train"]["hops"][:]) == 1))
-    facts = {}
-    for text, answer in zip(train["text"][:], train["answer"][:], strict=True):
-        entity, relation = text.split()
-        facts.setdefault(entity, {})[relation] = answer
-    return facts
 
 
 def halting_of(run: Run, vocab_size: int) -> dict:

@@ -25,7 +25,7 @@ from looplab.runs.models import load_run_model
 
 from .records import EVALUATION, GRID, LOOPS
 from .results import THRESHOLDS, hops_solved
-from .rows import RowGroup, groups_of, line_order, load_run_task
+from .rows import RowGroup, answered, groups_of, line_order, load_run_task
 
 GRID_LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_LOOPS = 50  # how far overthinking is followed
@@ -167,14 +167,7 @@ class HopMeasure:
         groups = groups_of(load_run_task(run)["test"], tokenizer, limit)
         self.groups = [group for group in groups if group.hops in trained]
 
-    @torch.inference_mode()
     def __call__(self, model: PreTrainedModel, num_loops: int) -> dict:
-        right = total = 0
-        for group in self.groups:
-            for ids, answers in zip(group.input_ids.split(512), group.answers.split(512), strict=True):
-                logits = model(ids.to(model.device), num_loops=num_loops, logits_to_keep=1, use_cache=False).logits[
-                    :, -1
-                ]
-                right += int((logits.argmax(-1).cpu() == answers).sum())
-                total += len(answers)
-        return {"accuracy": right / total, "interval": wilson_interval(right / total, total), "n": total}
+        right = torch.cat([answered(model, g.input_ids, g.answers, num_loops=num_loops)[0] for g in self.groups])
+        accuracy = int(right.sum()) / len(right)
+        return {"accuracy": accuracy, "interval": wilson_interval(accuracy, len(right)), "n": len(right)}

@@ -30,7 +30,7 @@ from modeling_looped.halting_looped import FixedRule, entropy_bound, halting_rul
 from .evaluation import MAX_LOOPS, trace_groups
 from .records import HALTING
 from .results import ROUNDING, best_loops, fewest_near_best
-from .rows import RowGroup, groups_of, load_run_task
+from .rows import RowGroup, answered, groups_of, load_run_task
 
 POINT = 0.01  # of accuracy that a rule may lose at any hop count
 SOLVABLE = 0.6
@@ -57,15 +57,11 @@ def outcome(setting: HaltingSetting, group: RowGroup, traced: Trace) -> tuple[fl
     return float((said == group.answers).double().mean()), float(used.double().mean())
 
 
-@torch.inference_mode()
 def run_setting(model: PreTrainedModel, setting: HaltingSetting, group: RowGroup) -> tuple[float, float]:
     """(accuracy, mean loops) of a group of rows under `setting`, by running it."""
-    right, used = [], []
-    for ids, answers in zip(group.input_ids.split(1024), group.answers.split(1024), strict=True):
-        output = call(model, {"input_ids": ids.to(model.device)}, setting)
-        right.append(output.logits[:, -1].argmax(-1).cpu() == answers)
-        used.append(output.loops_used[:, -1].cpu())
-    return float(torch.cat(right).double().mean()), float(torch.cat(used).double().mean())
+    arguments = {"num_loops": setting.num_loops, "halting": setting.halting}
+    right, used = answered(model, group.input_ids, group.answers, **arguments)
+    return float(right.double().mean()), float(used.double().mean())
 
 
 def call(model: PreTrainedModel, inputs: dict, setting: HaltingSetting):

@@ -27,6 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from looplab.instruments.recorder import Recording, edit, layer_calls, record
 
+from .rows import answered
+
 BATCH = 512  # chains run at once
 
 
@@ -146,14 +148,9 @@ def recordings(
             bar.update(len(batch.path))
 
 
-@torch.no_grad()
 def accuracy(model: PreTrainedModel, chains: Chains, num_loops: int | None = None) -> float:
     """Share of chains whose answer is the argmax at the readout."""
-    right = [
-        recording.logits[:, -1].argmax(-1).cpu() == batch.answers
-        for batch, recording in recordings(model, chains, num_loops, "answering")
-    ]
-    return torch.cat(right).float().mean().item()
+    return answered(model, chains.input_ids, chains.answers, num_loops=num_loops)[0].float().mean().item()
 
 
 @torch.no_grad()

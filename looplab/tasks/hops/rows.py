@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import encode_groups
 from looplab.runs.folder import Run
 
 from .data import HopData
+
+BATCH = 512  # rows that go through the model at once
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,35 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
     task = HopData.of(run).load(**({} if max_hops is None else {"max_hops": max_hops}))
     run.check_data(task, only=None if max_hops is None else "train")
     return task
+
+
+@torch.inference_mode()
+def answered(
+    model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.Tensor, **arguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) bool, whether the argmax over the vocabulary at the readout is the answer; and (N,) loops used for it.
+
+    Args:
+        input_ids: (N, T), ending in the readout token.
+        answers: (N,).
+        arguments: of the model's forward: num_loops, halting.
+    """
+    right, loops = [], []
+    for ids, gold in zip(input_ids.split(BATCH), answers.split(BATCH), strict=True):
+        output = model(ids.to(model.device), logits_to_keep=1, use_cache=False, **arguments)
+        right.append(output.logits[:, -1].argmax(-1).cpu() == gold)
+        loops.append(output.loops_used[:, -1].cpu())
+    return torch.cat(right), torch.cat(loops)
+
+
+def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
+    """Entity -> relation -> entity: the graph of a hop task, all of which is in train."""
+    train = task["train"].select(np.flatnonzero(np.array(task["train"]["hops"][:]) == 1))
+    facts = {}
+    for text, answer in zip(train["text"][:], train["answer"][:], strict=True):
+        entity, relation = text.split()
+        facts.setdefault(entity, {})[relation] = answer
+    return facts
 
 
 def line_order(line: tuple[str, int]) -> tuple[int, str, int]:

@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from looplab.mistakes import Whole
 from looplab.runs.folder import Run
-from looplab.tasks.base import Figure, Task
+from looplab.tasks.base import Argument, Figure, Task
 
 from .data import HopCurriculum, HopData
 from .records import HALTING, RECORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+HOPS = Whole(highest=1_000)
 
 
 class HopTask(Task):
@@ -35,6 +39,11 @@ class HopTask(Task):
         "probe": Figure("Accuracy of a linear probe for the bridge, and for the answer", "lens", True),
         "stages": Figure("What states say and cause, over training", "lens"),
     }  # fmt: skip
+    arguments: ClassVar = {
+        ("eval", "max_loops"): Argument("follow held-out rows so far", "R", Whole(highest=10_000)),
+        ("lens", "snapshot"): Argument("a folder of RUN/snapshots, or 'all': over training", "step-N"),
+        ("lens", "hops"): Argument("length of the chains", "K", HOPS),
+    }
     defaults: ClassVar = {
         "eval --loops": "1 2 3 4 6 8 12 16",
         "eval --max-loops": "50",
@@ -134,6 +143,10 @@ class Khop(HopTask):
     """Chains through a graph of permutations, of any length."""
 
     name = "khop"
+    arguments: ClassVar = HopTask.arguments | {
+        ("eval", "max_hops"): Argument("test chains of up to K hops", "K", HOPS),
+        ("halting", "max_hops"): Argument("chains of up to K hops", "K", HOPS),
+    }
     says = "Its graph is permutations, and it was trained on chains of up to {depth} hops."
     split_kinds: ClassVar = {
         "id": "chains that training did not have, of hop counts that its data hold",

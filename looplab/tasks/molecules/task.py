@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from looplab.mistakes import Whole
 from looplab.runs.folder import Run
-from looplab.tasks.base import Drafting, Figure, Task
+from looplab.tasks.base import Argument, Drafting, Figure, Task
 
 from .data import MoleculeData
 from .records import HALTING, RECORDS
@@ -36,6 +37,9 @@ class MoleculeTask(Task):
         "training": Figure("Training: loss and held-out measure over time"),
     }
     files = ("samples/model.json", "samples/*-loops*.jsonl")
+    arguments: ClassVar = {
+        ("eval", "masked"): Argument("also write N samples of prefixes that can be completed", "N", Whole()),
+    }
     defaults: ClassVar = {
         "eval --limit": "10,000 samples",
         "halting --limit": "1,000 samples",

@@ -22,7 +22,7 @@ from looplab.tasks.hops.evaluation import (
     trace_groups,
     wilson_interval,
 )
-from looplab.tasks.hops.rows import RowGroup, groups_of, load_run_task
+from looplab.tasks.hops.rows import RowGroup, facts_of_task, groups_of, load_run_task
 from toys import make_ids, make_model
 
 WRONG = 0  # the padding id, which is never an answer
@@ -172,8 +172,8 @@ def test_the_metric_agrees_with_counting_by_hand():
 
 def test_the_true_path_is_the_one_the_data_was_built_from(task):
     for row in task["test"]:
-        assert true_path(task["train"], row["text"]) == [f"e{entity}" for entity in row["path"]]
-    assert true_path(task["train"], "r0 r1") is None
+        assert true_path(facts_of_task(task), row["text"]) == [f"e{entity}" for entity in row["path"]]
+    assert true_path(facts_of_task(task), "r0 r1") is None
 
 
 def test_the_wilson_interval_covers_95_percent_of_samples():

@@ -373,8 +373,8 @@ class SelfSpeculation:
             (settings.num_beams != 1, f"num_beams={settings.num_beams} follows several texts: use num_beams=1"),
             (
                 model.model.sharing.rewrites,
-                f"kv_sharing={sharing!r} cannot verify drafted tokens: in one call they see other rows of each other "
-                "than in successive calls, so the output would not be that of plain decoding. Use 'per_loop' or "
+                f"kv_sharing={sharing!r} cannot verify drafted tokens: in one call they see other entries than "
+                "in successive calls, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'",
             ),
             (
@@ -408,7 +408,7 @@ class SelfSpeculation:
         for holds, reason in refusals:
             if holds:
                 raise ValueError(f"draft_loops={self.draft_loops}: {reason}, or leave draft_loops out.")
-        num_loops = int(num_loops)  # of the one row
+        num_loops = int(num_loops)  # of the one text
         if not 1 <= self.draft_loops < num_loops:
             raise ValueError(
                 f"draft_loops={self.draft_loops} must be in 1 .. num_loops - 1 = {num_loops - 1}: the draft is made "

@@ -1,4 +1,4 @@
-"""One question asked of a model, at every loop count: `looped ask`."""
+"""`looped ask`: a model's answer to one question at several loop counts."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ LOOPS = (1, 2, 4, 8, 16)
 
 
 def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
-    """Entities along the chain of `question`, by following the atomic facts; None where a fact does not exist."""
+    """The entities along the chain of `question`, by the atomic facts; None if a fact is missing."""
     facts = {
         text: answer
         for text, answer, kind in zip(*(train_rows[name][:] for name in ("text", "answer", "split_kind")), strict=True)
@@ -33,10 +33,10 @@ def true_path(train_rows: datasets.Dataset, question: str) -> list[str] | None:
 def ask(run: Run, question: str | None = None, loops: Sequence[int] | None = None) -> None:
     """Print the generated answer to `question` ("e3 r1 r2") at several loop counts, and the true chain.
 
-    Without a question, one is taken from the test split, one hop count beyond the training.
+    Without a question, `first_question_beyond` chooses one of the split test.
 
     Raises:
-        ValueError: an empty question, or a word the tokenizer does not know.
+        ValueError: the question is empty, or has a word that the tokenizer does not know.
     """
     loops = LOOPS if loops is None else loops
     if question is not None and not question.strip():
@@ -66,12 +66,13 @@ def ask(run: Run, question: str | None = None, loops: Sequence[int] | None = Non
 
 
 def on_the_way(path: list[str], word: str) -> str:
+    """Says at which hop of the true path the answered `word` lies."""
     return f"(the chain after {path.index(word)} of {len(path) - 1} hops)"
 
 
 @torch.inference_mode()
 def generate_answer(model: PreTrainedModel, inputs: dict, num_loops: int) -> tuple[int, float]:
-    """The one generated token and its probability."""
+    """(id, probability) of the one generated token."""
     output = model.generate(
         **inputs,
         num_loops=num_loops,

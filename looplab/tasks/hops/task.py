@@ -1,4 +1,4 @@
-"""Chains of hops as a task, see `tasks.base.Task`: khop, and composition."""
+"""The tasks khop and composition, see `tasks.base.Task`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class HopTask(Task):
-    """Chains of hops."""
+    """The verbs of both tasks on chains of hops."""
 
     kind = "hops"
     Data, Curriculum = HopData, HopCurriculum
@@ -121,7 +121,7 @@ class HopTask(Task):
         return HopCard(self.says, self.split_kinds)
 
     def data_licence(self, config: str, licence: str) -> str:
-        """That of the model: what a seed generates is nobody else's."""
+        """The licence of the model: nobody else has rights in data that a seed generates."""
         return licence
 
     def demo_part(self, run: Run, config: dict) -> dict:

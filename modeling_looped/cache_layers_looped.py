@@ -49,8 +49,8 @@ def readable(cache: Cache, slot: int) -> DynamicLayer | StaticLayer:
     if plain and isinstance(layer, (DynamicLayer, StaticLayer)):
         return layer
     raise ValueError(
-        f"slot {slot} is a {type(layer).__name__}, whose rows cannot be read back: rows of different depth, early "
-        "halting, shared KV and a num_loops that changes between calls need a DynamicCache or StaticCache."
+        f"slot {slot} is a {type(layer).__name__}, whose rows cannot be read back: batch rows of different depth, "
+        "early halting, shared KV and a num_loops that changes between calls need a DynamicCache or StaticCache."
     )
 
 

@@ -15,7 +15,7 @@ new tokens, D hidden size, d head size, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -145,6 +145,12 @@ class CallContext:
                 "'sdpa' or 'eager' with a num_loops per row or a halting rule."
             )
 
+    def with_keys(self, key_source: KeySource) -> "CallContext":
+        """The same with another source of keys."""
+        return CallContext(
+            self.attention_mask, self.position_embeddings, self.position_ids, self.past_key_values, key_source
+        )
+
     def keep(self, rows: torch.Tensor, past_key_values: Cache | ActiveCache | None) -> "CallContext":
         """The context of the (b,) batch rows `rows` of this one, which see the cache as `past_key_values`."""
 
@@ -188,7 +194,7 @@ class ActiveBatch:
     ):
         self.call, self.sharing, self.cache = call, sharing, call.past_key_values
         self.state, self.embeds = state, embeds
-        self.context = replace(context, key_source=sharing.key_source())
+        self.context = context.with_keys(sharing.key_source())
         self.rows = torch.arange(embeds.shape[0], device=embeds.device)  # len() would fix it in an exported graph
         self.loops_run = self.most_loops = call.most_loops
         self.may_halt = call.rows_may_halt
@@ -296,12 +302,12 @@ class LoopStates:
             self.also(rows, state)
 
     def loops_run(self) -> torch.Tensor:
-        """(B,) loops that each row ran; all of them run the first."""
+        """(B,) loops that each batch row ran; all of them run the first."""
         rows = torch.cat([rows for rows, _ in self.visits])
         return torch.bincount(rows, minlength=len(self.visits[0][0]))
 
     def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One (b, K) tensor per loop -> (B, K, R), 0 where a row had left."""
+        """One (b, K) tensor per loop -> (B, K, R), 0 where a batch row had halted."""
         blank = torch.zeros_like(values[0])
         rows = [rows for rows, _ in self.visits]
         return torch.stack([blank.index_copy(0, r, v) for r, v in zip(rows, values, strict=True)], dim=-1)

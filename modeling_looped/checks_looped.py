@@ -64,6 +64,25 @@ def check_positions(logits_to_keep: int | torch.Tensor) -> None:
         )
 
 
+def leave_graph(reasons: dict[str, bool]) -> None:
+    """End the graph in the making where a call depends on values that it cannot know.
+
+    `torch.compile` goes on with another graph; with `fullgraph=True` it fails with the reason.
+
+    Args:
+        reasons: what a call may depend on -> whether it does.
+
+    Raises:
+        ValueError: the graph is to be exported.
+    """
+    for name, holds in reasons.items():
+        if holds:
+            reason = f"{name} makes a call data-dependent: compile model.model.pieces() one by one, export without it."
+            torch._dynamo.graph_break(msg=reason)
+            if torch.compiler.is_exporting():
+                raise ValueError(reason)
+
+
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_key_values) -> tuple[int, int]:
     """B and T of a call, after checking what would otherwise fail far from its cause.
 

@@ -122,8 +122,8 @@ class Chunks:
         cut_gradients: no gradient goes through the entries of earlier chunks.
 
     Raises:
-        ValueError: a prepared mask, several sequences in a row with a cache, a halting rule or
-            loops per row, or labels together with a halting rule.
+        ValueError: a prepared mask; sequences packed into a batch row together with a cache, a halting rule or a loop
+            count per batch row; a loss or an observer together with a halting rule.
     """
 
     def __init__(self, model, call: Call, cut_gradients: bool):

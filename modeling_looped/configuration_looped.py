@@ -163,27 +163,29 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         max_num_loops (`int`, *optional*): the most loops a call may ask for. None is no limit; where loops have
             parameters of their own (`hyper_gates="per_loop"`, `loop_embedding="learned"`) it says how many of them
             there are, `num_loops` by default.
-        num_streams (`int`): residual streams between loops, of `loop_connection="hyper"` as are the next three.
-        hyper_mixing (`"diagonal"` | `"identity"` | `"sinkhorn"` | `"static"`): how a loop keeps the streams: each
-            scaled by a gate (Hyperloop, 2604.21254), whole, mixed by a doubly stochastic matrix (mHC, 2512.24880), or,
-            with nothing gated at all, mixed by learned scalars (2604.21106).
-        hyper_gates (`"per_loop"` | `"shared"`): each loop has gates of its own, or all the same: then any number of
-            loops can be run.
-        hyper_init (`"norm_preserving"` | `"euler"` | `"plain"` | `"zero"`): what fresh gates let through, see
+        num_streams (`int`): residual streams between loops. This field and the next three are for
+            `loop_connection="hyper"`.
+        hyper_mixing (`"diagonal"` | `"identity"` | `"sinkhorn"` | `"static"`): what H_res is, how a loop keeps the
+            streams: each scaled by a gate (Hyperloop, 2604.21254), whole, mixed by a doubly stochastic matrix (mHC,
+            2512.24880), or, without any stream gate, mixed by learned scalars (2604.21106).
+        hyper_gates (`"per_loop"` | `"shared"`): each loop has stream gates of its own, or all loops have the same:
+            then any number of loops can be run.
+        hyper_init (`"norm_preserving"` | `"euler"` | `"plain"` | `"zero"`): what fresh stream gates let through, see
             `HYPER_INITS`; `"euler"` puts a pretrained core into a damped loop.
         state_init (`"embeddings"` | `"zeros"` | `"normal"`): what the first loop starts from.
         state_init_std (`float`): standard deviation of `state_init="normal"`.
-        kv_sharing (`"per_loop"` | `"first"` | `"last"` | `"mean"` | `"gated"`): which loops of a token its KV rows
-            keep, see `cache_looped.py`.
+        kv_sharing (`"per_loop"` | `"first"` | `"last"` | `"mean"` | `"gated"`): which loops of a token its cached
+            entries keep, see `cache_looped.py`.
         kv_gate (`"elementwise"` | `"low_rank"` | `"scalar"` | `"mean"` | `"ema"` | `"last"`): how `kv_sharing="gated"`
             (MELT, 2605.07721) mixes loops into what keys and values are computed from, see `gates_looped.py`.
         kv_gate_rank (`int`): rank of `kv_gate="low_rank"`.
-        prefill_chunk (`int`, *optional*): tokens of a chunk, of the KV sharings that depend on it (`"last"`, `"mean"`,
-            `"gated"`): longer calls are run chunk by chunk, see `chunks_looped.py`. None: a call is one chunk.
-        exit_gate (`bool`): a gate reads after every loop how likely each token is to leave (Ouro). `labels` then give
-            the loss that `exit_loss` names, and the halting rule `"q_exit"` can be asked for.
-        exit_loss (`"expected"` | `"gate"`): train the model on the loss expected under the gate, or, with the model
-            as it is, the gate on what each loop gains; see `losses_looped.py`.
+        prefill_chunk (`int`, *optional*): tokens of a chunk, for the KV policies whose result depends on it
+            (`"last"`, `"mean"`, `"gated"`): longer calls are run chunk by chunk, see `chunks_looped.py`. None: a call
+            is one chunk.
+        exit_gate (`bool`): an exit gate reads after every loop how likely each token is to halt (Ouro). `labels` then
+            give the loss that `exit_loss` names, and the halting rule `"q_exit"` can be asked for.
+        exit_loss (`"expected"` | `"gate"`): train the model on the loss expected under the exit gate; or train the
+            exit gate alone, on what each loop gains. See `losses_looped.py`.
         exit_entropy_weight (`float`): weight of the exit distribution's entropy, in nats, in the expected loss. Ouro
             starts with 0.1 and goes on with 0.05.
 
@@ -379,7 +381,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             )
 
     def validate_chunks(self):
-        """Chunks mean something only where a loop rewrites the rows of the one before."""
+        """Chunks mean something only where a loop rewrites the entries of the loop before."""
         if self.prefill_chunk is None:
             return
         if isinstance(self.prefill_chunk, bool) or self.prefill_chunk < 1:
@@ -391,7 +393,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             )
 
     def validate_exit(self):
-        """A gate weighs what is read after every loop, and a coda is run after the last one only."""
+        """An exit gate weighs what is read after every loop, and a coda is run after the last loop only."""
         if self.exit_gate and self.num_coda_layers:
             raise ValueError(
                 f"exit_gate=True reads the state after every loop, which num_coda_layers={self.num_coda_layers} would "

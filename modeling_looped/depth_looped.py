@@ -21,7 +21,7 @@ class SavedCount(int):
 
 
 class SavedDepth:
-    """What a configuration class with `num_loops` puts before PreTrainedConfig."""
+    """Base of configurations with `num_loops`, before PreTrainedConfig: it marks counts that were read from files."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -37,7 +37,7 @@ class SavedDepth:
         return mark_saved(loaded, kwargs) if from_file else loaded
 
     def to_dict(self) -> dict:
-        """As in transformers, of plain values: what a dict is written by may know no other."""
+        """As in transformers, with plain values: whoever writes the dict may not know a `SavedCount`."""
         output = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
         return output | {"num_loops": int(output["num_loops"])}
 

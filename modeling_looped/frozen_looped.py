@@ -14,7 +14,7 @@ and its own token's current one. That is what token-by-token decoding does, done
 that a prompt in one call, in chunks, or without a cache gives the same logits. With `prefill="iterated"` the tokens of
 one call see each other's current keys, as in the paper's prefill, and a prompt depends on how it was cut into calls.
 
-Legend: B rows, T tokens of a call, S cached tokens + T, D hidden size, w = b - a + 1, N layers, K loops.
+Legend: B batch rows, T tokens of a call, S cached tokens and these T, D hidden size, N layers, K loops.
 """
 
 import difflib
@@ -152,7 +152,7 @@ class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
 
 
 class Loop:
-    """A loop over a window of one model's layers; `with` attaches it and detaches it, as do the methods.
+    """A loop over a window of one model's layers. `with` attaches and detaches it; so do the methods.
 
     Args:
         model: the frozen model.
@@ -180,7 +180,7 @@ class Loop:
         self.check_attention()
 
     def check_attention(self) -> None:
-        """Refuse attention whose masks cannot say which keys an extra pass sees."""
+        """ValueError for an attention whose masks cannot say which keys an extra pass sees."""
         attention = self.model.config._attn_implementation
         if self.config.prefill == "natural" and attention not in ("eager", "sdpa"):
             raise ValueError(
@@ -252,7 +252,7 @@ class Loop:
         return min(max(end - past, 0), num_tokens)
 
     def check_rewritable(self, layer: Layer, cache: Cache | None) -> None:
-        """Refuse a cache whose rows cannot be overwritten, before anything is written to it."""
+        """ValueError for a cache whose entries cannot be overwritten, before anything is written to it."""
         if self.config.cache == "first" or cache is None or layer.index >= len(cache.layers):
             return
         kind = type(cache.layers[layer.index])
@@ -274,8 +274,11 @@ class Turn:
 
 
 class CallSettings:
-    """Puts one call's settings into a loop, and the loop's own back. Threads call one after the other: the settings,
-    and what the hooks note of a call, lie in the loop and on layers that know nothing of it."""
+    """Within the block a loop has the settings of one call.
+
+    Threads call one after the other: the settings, and what the hooks note of a call, lie in the loop and on layers,
+    which all calls share.
+    """
 
     def __init__(self, loop: Loop, num_loops: int, num_looped_tokens: int | None):
         self.loop, self.asked = loop, (num_loops, num_looped_tokens)
@@ -316,8 +319,8 @@ def looped(
     """Loop a frozen model: `with looped(model): ...`, or `looped(model).attach()` and later `detach(model)`.
 
     The model's `forward` and `generate` then take `num_loops` (int, also a field of the generation config), and
-    `forward` takes `num_looped_tokens`, the first tokens of a row, padding included, that loop. The other arguments
-    are those of [`FrozenLoopedConfig`].
+    `forward` takes `num_looped_tokens`: so many first tokens of a batch row, padding included, loop. The other
+    arguments are those of [`FrozenLoopedConfig`].
 
     Raises:
         ValueError: a setting has the wrong type or range, or the model cannot be looped; the text says why.
@@ -358,7 +361,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class FrozenLooped:
-    """What a looped model's class puts before its own: the loop settings of `forward`, `generate` and saving."""
+    """A base class in front of the class of a looped model: loop settings in `forward`, `generate` and saving."""
 
     base_class: type
     loop: Loop
@@ -382,7 +385,7 @@ class FrozenLooped:
         return super().generate(inputs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
-        """A model that drafts has a depth of its own, or none.
+        """Assisted decoding. The draft model uses its own loop count, if it has one.
 
         Raises:
             ValueError: `cache="last"`, see `refuse_cuts`.
@@ -414,7 +417,7 @@ class FrozenLooped:
             )
 
     def init_continuous_batching(self, *args, **kwargs):
-        """ValueError: an engine's cache takes the rows of a call once, and a looped layer runs several times."""
+        """ValueError: an engine's cache takes the entries of a call once, and a looped layer runs several times."""
         raise ValueError("continuous batching cannot run a looped frozen model: use generate, or detach(model) first.")
 
     def save_pretrained(

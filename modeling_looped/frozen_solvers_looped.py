@@ -1,11 +1,17 @@
-"""Solvers of dx/dt = g(x) - x, by which a window of a frozen model is looped (arXiv 2605.23872)."""
+"""Solvers of dx/dt = g(x) - x, by which a window of a frozen model is looped (arXiv 2605.23872).
+
+    g      the layers of the window, one after the other: (B, T, D) -> (B, T, D)
+    x0     the state before the window;  y0 = g(x0), the model's own output, which is given
+    step   length of a substep, 1 / num_loops unless asked otherwise
+
+Each takes (g, x0, y0, num_loops, step) and returns the endpoint, (B, T, D).
+"""
 
 from collections.abc import Callable
 
 import torch
 
 
-# Solvers of dx/dt = g(x) - x from x0, with y0 = g(x0) given: (g, x0, y0, num_loops, step) -> the endpoint.
 def euler(g: Callable, x0: torch.Tensor, y0: torch.Tensor, num_loops: int, step: float) -> torch.Tensor:
     """num_loops evaluations, y0 included."""
     x = torch.lerp(x0, y0, step)

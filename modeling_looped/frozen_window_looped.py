@@ -1,6 +1,8 @@
-"""The layers of a frozen model that are looped: hooks on them, and the caches that their extra passes see.
+"""The window of a frozen model that is looped: hooks on its layers, and the caches that their extra passes see.
 
-Legend: B rows, T tokens of a call, S cached tokens + T, D hidden size, H heads, d head size.
+A pass here is one run of a layer within a call. The natural pass is the model's own; the extra passes are ours.
+
+Legend: B batch rows, T tokens of a call, S cached tokens and these T, D hidden size, H key-value heads, d head size.
 """
 
 import inspect
@@ -58,10 +60,15 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 class Layer:
-    """One layer of a window, and what its last natural call was given and computed.
+    """One layer of a window, with the arguments and the results of its last natural pass.
+
+    Args:
+        module: the layer.
+        index: its number in the model, which is its slot of the KV cache.
+        model: the whole model.
 
     Raises:
-        ValueError: its extra passes could not be kept out of its memory.
+        ValueError: extra passes would change what the layer remembers of earlier tokens.
     """
 
     def __init__(self, module: nn.Module, index: int, model: PreTrainedModel):
@@ -104,7 +111,7 @@ class Layer:
         self.routes: list = []
 
     def open(self, args: tuple, kwargs: dict) -> torch.Tensor:
-        """Note a natural call's arguments, put the recording cache in, and return the hidden states (B, T, D)."""
+        """Note the arguments of a natural pass, put the recording cache in, and return the hidden states (B, T, D)."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         hidden_states = arguments.pop(self.names[0])
         self.natural = NaturalCache(arguments.get(self.cache_name), self)
@@ -140,11 +147,11 @@ class LayerCache:
 
 
 class NaturalCache(LayerCache):
-    """The cache of a natural pass: writes through, and remembers the keys and values the layer attended to."""
+    """The cache of a natural pass: it writes through, and remembers the keys and values that the layer attended to."""
 
-    keys: torch.Tensor  # (B, H, S, d), as values
-    values: torch.Tensor
-    columns: torch.Tensor  # (T,) where this call's tokens are among them
+    keys: torch.Tensor  # (B, H, S, d)
+    values: torch.Tensor  # (B, H, S, d)
+    columns: torch.Tensor  # (T,), where the tokens of this call are among the S
 
     def __init__(self, cache: Cache | None, layer: Layer):
         super().__init__(layer)
@@ -169,12 +176,12 @@ class NaturalCache(LayerCache):
         return self.keys, self.values
 
     def replaced(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer saw, with this call's rows replaced, (B, H, S, d)."""
+        """The keys and values that the layer saw, (B, H, S, d) each, with the entries of this call replaced."""
         keys = self.keys.index_copy(-2, self.columns, key_states)
         return keys, self.values.index_copy(-2, self.columns, value_states)
 
     def rewrite(self, num_tokens: int, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
-        """Overwrite this call's first `num_tokens` rows in the cache; returns all rows, (B, H, S, d)."""
+        """Overwrite the entries of the first `num_tokens` tokens of this call; returns all, (B, H, S, d) each."""
         columns, written = self.columns[:num_tokens], self.cache.layers[self.layer.index]
         keys, values = key_states[:, :, :num_tokens], value_states[:, :, :num_tokens]
         if isinstance(written, StaticLayer):  # compiled code holds on to its tensors
@@ -187,7 +194,7 @@ class NaturalCache(LayerCache):
 
 
 class NaturalContext(LayerCache):
-    """`prefill="natural"`: earlier tokens by their natural keys, a token itself by its current one."""
+    """`prefill="natural"`: a token sees the natural keys of earlier tokens, and its own current key."""
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """-> (B, H, S, d) for one token, (B, H, S + T, d) for several: natural keys, then current ones."""
@@ -198,11 +205,11 @@ class NaturalContext(LayerCache):
 
     @staticmethod
     def mask(mask: torch.Tensor | None, columns: torch.Tensor, num_keys: int) -> torch.Tensor | None:
-        """The layer's mask, (B or 1, H or 1, T, S), as one over natural then current keys, (.., T, S + T)."""
+        """The layer's mask, (B or 1, heads or 1, T, S) -> over natural, then current keys, (..., T, S + T)."""
         num_tokens = len(columns)
         if num_tokens == 1:
             return mask
-        if mask is None:  # sdpa's own causal mask: keys are this call's, and behind them a static cache's empty rows
+        if mask is None:  # sdpa's own causal mask: the keys of this call, then the empty entries of a static cache
             mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=columns.device).tril()[None, None]
         own = torch.eye(num_tokens, dtype=torch.bool, device=columns.device).expand(*mask.shape[:-1], num_tokens)
         lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
@@ -215,7 +222,10 @@ class NaturalContext(LayerCache):
     @staticmethod
     @contextmanager
     def attention(config: PreTrainedConfig, num_tokens: int, masks: Iterable[torch.Tensor | None]):
-        """Attention of the extra passes: in blocks, unless a mask shows a token later ones (of an image, a prefix)."""
+        """Within the block the extra passes attend in blocks of queries, unless a mask shows a token later ones.
+
+        Tokens of an image or of a prefix see later ones.
+        """
         before = config._attn_implementation
         if before == "sdpa" and num_tokens > QUERY_BLOCK:
             later = [mask[..., -2 * num_tokens : -num_tokens].triu(1).any() for mask in masks if mask is not None]
@@ -227,7 +237,7 @@ class NaturalContext(LayerCache):
 
 
 def sdpa_two_sources(module, query, key, value, attention_mask, **kwargs):
-    """sdpa over `NaturalContext`'s keys, a block of queries at a time, without the keys that no query of it sees.
+    """sdpa over the keys of `NaturalContext`, block by block of queries, without the keys that no query of it sees.
 
     A block sees no natural keys after its own and no current keys but its own: at T tokens without a past that is
     little more than T * T / 2 products instead of the mask's 2 T * T.
@@ -236,7 +246,7 @@ def sdpa_two_sources(module, query, key, value, attention_mask, **kwargs):
     outputs = []
     for start in range(0, num_tokens, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, num_tokens)
-        # No token of the block stands behind this column: rows of a static cache may be empty, never missing.
+        # No token of the block stands behind this column: entries of a static cache may be empty, never missing.
         natural, own = slice(num_natural - num_tokens + end), slice(num_natural + start, num_natural + end)
         output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module,
@@ -254,7 +264,7 @@ ALL_ATTENTION_FUNCTIONS.register(TWO_SOURCES, sdpa_two_sources)
 
 
 class IteratedContext(LayerCache):
-    """`prefill="iterated"`: this call's tokens see each other's current keys, earlier calls' tokens by cached ones."""
+    """`prefill="iterated"`: tokens see the current keys of this call, and the cached keys of earlier calls."""
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """-> (B, H, S, d)."""
@@ -270,7 +280,7 @@ class IteratedContext(LayerCache):
 
 
 class LastPass(LayerCache):
-    """The writing pass of `cache="last"`: rows of the looped tokens are overwritten."""
+    """The writing pass of `cache="last"`: it overwrites the entries of the looped tokens."""
 
     def __init__(self, layer: Layer, num_tokens: int):
         super().__init__(layer)
@@ -286,8 +296,8 @@ CONTEXTS = {"natural": NaturalContext, "iterated": IteratedContext}
 class Window:
     """Consecutive layers that are looped together: hooks on them turn their natural pass into a loop.
 
-    The model itself runs the natural pass, so that one loop is the base model bit for bit; the extra passes come when
-    the last layer has returned, and replace its output.
+    The model itself runs the natural pass, so that one loop is the base model bit for bit. The extra passes follow
+    when the last layer has returned, and replace its output.
 
     Args:
         layers: in order.
@@ -324,14 +334,14 @@ class Window:
         return (hidden_states,), layer.arguments
 
     def route(self, layer: Layer, position: int, module: nn.Module, args: tuple, output):
-        """Keep a router's choice of the natural pass, and give it to the extra ones."""
+        """Keep the choice that a router made in the natural pass, and give it to the extra passes."""
         if self.looping:
             return layer.routes[position]
         layer.routes.append(output)
         return None
 
     def after(self, module: nn.Module, args: tuple, output):
-        """The natural output of the last layer in, the loop's out: (B, T, D)."""
+        """The natural output of the last layer, (B, T, D) -> the output after the loop, (B, T, D)."""
         if self.looping:
             return None
         natural = first_of(output)
@@ -351,7 +361,7 @@ class Window:
         return (looped_states, *output[1:]) if isinstance(output, tuple) else looped_states
 
     def run(self, natural: torch.Tensor) -> torch.Tensor | None:
-        """(B, T, D) after the loop; None where nothing is looped."""
+        """The natural output (B, T, D) -> (B, T, D) after the loop; None where nothing is looped."""
         config, num_loops = self.loop.config, self.loop.num_loops
         if num_loops == 1 or config.natural_weight == 1 or self.end == 0:
             return None

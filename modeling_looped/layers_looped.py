@@ -3,8 +3,10 @@
 Legend: B rows, T tokens, D hidden size, H heads, K key-value heads, d head size.
 """
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Literal, final
 
 import torch
@@ -151,12 +153,12 @@ class LoopedAttention(nn.Module):
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
         self.has_slot_per_loop = section == "core" and config.kv_slots().per_loop
-        self.attentions = nn.ModuleList()
+        self.attentions = nn.ModuleDict()  # by loop; a ModuleList is slower to read, ten times per token
         self.open_slots(config.num_loops)
 
     def at(self, loop: int) -> SlotAttention:
         """The attention of the slot of a loop, counted from 0."""
-        return self.attentions[loop if self.has_slot_per_loop else 0]  # pyright: ignore[reportReturnType]
+        return self.attentions[str(loop) if self.has_slot_per_loop else "0"]  # pyright: ignore[reportReturnType]
 
     def open_slots(self, num_loops: int) -> None:
         """Have an attention for the slot of every loop. They are only ever added, by one thread at a time."""
@@ -164,7 +166,7 @@ class LoopedAttention(nn.Module):
         needed = num_loops if self.has_slot_per_loop else 1
         for loop in range(len(self.attentions), needed):
             attention = SlotAttention(self.config, slots.slot(self.section, self.index, loop))
-            self.attentions.append(attention.train(self.training))
+            self.attentions[str(loop)] = attention.train(self.training)
 
     def forward(
         self,
@@ -179,7 +181,7 @@ class LoopedAttention(nn.Module):
         `attention` is the one of the slot, by default of the layer's first. It is an argument, and not the loop's
         number, so that a compiled layer is the same code in every loop.
         """
-        attend = self.attentions[0] if attention is None else attention
+        attend = self.at(0) if attention is None else attention
         source = hidden_states if key_value_states is None else key_value_states
         heads = (-1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)  # (B, H, T, d)
@@ -262,6 +264,18 @@ class GatedLoopedLayer(LoopedLayer):
         latent = self.kv_gate(x, latent, loop)  # (B, T, D)
         output, _ = self.self_attn(x, latent, **kwargs)
         return self.add_and_transform(hidden_states, output), latent
+
+
+OPENING = threading.Lock()  # held while a model gets attentions for more slots
+
+
+def open_slots(core: Iterable, num_loops: int) -> None:
+    """Have an attention in every core layer for every slot of `num_loops` loops; the last layer gets its own last."""
+    layers = [layer.self_attn for layer in core]
+    if layers[-1].has_slot_per_loop and len(layers[-1].attentions) < num_loops:
+        with nullcontext() if torch.compiler.is_compiling() else OPENING:  # a lock cannot be traced
+            for layer in layers:
+                layer.open_slots(num_loops)
 
 
 class Positions(ABC):

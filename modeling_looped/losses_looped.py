@@ -1,6 +1,6 @@
 """Training objectives: the loss of the last loop, or of every loop weighted by the chance that it is the last.
 
-    lam_t = sigmoid(exit_gate(norm(state_t)))                       # (B, K)  chance of exit after loop t
+    lam_t = sigmoid(exit_gate(norm(state_t)))                       # (B, K)  chance to halt after loop t
     p_t   = lam_t prod_{s<t} (1 - lam_s);   p_R = prod_{s<R} (1 - lam_s)
     loss  = mean over tokens of  sum_t p_t CE_t - beta H(p)          exit_loss="expected": model and gate
     loss  = mean over tokens and t >= 2 of -[w log(1 - lam_t) + (1 - w) log lam_t]                    "gate": gate only
@@ -20,10 +20,10 @@ from .calls_looped import LoopStates, Observer
 
 
 def log_exit_distribution(gate_logits: torch.Tensor, loops_run: torch.Tensor | None = None) -> torch.Tensor:
-    """log p_t of leaving after loop t, (..., R) float32; the last loop that ran takes what is left.
+    """log p_t, the log of the chance to halt after loop t: (..., R) float32. The last loop that ran takes the rest.
 
     Args:
-        gate_logits: (..., R), one per loop; that of the last loop is not used.
+        gate_logits: (..., R), the exit gate's after every loop; that of the last loop is not used.
         loops_run: loops that ran, of shape (...), where they differ; p_t is 0 (its log -inf) beyond.
     """
     num_loops = gate_logits.shape[-1]
@@ -37,7 +37,7 @@ def log_exit_distribution(gate_logits: torch.Tensor, loops_run: torch.Tensor | N
 
 
 def exit_distribution(gate_logits: torch.Tensor, loops_run: torch.Tensor | None = None) -> torch.Tensor:
-    """p_t of leaving after loop t: (..., R) gate logits -> (..., R) float32 that sums to 1; see the module."""
+    """p_t, the chance to halt after loop t: (..., R) logits of the exit gate -> (..., R) float32 that sums to 1."""
     return log_exit_distribution(gate_logits, loops_run).exp()
 
 
@@ -67,15 +67,15 @@ def gate_loss(
     steepness: float = 50.0,
     least_gain: float = 0.005,
 ) -> torch.Tensor:
-    """The gate's cross-entropy against what each loop gained, (...,) float32, mean over loops t >= 2 (Ouro, stage 2).
+    """The exit gate's cross-entropy against what each loop gained, (...,) float32 in nats (Ouro, stage 2).
 
-    With one loop there is nothing to decide, and the loss is 0. Losses are detached.
+    It is the mean over loops t >= 2. With one loop there is nothing to decide, and it is 0. Losses are detached.
 
     Args:
         gate_logits, losses: (..., R) per loop; losses in nats.
         loops_run: as in `log_exit_distribution`.
         steepness: k, per nat.
-        least_gain: gamma, the gain in nats at which going on and leaving are worth the same.
+        least_gain: gamma, the gain in nats at which going on and halting are worth the same.
     """
     losses, later = losses.float().detach(), gate_logits[..., 1:].float()
     gain = (losses[..., :-1] - losses[..., 1:]).clamp_min(0)  # (..., R - 1)

@@ -2,24 +2,24 @@
 
     e     = prelude(embed(ids))                               # (B, T, D)  once
     state = connection.open(start(e), e)                      # (B, T, D)
-    for loop in range(num_loops):                             # same weights every time
+    for loop in range(num_loops):                             # the same weights every time
         x, carry = connection.read(state, e, loop)
         state    = connection.write(state, carry, core(x), loop)   # with the loop's embedding, where loops have one
-        rows that are done leave the batch                    # no work is done for them
+        batch rows that halt leave the batch                  # no work is done for them
     h      = coda(connection.close(state))                    # (B, T, D)  once
     logits = head(norm(h))                                    # (B, T, V)
 
-Layers are Llama's (or GPT-2's, by configuration); what differs is the loop, its KV slots and its exits. Sources: Loop,
-Think & Generalize (arXiv 2604.07822) for the plain loop and halting, Ouro (2510.25741) for sandwich norms and the norm
-between loops, Huginn (2502.05171) for prelude, coda, injection and random starts. Legend: B rows, T tokens, D hidden
-size, H heads, d head size, V vocabulary.
+`LoopedModel.run_call` is this page in code. Layers are Llama's (or GPT-2's, by configuration); what differs is the
+loop, its KV slots and its halting. Sources: Loop, Think & Generalize (arXiv 2604.07822) for the plain loop and
+halting, Ouro (2510.25741) for sandwich norms and the norm between loops, Huginn (2502.05171) for prelude, coda,
+injection and random starts.
+
+Legend: B batch rows, b batch rows that still loop, T tokens, K positions that are read out, D hidden size, S streams,
+V vocabulary, R loops. Loops are counted from 0.
 """
 
 import math
-import threading
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import cast
 
 import torch
 from torch import nn
@@ -36,86 +36,20 @@ from transformers.utils import auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .base_looped import LoopedPreTrainedModel
 from .cache_layers_looped import CACHE_NAME, one_cache
 from .cache_looped import OWN_KEYS, SHARINGS
 from .calls_looped import ActiveBatch, Call, CallContext, Decision, LoopStates, Observer, make_position_ids
-from .checks_looped import check_grad_loops, check_inputs, check_loops, refuse_engine, refuse_unknown
+from .checks_looped import check_grad_loops, check_inputs, check_loops, leave_graph, refuse_engine, refuse_unknown
 from .chunks_looped import Chunks
 from .configuration_looped import LoopedConfig
 from .connections_looped import CONNECTIONS, LOOP_EMBEDDINGS, STARTS
-from .depth_looped import count_to_save, mark_saved_settings
-from .generation_looped import GENERATION_SETTINGS, LoopedGenerationMixin
+from .generation_looped import LoopedGenerationMixin
 from .halting_looped import Rule, halting_rule
 from .initial_looped import SetsInitialValues
-from .layers_looped import POSITIONS, LoopedAttention, LoopedLayer, as_is, make_dropout, make_norm
+from .layers_looped import POSITIONS, LoopedLayer, as_is, make_dropout, make_norm, open_slots
 from .losses_looped import ExitObjective, make_objective
 from .outputs_looped import FORWARD_DOCSTRING, LoopedCausalLMOutput, LoopedModelOutput, choose_hidden_states
-
-OPENING = threading.Lock()  # held while a model gets attentions for more slots
-
-
-@auto_docstring
-class LoopedPreTrainedModel(PreTrainedModel):
-    config: LoopedConfig
-    rule_class = Rule  # what halting rules of one's own derive from; a model of remote code has its own
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["LoopedLayer", "GatedLoopedLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": LoopedLayer,
-        "attentions": LoopedAttention,
-    }
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, nn.Embedding) and self.config.embedding_init_std is not None:
-            init.normal_(module.weight, mean=0.0, std=self.config.embedding_init_std)
-        if isinstance(module, SetsInitialValues):
-            module.initialize()
-
-    @classmethod
-    def from_pretrained(cls, *args, generation_config=None, **kwargs):
-        """As in transformers; `num_loops=...` is the depth of `forward` and `generate` (`depth_looped.py`)."""
-        loaded = super().from_pretrained(*args, generation_config=generation_config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.can_generate() and generation_config is None:
-            mark_saved_settings(model.generation_config)
-        return loaded
-
-    def floating_point_ops(self, inputs: dict) -> int:
-        """FLOPs of a training step on `inputs`: 6 for each token and parameter that is no embedding, as `Trainer`
-        estimates, those of the core as often as it loops. (Trainer itself counts the core once.)
-
-        Args:
-            inputs: of `forward`: input_ids (B, T), and num_loops, an int or (B,), or else the configuration's.
-        """
-        num_loops = inputs.get("num_loops")
-        loops = torch.as_tensor(self.config.num_loops if num_loops is None else num_loops).float().mean().item()
-        core = sum(parameter.numel() for parameter in self.base_model.core.parameters())
-        used = self.num_parameters(exclude_embeddings=True) + (loops - 1) * core
-        return round(6 * inputs["input_ids"].numel() * used)
-
-    def _initialize_weights(self, module, is_custom_code=False):
-        # Libraries look for modules whose type is exactly nn.Linear, so values that a linear of ours starts with are
-        # set by the module that owns it. Of custom code transformers passes over modules without parameters of their
-        # own, since it may fill weights that were loaded; ours are filled through `init`, which spares those.
-        super()._initialize_weights(module)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, except that loop settings put into the derived generation config survive a reload."""
-        if self.can_generate() and any(name in self.generation_config.to_dict() for name in GENERATION_SETTINGS):
-            # Marked as derived from the model config, its custom fields would be dropped on load.
-            self.generation_config._from_model_config = False
-            count = count_to_save(self.config, self.generation_config)
-            if count is not None:
-                self.generation_config.num_loops = count
-        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 @auto_docstring
@@ -148,30 +82,33 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         return self.norm
 
     def pieces(self) -> list[nn.Module]:
-        """What to compile one by one: the layers, and the modules of the loop connection. The loop itself stays in
-        Python, so that its length may vary."""
+        """What to compile one by one: the layers, and the modules of the loop connection.
+
+        The loop itself stays in Python, so that its length may vary.
+        """
         connection = [module for module in self.connection.modules() if not list(module.children())]
         return [*self.prelude, *self.core, *self.coda, *connection]
 
     def initialize(self) -> None:
-        """Values of a fresh model that it sets after its modules; those that were loaded stay.
+        """A fresh exit gate says for every loop that the token halts there with chance 1 / num_loops.
 
-        A fresh exit gate leaves after each of `num_loops` loops with chance 1 / num_loops, whatever the state: with
-        1/2, deep loops would start with next to no weight in the expected loss.
+        It does so whatever the state. With 1/2, deep loops would start with next to no weight in the expected loss.
         """
         if self.exit_gate is not None:
             init.zeros_(self.exit_gate.weight)
             init.constant_(self.exit_gate.bias, -math.log(max(self.config.num_loops - 1, 1)))
 
     def exit_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """How likely tokens are to leave after a loop (Ouro, arXiv 2510.25741): from normalised states (B, K, D), the
-        logits (B, K) in float32."""
+        """The exit gate's logits, how likely each token is to halt after a loop (Ouro, arXiv 2510.25741).
+
+        Normalised states (B, K, D) -> (B, K) in float32.
+        """
         assert self.exit_gate is not None
         return self.exit_gate(hidden_states).squeeze(-1).float()
 
     @property
     def exit_readout(self) -> Callable | None:
-        """Norm + exit gate on a state: (B, K, D) -> (B, K) logits; None in a model without a gate."""
+        """Norm and exit gate on a state: (B, K, D) -> (B, K) logits; None in a model without an exit gate."""
         return None if self.exit_gate is None else lambda state: self.exit_logits(self.readout_norm(state))
 
     @choose_hidden_states
@@ -204,7 +141,14 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             kwargs["cache"] = cache
         batch_size, num_tokens = check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_key_values)
         if torch.compiler.is_compiling():
-            self.leave_graph(num_tokens, num_loops, halting)
+            leave_graph(
+                {
+                    "num_loops as a tensor": isinstance(num_loops, torch.Tensor),
+                    "a halting rule": isinstance(halting, Decision) or halting_rule(halting) is not None,
+                    f"prefill_chunk={self.config.prefill_chunk}": self.is_cut(num_tokens),
+                    f"state_init={self.config.state_init!r}": self.start.looks_at_positions and not self.training,
+                }
+            )
         num_loops = check_loops(
             self.config.num_loops if num_loops is None else num_loops, batch_size, self.config.max_num_loops
         )
@@ -242,30 +186,6 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         """Whether a call of so many tokens is run chunk by chunk."""
         return self.config.prefill_chunk is not None and num_tokens > self.config.prefill_chunk
 
-    def leave_graph(self, num_tokens: int, num_loops, halting) -> None:
-        """End the graph in the making where a call depends on values that it cannot know.
-
-        `torch.compile` goes on with another graph; with `fullgraph=True` it fails with the reason.
-
-        Raises:
-            ValueError: the graph is to be exported.
-        """
-        halts = isinstance(halting, Decision) or halting_rule(halting) is not None
-        reasons = {
-            "num_loops as a tensor": isinstance(num_loops, torch.Tensor),
-            "a halting rule": halts,
-            f"prefill_chunk={self.config.prefill_chunk}": self.is_cut(num_tokens),
-            f"state_init={self.config.state_init!r}": self.start.looks_at_positions and not self.training,
-        }
-        for name, holds in reasons.items():
-            if holds:
-                reason = (
-                    f"{name} makes a call data-dependent: compile model.model.pieces() one by one, export without it."
-                )
-                torch._dynamo.graph_break(msg=reason)
-                if torch.compiler.is_exporting():
-                    raise ValueError(reason)
-
     def run_call(self, call: Call, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """One call, or one chunk of it: the (B, T, D) that the head reads, and the loops run for each token (B, T)."""
         context = self.open_context(call)  # mask, rotary angles, the cache with its slots open
@@ -292,18 +212,10 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         context = CallContext(mask, self.positions(call.embeds, position_ids), position_ids, cache, OWN_KEYS)
         if call.rows_may_halt:
             context.check_rows_can_leave()
-        self.open_slots(call.most_loops)
+        open_slots(self.core, call.most_loops)
         if cache is not None:
             self.sharing.open(cache, call.most_loops)
         return context
-
-    def open_slots(self, num_loops: int) -> None:
-        """Have an attention for every slot of `num_loops` loops; the last layer gets its own last."""
-        layers = [cast(LoopedLayer, layer).self_attn for layer in self.core]
-        if self.sharing.slots.per_loop and len(layers[-1].attentions) < num_loops:
-            with nullcontext() if torch.compiler.is_compiling() else OPENING:  # a lock cannot be traced
-                for layer in layers:
-                    layer.open_slots(num_loops)
 
     def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings (B, T, D) at positions (B or 1, T) -> what the prelude runs on, (B, T, D)."""
@@ -358,7 +270,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"looped {cls.__name__}"] = cls.__name__  # see the end of the file
 
     def readout(self, state: torch.Tensor) -> torch.Tensor:
-        """Norm + head on a state: (B, K, D) -> (B, K, V) logits."""
+        """Norm and head on a state: (B, K, D) -> (B, K, V) logits."""
         return self.lm_head(self.model.readout_norm(state))
 
     @can_return_tuple
@@ -429,11 +341,18 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate logits and cross-entropies (nats) of every loop, both (B, T, R), of a model with an exit gate.
+        """The exit gate's logits and the cross-entropies (nats) of every loop, (B, T, R) each.
 
-        `input_ids` and `shift_labels`, the next token's, are (B, T); what is -100 has no loss. `attention_mask` and
-        `position_ids` are those of `forward`: positions that begin anew hold the texts of a row apart.
-        `losses_looped.py` says what to do with the result. ValueError without an exit gate.
+        `losses_looped.py` says what to do with them.
+
+        Args:
+            input_ids: (B, T).
+            shift_labels: (B, T), the next token of every token; -100 has no loss.
+            num_loops: R, by default the configuration's.
+            attention_mask, position_ids: as in `forward`; positions that begin anew separate texts in a batch row.
+
+        Raises:
+            ValueError: the model has no exit gate.
         """
         if not isinstance(self.objective, ExitObjective):
             raise ValueError("exits are read by an exit gate, which this model lacks: train with exit_gate=True.")
@@ -453,7 +372,7 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
         self.num_labels = config.num_labels
         self.model = LoopedModel(config)
         if self.model.exit_gate is not None:
-            # It can be asked when to halt, but no label teaches it: DDP waits for a gradient of all that is trained.
+            # A halting rule may read it, but no label teaches it: DDP waits for a gradient of all that is trained.
             self.model.exit_gate.requires_grad_(False)
         self.score = nn.Linear(config.hidden_size, len(config.id2label or {}), bias=False)
         self.post_init()

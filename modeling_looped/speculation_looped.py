@@ -1,26 +1,27 @@
 """Lossless self-speculation: the first loops draft some tokens, one call of the others verifies all of them.
 
     until the text ends, with t the newest token:                 # it is in the text, and not yet in the cache
-        state_0  = loops 0 .. d-1 of t                            # prelude first; their KV rows stay
+        state_0  = loops 0 .. d-1 of t                            # prelude first; their cached entries stay
         for i = 0, 1, ... while the draft is sure:
             x_i       ~ q_i = processors(head(norm(coda(close(state_i)))))
             state_i+1 = loops 0 .. d-1 of x_i
         p_0 p_1 ... = loops d .. R-1, coda and head of all states in one call
         x_i is kept while rand() < p_i(x_i) / q_i(x_i), or, greedily, while it is argmax p_i
         then one token from (p - q)+ where the draft erred, else from the last p     # argmax p, greedily
-        the rows of what was not kept are cropped
+        the entries of tokens that were not kept are cropped
 
-Draft and verification are the two halves of one forward pass: of a drafted token nothing is computed twice but the
-coda, whose rows the verification writes anew. A call in which k tokens are drafted runs their first loops one by one
-and the others once, where plain decoding would run all loops k + 1 times.
+Draft and verification are the two halves of one forward pass: nothing of a drafted token is computed twice but the
+coda, whose entries the verification writes anew. A round that drafts k tokens runs their first loops one by one and
+the other loops once. Plain decoding would run all loops k + 1 times.
 
-Sources: self-speculation that reuses the draft's rows and states, LayerSkip (arXiv 2404.16710); sampling that leaves
-the distribution as it is, Leviathan et al. (2211.17192), algorithm 1. Legend: T tokens of the one row, D hidden size,
-V vocabulary, R loops, d of them the draft's.
+Sources: self-speculation that reuses the draft's entries and states, LayerSkip (arXiv 2404.16710); sampling that
+leaves the distribution as it is, Leviathan et al. (2211.17192), algorithm 1. Legend: T tokens of the one text, S
+tokens of the text so far, D hidden size, V vocabulary, R loops, d of them the draft's.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -101,7 +102,7 @@ class Halves:
         whole = self.context(embeds, position_ids, self.length + ahead + 1, OWN_KEYS, loop=0)
         embeds = self.run(body.prelude, embeds, whole)
         start = body.start(embeds, position_ids, self.generator, body.training)
-        context = replace(whole, key_source=body.sharing.key_source())
+        context = whole.with_keys(body.sharing.key_source())
         state = self.loop(body.connection.open(start, embeds), embeds, context, range(self.draft_loops))
         return Halfway(embeds, state, context)
 
@@ -168,16 +169,18 @@ class Halves:
     def readout(self, state: torch.Tensor, context: CallContext) -> torch.Tensor:
         """The state (1, T, ...) after the last loop that runs -> logits (1, T, V) in float32."""
         hidden_states = self.body.connection.close(state)
-        hidden_states = self.run(self.body.coda, hidden_states, replace(context, key_source=OWN_KEYS))
+        hidden_states = self.run(self.body.coda, hidden_states, context.with_keys(OWN_KEYS))
         return self.model.readout(hidden_states).float()
 
 
 class Text:
-    """The row that is generated, with all that decoding says and asks of each new token.
+    """The text being generated, and what generate() gave us to process each new token.
 
     Args:
         ids: (1, S) prompt.
-        choice: how tokens are chosen, see `Greedy`.
+        choice: how tokens are chosen.
+        logits_processor, stopping_criteria, streamer: those of generate().
+        keeps_scores, keeps_logits: whether to record the processed scores and the logits, (1, V) per new token.
     """
 
     def __init__(self, ids, choice, logits_processor, stopping_criteria, streamer, keeps_scores, keeps_logits):
@@ -216,7 +219,7 @@ class Text:
 
 @dataclass
 class Draft:
-    """A drafted token (1, 1), the (1, V) scores it was drawn from, and how sure the draft was of it."""
+    """A drafted token (1, 1), and the (1, V) probabilities that the draft gave to all tokens."""
 
     token: torch.Tensor
     probabilities: torch.Tensor
@@ -226,20 +229,32 @@ class Draft:
         return float(self.probabilities[0, self.token[0, 0]])
 
 
-class Greedy:
-    """The likeliest token."""
+class Choice(ABC):
+    """How a token is chosen from scores."""
 
+    @abstractmethod
     def draft(self, scores: torch.Tensor) -> Draft:
         """(1, V) processed scores of the draft -> the token it proposes."""
-        return Draft(scores.argmax(dim=-1, keepdim=True), scores.softmax(dim=-1))
 
+    @abstractmethod
     def settle(self, scores: torch.Tensor, draft: Draft | None) -> tuple[torch.Tensor, bool]:
         """(1, V) processed scores of the whole model -> the token (1, 1), and whether it is the drafted one."""
+
+
+@final
+class Greedy(Choice):
+    """The likeliest token."""
+
+    def draft(self, scores):
+        return Draft(scores.argmax(dim=-1, keepdim=True), scores.softmax(dim=-1))
+
+    def settle(self, scores, draft):
         token = scores.argmax(dim=-1, keepdim=True)
         return token, draft is not None and bool(token == draft.token)
 
 
-class Sampling(Greedy):
+@final
+class Sampling(Choice):
     """A token of the whole model's distribution p, whatever the draft's q (arXiv 2211.17192, algorithm 1)."""
 
     def draft(self, scores):
@@ -322,10 +337,13 @@ class SelfSpeculation:
         )
 
     def propose(self, halves: Halves, text: Text, generation_config) -> tuple[list[Halfway], list[Draft]]:
-        """Draft after the newest token: k + 1 tokens, of which it is the first, halfway; and the other k as drafted.
+        """Draft k tokens after the newest one.
 
-        At most `num_assistant_tokens`, up to the first of which the draft is less sure than
-        `assistant_confidence_threshold`, or which ends the text.
+        There are at most `num_assistant_tokens` of them. A draft ends with the first token of which it is less sure
+        than `assistant_confidence_threshold`, or which ends the text.
+
+        Returns:
+            The newest token and the k drafted ones halfway, k + 1 in all; and the k drafts.
         """
         ids, drafts, parts = text.ids, [], [halves.first(text.ids[:, -1:], ahead=0)]
         ends = generation_config.eos_token_id
@@ -342,7 +360,11 @@ class SelfSpeculation:
         return parts, drafts
 
     def check(self, model, input_ids, settings, model_kwargs) -> int:
-        """The loops of a verification, once all that was asked for can be done."""
+        """The loops of a verification.
+
+        Raises:
+            ValueError: speculation cannot do what was asked for.
+        """
         config, sharing = model.config, model.config.kv_sharing
         num_loops = model_kwargs.get("num_loops")
         num_loops = check_loops_of_rows(config.num_loops if num_loops is None else num_loops, input_ids.shape[0])
@@ -351,8 +373,8 @@ class SelfSpeculation:
             (settings.num_beams != 1, f"num_beams={settings.num_beams} follows several texts: use num_beams=1"),
             (
                 model.model.sharing.rewrites,
-                f"kv_sharing={sharing!r} cannot verify drafted tokens: in one call they see other rows of each other "
-                "than in successive calls, so the output would not be that of plain decoding. Use 'per_loop' or "
+                f"kv_sharing={sharing!r} cannot verify drafted tokens: in one call they see other entries than "
+                "in successive calls, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'",
             ),
             (
@@ -386,7 +408,7 @@ class SelfSpeculation:
         for holds, reason in refusals:
             if holds:
                 raise ValueError(f"draft_loops={self.draft_loops}: {reason}, or leave draft_loops out.")
-        num_loops = int(num_loops)  # of the one row
+        num_loops = int(num_loops)  # of the one text
         if not 1 <= self.draft_loops < num_loops:
             raise ValueError(
                 f"draft_loops={self.draft_loops} must be in 1 .. num_loops - 1 = {num_loops - 1}: the draft is made "

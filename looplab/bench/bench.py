@@ -1,21 +1,23 @@
-"""Speed and memory against an equally wide, equally deep (unrolled) Llama, and what halting saves.
+"""`looped bench`: the speed and memory of a looped model against a Llama of the same width and unrolled depth.
 
-    training   forward + backward + AdamW step, tokens/s; eager and with each layer compiled
-    decode     `generate`, greedy, batch 1, new tokens/s; eager with a dynamic cache, compiled with a static one
-    kv_bytes   bytes of the cache tensors per token, for each kv_sharing
-    hyper      training step of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
-    context    decoding at long contexts, and chunks: training with gated KV, see `contexts.py`
-    halting    layer calls and wall time of the KL + entropy rule against fixed loops, on a trained run
-    speculation  decoding with `draft_loops` against plain decoding, batch 1, new tokens/s: on a trained run, and where
-               every draft is accepted because loops change nothing, which is as fast as it gets
+    training     an update (forward, backward, AdamW), tokens/s; eager, and with each layer compiled
+    decode       greedy `generate` at batch 1, new tokens/s; eager with a dynamic cache, compiled with a static cache
+    kv_bytes     bytes of the cache tensors per token, for each kv_sharing
+    hyper        an update of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
+    context      decoding at long contexts, new tokens/s; see `contexts.py`
+    chunks       an update with gated KV, tokens/s; see `contexts.py`
+    halting      layer calls and seconds of the KL + entropy rule against a fixed loop count, on a trained run
+    speculation  decoding with `draft_loops` against plain decoding at batch 1, new tokens/s: on a trained run, and, as
+                 the upper limit, in a model whose loops change nothing, so that all drafts are accepted
 
-Both models run the same matrix products on the same tokens; the looped one has num_core_layers layers of weights,
-Llama num_loops times as many. They are timed in turn (A B A B ...) in one process, so that what else the machine does
-hits both, and a ratio is the median over the pairs. Nothing here is a test: numbers of two machines do not compare.
+Both models run the same matrix products on the same tokens; Llama has num_loops times as many layers of weights. The
+two run in turn (A B A B ...) in one process, so that other work of the machine slows both, and a ratio is the median
+of the pairs. Speeds of two machines do not compare.
 """
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -43,73 +45,80 @@ def bench(
     contexts: Sequence[int] = (),
     memory_loops: Sequence[int] = (4, 8),
 ) -> Path:
-    """Measure, print a table and write OUTPUT/bench.jsonl, one row per measurement.
+    """Measure, print a table and write OUTPUT/bench.jsonl, one line per measurement; returns its path.
 
     Args:
         widths: hidden sizes; a head is 64 wide.
-        rounds: timed pairs per ratio.
-        run: a trained one, for rows of speculation or of halting: what its task has.
-        compiled: also the rows with torch.compile, which take minutes to compile.
+        rounds: interleaved pairs of each ratio: each side is timed so many times.
+        run: a trained run, which adds the rows of halting or of speculation that its task has.
+        compiled: add rows with torch.compile, which take minutes to compile.
         quick: tiny sizes and two rounds, to see that it works.
-        contexts: measure these instead: decoding after so many tokens with each KV sharing, and training in chunks.
-        memory_loops: loop counts of the contexts.
+        contexts: cached tokens; if given, only `contexts.py` is measured.
+        memory_loops: loop counts for `contexts`.
 
     Raises:
-        ValueError: the run's task has neither, `output` is no folder, or more memory is needed than is free.
+        ValueError: the task of the run has no such rows, `output` is not a folder, or more memory is needed than is
+            free.
     """
     from .contexts import context_lines, memory_plan
 
     check_folder(Path(output))
     if run is not None:
         task_for("bench", [run])
-        load_run_model(run)  # a run that cannot be measured is refused before the rest is
+        load_run_model(run)  # refuses a run that cannot be measured, before the other measurements
     work = QUICK if quick else Workload()
     widths, rounds = ((32,), 2) if quick else (widths, rounds)
     check_memory(max(widths), work, max(contexts, default=0), max(memory_loops) if contexts else work.loops)
-    modes = (False, True) if compiled else (False,)
+    compiling = (False, True) if compiled else (False,)
     peak = matmul_peak(work.matmul)
-    plan = [lambda w=w, c=c: [training_row(w, work, rounds, c, peak)] for w in widths for c in modes]
-    plan += [lambda w=w, c=c: [decode_row(w, work, rounds, c)] for w in widths for c in modes]
-    plan += [lambda w=w, s=s: [kv_row(w, work, s)] for w in widths for s in ("per_loop", "last", "gated")]
-    plan += [lambda w=w, c=c: [hyper_row(w, work, rounds, c)] for w in widths for c in modes]
-    plan += [lambda w=w: [accepted_row(w, work, rounds)] for w in widths]
-    if run is not None:
-        plan.append(lambda: task_rows(run, work, rounds))
     if contexts:
         plan = memory_plan(widths, work, rounds, contexts, memory_loops)
+    else:
+        plan = [partial(training_row, width, work, rounds, how, peak) for width in widths for how in compiling]
+        plan += [partial(decode_row, width, work, rounds, how) for width in widths for how in compiling]
+        plan += [partial(kv_row, width, work, policy) for width in widths for policy in ("per_loop", "last", "gated")]
+        plan += [partial(hyper_row, width, work, rounds, how) for width in widths for how in compiling]
+        plan += [partial(accepted_row, width, work, rounds) for width in widths]
+    rows = [measure() for measure in tqdm(plan, desc="measuring", unit="row")]
+    if run is not None and not contexts:
+        rows += task_rows(run, work, rounds)
     facts = machine() | {"matmul_peak_gflops": peak, "layers": work.layers, "loops": work.loops}
-    rows = []
-    for measure in tqdm(plan, desc="measuring", unit="row"):
-        rows += [facts | row for row in measure()]
+    rows = [facts | row for row in rows]
     print("\n".join([bench_table(rows), *context_lines(rows)]))
     return write_whole(Path(output) / "bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def task_rows(run: Run, work: Workload, rounds: int) -> list[dict]:
-    """Drafts on a trained run, and halting, as far as its task has them."""
+    """The rows of halting and of speculation on a trained run, as far as its task has them."""
     task = task_for("bench", [run])
     rows = task.time_halting(run, work.rows_per_hop, rounds) if task.has("time_halting") else []
     return rows + (speculation_rows(run, work, rounds) if task.has("prompts") else [])
 
 
 def check_memory(width: int, work: Workload, context: int, loops: int) -> None:
-    """ValueError if the largest pair of models, in training or after `context` cached tokens, does not fit into the
-    memory that is free; an estimate from below."""
+    """Raise ValueError if the largest pair of models does not fit into the free memory, estimated from below.
+
+    Args:
+        context: cached tokens of a decoding step; 0 if updates are measured, too.
+    """
     depth = work.layers * loops
-    weights = depth * 13 * width**2  # of the Llama: 4 square matrices, 3 of 3 times the width
+    weights = depth * 13 * width**2  # of the Llama: 4 matrices of width x width, 3 of width x 3 widths
     training = 4 * weights + 20 * work.batch * work.tokens * depth * width  # gradients, two moments; activations
-    decoding = 2 * weights + 4 * depth * width * context  # keys and values of both
-    needed, free = 4 * max(0 if context else training, decoding), psutil.virtual_memory().available  # float32
+    decoding = 2 * weights + 4 * depth * width * context  # keys and values of both models
+    numbers = decoding if context else max(training, decoding)
+    needed, free = 4 * numbers, psutil.virtual_memory().available  # bytes; float32
     if needed > free:
-        what = f"--widths {width}" + f" --contexts {context} --memory-loops {loops}" * bool(context)
+        asked = f"--widths {width}"
+        if context:
+            asked += f" --contexts {context} --memory-loops {loops}"
         raise ValueError(
-            f"{what}: at least {needed / 1e9:,.0f} GB of memory are needed and {free / 1e9:,.0f} GB are free; "
+            f"{asked}: at least {needed / 1e9:,.0f} GB of memory are needed and {free / 1e9:,.0f} GB are free; "
             "ask for less."
         )
 
 
 def bench_table(rows: Sequence[dict]) -> str:
-    """The rows as text, one block per kind of measurement."""
+    """The rows as text, a table per kind of measurement; `context_lines` has those of `contexts.py`."""
     facts = rows[0]
     depth = facts["layers"] * facts["loops"]
     text = [
@@ -141,7 +150,7 @@ def bench_table(rows: Sequence[dict]) -> str:
     drafts = [row for row in rows if row["measure"] == "speculation"]
     if drafts:
         text.append(
-            "\nself-speculation against plain decoding, batch 1; calls: of layers, as a share of plain decoding's"
+            "\nself-speculation against plain decoding, batch 1; calls: layer calls as a share of plain decoding's"
         )
         columns = f"{'text':<14}{'width':>6}{'draft':>7}{'loops':>7}{'sure':>6}{'accepted':>10}{'tokens/call':>13}"
         text.append(f"{columns}{'calls':>7}   ratio of tokens/s")

@@ -1,14 +1,15 @@
-"""Benchmark of KV memories: decoding at long contexts, and training in chunks.
+"""`looped bench --contexts`: what each KV policy costs in decoding at long contexts and in training with chunks.
 
-    context   one decoding step after so many cached tokens (random rows), tokens/s, and KV bytes per token, for each
-              kv_sharing and loop count, against a Llama as deep as the loops unrolled; batch 1, dynamic caches
-    chunks    training step of kv_sharing="gated" at each chunk length, tokens/s, against a row per loop
+    context   one decoded token after N cached tokens, new tokens/s and KV bytes per token, for each kv_sharing and
+              loop count, against a Llama of the unrolled depth; batch 1, dynamic caches
+    chunks    an update with kv_sharing="gated" at each `prefill_chunk`, tokens/s, against kv_sharing="per_loop"
 
-Weights are random; rows and pairs are those of `bench.py`.
+Weights and cached entries are random. Models are timed in turn, as in `bench.py`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -23,9 +24,9 @@ from .pair import Workload, build_pair, kv_bytes_per_token, model_sizes, trainin
 
 
 def filled_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
-    """The model's own cache, every slot of it filled with random rows of `tokens` tokens."""
+    """A cache with the layers that the model's KV policy uses, each with random entries of `tokens` tokens."""
     cache = DynamicCache(config=model.config)
-    model(torch.ones(1, 1, dtype=torch.long), **{CACHE_NAME: cache})  # puts the layers of its policy in
+    model(torch.ones(1, 1, dtype=torch.long), **{CACHE_NAME: cache})  # the call puts in the layers of the policy
     draw = torch.Generator().manual_seed(0)
     for layer in cache.layers:
         shape = (*layer.keys.shape[:2], tokens, layer.keys.shape[-1])
@@ -34,7 +35,7 @@ def filled_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
 
 
 def step_at(model: PreTrainedModel, context: int, steps: int) -> Callable[[], None]:
-    """Decode `steps` tokens, each after `context` cached ones: what a step adds is cropped again."""
+    """A call that decodes `steps` tokens, each after `context` cached tokens: the new entry is cropped each time."""
     model.eval()
     with torch.inference_mode():
         cache = filled_cache(model, context)
@@ -50,6 +51,8 @@ def step_at(model: PreTrainedModel, context: int, steps: int) -> Callable[[], No
 
 
 def context_row(width: int, work: Workload, rounds: int, kv_sharing: str, loops: int, context: int) -> dict:
+    """Decoding after `context` cached tokens at batch 1: new tokens per second of the looped model and of Llama, the
+    ratio, and the KV bytes per token of both."""
     work = replace(work, loops=loops)
     looped, llama = build_pair(width, work, kv_sharing)
     pairs = interleaved(*(step_at(model, context, work.steps) for model in (looped, llama)), rounds)
@@ -60,7 +63,10 @@ def context_row(width: int, work: Workload, rounds: int, kv_sharing: str, loops:
 
 
 def chunk_row(width: int, work: Workload, rounds: int, chunk: int) -> dict:
-    """`work.layers` x `work.loops` sandwich layers on rows of 16 `work.tokens` tokens."""
+    """An update of MELT's gated KV in chunks of `chunk` tokens: tokens per second, also of per_loop, and the ratio.
+
+    The model has `work.layers` layers with sandwich norms; a batch row is 16 times `work.tokens` long.
+    """
     tokens, rows = 16 * work.tokens, max(1, work.batch // 8)
     sizes = model_sizes(width, work) | {"num_core_layers": work.layers, "num_loops": work.loops}
     sizes |= {"norm_placement": "sandwich", "norm_between_loops": True}
@@ -74,16 +80,16 @@ def chunk_row(width: int, work: Workload, rounds: int, chunk: int) -> dict:
 
 def memory_plan(
     widths: Sequence[int], work: Workload, rounds: int, contexts: Sequence[int], loops: Sequence[int]
-) -> list[Callable[[], list[dict]]]:
-    """Measurements for `bench.bench`."""
+) -> list[Callable[[], dict]]:
+    """The measurements of this module, each a call that returns its row."""
     plan = [
-        lambda w=w, s=s, r=r, c=c: [context_row(w, work, rounds, s, r, c)]
-        for w in widths
-        for c in contexts
-        for r in loops
-        for s in SHARINGS
+        partial(context_row, width, work, rounds, kv_sharing, count, context)
+        for width in widths
+        for context in contexts
+        for count in loops
+        for kv_sharing in SHARINGS
     ]
-    return plan + [lambda w=w, c=c: [chunk_row(w, work, rounds, c)] for w in widths for c in work.chunks]
+    return plan + [partial(chunk_row, width, work, rounds, chunk) for width in widths for chunk in work.chunks]
 
 
 def context_lines(rows: Sequence[dict]) -> list[str]:
@@ -91,10 +97,10 @@ def context_lines(rows: Sequence[dict]) -> list[str]:
     contexts = [row for row in rows if row["measure"] == "context"]
     text = []
     if contexts:
-        text += ["\ndecoding one token after a context, against a Llama as deep as the loops unrolled"]
-        text += [
+        text.append("\ndecoding one token after a context, against a Llama of the unrolled depth")
+        text.append(
             f"{'kv_sharing':<11}{'loops':>6}{'context':>9}{'width':>7}{'KV bytes':>10}{'looped':>9}{'Llama':>9}  ratio"
-        ]
+        )
     for row in contexts:
         text.append(
             f"{row['mode']:<11}{row['row_loops']:>6}{row['context']:>9}{row['width']:>7}{row['kv_bytes']:>10.0f}"
@@ -102,7 +108,7 @@ def context_lines(rows: Sequence[dict]) -> list[str]:
         )
     chunks = [row for row in rows if row["measure"] == "chunks"]
     if chunks:
-        text.append("\ngated KV trained in chunks, against a KV row per loop")
+        text.append("\ngated KV trained in chunks, against a KV slot per loop")
     for row in chunks:
         text.append(
             f"{row['mode']:<11}{row['tokens']:>6} tokens{row['width']:>7} wide{row['gated']:>10.0f}"

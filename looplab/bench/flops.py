@@ -1,4 +1,4 @@
-"""Floating-point operations, counted from a configuration."""
+"""Floating-point operations of a forward pass and of an update, counted from a configuration."""
 
 from modeling_looped import LoopedConfig
 from modeling_looped.connections_looped import CONNECTIONS
@@ -7,12 +7,12 @@ from modeling_looped.connections_looped import CONNECTIONS
 def forward_flops(
     config: LoopedConfig, batch: int, tokens: int, num_loops: int, logits_kept: int | None = None
 ) -> int:
-    """Matrix-product FLOPs (2 per multiply-add) of one forward; a training step is three times that.
+    """FLOPs of the matrix products of one forward pass, 2 per multiply-add; an update takes three times as many.
 
-    Every loop counts. Attention is counted over all tokens x tokens pairs, norms and activations not at all.
+    Attention counts all tokens x tokens pairs. Norms and activations do not count.
 
     Args:
-        logits_kept: positions whose logits are computed, all unless given.
+        logits_kept: positions of a batch row that get logits, all unless given.
     """
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -30,13 +30,13 @@ def connection_flops(config: LoopedConfig) -> int:
 
 
 def update_flops(config: LoopedConfig, batch: int, tokens: dict[int, float], loops: dict[int, float]) -> float:
-    """FLOPs of one update of `batch` rows that are read at one position: 3 x `forward_flops` (backward is two).
+    """Mean FLOPs of an update of `batch` rows with logits at one position: 3 x `forward_flops`, as backward takes two.
 
     Without attention and head this is the usual 6 x layer weights x loops x tokens.
 
     Args:
-        tokens: length of a batch's rows -> its share of the updates.
-        loops: number of loops -> its share of the updates.
+        tokens: length of the batch rows -> share of the updates with that length.
+        loops: loop count -> share of the updates with that loop count.
     """
     cost = {(t, r): forward_flops(config, batch, t, r, logits_kept=1) for t in tokens for r in loops}
     return 3 * sum(tokens[t] * loops[r] * cost[t, r] for t, r in cost)

@@ -1,15 +1,15 @@
-"""What a KV memory costs and keeps: one checkpoint under every KV sharing and chunk length.
+"""`looped memory`: quality and KV bytes of one checkpoint under every KV policy and chunk length.
 
-    for each kv_sharing the weights can be run with, and each chunk length:
-        value of the task, as if prompts came in chunks of so many tokens (1: as in decoding; 0: in one call)
+    for each kv_sharing that fits the weights, and each `prefill_chunk`:
+        quality on the task if prompts come in chunks of so many tokens (1: as in decoding; 0: in one call)
         bytes of keys and values that a token leaves in the cache
 
-    memory.jsonl   a line per (kv_sharing, chunk): kv_sharing, chunk, trained (the model's own sharing), loops,
-                   kv_bytes (per token), and what the task's `measure` finds, with its interval
+    memory.jsonl   a line per (kv_sharing, chunk): kv_sharing, chunk, trained (it is the model's own kv_sharing),
+                   loops, kv_bytes (per token), and the fields of the task's `measure`, with an interval
 
-`per_loop` and `first` give the same at every chunk length and are measured in one call. A checkpoint trained with a
-row per loop is measured with all of them, without training (Ouro, arXiv 2510.25741, table of decode policies); one
-with KV gates with its own.
+`per_loop` and `first` do not depend on the chunk length and are measured in one call. Weights without KV gates are
+measured with every policy that has none, without training (Ouro, arXiv 2510.25741, table of decode policies); weights
+with KV gates fit their own policy only.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from modeling_looped.cache_looped import SHARINGS
 
 
 def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> PreTrainedModel:
-    """The same weights under another KV sharing and chunk length (None: a call is one chunk)."""
+    """A model with the same weights under another KV policy. chunk: its `prefill_chunk`; None is the whole call."""
     config = type(model.config).from_dict(model.config.to_dict() | {"kv_sharing": kv_sharing, "prefill_chunk": chunk})
     twin = type(model)(config).to(model.device, model.dtype).eval()
     twin.load_state_dict(model.state_dict())
@@ -38,11 +38,11 @@ def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> P
 def kv_bytes(model: PreTrainedModel) -> int:
     """Bytes of keys and values per token, from a cache that two tokens filled."""
     cache = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)[CACHE_NAME]
-    return sum(rows.nbytes for layer in cache.layers for rows in (layer.keys, layer.values)) // 2
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 2
 
 
 def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, int | None]]:
-    """(kv_sharing, chunk) pairs to measure; of sharings that chunks do not change, one."""
+    """(kv_sharing, chunk) pairs to measure; a policy that does not depend on chunks comes once, with None."""
     own = model.config.kv_sharing
     # Weights that have KV gates fit no other policy, and others lack them.
     sharings = [own] if SHARINGS[own].has_parameters else [s for s in SHARINGS if not SHARINGS[s].has_parameters]
@@ -57,9 +57,9 @@ def measure_memory(
 
     Args:
         run: a finished one.
-        chunks: chunk lengths in tokens; 0 is one call.
+        chunks: chunk lengths in tokens; 0 is the whole call.
         limit: of the task's `measure`; all test rows unless given.
-        loops: loops to run; the model's own unless given.
+        loops: loop count; the model's own unless given.
 
     Raises:
         ValueError: the run has not finished, or its task has no measure.
@@ -83,7 +83,7 @@ def measure_memory(
 
 
 def memory_table(run: Run) -> str:
-    """RUN/memory.jsonl as text, a line per memory."""
+    """RUN/memory.jsonl as a table of text, with a line per KV policy and chunk length."""
     rows = run.read(MEMORY)
     name = task_for("memory", [run]).measured
     lines = [f"{'kv_sharing':<12}{'chunk':>7}{'KV bytes':>10}{name:>12}   95 % interval"]
@@ -94,4 +94,4 @@ def memory_table(run: Run) -> str:
         lines.append(
             f"{row['kv_sharing'] + mark:<12}{chunk:>7}{row['kv_bytes']:>10}{row[name]:12.4f}   {low:.4f} - {high:.4f}"
         )
-    return "\n".join([*lines, "* is what it was trained with; chunk 1 is decoding token by token."])
+    return "\n".join([*lines, "* is the policy it was trained with; chunk 1 is decoding token by token."])

@@ -1,4 +1,4 @@
-"""A looped model and a dense one of its unrolled depth, and the work both are timed at."""
+"""A looped model, a Llama of its unrolled depth, and the work that `looped bench` times both with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from modeling_looped.cache_layers_looped import CACHE_NAME
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run at every width: a core of `layers` x `loops`, `batch` x `tokens` per training step."""
+    """Sizes of the models and of the work, the same at every width. Lengths are in tokens."""
 
     layers: int = 2
     loops: int = 4
     vocab: int = 512
-    batch: int = 16
-    tokens: int = 64
+    batch: int = 16  # batch rows of an update
+    tokens: int = 64  # length of a batch row
     prompt: int = 16
     new_tokens: int = 64
-    texts: int = 16  # drafted at most
-    matmul: int = 1536
+    texts: int = 16  # most texts that a run's model continues
+    matmul: int = 1536  # size of the square matrices of `matmul_peak`
     rows_per_hop: int = 64
-    steps: int = 8  # decoded at each context
-    chunks: tuple[int, ...] = (16, 64, 256, 512)  # tokens
+    steps: int = 8  # tokens decoded at each context
+    chunks: tuple[int, ...] = (16, 64, 256, 512)
 
 
 QUICK = Workload(
@@ -43,7 +43,7 @@ QUICK = Workload(
 
 
 def build_pair(width: int, work: Workload, kv_sharing: str = "per_loop") -> tuple[LoopedForCausalLM, LlamaForCausalLM]:
-    """A looped model and a Llama of the same width whose depth is the loops unrolled; random weights."""
+    """A looped model and a Llama of the same width and unrolled depth, with random weights."""
     sizes = model_sizes(width, work)
     looped = LoopedConfig(**sizes, num_core_layers=work.layers, num_loops=work.loops, kv_sharing=kv_sharing)
     llama = LlamaConfig(**sizes, num_hidden_layers=work.layers * work.loops)
@@ -51,7 +51,7 @@ def build_pair(width: int, work: Workload, kv_sharing: str = "per_loop") -> tupl
 
 
 def model_sizes(width: int, work: Workload) -> dict:
-    """Configuration fields that all sides of a comparison share."""
+    """Configuration fields that both models of a comparison share."""
     return {
         "vocab_size": work.vocab,
         "hidden_size": width,
@@ -67,7 +67,7 @@ def model_sizes(width: int, work: Workload) -> dict:
 
 
 def training_step(model: PreTrainedModel, input_ids: torch.Tensor) -> Callable[[], None]:
-    """One update of `model` on `input_ids` (B, T): forward, backward, AdamW."""
+    """A call that makes one update of `model` on `input_ids` (B, T): forward, backward, AdamW."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -80,7 +80,10 @@ def training_step(model: PreTrainedModel, input_ids: torch.Tensor) -> Callable[[
 
 
 def decoding(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, **cache) -> Callable[[], None]:
-    """Greedy `generate` of exactly `new_tokens` after `prompt` (1, T)."""
+    """A call of greedy `generate` for exactly `new_tokens` tokens after `prompt` (1, T).
+
+    cache: further arguments of `generate`.
+    """
     model.eval()
     mask = torch.ones_like(prompt)
 
@@ -91,14 +94,14 @@ def decoding(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, **ca
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each layer, and what a loop reads and writes, on its own, in place; the loop stays in Python."""
-    torch.compiler.reset()  # a second width would otherwise be compiled for sizes that may change
+    """Compile each layer, and the loop connection, on its own and in place; the loop stays in Python."""
+    torch.compiler.reset()  # without it, torch would compile a second width for sizes that may change
     for piece in model.model.pieces() if isinstance(model, LoopedForCausalLM) else model.model.layers:
         piece.compile()
 
 
 @torch.inference_mode()
 def kv_bytes_per_token(model: PreTrainedModel, tokens: int) -> float:
-    """Bytes of all cache tensors after `tokens` tokens, per token."""
+    """Bytes per token of all cache tensors, after a call of `tokens` tokens."""
     cache = model.eval()(torch.ones(1, tokens, dtype=torch.long), use_cache=True)[CACHE_NAME]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / tokens

@@ -1,4 +1,4 @@
-"""Rows of `looped bench`: a model that drafts for itself."""
+"""Rows of `looped bench`: decoding by a model that drafts for itself with few loops, against plain decoding."""
 
 from itertools import product
 
@@ -14,24 +14,26 @@ from modeling_looped import LoopedConfig, LoopedForCausalLM
 from .pair import Workload, model_sizes
 
 CONFIDENCE = "assistant_confidence_threshold"
-CONFIDENCES = (0.4, 0.8)  # that of transformers, and one under which drafts are surer, and shorter
+CONFIDENCES = (0.4, 0.8)  # transformers' own value, and a higher one, under which drafts are shorter and surer
 
 
 @torch.inference_mode()
 def speculation_row(
     model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, rounds: int, ends: bool = False, **settings
 ) -> dict:
-    """Speculative over plain decoding of exactly `new_tokens` after each of `prompts` (N, T), one by one.
+    """New tokens per second of speculative and of plain decoding, and their ratio, at batch 1. The row also has
 
-    assistant_confidence_threshold, draft_loops, num_loops: of the speculative side
+    draft_loops, num_loops, assistant_confidence_threshold    of the speculative side
     acceptance     share of the drafted tokens that were accepted
     per_call       tokens per verification
-    layer_calls    of speculation, as a share of those of plain decoding of as many tokens
-    tokens         written per prompt, mean
+    layer_calls    layer calls of speculative decoding, as a share of those that plain decoding of as many tokens takes
+    tokens         new tokens per prompt, mean
 
     Args:
-        ends: a text may also end before, by its `eos_token_id`; the ratio is of tokens per second either way.
-        settings: of the speculative side; those but `draft_loops` are also the plain side's.
+        prompts: (N, T), continued one by one.
+        new_tokens: tokens after each prompt.
+        ends: a text may end earlier, with its `eos_token_id`.
+        settings: arguments of the speculative `generate`; the plain one gets all but `draft_loops`.
     """
     model.eval()
     length = {"max_new_tokens": new_tokens, "return_dict_in_generate": True}
@@ -65,12 +67,15 @@ def speculation_row(
 
 
 def tallies(output) -> tuple[int, int, int]:
-    """Drafted tokens, accepted ones and verifications of a generate output."""
+    """(drafted tokens, accepted tokens, verifications) of an output of `generate`."""
     return int(output.drafted.sum()), int(output.accepted.sum()), len(output.drafted)
 
 
 def accepted_row(width: int, work: Workload, rounds: int) -> dict:
-    """One draft loop of twice `work.loops` in a fresh model, whose layers are the identity: all drafts are right."""
+    """`speculation_row` with 1 draft loop of 2 `work.loops` loops, in a new model.
+
+    Its layers are the identity, so that all drafts are accepted.
+    """
     config = LoopedConfig(
         **model_sizes(width, work), num_core_layers=work.layers, num_loops=2 * work.loops, residual_init="zero"
     )
@@ -81,8 +86,10 @@ def accepted_row(width: int, work: Workload, rounds: int) -> dict:
 
 
 def speculation_rows(run: Run, work: Workload, rounds: int) -> list[dict]:
-    """Greedy and sampled texts of a run at its largest trained loop count, after prompts of its test split; how they
-    are sampled, and whether they end, its task's `drafting` says."""
+    """Rows of a run, greedy and sampled, at its largest trained loop count, on test prompts.
+
+    The `drafting` of its task says how texts are sampled, and whether they may end early.
+    """
     task = task_for("bench", [run])
     model, tokenizer = load_run_model(run)
     loops, drafting = run.trained_loops()[1], task.drafting

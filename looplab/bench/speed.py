@@ -1,4 +1,5 @@
-"""Rows of `looped bench`: training, hyper-connections, decoding, KV policies."""
+"""Rows of `looped bench`: speed of updates and of decoding, and KV bytes. A row says how fast both sides are, in units
+of its `unit` per second, and the ratio of their speeds."""
 
 from statistics import median
 
@@ -12,6 +13,8 @@ from .pair import Workload, build_pair, compile_layers, decoding, kv_bytes_per_t
 
 
 def training_row(width: int, work: Workload, rounds: int, compiled: bool, peak: float) -> dict:
+    """Updates of a looped model and of Llama: tokens per second. Also GFLOP/s of the looped model, and its share of
+    `peak`, in GFLOP/s."""
     looped, llama = build_pair(width, work)
     if compiled:
         compile_layers(looped)
@@ -31,7 +34,10 @@ def training_row(width: int, work: Workload, rounds: int, compiled: bool, peak: 
 
 
 def hyper_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
-    """Hyperloop (arXiv 2604.21254) of begin 1, middle `layers` x 3 and end 1 against the plain loop of the same."""
+    """Updates of Hyperloop (arXiv 2604.21254) and of the plain loop with the same layers: tokens per second.
+
+    Both have 1 layer, then `work.layers` layers looped 3 times, then 1 layer.
+    """
     sections = {"num_prelude_layers": 1, "num_core_layers": work.layers, "num_coda_layers": 1, "num_loops": 3}
     sizes = model_sizes(width, work) | sections
     plain = LoopedForCausalLM(LoopedConfig(**sizes))
@@ -47,6 +53,7 @@ def hyper_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
 
 
 def decode_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
+    """Greedy decoding by a looped model and by Llama at batch 1: new tokens per second."""
     looped, llama = build_pair(width, work)
     cache = {}
     if compiled:
@@ -62,6 +69,7 @@ def decode_row(width: int, work: Workload, rounds: int, compiled: bool) -> dict:
 
 
 def kv_row(width: int, work: Workload, kv_sharing: str) -> dict:
+    """Bytes per token in the KV caches of a looped model and of Llama, and their ratio; nothing is timed."""
     looped, llama = (kv_bytes_per_token(model, work.tokens) for model in build_pair(width, work, kv_sharing))
     row = {"measure": "kv_bytes", "unit": "bytes/token", "mode": kv_sharing, "width": width}
     return row | {"looped": looped, "llama": llama, "ratio": looped / llama, "tokens": work.tokens}

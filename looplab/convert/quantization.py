@@ -1,22 +1,22 @@
-"""Weights of few bits for a looped model, calibrated over all of its loops: `looped quantize RUN`.
+"""`looped quantize RUN`: weights of few bits for a looped model, calibrated over all of its loops.
 
-    for layer in prelude, core, coda:                      in the order of the forward, earlier ones already quantised
-        X = inputs of its linears on calibration rows      a core linear runs num_loops times per token: all are in X
+    for layer in prelude, core, coda:                      in order; earlier layers are quantised already
+        X = inputs of its linears on calibration text      a core linear runs num_loops times per token: X has them all
         H = 2 X^T X                                        (I, I)
         for group of columns of W (O, I):
-            scale, zero = grid of the group's weights      asymmetric min-max, a row of W each
+            scale, zero = grid of the group's weights      asymmetric min-max, for each output
             for column in group:
                 q       = round to the grid
                 W later -= (w - q) / U_cc U_c,later        U^T U = (H + damping)^-1: later columns repair the error
 
-Source: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1); that a shared layer's H sums over all loops is
-the protocol of Hyperloop (2604.21254). The order is GPTQ's sequential one, a layer at a time: its inputs are those it
-will meet. For a core layer that is half true: from the second loop on they also come through core layers that are not
-quantised yet. `nearest` is the naive twin: the same groups, no repair.
+Sources: GPTQ (Frantar et al., arXiv 2210.17323, algorithm 1); Hyperloop (arXiv 2604.21254), which sums H of a shared
+layer over all loops. As in GPTQ the layers follow each other, so that a layer is calibrated on the inputs that it will
+get. For core layers this is not exact: from the second loop on, the inputs also come through core layers that are not
+quantised yet. `nearest` is the naive twin, with the same groups and without repair.
 
-Quantised are the nn.Linear inside the layers, and nothing else: embeddings, head, norms, biases and the loop
-connection stay. Weights are stored dequantised, so that the folder loads as any other; bytes are those of packing.
-Legend: N rows, T tokens, I inputs and O outputs of a linear.
+Only the nn.Linear inside the layers are quantised; embeddings, head, norms, biases and the loop connection are not.
+Weights are stored dequantised, so that the folder loads as any other. The bytes that are reported are those of packed
+weights. Legend: b batch rows, T tokens, I inputs and O outputs of a linear.
 """
 
 import json
@@ -39,16 +39,16 @@ from looplab.runs.writing import below
 from looplab.tasks.base import QUANTIZATION
 from looplab.tasks.registry import task_for
 
-DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ, section 3.3, step 3)
-TOKENS_AT_ONCE = 2048  # that go through the model in one call
+DAMPING = 0.01  # this share of the mean diagonal of H is added to the diagonal (GPTQ, section 3.3, step 3)
+TOKENS_AT_ONCE = 2048  # tokens in one call of the model
 Method = Literal["gptq", "nearest"]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Values that the weights of one group may take in each row: scale * (code - zero), code in 0 .. 2^bits - 1.
+    """Values that the weights of one group may take, for each output: scale * (code - zero), code in 0 .. 2^bits - 1.
 
-    `scale` (O, 1) is a float16 number and `zero` (O, 1) a code, both in float32: a packed file would hold the same.
+    `scale` (O, 1) is a float16 number and `zero` (O, 1) a code, as in a packed file; both are held in float32.
     """
 
     scale: torch.Tensor
@@ -57,17 +57,18 @@ class Grid:
 
     @classmethod
     def of(cls, weight: torch.Tensor, bits: int) -> "Grid":
-        """The smallest grid over the weights (O, group) and 0, its scale rounded up to float16: nothing is clipped."""
+        """The smallest grid over the weights (O, group) and 0. Its scale is rounded up to float16, so that no weight
+        is clipped."""
         low = weight.amin(1, keepdim=True).clamp_max(0)
         high = weight.amax(1, keepdim=True).clamp_min(0)
         largest_code = 2**bits - 1
         scale = (high - low) / largest_code
-        # Half a unit in the last place more, of a normal or a subnormal number, makes rounding to nearest go up.
+        # Adding half a unit in the last place, of a normal or a subnormal number, turns rounding to nearest into up.
         scale = (scale * (1 + 2**-11) + 2**-25).half().float().clamp_min(2**-24)
         return cls(scale, (-low / scale).round().clamp(0, largest_code), largest_code)
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
-        """The nearest values of the grid: (O, n) -> (O, n)."""
+        """The nearest values of the grid, (O, n), for weights (O, n)."""
         code = ((weight / self.scale).round() + self.zero).clamp(0, self.largest_code)
         return self.scale * (code - self.zero)
 
@@ -81,11 +82,12 @@ def nearest(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 
 @torch.no_grad()
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """As `nearest`, except that later columns make up for the rounding of earlier ones, and a group's grid is that of
-    its weights when it is reached (GPTQ, arXiv 2210.17323, algorithm 1, with a group as its block).
+    """As `nearest`, except that later columns make up for the rounding of earlier columns, and that a group gets its
+    grid when it is reached (GPTQ, arXiv 2210.17323, algorithm 1, with a group as its block).
 
     Args:
-        weight: (O, I). hessian: (I, I), any multiple of X^T X; where it is diagonal the result equals `nearest`.
+        weight: (O, I).
+        hessian: (I, I), any multiple of X^T X; if it is diagonal, the result equals `nearest`.
 
     Returns:
         (O, I) float32.
@@ -107,10 +109,10 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int) -> 
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U with U^T U = (H + damping)^-1: (I, I) -> (I, I) float32.
+    """Upper triangular U (I, I) with U^T U = (H + damping)^-1, in float32, from H (I, I).
 
-    An input that was always 0 has a 1 on the diagonal instead: its weights are rounded to nearest. (The published code
-    sets them to 0, but an input without a calibration sample may come later.)
+    For an input that was always 0, H gets a 1 on the diagonal, so that its weights are rounded to nearest. (The
+    published code sets them to 0, but such an input may be other than 0 later.)
     """
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
@@ -123,7 +125,7 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
-    """|X (W - Q)^T| / |X W^T| in Frobenius norms, over the samples that made the Hessian; 0 where nothing differs."""
+    """|X (W - Q)^T| / |X W^T| in Frobenius norms, over the X that made `hessian`; 0 if W equals Q."""
 
     def square(matrix: torch.Tensor) -> float:
         return float(((matrix @ hessian) * matrix).sum().clamp_min(0))
@@ -134,27 +136,27 @@ def output_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.T
 
 @dataclass
 class Inputs:
-    """What a linear was called with: `hessian` 2 X^T X (I, I) in float32, over `samples` rows of X."""
+    """The inputs X (samples, I) of a linear, summed up as `hessian` = 2 X^T X (I, I) in float32."""
 
     hessian: torch.Tensor
     samples: int = 0
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Count inputs (..., I)."""
-        rows = inputs.flatten(0, -2).float()
-        self.hessian += 2 * rows.T @ rows
-        self.samples += len(rows)
+        """Add inputs (..., I)."""
+        samples = inputs.flatten(0, -2).float()
+        self.hessian += 2 * samples.T @ samples
+        self.samples += len(samples)
 
 
 def quantized_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers by name, such as core.0, in the order of the forward."""
+    """Name, such as core.0 -> layer, in the order of the forward pass."""
     inner = model.model
     sections = {"prelude": inner.prelude, "core": inner.core, "coda": inner.coda}
     return {f"{name}.{index}": layer for name, layers in sections.items() for index, layer in enumerate(layers)}
 
 
 def linears_of(name: str, layer: nn.Module) -> dict[str, nn.Linear]:
-    """The linears inside a layer by name, such as core.0.mlp.up_proj."""
+    """Name, such as core.0.mlp.up_proj -> linear, for the linears inside a layer."""
     return {f"{name}.{inner}": module for inner, module in layer.named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -162,20 +164,21 @@ def linears_of(name: str, layer: nn.Module) -> dict[str, nn.Linear]:
 def collect_inputs(
     model: PreTrainedModel, linears: dict[str, nn.Linear], batches: Sequence[torch.Tensor], num_loops: int
 ) -> dict[str, Inputs]:
-    """The inputs of `linears` in every call of one pass over the calibration rows.
+    """The inputs that `linears` get while the model runs once over the calibration text.
 
     Args:
-        linears: by names that begin with their section. batches: ids (b, T) each, without padding.
+        linears: by names that begin with their section.
+        batches: ids (b, T) each, without padding.
 
     Raises:
-        ValueError: a linear did not see every token once per loop (once outside the core), or saw inf or NaN.
+        ValueError: a linear did not get every token once per loop (once outside the core), or got inf or NaN.
     """
     inputs, hooks = {}, []
     try:
         for name, linear in linears.items():
             size = linear.in_features
             inputs[name] = Inputs(torch.zeros(size, size, device=linear.weight.device))
-            # The linear may be called again with the same tokens: each call counts, so H sums over the loops.
+            # A core linear gets the same tokens again in each loop, and each call counts: H sums over the loops.
             hooks.append(linear.register_forward_pre_hook(lambda _, given, seen=inputs[name]: seen.add(given[0])))
         for ids in batches:
             model.model(input_ids=ids.to(model.device), num_loops=num_loops, use_cache=False)
@@ -187,13 +190,13 @@ def collect_inputs(
 
 
 def check_inputs(inputs: dict[str, Inputs], num_tokens: int, num_loops: int) -> None:
-    """Nothing is quantised by a Hessian that misses a loop; raises as `collect_inputs` says."""
+    """Raise ValueError, as `collect_inputs` says, for a Hessian that lacks a loop or is not finite."""
     for name, seen in inputs.items():
         expected = num_tokens * num_loops if name.startswith("core.") else num_tokens
         if seen.samples != expected:
             raise ValueError(
                 f"{name} has {seen.samples} calibration samples and must have {expected} ({num_tokens} tokens, "
-                f"{num_loops} loops of the core): a linear that its layer does not run once per pass cannot be "
+                f"{num_loops} loops of the core): a linear that does not run exactly once per layer call cannot be "
                 "calibrated; take it out of the layer."
             )
         if not seen.hessian.isfinite().all():
@@ -203,7 +206,7 @@ def check_inputs(inputs: dict[str, Inputs], num_tokens: int, num_loops: int) -> 
 
 
 def check_settings(bits: int, group: int, method: str) -> None:
-    """Raises ValueError for what cannot be quantised to."""
+    """Raise ValueError for bits, group or method out of range."""
     if type(bits) is not int or not 2 <= bits <= 16:
         raise ValueError(f"bits must be an integer from 2 to 16, got {bits!r}: 4 is usual.")
     if type(group) is not int or group < 1:
@@ -222,20 +225,20 @@ def quantize_model(
     group: int = 128,
     method: Method = "gptq",
 ) -> dict[str, dict]:
-    """Quantise the linears of prelude, core and coda in place, a layer at a time; the weights keep their dtype.
+    """Quantise the linears of prelude, core and coda in place, layer by layer; the weights keep their dtype.
 
     Args:
         model: a looped causal LM in evaluation mode.
         batches: calibration ids, (b, T) each, without padding.
-        num_loops: loops of the core that it is calibrated over.
-        group: neighbouring inputs that share a scale; the last group of a row is smaller where it does not divide.
+        num_loops: loop count of the calibration.
+        group: number of neighbouring inputs that share a scale; the last group is smaller if it does not divide.
 
     Returns:
-        Of each linear: samples, relative_error (`output_error` when it was quantised, a fraction) and what that would
-        have been with `nearest`, nearest_relative_error.
+        Name of each linear -> samples, relative_error (its `output_error` when it was quantised) and
+        nearest_relative_error (the same for `nearest`).
 
     Raises:
-        ValueError: bits, group or method out of range, or as `collect_inputs`; earlier layers are then quantised.
+        ValueError: bits, group or method are out of range, or as `collect_inputs`; earlier layers stay quantised.
     """
     check_settings(bits, group, method)
     rows = {}
@@ -255,13 +258,13 @@ def quantize_model(
 
 
 def packed_bytes(linear: nn.Linear, bits: int, group: int) -> int:
-    """Bytes of a packed weight: `bits` per weight, and per group a float16 scale and a zero point of `bits`."""
+    """Bytes of a packed linear: `bits` per weight, and per group a float16 scale and a zero point of `bits`."""
     groups = linear.out_features * -(-linear.in_features // group)
     return -(-(linear.weight.numel() * bits + groups * (16 + bits)) // 8)
 
 
 def count_bytes(model: PreTrainedModel, bits: int, group: int) -> dict[str, int]:
-    """Bytes of the quantised linears' weights and of all parameters, as they are (before) and packed (after)."""
+    """Bytes of the quantised linears, and of the whole model, before packing and after."""
     linears = [
         linear for name, layer in quantized_layers(model).items() for linear in linears_of(name, layer).values()
     ]
@@ -277,10 +280,10 @@ def count_bytes(model: PreTrainedModel, bits: int, group: int) -> dict[str, int]
 
 
 def calibration_blocks(blocks: TextBlocks, count: int, seed: int) -> torch.Tensor:
-    """`count` different block numbers (count,) drawn by `seed`.
+    """`count` different block numbers (count,), drawn by `seed`.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer blocks.
     """
     if not 1 <= count <= len(blocks):
         raise ValueError(
@@ -302,18 +305,18 @@ def quantize_run(
 ) -> Path:
     """Quantise the model of a run: write RUN/model_int<bits>/ and RUN/quantization.json, and return the latter.
 
-    Perplexity is measured on the run's test split, calibration rows come from its training split. Of several
-    quantisations quantization.json describes the last one and names its folder.
+    Perplexity is measured on the run's test split; calibration blocks come from its training split. After several
+    quantisations, quantization.json describes the last and names its folder.
 
     Args:
-        run: a finished one, of a task with rows of tokens.
+        run: a finished one, of a task with `blocks`.
         bits, group, method: see `quantize_model`.
-        calibration_rows: blocks of the recipe's sequence_length.
-        num_loops: of calibration and perplexity; those of the model's configuration unless given.
-        seed: of the choice of calibration rows.
+        calibration_rows: number of calibration blocks; a block has the recipe's sequence_length tokens.
+        num_loops: loop count of calibration and perplexity; the model's own unless given.
+        seed: of the choice of calibration blocks.
 
     Raises:
-        ValueError: the run has not finished, its task has no rows of tokens, or settings are out of range.
+        ValueError: the run has not finished, its task has no `blocks`, or a setting is out of range.
     """
     check_settings(bits, group, method)
     task = task_for("quantize", [run])
@@ -352,7 +355,7 @@ def quantize_run(
 
 
 def quantization_text(report: dict) -> str:
-    """What RUN/quantization.json says, in four lines."""
+    """RUN/quantization.json as four lines of text."""
     perplexity, size, linears = report["perplexity"], report["bytes"], report["linears"]
     worst = max(linears, key=lambda name: linears[name]["relative_error"])
     lines = [

@@ -1,6 +1,7 @@
-"""What all figures share: colours, panels, bands, and where they are saved."""
+"""What all figures share: colours, panels, bands, and the folders they are saved in."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,17 +10,17 @@ from matplotlib.figure import Figure
 from looplab.runs.folder import RecordFile, Run
 from looplab.runs.writing import below, write_whole
 
-# A name and the runs that go by it: seeds of one recipe.
+# The name of a group of seeds, and its runs.
 SeedGroup = tuple[str, Sequence[Run]]
 
 
 def own_folder(run: Run, runs: Sequence[Run], output: str | Path | None) -> Path:
-    """Where a run's own figures go: `output` for a run that is drawn alone, otherwise RUN/figures."""
+    """Folder of the figures of `run`: `output` if it is the only run, otherwise RUN/figures."""
     return below(run.folder, "figures") if output is None or len(runs) > 1 else Path(output)
 
 
 def groups_folder(runs: Sequence[Run], groups: Sequence[SeedGroup], output: str | Path | None) -> Path:
-    """`output`, or figures/<groups> beside the first run."""
+    """Folder of the figures of all groups: `output`, or figures/NAME_and_NAME beside the first run."""
     names = "_and_".join(name for name, _ in groups)
     return below(runs[0].folder.parent, "figures", names) if output is None else Path(output)
 
@@ -45,7 +46,7 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: no two of 
 
 
 def band_words(groups: Sequence[SeedGroup], alone: str = "95 % Wilson interval of one run's rows") -> str:
-    """What the bands of a figure are; `alone` says what that of a group of one run is."""
+    """The words of a caption that say what the bands are; `alone` is said of a group of one run."""
     seeds = sorted({len(runs) for _, runs in groups})
     several = [str(count) for count in seeds if count > 1]
     words = [f"95 % t-interval over {' or '.join(several)} seeds"] if several else []
@@ -59,7 +60,7 @@ def tidy(axes, ylabel: str, xlabel: str) -> None:
 
 
 def draw_band(axes, x: Sequence[float], points: Sequence[tuple], index: int, label: str, *, shaded: bool) -> None:
-    """A line through (middle, low, high) `points`, and its band; of one point, that and its error bar."""
+    """A line through (middle, low, high) `points` with its band, if `shaded`; a single point gets an error bar."""
     middle, low, high = zip(*points, strict=True)
     colour, mark = PALETTE[index % len(PALETTE)], MARKS[index % len(MARKS)]
     if len(points) == 1:
@@ -71,7 +72,7 @@ def draw_band(axes, x: Sequence[float], points: Sequence[tuple], index: int, lab
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-NAN = float("nan")
+NAN = math.nan
 
 
 def call_of(row: dict) -> tuple[str, int, int]:
@@ -79,14 +80,18 @@ def call_of(row: dict) -> tuple[str, int, int]:
 
 
 def call_labels(calls: Sequence[tuple[str, int, int]]) -> list[str]:
-    """A name per layer call, without a number that is the same for all."""
+    """A name for each layer call (section, loop, layer); a number that is the same in all core calls is left out."""
     loops = {loop for section, loop, _ in calls if section == "core"}
     layers = {layer for section, _, layer in calls if section == "core"}
 
     def name(section: str, loop: int, layer: int) -> str:
         if section != "core":
             return f"{section} {layer + 1}"
-        parts = [f"loop {loop + 1}"] * (len(loops) > 1) + [f"layer {layer + 1}"] * (len(layers) > 1)
+        parts = []
+        if len(loops) > 1:
+            parts.append(f"loop {loop + 1}")
+        if len(layers) > 1:
+            parts.append(f"layer {layer + 1}")
         return ", ".join(parts) or "core"
 
     return [name(*call) for call in calls]
@@ -102,27 +107,30 @@ def share(value: float) -> str:
 
 
 def panel_grid(lines: Sequence[str], columns: Sequence[str], width: float, height: float):
-    """A figure of lines x columns panels of about `width` x `height` inches, with room for the names beside them."""
+    """A figure with a panel for each line and column, and its axes (lines, columns).
+
+    width, height: inches of a panel, about; the names beside the panels get more.
+    """
     size = (1.9 + width * len(columns), max(0.6 + max(height, 1.3) * len(lines), 2.9))
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(len(lines), len(columns), squeeze=False)
 
 
 def shade(axes, values: Sequence[Sequence[float]], numbers: bool = True):
-    """Fractions as colours and, in %, as numbers; what was not measured stays white."""
+    """Shares in [0, 1] as colours and, if `numbers`, as numbers in %; nan, not measured, stays white."""
     percent = [[100 * value for value in across] for across in values]
     image = axes.imshow(percent, cmap=COLOURS, vmin=0, vmax=100, origin="lower", aspect="auto")
     axes.tick_params(length=0)
     for y, across in enumerate(percent):
         for x, value in enumerate(across):
-            if numbers and value == value:
+            if numbers and not math.isnan(value):
                 colour = "white" if value < 55 else "black"
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=6.5)
     return image
 
 
 def name_lines(across, name: str, labels: Sequence[str]) -> None:
-    """The line's name and its layer calls on the left panel; none on the others."""
+    """Write `name` and the `labels` of its layer calls beside the left panel of `across`, and none on the others."""
     across[0].set_yticks(range(len(labels)), labels, fontsize=7.5)
     across[0].set_ylabel(name, fontsize=9)
     for axes in across[1:]:

@@ -1,4 +1,4 @@
-"""A halting rule with its threshold and a budget of loops, as one row of `halting.jsonl` names it."""
+"""Halting settings: a halting rule, its thresholds and a budget of loops, as a line of halting.jsonl names them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,11 @@ SETTING_FIELDS = ("num_loops", *dict.fromkeys(name for rule in RULES.values() fo
 
 @dataclass(frozen=True)
 class HaltingSetting:
-    """A halting rule with its thresholds, as `forward` takes it, and the budget; rule None runs all loops."""
+    """A halting setting.
+
+    halting: the rule and its thresholds, as `forward` takes them; None runs all loops.
+    num_loops: the budget, the largest loop count that a batch row may reach.
+    """
 
     halting: dict | None
     num_loops: int
@@ -24,7 +28,7 @@ class HaltingSetting:
 
 
 def rules_to_try(config: LoopedConfig, effort: Effort) -> list[dict]:
-    """Every rule that a model of this configuration has, at every threshold that is worth the effort."""
+    """Every rule that a model of this configuration may use, at the thresholds of the rule's `grid` for `effort`."""
     return [
         {"rule": name, **thresholds}
         for name, rule in RULES.items()
@@ -34,7 +38,7 @@ def rules_to_try(config: LoopedConfig, effort: Effort) -> list[dict]:
 
 
 def exit_settings(config: LoopedConfig, num_loops: int, effort: Effort) -> list[HaltingSetting]:
-    """Every setting of `rules_to_try`, with at most `num_loops` loops, then the fixed loop counts below.
+    """All settings of `rules_to_try` with the budget `num_loops`, then the fixed loop counts below it.
 
     Raises:
         ValueError: there is only one loop.
@@ -46,13 +50,13 @@ def exit_settings(config: LoopedConfig, num_loops: int, effort: Effort) -> list[
 
 
 def threshold_text(row: dict) -> str:
-    """The first threshold of a row's rule; of a fixed loop count, that."""
+    """The first threshold of a record's rule; for the rule `fixed`, the loop count."""
     first = [*RULES[row["rule"]].thresholds(), "num_loops"][0]
     return f"{row[first]:g}"
 
 
 def setting_of(row: dict) -> HaltingSetting:
-    """The setting of a row of halting.jsonl."""
+    """The setting of a record of halting.jsonl."""
     if row["rule"] == "fixed":
         return HaltingSetting(None, row["num_loops"])
     thresholds = {name: row[name] for name in RULES[row["rule"]].thresholds()}

@@ -1,13 +1,12 @@
-"""Cards of a run: what its pages on the Hub say, filled from the files of the run.
+"""The cards of a run on the Hub, filled from the files of the run.
 
-    hub_cards/model_card.md        what every model card has: metadata, use, evaluation, training, limits
-    hub_cards/model_hops.md, ...   the parts that depend on the task, put into it by Jinja's blocks
-    hub_cards/dataset_card.md      of the data that the run's builder makes
+    hub_cards/model_card.md        the parts of every model card: metadata, use, evaluation, training, limits
+    hub_cards/model_hops.md, ...   the parts of a task, put into it by Jinja's blocks
+    hub_cards/dataset_card.md      the card of the data
 
-The task's `card()` knows its template, the values in it, and its evaluation results.
-
-The metadata are huggingface_hub's card data; results become the model-index that the Hub reads. Rendering is strict:
-a value that a template asks for and nobody gave is an error, where `RepoCard.from_template` would leave a gap.
+The task's `card()` has the template, its values, and the evaluation results. Metadata are huggingface_hub's card data;
+results become the model-index that the Hub reads. A missing value is an error, where `RepoCard.from_template` would
+leave a gap.
 """
 
 import json
@@ -49,7 +48,7 @@ def model_card(run: Run, names: Names) -> ModelCard:
 
 
 def common_values(run: Run, names: Names) -> dict:
-    """What `model_card.md` asks for."""
+    """The values of `model_card.md`."""
     summary, recipe = run.summary(), run.recipe()
     config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
     trained, layers = summary["trained_loops"], config["num_core_layers"]
@@ -90,8 +89,8 @@ def dataset_card(run: Run, names: Names, exported: DatasetCard, dataset: Dataset
     """The card of a run's data.
 
     Args:
-        exported: the card that `data_builders.export_parquet` wrote beside the data: its configs and text go on.
-        dataset: the rows.
+        exported: the card that `data_builders.export_parquet` wrote beside the data; its configs and text are kept.
+        dataset: the splits.
     """
     task = run.task()
     config, _ = task_of([run]).Data.of(run).preset()
@@ -122,13 +121,13 @@ def dataset_card(run: Run, names: Names, exported: DatasetCard, dataset: Dataset
 
 
 def size_category(rows: int) -> str:
-    """The Hub's word for a number of rows."""
+    """The Hub's name for a number of rows."""
     bounds = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10**7: "1M<n<10M"}
     return next((word for bound, word in bounds.items() if rows < bound), "10M<n<100M")
 
 
 def render(template: str, **values) -> str:
-    """A template of hub_cards/, filled; an error where a value is missing."""
+    """A template of hub_cards/, filled with `values`. Raises jinja2.UndefinedError if one is missing."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,

@@ -1,11 +1,11 @@
-"""The page with the loop slider: a folder that is a whole Hugging Face Space, from runs; `looped demo RUN` runs it.
+"""`looped demo RUN...`: the page with the loop slider, as the files of a Hugging Face Space, made from runs.
 
-    hub_cards/space/app.py            as it is: it imports nothing of this project
-    hub_cards/space/requirements.txt  as it is, and what the tasks need
-    hub_cards/space/README.md         filled: Space settings, title, text
-    demo.json                         which models; the graph, hops and loops they were trained on
+    app.py            a copy of hub_cards/space/app.py, which imports nothing of this project
+    requirements.txt  hub_cards/space/requirements.txt, and the packages that the tasks need
+    README.md         hub_cards/space/README.md, filled with settings, title and text
+    demo.json         the models, and the graph, hops and loops they were trained on
 
-A published Space is the same files with repo ids in place of folders: `space_files([run], ["user/name"])`.
+A published Space has the same files with repo ids in place of folders: `space_files([run], ["user/name"])`.
 """
 
 import json
@@ -25,18 +25,18 @@ from looplab.runs.writing import write_whole
 from looplab.tasks.registry import task_for, task_of
 
 TEMPLATES = Path(hub_cards.__file__).parent / "space"
-GRADIO = "6.31.0"  # what a Space installs: the version the page is tested with
+GRADIO = "6.31.0"  # the version that the page is tested with, and that a Space installs
 
 
 def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
-    """Name -> text of every file of the Space that shows `runs`.
+    """Name -> text, for the files of the Space that shows `runs`.
 
     Args:
-        runs: a run each of tasks that the page can show.
-        models: of each run, the repo id or folder that the page loads.
+        runs: at most one run of each kind of task that the page can show.
+        models: for each run, the repo id or folder that the page loads.
 
     Raises:
-        ValueError: a run has not finished, the page cannot show its task, or there are two of a kind.
+        ValueError: a run has not finished, the page cannot show its task, or there are two runs of a kind.
     """
     parts = demo_parts(runs, models)
     settings = {"title": "Move the loop slider", **parts}
@@ -65,7 +65,7 @@ def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
 
 
 def demo_parts(runs: Sequence[Run], models: Sequence[str]) -> dict[str, dict]:
-    """Kind of task -> what demo.json says of its run; arguments and errors as of `space_files`."""
+    """Kind of task -> the section of demo.json about its run. Arguments and errors are those of `space_files`."""
     parts = {}
     for run, model in zip(runs, models, strict=True):
         task = task_for("demo", [run])
@@ -80,7 +80,7 @@ def demo_parts(runs: Sequence[Run], models: Sequence[str]) -> dict[str, dict]:
 
 
 def write_space(runs: Sequence[Run], folder: Path) -> Path:
-    """Write the Space of `runs` to `folder`, to load their models from where they are."""
+    """Write the Space of `runs` to `folder`; it loads the models from the folders of the runs."""
     files = space_files(runs, [str(run.model_folder().resolve()) for run in runs])
     for name, text in files.items():
         write_whole(folder / name, text)
@@ -88,7 +88,7 @@ def write_space(runs: Sequence[Run], folder: Path) -> Path:
 
 
 def load_app(folder: Path) -> ModuleType:
-    """The app.py in `folder`.
+    """The module app.py in `folder`.
 
     Raises:
         ImportError: gradio is not installed.
@@ -100,7 +100,7 @@ def load_app(folder: Path) -> ModuleType:
 
 
 def load_here(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """In place of the page's own `load`, which runs the code in a model's folder."""
+    """Replaces `load` of app.py, which would run the code in the folder of the model."""
     loaded, tokenizer = load_model(model, AGAIN)
     return loaded.cpu(), tokenizer
 
@@ -109,7 +109,7 @@ def demo(runs: Sequence[Run], port: int | None = None) -> None:
     """Serve the page of the runs on this machine until interrupted; prints its address.
 
     Args:
-        port: gradio's first free one from 7860 unless given.
+        port: the first free port from 7860 unless given.
 
     Raises:
         ValueError: as `space_files` and `load_app`.
@@ -117,7 +117,7 @@ def demo(runs: Sequence[Run], port: int | None = None) -> None:
     """
     for run in runs:
         task_for("demo", [run])
-        load_run_model(run)  # the page would load one that is not whole
+        load_run_model(run)  # raises if tensors are missing, which the page would not notice
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_space(runs, Path(temporary))
         app = load_app(folder)

@@ -1,15 +1,15 @@
-"""A run on the Hugging Face Hub: `looped publish RUN --repo-id USER/NAME [--dataset] [--space]`.
+"""`looped publish RUN --repo-id USER/NAME [--dataset] [--space]`: put a run on the Hugging Face Hub.
 
-    model      USER/NAME           model/, the run's own records below run/, figures/, and a card
-    dataset    datasets/USER/NAME  --dataset: the run's data as parquet, and a card; `load_dataset` needs no code
-    Space      spaces/USER/NAME    --space: the page with the loop slider (demo.py), of the model
-    collection                     ties them together, where there is more than the model
+    model      USER/NAME           model/, the records of the run below run/, figures/, and a card
+    dataset    datasets/USER/NAME  with --dataset: the run's data as parquet, and a card; loading needs no code of ours
+    Space      spaces/USER/NAME    with --space: the page with the loop slider (demo.py)
+    collection                     joins them, if there is more than the model
 
-What is uploaded is a list of names, never a folder: checkpoints and whatever else lies in RUN stay where they are. A
-repository changes in one commit, or not at all. Files that an earlier publication of the run left there and this one
-lacks (weights in other shards, say) go in the same commit; files that other people put there stay.
+Only named files are uploaded: checkpoints and other files in RUN stay on this machine. A repository changes in one
+commit, or not at all. The commit also deletes files of an earlier publication that this one does not have, such as
+weights in other shards; files that other people put there stay.
 
-An upload that broke off is resumed by the same command: huggingface_hub does not send again what the Hub has.
+To resume an upload that broke off, run the same command again: huggingface_hub sends only what the Hub lacks.
 """
 
 import fnmatch
@@ -35,10 +35,10 @@ from looplab.tasks.registry import task_for, task_of
 from .cards import dataset_card, model_card
 from .demo import space_files
 
-# Files of every run that are published, and after them the records of its task, where it has them.
+# Published files of every run; the records of its task come after them.
 TRAINED = ("recipe.yaml", "summary.json", "metrics.jsonl")
 
-# What a model folder holds beside weights and code, where it has them.
+# Published files of a model folder beside weights and code, if it has them.
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -53,13 +53,13 @@ TITLE = 59  # characters that the Hub allows in the title of a collection
 
 @dataclass(frozen=True)
 class Upload:
-    """One repository and what goes there.
+    """A repository and its files.
 
     Args:
         kind: "model", "dataset" or "space".
         files: path in the repository -> the file, or its bytes.
-        own: patterns of paths that belong to a publication: what matches in the repository and is not in `files` is
-            left from an earlier one.
+        own: patterns of paths that a publication writes; a file in the repository that matches one and is not in
+            `files` is from an earlier publication.
     """
 
     kind: str
@@ -77,14 +77,14 @@ class Upload:
         return f"{api.endpoint}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.repo_id}"
 
     def owns(self, path: str) -> bool:
-        # Folder by folder: a star that goes into folders would reach what is not ours.
+        # Compared folder by folder: a star must not match a slash.
         parts = [(path.split("/"), pattern.split("/")) for pattern in self.own]
         return any(len(a) == len(b) and all(map(fnmatch.fnmatchcase, a, b)) for a, b in parts)
 
     def send(self, api: HfApi, private: bool) -> str:
-        """Make the repository what `files` say, in one commit; returns the commit."""
+        """Change the repository to `files` in one commit; returns the commit."""
         space = {"space_sdk": "gradio"} if self.kind == "space" else {}
-        # Not private=False: that would publish a repository that its owner's organisation makes private by default.
+        # private=False would make a repository public that an organisation makes private by default.
         api.create_repo(self.repo_id, repo_type=self.kind, private=private or None, exist_ok=True, **space)
         there = api.list_repo_files(self.repo_id, repo_type=self.kind)
         operations = [CommitOperationDelete(path) for path in there if path not in self.files and self.owns(path)]
@@ -108,30 +108,33 @@ def publish(
     base_model: str | None = None,
     api: HfApi | None = None,
 ) -> dict[str, str]:
-    """Upload a run, and print what goes where; returns kind -> commit, of each repository.
+    """Upload a run, and print the files of each repository; returns kind of repository -> commit.
 
     Args:
         run: a finished and evaluated one.
         repo_id: "USER/NAME" of all repositories; USER may be an organisation.
-        dataset, space: publish the run's data, and a page that shows the model, too.
-        private: of repositories that do not exist yet; one that does must be private already.
-        dry_run: print only. No network, no token.
-        licence: of the model, an identifier of the Hub; apache-2.0 unless given.
-        data_licence: of the data; generated data have the model's unless given.
-        base_model: "USER/NAME" of the model whose weights the run started from; the Hub shows it.
-        api: the Hub to use; the one of huggingface_hub's settings (HF_ENDPOINT, HF_TOKEN) unless given.
+        dataset, space: also publish the run's data, and a page that shows the model.
+        private: make new repositories private; an existing repository must be private already.
+        dry_run: print only, without network or token.
+        licence: of the model, as the Hub spells it; apache-2.0 unless given.
+        data_licence: of the data; for generated data, the licence of the model unless given.
+        base_model: "USER/NAME" of the model whose weights the run started from; the card links to it.
+        api: the Hub; the one in huggingface_hub's settings (HF_ENDPOINT, HF_TOKEN) unless given.
 
     Raises:
-        ValueError: a repo id without a user, no token, or one without access to USER; the run has not finished or was
-            not evaluated, or there is no page for its task; a licence that only the user can know is missing; the
-            repository exists and is public while `private` is asked for; the Hub refuses the card; the Hub cannot be
-            reached.
-        OSError: the Hub refuses a request, a disk error.
+        ValueError: `repo_id` has no user; there is no token, or it has no access to USER; the run has not finished or
+            was not evaluated, or its task cannot be published; a licence that only the user can know is missing; a
+            repository is public although `private` is asked for; the Hub refuses the card or cannot be reached.
+        OSError: the Hub refuses a request, or a disk error.
     """
     api = api or HfApi()
     user = user_of(repo_id)
     names = names_of(run, repo_id, dataset, licence, data_licence, base_model)
-    kinds = ["model", *["dataset"] * dataset, *["space"] * space]
+    kinds = ["model"]
+    if dataset:
+        kinds.append("dataset")
+    if space:
+        kinds.append("space")
     try:
         if not dry_run:
             check_access(api, user)
@@ -141,7 +144,7 @@ def publish(
             uploads = [model_upload(run, names)]
             if dataset:
                 place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                # Before the model, whose card names it.
+                # The data go first, since the card of the model names them.
                 uploads.insert(0, dataset_upload(run, names, place))
             if space:
                 files = {name: text.encode() for name, text in space_files([run], [repo_id]).items()}
@@ -158,7 +161,7 @@ def publish(
 
 
 def user_of(repo_id: str, option: str = "--repo-id") -> str:
-    """USER of "USER/NAME"."""
+    """USER of "USER/NAME". Raises ValueError, with the option, if there is none."""
     validate_repo_id(repo_id)
     user, slash, _ = repo_id.partition("/")
     if not slash:
@@ -169,8 +172,8 @@ def user_of(repo_id: str, option: str = "--repo-id") -> str:
 def names_of(
     run: Run, repo_id: str, dataset: bool, licence: str | None, data_licence: str | None, base_model: str | None
 ) -> Names:
-    """Repositories and licences of a publication; ValueError for a licence that must be given and is not, and for a
-    base model that cannot be."""
+    """Repositories and licences of a publication. Raises ValueError if a licence is missing that must be given, or if
+    a base model is given and the run started from none."""
     task = task_for("publish", [run])
     start = run.recipe()["init_from"]
     if licence is None and start is not None:
@@ -196,7 +199,7 @@ def names_of(
 
 
 def check_access(api: HfApi, user: str) -> None:
-    """ValueError unless there is a token that may write, and the Hub takes it for one of `user`'s."""
+    """Raise ValueError unless there is a token that may write for `user`."""
     if (api.token or get_token()) is None:
         raise ValueError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN; --dry-run needs none.")
     try:
@@ -215,7 +218,7 @@ def check_access(api: HfApi, user: str) -> None:
 
 
 def check_private(api: HfApi, repo_id: str, kind: str) -> None:
-    """ValueError if the repository exists and is public."""
+    """Raise ValueError if the repository exists and is public."""
     try:
         info = api.repo_info(repo_id, repo_type=kind)
     except RepositoryNotFoundError:
@@ -227,7 +230,7 @@ def check_private(api: HfApi, repo_id: str, kind: str) -> None:
 
 
 def model_upload(run: Run, names: Names) -> Upload:
-    """The model repository; ValueError if the run has not finished, or was not evaluated."""
+    """The model repository. Raises ValueError if the run has not finished, or was not evaluated."""
     card = model_card(run, names)
     check_measured(run)
     with blaming(run.model_folder(), AGAIN, leave=(ValueError, OSError)):
@@ -242,7 +245,7 @@ def model_upload(run: Run, names: Names) -> Upload:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """`folder`/`name`; ValueError if that leads out of the folder: what is published lies there, and nowhere else."""
+    """The path `folder`/`name`. Raises ValueError if it is a link out of the folder: such files are not published."""
     path = folder / name
     if path.resolve().parent != folder.resolve():
         raise ValueError(f"{path} is not in {folder} but leads to {path.resolve()}: take it out, it is not published.")
@@ -250,7 +253,7 @@ def own_file(folder: Path, name: str) -> Path:
 
 
 def check_measured(run: Run) -> None:
-    """ValueError unless the weights are whole and every record and figure that would be sent is of them."""
+    """Raise ValueError unless the weights are whole and every published record and figure was made with them."""
     load_run_model(run)
     run.check_summary()
     task = task_of([run])
@@ -262,7 +265,7 @@ def check_measured(run: Run) -> None:
 
 
 def model_files(folder: Path) -> Iterator[Path]:
-    """The files that a saved model is loaded from: what is named by it, and nothing that lies beside."""
+    """The files that a saved model is loaded from; other files in the folder are not published."""
     yield from (own_file(folder, name) for name in MODEL_FILES if (folder / name).is_file())
     if (folder / INDEX).is_file():
         yield own_file(folder, INDEX)
@@ -279,7 +282,7 @@ def model_files(folder: Path) -> Iterator[Path]:
 
 
 def dataset_upload(run: Run, names: Names, place: Path) -> Upload:
-    """The dataset repository, its parquet written to `place`."""
+    """The dataset repository; its parquet files are written to `place`."""
     data = task_of([run]).Data.of(run)
     preset, fields = data.preset()
     export_parquet(data.task, preset, place, **fields)
@@ -290,7 +293,7 @@ def dataset_upload(run: Run, names: Names, place: Path) -> Upload:
 
 
 def collect(api: HfApi, user: str, repo_id: str, kinds: list[str], private: bool) -> str:
-    """Put the repositories into the collection of that name; returns its address."""
+    """Put the repositories into a collection with the name of the model; returns its address."""
     title = repo_id.partition("/")[2][:TITLE]
     collection = api.create_collection(title, namespace=user, private=private, exists_ok=True)
     for kind in kinds:
@@ -299,7 +302,7 @@ def collect(api: HfApi, user: str, repo_id: str, kinds: list[str], private: bool
 
 
 def plan(run: Run, uploads: list[Upload], api: HfApi, private: bool, dry_run: bool) -> str:
-    """What is about to be sent, as text: repositories, files and sizes in bytes."""
+    """The upload as text: repositories, files and sizes in bytes."""
     lines = [f"{run.folder}{': nothing is sent, this is what would be' if dry_run else ''}"]
     for upload in uploads:
         sizes = upload.sizes()

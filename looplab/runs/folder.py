@@ -1,17 +1,17 @@
-"""A run folder, read: `runs/<name>/`, the place where training and evaluation meet.
+"""Read a run folder, `runs/<name>/`, in which training and evaluation meet.
 
 recipe.yaml     the resolved recipe                      written before the first step
-metrics.jsonl   training rows and gate rows              while training
+metrics.jsonl   records of training, held-out checks     while training
 model/          weights, config, tokenizer, model code   at the end
-summary.json    what was reached                         at the end
+summary.json    the results of the training              at the end
 run.json        digests of data, tokenizer and files     before the first step, and with every file
-records/        which weights a measurement is of        with every measurement
-checkpoints/    to go on from                            while training
-snapshots/      the model at steps the recipe names      while training
+records/        the weights that were measured           with every measurement
+checkpoints/    states to resume from                    while training
+snapshots/      the model at steps that the recipe names while training
 model_int4/     weights of few bits, dequantised         `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`
 
-What is measured depends on the task: `records` of its `Task` names the files.
+The measured files depend on the task: `Task.records` names them.
 """
 
 import difflib
@@ -65,7 +65,7 @@ class Run:
         return self._parse("metrics.jsonl", json_lines, "nothing was trained here; run train.py.", METRICS)
 
     def read(self, record: "RecordFile"):
-        """A measurement: the rows of a .jsonl file, the object in a .json file."""
+        """A measurement: the lines of a .jsonl file, or the object in a .json file."""
         path = self.folder / record.name
         remedy = f"run `looped {record.verb} {self.folder}` {'again' if path.is_file() else 'first'}."
         parse = json_lines if record.name.endswith(".jsonl") else json.loads
@@ -228,7 +228,7 @@ def shape_name(kind) -> str:
 
 
 NUMBER, SHARE = (int, float), "share"
-# What must have a type where it is there, see `checked_record`; what is read and not there is named by `Record`.
+# Types of fields, see `checked_record`; a field may be missing until it is read.
 RECIPE = {"name": str, "data": {"task": str, "overrides": dict}, "model": dict, "eval_loops": [int]}
 SUMMARY = {
     "steps": int, "seconds": NUMBER, "tokens": int, "parameters": int, "gate_loops": int, "learnable_depth": int,
@@ -248,10 +248,10 @@ class RecordFile:
     """A file in a run folder that holds a measurement of its model.
 
     Args:
-        name: of the file; .jsonl has a row per line, .json one object.
-        verb: of `looped`, that measures it.
-        shape: of a row, see `checked_record`.
-        of_snapshots: the verb also writes it of a snapshot, as NAME_step-N.jsonl.
+        name: of the file; .jsonl has an object per line, .json one object.
+        verb: of `looped`, which writes the file.
+        shape: of an object, see `checked_record`.
+        of_snapshots: the verb also writes it for a snapshot, as NAME_step-N.jsonl.
     """
 
     name: str
@@ -260,7 +260,7 @@ class RecordFile:
     of_snapshots: bool = False
 
     def patterns(self) -> list[str]:
-        """Names of the file, of the model and of snapshots."""
+        """Patterns of the file's names, for the model and for snapshots."""
         stem, dot, end = self.name.rpartition(".")
         return [self.name, f"{stem}_step-*{dot}{end}"] if self.of_snapshots else [self.name]
 

@@ -1,9 +1,9 @@
-"""A saved model, loaded whole, by this package's classes, and without running code that lies in its folder.
+"""Load a saved model: every tensor must come from its file, and code in its folder is not run.
 
-transformers would fill missing tensors with random numbers and warn; here that is refused. Looped models load by the
-classes of `modeling_looped`, which are registered when it is imported, not by the copy of them beside the weights
-(tests/model/test_remote_code.py holds the two equal). Other models load if transformers knows them; code of their own
-runs only where the user asked for it by --trust-remote-code.
+transformers fills missing tensors with random numbers and warns; here a missing tensor is an error. A looped model
+loads with the classes of `modeling_looped`, not with the copy of them beside its weights
+(tests/model/test_remote_code.py checks that the two are equal). Another model loads if transformers knows its class;
+its own code runs only with --trust-remote-code.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from looplab.mistakes import sentence
-from modeling_looped import LoopedForCausalLM  # which registers all classes of ours
+from modeling_looped import LoopedForCausalLM  # this import registers the looped classes
 from modeling_looped.depth_looped import too_many_loops
 
 from .digests import sha256_of
@@ -39,14 +39,14 @@ def load_model(
     """The causal LM saved at `folder`, in evaluation mode, and its tokenizer.
 
     Args:
-        folder: or its name on the Hub.
-        remedy: what to do where the folder is damaged.
-        trust_remote_code: run the folder's own code, of a model that neither this package nor transformers knows.
-        device: by default the accelerator, if there is one.
+        folder: a folder, or a name on the Hub.
+        remedy: end of the message if the folder is damaged: what the user can do.
+        trust_remote_code: run Python code in the folder if neither this package nor transformers knows the model.
+        device: the accelerator if there is one, unless given.
 
     Raises:
-        ValueError: a file is missing or damaged, weights and configuration do not fit, or the model needs code of its
-            own and `trust_remote_code` is False.
+        ValueError: a file is missing or damaged, the weights do not fit the configuration, or the model needs its own
+            code and `trust_remote_code` is False.
     """
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -60,16 +60,16 @@ def load_model(
         )
         check_whole(report)
         if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
-            GenerationConfig.from_pretrained(folder)  # transformers passes over one that it cannot read
-        # The tokenizer needs no code of ours, but AutoTokenizer reads the model's config first.
+            GenerationConfig.from_pretrained(folder)  # transformers ignores a file that it cannot read
+        # Even for a stock tokenizer, AutoTokenizer reads the model's config first.
         return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def check_loops(model: PreTrainedModel, folder: Path, *loops: int | None) -> None:
-    """What is to be run at `loops` is a looped model, and may loop so often.
+    """Check that `model` is a looped model and may run each loop count of `loops`; None is its own loop count.
 
     Raises:
-        ValueError: it is another model, or may not.
+        ValueError: it is another model, or its `max_num_loops` is smaller.
     """
     if not isinstance(model, LoopedForCausalLM):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a looped model: name a run of train.py.")
@@ -79,11 +79,11 @@ def check_loops(model: PreTrainedModel, folder: Path, *loops: int | None) -> Non
 
 
 def check_whole(report: dict, may_lack: str | None = None) -> None:
-    """Every tensor of the model came from its file, and none of the file was left.
+    """Check that every tensor of the model came from its file, and every tensor of the file went into the model.
 
     Args:
-        report: what `from_pretrained(output_loading_info=True)` says.
-        may_lack: part of the names of tensors that may be missing.
+        report: the second result of `from_pretrained(output_loading_info=True)`.
+        may_lack: tensors with this text in their names may be missing.
 
     Raises:
         ValueError: with the names of the tensors.
@@ -104,13 +104,13 @@ def check_whole(report: dict, may_lack: str | None = None) -> None:
 
 @contextmanager
 def blaming(folder: str | Path, remedy: str, leave: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """What fails inside is the fault of the files in `folder`: they may be wrong in more ways than can be listed.
+    """Within the block, turn any exception into a ValueError that blames the files in `folder`.
 
     Args:
-        leave: errors that say enough by themselves.
+        leave: exceptions that stay as they are.
 
     Raises:
-        ValueError: one sentence with the folder, what failed, and `remedy`.
+        ValueError: one sentence with the folder, the reason, and `remedy`.
     """
     try:
         yield
@@ -130,7 +130,7 @@ def blaming(folder: str | Path, remedy: str, leave: tuple[type[Exception], ...] 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """transformers says nothing meanwhile: what it warns about is an error here."""
+    """Within the block, transformers logs no warning and shows no progress bar: `check_whole` raises instead."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -143,23 +143,26 @@ def quietly() -> Iterator[None]:
 
 
 def load_run_model(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The saved model of a finished run, see `load_model`, which is to run `loops`; None is its own count.
+    """The saved model and tokenizer of a finished run, see `load_model`.
+
+    Args:
+        loops: loop counts that it is going to run; None is its own loop count.
 
     Raises:
-        ValueError: there is no model yet, it is damaged or no looped model, or it cannot run so many loops.
+        ValueError: there is no model yet, it is damaged or not a looped model, or it may not run so many loops.
     """
-    run.weights  # noqa: B018 (of the model as it is now: a training may replace it while it is measured)
+    run.weights  # noqa: B018 (keeps the digest of the weights now: a training may replace them during a measurement)
     model, tokenizer = load_model(run.model_folder(), AGAIN)
     check_loops(model, run.model_folder(), *loops)
     return model, tokenizer
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters of a looped model in three accountings.
+    """Parameters of a looped model, counted in three ways.
 
-    all               every one; a tied matrix counts once
-    one_vocabulary    without the output embedding where it is a matrix of its own: as if embeddings were tied
-    layers            without both, and without a table of positions: layers, norms and what is between loops
+    all               every parameter; a tied matrix counts once
+    one_vocabulary    without the output embedding if it is a matrix of its own, as if the embeddings were tied
+    layers            without embeddings and without a table of positions: layers, norms and the loop connection
     """
     embedding, unembedding = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     everything = model.num_parameters()
@@ -173,6 +176,6 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def weights_digest(run: Run) -> str:
-    """SHA-256 of the file of the weights, by which rows and samples know them; of shards, that of `Run.weights`."""
+    """SHA-256 of model.safetensors; `Run.weights` if the weights are in several files. Rows and samples note it."""
     path = run.model_folder() / "model.safetensors"
     return sha256_of(path) if path.is_file() else run.weights

@@ -1,5 +1,5 @@
-"""Which files of a run folder are ours, files and folders that change at once or not at all, and measurements with the
-weights they are of."""
+"""Inside a run folder: which files this project wrote, how a folder is replaced at once, and records/index.json, which
+notes the weights that a measurement was made with."""
 
 import fnmatch
 import json
@@ -38,14 +38,14 @@ OWNED = (
     "records/index.json", "records/lock", "records/.*.partial", "records/commit*/*.json*",
     "tracker/events.out.tfevents.*", "tracker/*/events.out.tfevents.*", "tracker/hparams.yml",
 )  # fmt: skip
-OLD = ".replaced"  # where a folder is while another takes its place
+OLD = ".replaced"  # ending of a folder's name while another folder takes its place
 
 
 def owned(path: str, measured: Iterable[str] = ()) -> bool:
     """Whether `path`, relative to a run folder, is a name that this project writes.
 
     Args:
-        measured: patterns of paths that the tasks add to those of every run.
+        measured: patterns of the paths that tasks add.
     """
     parts = path.split("/")
     patterns = (pattern.split("/") for pattern in (*OWNED, *measured))
@@ -53,7 +53,7 @@ def owned(path: str, measured: Iterable[str] = ()) -> bool:
 
 
 def remove_whole(folder: Path) -> None:
-    """Remove a file or folder of our own making that may be half written; of a link, the link."""
+    """Remove a file or folder, which may be half written. A link is removed, not what it points to."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     else:
@@ -61,7 +61,7 @@ def remove_whole(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, folder: Path, ours: Callable[[Path], bool], measured: Sequence[str] = ()) -> None:
-    """Give `partial` the name `folder`. Of a folder that is there, files that are not `ours` stay: see `settle`."""
+    """Give `partial` the name `folder`. Files of the old folder that are not `ours` are kept, see `settle`."""
     if os.path.lexists(folder):
         os.rename(folder, folder.with_name(folder.name + OLD))
     os.rename(partial, folder)
@@ -70,7 +70,7 @@ def replace_folder(partial: Path, folder: Path, ours: Callable[[Path], bool], me
 
 @contextmanager
 def replaced_folder(folder: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder beside `folder` to write to, which takes its place when all went well (`replace_folder`).
+    """Within the block, a new folder to write to. If all went well, it takes the place of `folder` (`replace_folder`).
 
     Raises:
         ValueError: `folder` is a link or a file.
@@ -89,10 +89,10 @@ def replaced_folder(folder: Path, ours: Callable[[Path], bool]) -> Iterator[Path
 
 
 def settle(folder: Path, ours: Callable[[Path], bool], measured: Sequence[str] = ()) -> None:
-    """End a `replace_folder` that was cut short: before its second rename it is taken back, after that completed.
+    """Finish a `replace_folder`, also one that a kill cut short: before its second rename it is undone.
 
-    ours(path in `folder`): whether a file of the old folder may go. The others are moved to the same place in the new
-    one, under NAME.kept where that place is taken, or is one that a run will write (see `owned`).
+    ours(path in `folder`): whether a file of the old folder may be deleted. Other files move to the same place in the
+    new folder, under NAME.kept if that place is taken, or is one that a run will write (see `owned`).
     """
     old = folder.with_name(folder.name + OLD)
     if not os.path.lexists(old):
@@ -105,7 +105,7 @@ def settle(folder: Path, ours: Callable[[Path], bool], measured: Sequence[str] =
         return
     for place, folders, files in os.walk(old, topdown=False):
         links = [name for name in folders if Path(place, name).is_symlink()]
-        # The notes of what is ours go last.
+        # The files that note what is ours are deleted last.
         for name in sorted((*files, *links), key=lambda name: name in ("run.json", "index.json")):
             path = Path(place, name)
             target = folder / path.relative_to(old)
@@ -113,7 +113,7 @@ def settle(folder: Path, ours: Callable[[Path], bool], measured: Sequence[str] =
                 path.unlink()
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Nor where a run is going to write.
+            # A place that the run will write to later counts as taken.
             taken = os.path.lexists(target) or owned(target.relative_to(folder).as_posix(), measured)
             target = free_name(target) if taken else target
             os.rename(path, target)
@@ -122,17 +122,21 @@ def settle(folder: Path, ours: Callable[[Path], bool], measured: Sequence[str] =
 
 
 def free_name(path: Path) -> Path:
-    """`path` with .kept behind it, and a number where that is taken."""
+    """`path` with .kept at its end, and a number if that is taken."""
     names = (path.with_name(f"{path.name}.kept{number or ''}") for number in range(1_000_000))
     return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager
 def locked(path: Path, busy: str, timeout: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path`, which names this process; the system frees it when the process ends, however it does.
+    """Within the block, hold the lock file `path`, which names this process. It is freed when the process ends.
+
+    Args:
+        busy: the beginning of the message if another process holds it.
+        timeout: seconds to wait for it.
 
     Raises:
-        ValueError: `busy`, and who holds it.
+        ValueError: another process holds it.
         OSError: the file cannot be written.
     """
     owner = f"process {os.getpid()} on {platform.node()}\n".encode()
@@ -156,7 +160,7 @@ def locked(path: Path, busy: str, timeout: float = 0.0) -> Iterator[None]:
 
 
 def read_object(path: Path, remedy: str) -> dict:
-    """The JSON object in `path`, {} if there is no such file; ValueError with `remedy` if it is damaged."""
+    """The JSON object in `path`; {} if there is no such file. Raises ValueError, with `remedy`, if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -174,7 +178,10 @@ def to_json(value) -> str:
 
 
 def read_records(run: Path) -> dict:
-    """records/index.json of a run: file -> {"sha256": of it, "weights": {folder: digest of the weights measured}}."""
+    """records/index.json of a run: file -> {"sha256": its digest, "weights": {folder: digest of measured weights}}.
+
+    Raises ValueError if the file is damaged.
+    """
     found = read_object(run / "records" / "index.json", "delete it, and measure again.")
     known = {name: entry for name, entry in found.items() if isinstance(entry, dict)}
     return {
@@ -184,7 +191,10 @@ def read_records(run: Path) -> dict:
 
 @contextmanager
 def writing_records(run: Path) -> Iterator[None]:
-    """Hold the records of a run for the moment in which they are written."""
+    """Within the block, this process alone writes the records of a run.
+
+    Raises ValueError if another process writes them for longer than a minute.
+    """
     below(run, "records").mkdir(exist_ok=True)
     with locked(run / "records" / "lock", f"another measurement is being written to {run}", timeout=60.0):
         commit(run)
@@ -192,11 +202,11 @@ def writing_records(run: Path) -> Iterator[None]:
 
 
 def write_records(run: Path, files: Mapping[str, str], weights: Mapping[str, str]) -> None:
-    """Write files of one measurement and what they are of: all of them change, or none.
+    """Write the files of one measurement, and note the weights that were measured. All files change, or none.
 
     Args:
         files: name in the run folder -> text.
-        weights: folder in the run folder -> `weights_of` it when it was measured.
+        weights: folder in the run folder -> `weights_of` the folder when it was measured.
     """
     with writing_records(run):
         partial = run / "records" / "commit.partial"
@@ -215,12 +225,12 @@ def write_records(run: Path, files: Mapping[str, str], weights: Mapping[str, str
 
 
 def commit(run: Path) -> None:
-    """Put the files of a complete measurement in their places, one that a kill interrupted too."""
+    """Move the files of a complete measurement to their places, also after a kill interrupted that."""
     complete = run / "records" / "commit"
     if complete.is_symlink() or not complete.is_dir():
         return
     for path in sorted(complete.iterdir()):
-        # Two readers may do so at once.
+        # Another process may have moved it meanwhile.
         with suppress(FileNotFoundError):
             os.replace(path, (complete.parent if path.name == "index.json" else run) / path.name)
     with suppress(FileNotFoundError):
@@ -228,13 +238,13 @@ def commit(run: Path) -> None:
 
 
 def note_records(run: Path, entries: Mapping[str, dict]) -> None:
-    """Add entries to records/index.json, of files that are written already."""
+    """Add entries to records/index.json for files that are already written."""
     with writing_records(run):
         write_whole(run / "records" / "index.json", to_json(_records_or_none(run) | dict(entries)))
 
 
 def _records_or_none(run: Path) -> dict:
-    # What cannot be read is written anew: its files count as unknown, and are measured again.
+    # A damaged index is replaced: its files count as unknown and are measured again.
     try:
         return read_records(run)
     except ValueError:

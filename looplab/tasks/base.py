@@ -1,19 +1,19 @@
 """What a task is: one object with a method for every verb that may be asked of it.
 
-    verb                       method                       a task without it
-    train.py                   training                     every task has it
-    looped eval                evaluate, then show          is not evaluated
-    looped table, plot         table, plot                  ...
-    looped halting, lens, ask  halting, lens, ask
-    looped memory              measure                      the value of a model in other KV memories
-    looped quantize            blocks                       rows of tokens to calibrate and measure on
+    verb                       method                       gives
+    train.py                   training                     the task in training; every task has it
+    looped eval                evaluate, then show          measurements, then text
+    looped table, plot         table, plot                  a Markdown table; figures
+    looped halting, lens, ask  halting, lens, ask           measurements; an answer
+    looped memory              measure                      the quality of a model under another KV policy
+    looped quantize            blocks                       blocks of tokens to calibrate and measure on
     looped bench --run         prompts or time_halting      drafts, or halting, on a trained run
     looped publish             card; data_licence           a page of the Hub
     looped demo                demo_part                    a tab of the page with the loop slider
 
-A task has the verbs whose methods its class defines, with the options that are keyword arguments there: no list
-elsewhere says so. `registry.task_for` refuses the others. Methods import what they need when they are called, so that
-the command line and tables stay quick: nothing here imports torch.
+A task has the verbs whose methods its class defines, and a verb has the options that are keyword-only arguments of its
+method; there is no other list of them. `registry.task_for` refuses the rest. A method imports what it needs when it is
+called, and nothing here imports torch, so that the command line and tables stay quick.
 """
 
 import inspect
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .card import Card
     from .training import TaskTraining
 
-# Verb of `looped` -> methods, of which a task that has the verb has one.
+# Verb of `looped` -> methods; a task has the verb if it has one of them.
 METHODS = {
     "eval": ("evaluate",),
     "table": ("table",),
@@ -51,7 +51,7 @@ METHODS = {
     "demo": ("demo_part",),
 }
 
-# Files that are measured alike on every task that can be.
+# Files that `looped memory` and `looped quantize` write, whatever the task.
 MEMORY = RecordFile(
     "memory.jsonl",
     "memory",
@@ -64,12 +64,12 @@ QUANTIZATION = RecordFile(
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture of one run, figures/NAME.png.
+    """A figure of one run, figures/NAME.png.
 
     Args:
-        caption: what it shows, on the card.
-        verb: the verb that draws it.
-        of_snapshots: the verb also draws it of a snapshot, as NAME_step-N.png.
+        caption: on the card.
+        verb: draws the figure.
+        of_snapshots: the verb also draws it for a snapshot, as NAME_step-N.png.
     """
 
     caption: str
@@ -94,13 +94,13 @@ class Argument:
 
 @dataclass(frozen=True)
 class Drafting:
-    """How texts are begun and continued where `looped bench` times drafts.
+    """How `looped bench` begins and continues texts when it times drafts.
 
     Args:
-        texts: how many.
-        prompt: tokens that each begins with.
-        drawn: arguments of `generate` that say how a token is drawn.
-        ends: a text may end before the last token that is asked for.
+        texts: number of texts.
+        prompt: tokens that a text begins with.
+        drawn: arguments of `generate` for sampling.
+        ends: whether a text may end early.
     """
 
     texts: int
@@ -113,16 +113,16 @@ class Task(ABC):
     """A task, see the module docstring.
 
     Attributes:
-        name: in a recipe's `data.task`.
-        kind: runs on tasks of one kind are read together; the name of the folder.
-        Data, Curriculum: classes of the recipe's sections of these names.
-        records: files that are measured, in the order in which they are published.
-        figures: name -> picture of a run, in the order of the card.
-        files: patterns of other files in a run that measuring leaves there.
-        arguments: (verb, option) -> its help and type, of options that are not of the verb itself.
-        defaults: "eval --loops" -> what the option is where it is not given, for the help.
-        measured: what `measure` finds.
-        drafting: of `prompts`.
+        name: the value of `data.task` in a recipe.
+        kind: runs on tasks of one kind can be read together; it is the name of the folder.
+        Data, Curriculum: classes of the recipe's sections `data` and `curriculum`.
+        records: measured files, in the order of publication.
+        figures: name -> figure of a run, in the order of the card.
+        files: patterns of other files that a measurement leaves in a run.
+        arguments: (verb, option) -> an option of the verb that only some tasks take.
+        defaults: "eval --loops" -> default of the option, for the help.
+        measured: the field of `measure` with the main number.
+        drafting: for `prompts`.
         demo_requirements: packages that a Space installs for `demo_part`.
     """
 
@@ -141,59 +141,59 @@ class Task(ABC):
 
     @classmethod
     def has(cls, method: str) -> bool:
-        """Whether the class defines the method itself."""
+        """Whether the task defines the method."""
         return getattr(cls, method) is not getattr(Task, method)
 
     @classmethod
     def options(cls, verb: str) -> set[str] | None:
-        """Options that the task takes of a verb, as the keyword arguments of its method; None if it lacks the verb."""
+        """The options of a verb, the keyword-only arguments of its method; None if the task lacks the verb."""
         methods = [method for method in METHODS[verb] if cls.has(method)]
         keywords = [inspect.signature(getattr(cls, method)).parameters.values() for method in methods]
         return {p.name for each in keywords for p in each if p.kind is p.KEYWORD_ONLY} if methods else None
 
     @abstractmethod
     def training(self, recipe, splits: "DatasetDict", depth, accelerator, kept_tokenizer) -> "TaskTraining":
-        """The task in training; arguments as of `tasks.training.TaskTraining`."""
+        """The task in training, see `tasks.training.TaskTraining`."""
 
     def evaluate(self, run: Run) -> Path:
-        """Measure the run at several loop counts and write files of `records`; returns the path of one."""
+        """Measure the run at several loop counts, write files of `records`, and return the path of one."""
         raise NotImplementedError
 
     def show(self, run: Run) -> str:
-        """What `evaluate` measured, as text."""
+        """The measurements of `evaluate` as text."""
         raise NotImplementedError
 
     def table(self, runs: Sequence[Run]) -> str:
-        """A Markdown line per group of seeds; the keyword `against` names the group to compare the others to."""
+        """A Markdown table with a line per group of seeds. The keyword `against` names the baseline."""
         raise NotImplementedError
 
     def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:
-        """Draw the runs, and groups of seeds where there are several; returns the paths of the pictures.
+        """Draw the runs, and groups of seeds if there are several runs; returns the paths of the figures.
 
         Args:
-            output: folder for the figures of one run, or for those that show several together; unless given
-                RUN/figures, or `figures/<groups>` beside the first run.
+            output: folder for the figures of a single run, or of groups; unless given, RUN/figures for a run, and
+                `figures/<groups>` beside the first run for groups.
         """
         raise NotImplementedError
 
     def halting(self, run: Run) -> tuple[Path, str]:
-        """Measure what halting rules save; returns the file and what it says."""
+        """Measure what halting rules save; returns the file and its text."""
         raise NotImplementedError
 
     def lens(self, run: Run) -> list[Path]:
-        """Look inside the model; returns the paths of what was written, and prints what it found."""
+        """Look inside the model; returns the paths of the files that were written."""
         raise NotImplementedError
 
     def ask(self, run: Run, question: str | None) -> None:
-        """Print what the model says to one question at several loop counts."""
+        """Print the model's answer to a question at several loop counts."""
         raise NotImplementedError
 
     def measure(
         self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int | None
     ) -> "Callable[[PreTrainedModel, int], dict]":
-        """A function: model and loop count -> what the model is worth on the test split.
+        """A function of (model, loop count) that measures the model on the test split.
 
-        Its result has the number `measured`, its 95 % `interval`, and what else there is to say.
+        It returns the field `measured`, its 95 % `interval`, and further fields. limit: most rows or blocks.
         """
         raise NotImplementedError
 
@@ -203,29 +203,29 @@ class Task(ABC):
         raise NotImplementedError
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
-        """(count, length) token ids of beginnings of test texts."""
+        """Token ids (count, length): the beginnings of test texts."""
         raise NotImplementedError
 
     def time_halting(self, run: Run, number: int, rounds: int) -> list[dict]:
-        """Rows of `looped bench`: halting against fixed loop counts on `number` test rows of each sort."""
+        """Rows of `looped bench`: halting against a fixed loop count, on `number` test rows of each hop count."""
         raise NotImplementedError
 
     def card(self) -> "Card":
-        """What the model's page on the Hub says."""
+        """The model's card on the Hub."""
         raise NotImplementedError
 
     def data_licence(self, config: str, licence: str) -> str | None:
-        """Licence of the data of a builder's preset, as the Hub spells it; None where only the user can know.
+        """The licence of the data of a builder's preset, as the Hub spells it; None if only the user can know it.
 
         Args:
-            licence: that of the model.
+            licence: the licence of the model.
         """
         return None
 
     def demo_part(self, run: Run, config: dict) -> dict:
-        """What demo.json says of a run: `text` for the page, and what its tab needs.
+        """The section of demo.json about a run: `text` for the page, and the fields of its tab.
 
         Args:
-            config: config.json of the model.
+            config: the fields of the model's config.json.
         """
         raise NotImplementedError

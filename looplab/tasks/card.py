@@ -1,4 +1,4 @@
-"""What every model card is made of."""
+"""`Card`, the base of the model card of a task."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,10 +15,9 @@ MOST_LOOPS_SHOWN = 5
 
 @dataclass(frozen=True)
 class Names:
-    """What a card calls things: the repositories (None where there is none) and the licences, as the Hub spells them.
+    """Names on a card: repositories, None if there is none, and licences, as the Hub spells them.
 
-    The licence of the data may be another one than the model's. `base_model` is the model on the Hub that the run
-    started from.
+    base_model: the model on the Hub that the run started from.
     """
 
     model_id: str
@@ -29,13 +28,13 @@ class Names:
 
 
 class Card(ABC):
-    """What is said of one run on the model's page.
+    """The card of one run.
 
     Attributes:
-        Data: class of the recipe's data section.
+        Data: class of the recipe's section `data`.
         template: file of hub_cards/, model_card.md or one that extends it.
-        metrics: names of what is measured, as the Hub spells them.
-        tags: of the task, by which the Hub finds the model.
+        metrics: names of the measures, as the Hub spells them.
+        tags: of the task, on the Hub.
     """
 
     Data: type[Data]
@@ -45,15 +44,22 @@ class Card(ABC):
 
     @abstractmethod
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """The model-index, lines of `result`; ValueError for a run that was not evaluated."""
+        """The model-index, made with `result`. Raises ValueError for a run that was not evaluated."""
 
     def values(self, run: Run) -> dict:
-        """What the template asks for beyond `publish.cards.common_values`: `limit` is how many rows were measured at
-        most, None for all, and `limit_of` says what rows they are."""
+        """The values of the template beyond `publish.cards.common_values`.
+
+        limit: the most rows that were measured, None for all. limit_of: what these rows are.
+        """
         return {"limit": None}
 
     def result(self, run: Run, names: Names, metric: str, name: str, value: float, arguments: dict) -> EvalResult:
-        """One line of the model-index; the measured data are those of the run's test split."""
+        """One entry of the model-index, measured on the run's test split.
+
+        Args:
+            metric, name: the metric for the Hub, and for the reader.
+            arguments: of the measurement, such as num_loops.
+        """
         preset, _ = self.Data.of(run).preset()
         return EvalResult(
             task_type="text-generation",
@@ -69,7 +75,7 @@ class Card(ABC):
 
 
 def spread(loops: set[int]) -> tuple[int, ...]:
-    """At most `MOST_LOOPS_SHOWN` of the loop counts, the least and the largest among them."""
+    """At most `MOST_LOOPS_SHOWN` of the loop counts, from the smallest to the largest."""
     ordered = sorted(loops)
     if len(ordered) <= MOST_LOOPS_SHOWN:
         return tuple(ordered)
@@ -78,4 +84,5 @@ def spread(loops: set[int]) -> tuple[int, ...]:
 
 
 def between(low: int, high: int) -> str:
+    """The range as text: "3", or "1 to 8"."""
     return str(low) if low == high else f"{low} to {high}"

@@ -1,6 +1,6 @@
-"""The sections of a recipe that belong to its task: `data`, and `curriculum`.
+"""The sections of a recipe that belong to its task: `data` and `curriculum`.
 
-A task has a class for each, so that a field of another task is unknown to it. Nothing here imports torch.
+A task has a class for each, so that a field of another task is unknown. Nothing here imports torch.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @strict
 @dataclass
 class Data:
-    """What the data of every task have."""
+    """The fields of `data` that every task has."""
 
     task: str
     seed: int = number(0, at_least=0)
@@ -26,26 +26,26 @@ class Data:
 
     @classmethod
     def of(cls, run: Run) -> Self:
-        """The section of a run's recipe. Fields that the task does not have are passed over: older versions wrote
-        those of all tasks into every recipe.yaml."""
+        """The section in a run's recipe. Fields that the task does not have are ignored, because older versions wrote
+        the fields of all tasks into recipe.yaml."""
         names = cls.__dataclass_fields__
         return cls(**{name: value for name, value in run.recipe()["data"].items() if name in names})
 
     def check(self, init_from: str | None) -> None:
-        """ValueError for fields that do not go together, or not with the recipe's `init_from`."""
+        """Raise ValueError for fields that contradict each other or the recipe's `init_from`."""
         for name in self.overrides.keys() & {"seed", "files"}:
             if vars(self).get(name):
                 raise ValueError(f"data.{name} and data.overrides.{name} name the same thing: leave one of them out.")
 
     def preset(self) -> tuple[str, dict]:
-        """Preset of the builder `task`, and fields of it with other values than the preset's."""
+        """(preset of the builder `task`, fields in place of the preset's)."""
         return "default", {"seed": self.seed} | self.overrides
 
     def load(self, **changed) -> "DatasetDict":
         """The splits, built into the `datasets` cache on first use.
 
         Args:
-            changed: fields of the builder with other values than `preset` gives.
+            changed: fields of the builder, in place of those from `preset`.
         """
         from data_builders import load_task
 
@@ -56,7 +56,7 @@ class Data:
 @strict
 @dataclass
 class Curriculum:
-    """Stages of training. There are none: a task with stages has a subclass with their fields."""
+    """The section of a task without stages of training: it has no fields. A task with stages has a subclass."""
 
     def check(self) -> None:
-        """ValueError for fields that do not go together."""
+        """Raise ValueError for fields that contradict each other."""

@@ -1,7 +1,7 @@
-"""All tasks, by the name that a recipe gives in `data.task`; a task that is new has a line here.
+"""All tasks by name, as in a recipe's `data.task`. A new task has a line here.
 
-`task_of(runs)` is the task of runs, `task_for(verb, runs)` that of runs on which a verb of `looped` is to work: what a
-task lacks is refused here, in one sentence. Nothing here imports torch.
+`task_of(runs)` is the task of runs. `task_for(verb, runs)` is the task of runs that a verb of `looped` works on; it
+raises, with one sentence, if the task lacks the verb or an option. Nothing here imports torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ TASKS: dict[str, Task] = {task.name: task for task in (Khop(), Composition(), Te
 
 
 def task_of(runs: Sequence[Run]) -> Task:
-    """The task of the first of `runs`; all are of its kind.
+    """The task of the first run; all runs are on tasks of its kind.
 
     Raises:
-        ValueError: they are of different kinds, or there is no such task.
+        ValueError: the runs are on tasks of different kinds, or there is no such task.
     """
     for run in runs:
         if run.task() not in TASKS:
@@ -33,10 +33,10 @@ def task_of(runs: Sequence[Run]) -> Task:
 
 
 def task_for(verb: str, runs: Sequence[Run], *options: str) -> Task:
-    """The task of `runs`, which has the verb with all `options` (such as "max_hops").
+    """The task of `runs`, checked for the verb and its `options`, such as "max_hops".
 
     Raises:
-        ValueError: as `task_of`; the task lacks the verb or an option.
+        ValueError: as `task_of`, or the task lacks the verb or an option.
     """
     task = task_of(runs)
     run_on = f"{runs[0].folder} is a run on {task.name}, and looped {verb}"
@@ -50,12 +50,12 @@ def task_for(verb: str, runs: Sequence[Run], *options: str) -> Task:
 
 
 def spelt(option: str) -> str:
-    """max_hops -> --max-hops."""
+    """The option as the user writes it: --max-hops for max_hops."""
     return f"--{option.replace('_', '-')}"
 
 
 def having(verb: str, option: str | None = None) -> str:
-    """Who has a verb, or an option of it: kinds of tasks, and names where not all of a kind have it."""
+    """The tasks that have a verb, or an option of it, as text: kinds, or names if not all tasks of a kind have it."""
 
     def has(task: Task) -> bool:
         options = task.options(verb)
@@ -65,7 +65,7 @@ def having(verb: str, option: str | None = None) -> str:
 
 
 def chosen(has: Callable[[Task], bool]) -> list[str]:
-    """Kinds of which all tasks are chosen, and names of the chosen ones of other kinds, in the order of `TASKS`."""
+    """Kinds whose tasks are all chosen, and names of other chosen tasks, in the order of `TASKS`."""
     words = [
         task.kind if all(has(other) for other in TASKS.values() if other.kind == task.kind) else task.name
         for task in TASKS.values()
@@ -80,7 +80,7 @@ def arguments_of(verb: str) -> dict[str, Argument]:
 
 
 def help_of(verb: str, option: str) -> str:
-    """What the help says of an option of tasks: who takes it, unless all do, and its defaults."""
+    """The text in the help for an option of tasks: the tasks that take it, unless all do, and its defaults."""
     takes = having(verb, option)
     known = {task.kind: task.defaults.get(f"{verb} {spelt(option)}") for task in TASKS.values()}
     defaults = [default if takes == kind else f"of {kind} {default}" for kind, default in known.items() if default]
@@ -90,22 +90,24 @@ def help_of(verb: str, option: str) -> str:
 
 
 def files_of(verb: str) -> list[str]:
-    """Files that a verb writes, of all tasks."""
+    """Files that a verb writes, on all tasks."""
     return list(dict.fromkeys(r.name for task in TASKS.values() for r in task.records if r.verb == verb))
 
 
 def written_files() -> list[str]:
-    """Patterns of the files, relative to a run, that tasks leave there: what they measure and draw."""
+    """Patterns, relative to a run, of all files that tasks measure or draw."""
     patterns = []
     for task in TASKS.values():
         patterns += [pattern for record in task.records for pattern in record.patterns()]
         for name, figure in task.figures.items():
-            patterns += [f"figures/{name}.png", *[f"figures/{name}_step-*.png"] * figure.of_snapshots]
+            patterns.append(f"figures/{name}.png")
+            if figure.of_snapshots:
+                patterns.append(f"figures/{name}_step-*.png")
         patterns += task.files
     return list(dict.fromkeys(patterns))
 
 
 def measured_files() -> list[str]:
-    """Patterns of the files that tasks measure."""
+    """Patterns of all files that tasks measure."""
     records = [record for task in TASKS.values() for record in task.records]
     return list(dict.fromkeys(pattern for record in records for pattern in record.patterns()))

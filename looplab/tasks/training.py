@@ -1,4 +1,4 @@
-"""What train.py asks of a task while it trains: `TaskTraining`, with a `State`, made from a `TrainingRecipe`."""
+"""`TaskTraining`, a task in training as train.py works with it, its `State`, and the part of a recipe it reads."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from modeling_looped import LoopedForCausalLM
 
 
 class TrainingRecipe(Protocol):
-    """What a task may read of a recipe: its own two sections, and these fields."""
+    """The part of a recipe that a task may read: its own two sections, and these fields."""
 
     data: Data
     curriculum: Curriculum
@@ -30,42 +30,41 @@ class TrainingRecipe(Protocol):
 
 @dataclass
 class State:
-    """What a run knows beside weights, optimizers and random states; a checkpoint's state.json holds these fields.
+    """The state of a run beside weights, optimizers and random states; a checkpoint keeps it in state.json.
 
-    `gate` is the last held-out check: of hops, hop count -> share of right answers in [0, 1]; of text and molecules,
+    gate: the last held-out check. On hops it is hop count -> accuracy in [0, 1]; on text and molecules it is
     loop count -> nats per token.
     """
 
-    stage: int = 0  # deepest hop count in training; 0 where the task has no stages
-    stage_start: int = 0  # updates made when the stage began
+    stage: int = 0  # deepest hop count in training; 0 if the task has no stages
+    stage_start: int = 0  # updates before the stage
     step: int = 0  # updates made
     tokens: int = 0  # input tokens of all ranks, without padding between molecules
-    seconds: float = 0.0  # in the training loop, over all resumes
+    seconds: float = 0.0  # time in the training loop, over all resumes
     learnable_depth: int = 0  # deepest hop count that passed the held-out check
     gate: dict[str, float] = field(default_factory=dict)
     finished: bool = False
 
 
 class TaskTraining(ABC):
-    """One task in training. Legend: b batch rows of this rank, T tokens of each, K labels of each.
+    """A task in training. Legend: b batch rows of this rank, T tokens, K positions with labels.
 
     Args:
-        recipe: what is trained, and on what.
-        splits: the data of `recipe.data.load()`.
+        recipe: of the run.
+        splits: the data, of `recipe.data.load()`.
         depth: draws the loop count of a batch.
-        accelerator: shares batches and measurements among ranks.
-        kept_tokenizer: folder of the tokenizer that a run which goes on began with; None for a new run.
+        accelerator: divides batches and measurements among ranks.
+        kept_tokenizer: folder of the tokenizer that a resumed run began with; None for a new run.
 
     Attributes:
-        tokenizer: it is saved with the model.
-        batches: step -> batch, a dict of `num_loops` (int) and tensors, batch rows first: input_ids (b, T),
-            shift_labels (b, K), ...
-        logits_to_keep: K, the last tokens of a batch row; 0 where every token has a label.
+        tokenizer: is saved with the model.
+        batches: step -> batch, a dict of `num_loops` (int) and tensors: input_ids (b, T), shift_labels (b, K), ...
+        logits_to_keep: K, counted from the end of a batch row; 0 if every token has a label.
         generation: fields of the model's generation_config.json.
-        padding: what pads the batch rows, None if nothing does.
+        padding: what makes batches padded, such as a field of the recipe; None if they are not.
 
     Raises:
-        ValueError: data and recipe do not fit.
+        ValueError: data and recipe do not fit together.
     """
 
     logits_to_keep: int
@@ -89,48 +88,48 @@ class TaskTraining(ABC):
         return State()
 
     def begin(self, state: State) -> None:  # noqa: B027 (a task may have no stages)
-        """Make `batches` those of the stage of `state`; without stages they are the same throughout."""
+        """Set `batches` to those of the stage in `state`; a task without stages has nothing to do."""
 
     def is_through(self, state: State) -> bool:
-        """Whether the run ends here, whatever budget remains."""
+        """Whether the run ends now, although budget remains."""
         return False
 
     def schedule_step(self, state: State) -> int:
-        """Updates since the schedule of the learning rates began: with the run, or with the stage."""
+        """Updates since the schedule of the learning rates began, which may restart with a stage."""
         return state.step
 
     def sizes(self, batch: dict) -> tuple[int, int]:
-        """Labels and input tokens of a batch, of all ranks together."""
+        """(labels, input tokens) of a batch, over all ranks."""
         world = self.accelerator.num_processes
         return batch["shift_labels"].numel() * world, batch["input_ids"].numel() * world
 
     def describe(self, batch: dict, state: State) -> dict:
-        """What a training row of metrics.jsonl says beside loss and loops."""
+        """Further fields of a training record of metrics.jsonl, beside loss and loops."""
         return {}
 
     @abstractmethod
     def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """Measure the held-out rows, note the result in `state.gate`, and return the row of metrics.jsonl."""
+        """Make the held-out check, note the result in `state.gate`, and return the record of metrics.jsonl."""
 
     def advance(self, state: State) -> bool:
-        """Whether the check let a new stage begin whose optimizer starts afresh."""
+        """Begin a new stage if the last check was passed. Returns whether the optimizer has to restart."""
         return False
 
     def progress(self, state: State) -> dict:
-        """What the progress bar shows beside the loss."""
+        """Values for the progress bar, beside the loss."""
         return {}
 
     @abstractmethod
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """What summary.json says of the task after the last update."""
+        """The fields of summary.json that belong to the task, after the last update."""
 
     @abstractmethod
     def headline(self, summary: dict) -> str:
-        """What the summary comes to, in one line."""
+        """The result of the run in one line."""
 
 
 def load_tokenizer(field_name: str, folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; ValueError, naming the recipe's field, if there is none."""
+    """The tokenizer in a folder. Raises ValueError, with the recipe's field, if there is none."""
     if not (Path(folder) / "tokenizer_config.json").is_file():
         raise ValueError(f"{field_name}: there is no tokenizer in the folder {folder!r}.")
     with blaming(folder, f"name another folder in {field_name}."):

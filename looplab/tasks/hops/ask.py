@@ -1,4 +1,4 @@
-"""One question asked of a model, at every loop count: `looped ask`."""
+"""`looped ask`: a model's answer to one question at several loop counts."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ LOOPS = (1, 2, 4, 8, 16)
 
 
 def true_path(facts: dict[str, dict[str, str]], question: str) -> list[str] | None:
-    """Entities along the chain of `question`, by following the facts; None where one does not exist."""
+    """The entities along the chain of `question`, by the facts (see `facts_of_task`); None if a fact is missing."""
     entity, *relations = question.split()
     path = [entity]
     for relation in relations:
@@ -27,10 +27,10 @@ def true_path(facts: dict[str, dict[str, str]], question: str) -> list[str] | No
 def ask(run: Run, question: str | None = None, loops: Sequence[int] | None = None) -> None:
     """Print the generated answer to `question` ("e3 r1 r2") at several loop counts, and the true chain.
 
-    Without a question, one is taken from the test split, one hop count beyond the training.
+    Without a question, `first_question_beyond` chooses one of the split test.
 
     Raises:
-        ValueError: an empty question, or a word the tokenizer does not know.
+        ValueError: the question is empty, or has a word that the tokenizer does not know.
     """
     loops = LOOPS if loops is None else loops
     if question is not None and not question.strip():
@@ -60,12 +60,13 @@ def ask(run: Run, question: str | None = None, loops: Sequence[int] | None = Non
 
 
 def on_the_way(path: list[str], word: str) -> str:
+    """Says at which hop of the true path the answered `word` lies."""
     return f"(the chain after {path.index(word)} of {len(path) - 1} hops)"
 
 
 @torch.inference_mode()
 def generate_answer(model: PreTrainedModel, inputs: dict, num_loops: int) -> tuple[int, float]:
-    """The one generated token and its probability."""
+    """(id, probability) of the one generated token."""
     output = model.generate(
         **inputs,
         num_loops=num_loops,

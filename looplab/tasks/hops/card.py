@@ -1,4 +1,4 @@
-"""What a model card and the demo page say of a run on hops."""
+"""The model card and the section of demo.json of a run on hops."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from .rows import facts_of_task, first_question_beyond, line_order, load_run_tas
 
 @dataclass(frozen=True)
 class HopCard(Card):
-    """Card of a model that follows chains.
+    """The card of a model that follows chains.
 
     Args:
-        says: a sentence on the task; `depth` in it is the deepest trained hop count.
-        split_kinds: what the kinds of test questions are.
+        says: a sentence on the task, with {depth} for the deepest trained hop count.
+        split_kinds: split kind -> what its questions are.
     """
 
     says: str
@@ -34,7 +34,7 @@ class HopCard(Card):
     tags = Khop.TAGS
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Mean accuracy over hop counts of every held-out kind, at the loops of the grid and the chosen ones."""
+        """Mean accuracy over hop counts, for each held-out kind, at the loop counts of the grid and the chosen one."""
         facts, cells = depth_facts(run), {}
         for row in run.read(GRID):
             cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
@@ -49,7 +49,7 @@ class HopCard(Card):
         return results
 
     def values(self, run: Run) -> dict:
-        """What `model_hops.md` asks for beyond `common_values`."""
+        """The values of `model_hops.md` beyond `common_values`."""
         task, grid, facts, summary = load_run_task(run), run.read(GRID), depth_facts(run), run.summary()
         evaluation, (low, high) = run.read(EVALUATION), run.trained_loops()
         question = first_question_beyond(task["test"], summary["trained_hops"])
@@ -77,7 +77,10 @@ class HopCard(Card):
 
 
 def grid_markdown(rows: Sequence[dict], low: int, high: int) -> str:
-    """Accuracies in %: a line per (split kind, hops), a column per loop count; of trained facts, too."""
+    """The grid as a Markdown table, accuracies in %: a line per (split kind, hops), a column per loop count.
+
+    low, high: smallest and largest trained loop count, whose columns are marked.
+    """
     cells = {(row["split_kind"], row["hops"], row["loops"]): row for row in rows}
     loops = sorted({row["loops"] for row in rows})
     lines = []
@@ -92,7 +95,7 @@ def grid_markdown(rows: Sequence[dict], low: int, high: int) -> str:
 
 
 def hops_part(run: Run, config: dict) -> dict:
-    """What demo.json says of a run, see `Task.demo_part`."""
+    """The section of demo.json about a run, see `Task.demo_part`."""
     task, summary = load_run_task(run), run.summary()
     facts = facts_of_task(task)
     answers = {answer for known in facts.values() for answer in known.values()}
@@ -111,10 +114,10 @@ def hops_part(run: Run, config: dict) -> dict:
 
 
 def halting_of(run: Run, vocab_size: int) -> dict:
-    """The rule KL + entropy as `looped halting` chose it on validation rows; without that, the bounds of its paper.
+    """The thresholds of KL + entropy that `looped halting` chose on validation rows; if it did not, the paper's.
 
-    Its bound on entropy is taken as a share of ln V (arXiv 2604.07822 has V = 217): of 27 words no distribution has
-    much more than 3 nats, so that every answer would count as settled.
+    The paper's bound on entropy is scaled by ln V (arXiv 2604.07822 has V = 217). Unscaled, its 3 nats would be nearly
+    the most that 27 words allow, and every answer would count as settled.
     """
     if run.has(HALTING):
         for row in run.read(HALTING):

@@ -1,4 +1,4 @@
-"""Fields of a recipe on chains of hops: which chains, and in which stages they come."""
+"""The sections `data` and `curriculum` of a recipe on chains of hops."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,10 +14,10 @@ from looplab.tasks.data import Curriculum, Data
 class HopData(Data):
     task: Literal["khop", "composition"] = "khop"
     config: str = "cpu"  # preset of the builder
-    weighting: Literal["rows", "uniform"] = "rows"  # hop count of a step: by the rows each has, or all alike
+    weighting: Literal["rows", "uniform"] = "rows"  # draw hop counts in proportion to their rows, or all alike
     readout: Literal["token", "last"] = "token"  # where the answer is read: an appended token, or the last relation
-    pad_to: int | None = number(at_least=1)  # pad every row to so many tokens and read at its end, as the paper does
-    at_least_hops: bool = False  # raise a batch's loops to its hop count where fewer were drawn
+    pad_to: int | None = number(at_least=1)  # pad rows to this many tokens and read at the end, as the paper does
+    at_least_hops: bool = False  # raise the loop count of a batch to its hop count if it is smaller
 
     def preset(self) -> tuple[str, dict]:
         return self.config, {"seed": self.seed} | self.overrides
@@ -26,15 +26,15 @@ class HopData(Data):
 @strict
 @dataclass
 class HopCurriculum(Curriculum):
-    """Stage k trains on 1..k hops jointly until k passes the held-out check. Ends default to the deepest hop in the
-    data."""
+    """Stage k trains on 1 .. k hops together until k hops pass the held-out check. Both ends are the deepest hop count
+    in the data unless given."""
 
     start_hops: int | None = number(at_least=1)
     stop_hops: int | None = number(at_least=1)
     threshold: Number = number(0.95, at_least=0, below=1)  # share of right answers above which a stage is passed
-    min_steps: int = number(0, at_least=0)  # of a stage
-    after_last: Literal["stop", "continue"] = "continue"  # when stop_hops passed and budget remains
-    restart_optimizer: bool = False  # the paper starts optimizer and warm-up afresh at each stage
+    min_steps: int = number(0, at_least=0)  # fewest updates of a stage
+    after_last: Literal["stop", "continue"] = "continue"  # when stop_hops has passed and budget remains
+    restart_optimizer: bool = False  # restart optimizer and warm-up at each stage, as the paper does
 
     def check(self) -> None:
         if self.start_hops is not None and self.stop_hops is not None and self.start_hops > self.stop_hops:

@@ -1,12 +1,12 @@
-"""Accuracy of a trained run over (loops x hops), and single questions.
+"""`looped eval` on hops: accuracy of a trained run over loops x hops.
 
-    for every (hops, split_kind) group of rows:
-        trace(model, rows, answers, loops)        one forward: the answer after every loop, see instruments/traces.py
-    grid.jsonl   loops x hops                     the `evaluate` module in hop_accuracy/: full-vocabulary argmax
+    for every group of rows (hops, split_kind):
+        trace(model, rows, answers, loops)        the answer after every loop, see instruments/traces.py
+    grid.jsonl   loops x hops                     accuracy, by the `evaluate` module in hop_accuracy/
     loops.jsonl  every loop x held-out hops       accuracy, mean margin, first correct loop; validation and test
 
-Protocol of Loop, Think & Generalize (arXiv 2604.07822): accuracy per hop count while the loops at inference
-are swept. What is evaluated is what ships: the weights in `RUN/model`, loaded by `runs/models.py`.
+Protocol: Loop, Think & Generalize (arXiv 2604.07822), accuracy per hop count at many loop counts. The model is the
+published one, RUN/model.
 """
 
 import json
@@ -28,14 +28,19 @@ from .results import THRESHOLDS, hops_solved
 from .rows import RowGroup, answered, groups_of, line_order, load_run_task
 
 GRID_LOOPS = (1, 2, 3, 4, 6, 8, 12, 16)
-MAX_LOOPS = 50  # how far overthinking is followed
-TRAIN_ROWS = 1000  # rows of each (hops, split_kind) group of the train split: a check of memory, not a result
+MAX_LOOPS = 50  # last loop at which held-out rows are measured, to see overthinking
+TRAIN_ROWS = 1000  # most training rows of a group: they only show what was memorised
 
 
 def trace_groups(
     model: PreTrainedModel, groups: Sequence[RowGroup], num_loops: Sequence[int], batch_size: int = 512
 ) -> list[Trace]:
-    """The trace of every group, over its own number of loops."""
+    """The trace of every group.
+
+    Args:
+        num_loops: loop count of each group.
+        batch_size: rows of a forward pass.
+    """
     total = sum(loops * len(group.answers) for loops, group in zip(num_loops, groups, strict=True))
     traces = []
     with tqdm(total=total, desc="evaluating", unit="loop", unit_scale=True, mininterval=1) as bar:
@@ -52,10 +57,10 @@ def trace_groups(
 def accuracy_grid(
     groups: Sequence[RowGroup], predictions: Sequence[torch.Tensor], loops: Sequence[int], trained_hops: Sequence[int]
 ) -> list[dict]:
-    """A row per loop count and group: loops, hops, split_kind, accuracy (a fraction), n, trained (this hop count).
+    """A record per loop count and group: loops, hops, split_kind, accuracy in [0, 1], n, trained (the hop count was).
 
     Args:
-        predictions: of each group, (R, N) ids after each of R >= max(loops) loops.
+        predictions: for each group, the predicted ids (R, N) after each of R >= max(loops) loops.
     """
     metric = evaluate.load(str(Path(__file__).parent / "hop_accuracy"), keep_in_memory=True)
     columns = {
@@ -72,8 +77,10 @@ def accuracy_grid(
 
 
 def loop_rows(split: str, group: RowGroup, traced: Trace) -> list[dict]:
-    """A row per loop: split, split_kind, hops, loops, accuracy, margin (mean), first_correct (share of the rows that
-    are right after this loop and after none before it), n."""
+    """A record per loop of a group: split, split_kind, hops, loops, accuracy, margin, first_correct, n.
+
+    margin: mean logit margin of the gold token. first_correct: share of rows that are right for the first time.
+    """
     correct = traced.prediction == group.answers  # (R, N)
     first = correct & (correct.cumsum(0) == 1)
     columns = zip(correct.double().mean(1), traced.margin.double().mean(1), first.double().mean(1), strict=True)
@@ -97,12 +104,12 @@ def evaluate_run(
     Args:
         run: a finished one.
         loops: loop counts of the grid, `GRID_LOOPS` unless given.
-        limit: at most so many rows per (hops, split_kind); all held-out rows unless given.
-        max_loops: held-out rows are followed so far, `MAX_LOOPS` unless given.
-        max_hops: deepest held-out chains, the recipe's unless given (k-hop only).
+        limit: most rows of a group (hops, split_kind); all held-out rows unless given.
+        max_loops: last loop of loops.jsonl, `MAX_LOOPS` unless given.
+        max_hops: deepest hop count of held-out rows, the recipe's unless given (task khop only).
 
     Raises:
-        ValueError: the run has not finished, or has no deeper chains.
+        ValueError: the run has not finished, or `load_run_task` refuses `max_hops`.
     """
     max_loops = MAX_LOOPS if max_loops is None else max_loops
     trained_hops = run.summary()["trained_hops"]
@@ -128,9 +135,9 @@ def evaluate_run(
 
 
 def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, int]) -> str:
-    """The grid as text: a line per (split kind, hops), a column per loop count, accuracies in %.
+    """The grid as text, in %: a line per (split kind, hops), a column per loop count.
 
-    The last column is the Wilson interval at the loop count that is best on average over the held-out lines.
+    The last column is the Wilson interval at the loop count with the best mean over the held-out lines.
     """
     loops = sorted({row["loops"] for row in rows})
     cells = {(row["split_kind"], row["hops"], row["loops"]): row for row in rows}
@@ -140,7 +147,7 @@ def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, in
     low, high = trained_loops
     header = "".join(f"{f'[{count}]' if low <= count <= high else count:>6}" for count in loops)
     text = [
-        f"Accuracy in % (chance {100 * chance:.1f}); a column is a loop count; [ ] and * mark those of the training.",
+        f"Accuracy in % (chance {100 * chance:.1f}); a column is a loop count; [ ] and * mark trained loops and hops.",
         f"{'split':<11}{'hops':>5} {'n':>6} |{header} | 95 % interval at {best} loops",
     ]
     for line in lines:

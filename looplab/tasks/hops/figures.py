@@ -1,9 +1,9 @@
-"""Which figures a set of runs gets, and where: what `looped plot RUN...` draws.
+"""`looped plot` on hops: which figures runs get, and in which folders.
 
-Figures of one run go to RUN/figures/, or to --output if the run is drawn alone: grid.png and training.png
-(run_figures.py), hops.png and loops.png after `looped eval`, halting.png after `looped halting`, learning.png for the
-task composition. Several runs are grouped by recipe; figures of groups (seed_figures.py) go to one folder and have the
-group in their names.
+Figures of one run go to RUN/figures/, or to --output if it is the only run: grid.png and training.png
+(run_figures.py), hops.png and loops.png after `looped eval`, halting.png after `looped halting`, and learning.png for
+the task composition. Several runs are grouped by recipe; figures of groups (seed_figures.py) go to one folder, with
+the name of the group in their names.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from .seed_figures import halting_figure, hops_figure, learning_figure, loops_fi
 
 
 def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
-    """Draw every run, and groups of seeds where there are several runs; returns the PNG paths.
+    """Draw every run, and groups of seeds if there are several runs; returns the PNG paths.
 
     Args:
-        output: folder for the figures of one run, or for those that show several together; unless given RUN/figures,
-            or `figures/<groups>` beside the first run.
+        output: folder for the figures of a single run, or of groups; unless given, RUN/figures for a run, and
+            `figures/<groups>` beside the first run for groups.
 
     Raises:
         ValueError: a run has not been evaluated, or the runs were evaluated on different grids.
@@ -44,7 +44,7 @@ def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Pat
 
 
 def draw(groups: Sequence[SeedGroup], path: Callable[[str, str], Path]) -> list[Path]:
-    """The figures for which all runs have the files; `path` of a kind of figure and the group's name, or ''."""
+    """Save the figures whose files all runs have. path(kind of figure, name of the group or ''): of a figure."""
     runs = [run for _, members in groups for run in members]
     paths = []
     if all_have(runs, LOOPS):

@@ -1,14 +1,14 @@
-"""What halting saves on a run: `looped halting RUN` writes RUN/halting.jsonl.
+"""`looped halting` on hops: what halting saves. Writes RUN/halting.jsonl.
 
     sweep      every rule x thresholds x budget, simulated from one trace of the validation rows
-    chosen     per rule: fewest loops with every solvable hop count within a point of its best fixed loop count
-    measured   on the test rows, by running the chosen setting: rows that are done leave the batch
-    timed      against the fixed loop count, in turn, on one batch of mixed hop counts
+    chosen     for each rule, the setting with the fewest loops that loses at most a point of accuracy at each solvable
+               hop count, compared with the best fixed loop count of that hop count
+    measured   the chosen setting on the test rows, by running it: rows that halt cost no more work
+    timed      the chosen setting and the fixed loop count in turn, on one batch of mixed hop counts
 
-Baselines: `own`, for each hop count the fewest fixed loops within a point of its best (an oracle that knows the hops);
-`fixed`, the one loop count that is best on average. A hop count is solvable if some loop count gives >= 60 % on its
-validation rows; the others are measured, but choose nothing. A budget is the `num_loops` of the call, reached by rows
-that never halt.
+There are two baselines. `own` has for each hop count the smallest fixed loop count within a point of its best, and so
+is an oracle that knows the hops. `fixed` is the one loop count that is best on average. A hop count is solvable if
+some loop count reaches 60 % on its validation rows; other hop counts are measured, but no setting is chosen by them.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +32,9 @@ from .records import HALTING
 from .results import ROUNDING, best_loops, fewest_near_best
 from .rows import RowGroup, answered, groups_of, load_run_task
 
-POINT = 0.01  # of accuracy that a rule may lose at any hop count
-SOLVABLE = 0.6
-TIMED_ROWS = 64  # of each hop count
+POINT = 0.01  # accuracy that a setting may lose at any hop count
+SOLVABLE = 0.6  # accuracy
+TIMED_ROWS = 64  # rows of each hop count in the timed batch
 
 
 def sweep(config: LoopedConfig, budgets: Sequence[int]) -> list[HaltingSetting]:
@@ -43,7 +43,7 @@ def sweep(config: LoopedConfig, budgets: Sequence[int]) -> list[HaltingSetting]:
 
 
 def loops_used(setting: HaltingSetting, traced: Trace) -> torch.Tensor:
-    """(N,) loops that each row of a trace would run under `setting`."""
+    """Loops (N,) that each row of a trace would run under `setting`."""
     rule = halting_rule(setting.halting) or FixedRule()
     stops = rule.stops(traced)[: setting.num_loops]
     stops[-1] = True  # after the budget
@@ -51,14 +51,14 @@ def loops_used(setting: HaltingSetting, traced: Trace) -> torch.Tensor:
 
 
 def outcome(setting: HaltingSetting, group: RowGroup, traced: Trace) -> tuple[float, float]:
-    """(accuracy, mean loops) of a group of rows under `setting`, simulated."""
+    """(accuracy, mean loops) of a group of rows under `setting`, simulated from its trace."""
     used = loops_used(setting, traced)
     said = traced.prediction.gather(0, used[None] - 1)[0]
     return float((said == group.answers).double().mean()), float(used.double().mean())
 
 
 def run_setting(model: PreTrainedModel, setting: HaltingSetting, group: RowGroup) -> tuple[float, float]:
-    """(accuracy, mean loops) of a group of rows under `setting`, by running it."""
+    """(accuracy, mean loops) of a group of rows under `setting`, measured by running it."""
     arguments = {"num_loops": setting.num_loops, "halting": setting.halting}
     right, used = answered(model, group.input_ids, group.answers, **arguments)
     return float(right.double().mean()), float(used.double().mean())
@@ -69,7 +69,7 @@ def call(model: PreTrainedModel, inputs: dict, setting: HaltingSetting):
 
 
 def mean_outcome(setting: HaltingSetting, groups: Sequence[RowGroup], traces: Sequence[Trace]) -> tuple[float, float]:
-    """Means over the groups, every hop count alike."""
+    """(accuracy, loops) under `setting`, simulated: means over the groups, each group with the same weight."""
     outcomes = [outcome(setting, group, traced) for group, traced in zip(groups, traces, strict=True)]
     return tuple(sum(column) / len(outcomes) for column in zip(*outcomes, strict=True))
 
@@ -77,9 +77,9 @@ def mean_outcome(setting: HaltingSetting, groups: Sequence[RowGroup], traces: Se
 def choose(
     settings: Sequence[HaltingSetting], groups: Sequence[RowGroup], traces: Sequence[Trace], best: Sequence[float]
 ):
-    """The setting with the fewest loops of those that lose at most a point against `best` in every group.
+    """The setting with the fewest loops among those that lose at most a point in every group.
 
-    Where none does, the one whose largest loss is the smallest.
+    If every setting loses more, the one whose largest loss is smallest. best: accuracy of each group to compare with.
     """
 
     def rank(setting):
@@ -94,7 +94,7 @@ def choose(
 def frontier(
     settings: Sequence[HaltingSetting], groups: Sequence[RowGroup], traces: Sequence[Trace]
 ) -> list[HaltingSetting]:
-    """The settings to which none is better in accuracy at as few loops, by increasing loops."""
+    """The settings that no other setting beats in accuracy with as few loops, sorted by loops."""
     points = sorted(
         ((*mean_outcome(setting, groups, traces), setting) for setting in settings), key=lambda p: (p[1], -p[0])
     )
@@ -114,7 +114,8 @@ def time_row(
     fixed: HaltingSetting,
     rounds: int,
 ) -> dict:
-    """Wall time of `fixed` over that of `setting` on one padded batch, median and range of interleaved pairs."""
+    """Time `setting` against `fixed` on one padded batch of `rows`: the ratio is seconds of `fixed` over seconds of
+    `setting`. rounds: interleaved pairs."""
     inputs = tokenizer(rows["text"][:], padding=True, return_tensors="pt").to(model.device)
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(rows["answer"][:]))
 
@@ -143,19 +144,20 @@ def halting_run(
     limit: int | None = None,
     rounds: int = 7,
 ) -> Path:
-    """Write RUN/halting.jsonl: rows of measure fixed, frontier, chosen and time.
+    """Write RUN/halting.jsonl. The `measure` of a record is one of
 
     fixed      accuracy on the solvable test rows at every fixed loop count
-    frontier   the same for the settings that are not dominated on the validation rows, with their mean loops
-    chosen     per rule and hop count, run for real: accuracy, loops; those of the baselines; those of the simulation
-    time       per rule, see `time_row`
+    frontier   accuracy and mean loops there, of the settings in the `frontier` of the validation rows
+    chosen     for each rule and hop count: accuracy and loops of the chosen setting, measured, simulated, and of both
+               baselines
+    time       for each rule, see `time_row`
 
     Args:
         run: a finished one.
         max_loops: the largest budget, `MAX_LOOPS` unless given.
-        max_hops: deepest chains, the recipe's unless given (k-hop only).
-        limit: at most so many rows per (hops, split_kind).
-        rounds: timed pairs.
+        max_hops: deepest hop count, the recipe's unless given (task khop only).
+        limit: most rows of a group (hops, split_kind); all unless given.
+        rounds: interleaved pairs of `time_row`.
 
     Raises:
         ValueError: the run has not finished, or it solves no hop count.
@@ -164,17 +166,17 @@ def halting_run(
     model, tokenizer = load_run_model(run, max_loops)
     task = load_run_task(run, max_hops)
     groups = {split: groups_of(task[split], tokenizer, limit) for split in ("validation", "test")}
-    # A rule is chosen on validation rows: test lines that have none are left out.
+    # Settings are chosen on validation rows: test groups without validation rows are left out.
     known = {(group.split_kind, group.hops) for group in groups["validation"]}
     groups["test"] = [group for group in groups["test"] if (group.split_kind, group.hops) in known]
     traces = {split: trace_groups(model, groups[split], [max_loops] * len(groups[split])) for split in groups}
-    by_loops = {  # of the validation rows
+    by_loops = {  # accuracies of the validation rows after each loop
         (group.split_kind, group.hops): (traced.prediction == group.answers).double().mean(1).tolist()
         for group, traced in zip(groups["validation"], traces["validation"], strict=True)
     }
     solvable = [index for index, line in enumerate(by_loops) if max(by_loops[line]) >= SOLVABLE]
     if not solvable:
-        raise ValueError(f"{run.folder} reaches {100 * SOLVABLE:.0f} % on no hop count: there is nothing to save.")
+        raise ValueError(f"{run.folder} reaches {100 * SOLVABLE:.0f} % at no hop count: there is nothing to save.")
     lines = [list(by_loops)[index] for index in solvable]
     best = [max(by_loops[line]) for line in lines]
     own = {line: fewest_near_best(accuracies, POINT) for line, accuracies in by_loops.items()}
@@ -211,7 +213,7 @@ def halting_run(
 
 
 def timed_rows(test, lines: Sequence[tuple[str, int]]) -> list[int]:
-    """The first TIMED_ROWS rows of each line."""
+    """Row numbers of the first TIMED_ROWS test rows of each line (split kind, hops)."""
     places = {line: [] for line in lines}
     for index, line in enumerate(zip(test["split_kind"][:], test["hops"][:], strict=True)):
         if line in places and len(places[line]) < TIMED_ROWS:

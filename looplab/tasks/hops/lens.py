@@ -1,18 +1,16 @@
-"""Where a chain's entities are readable in a looped model, and where they are causal.
+"""Where in a looped model the entities of a chain can be read out, and where they cause the answer.
 
     chains = chains_of(rows, tokenizer)          e35 --r3--> e46 --r19--> e12, asked as "e35 r3 r19"
     facts  = facts_of(train_rows, tokenizer)     (V, V)  entity x relation -> entity
 
     logit_lens(model, chains)                    which entity of the path each state reads out
     clean, corrupted = corrupt(chains, facts, position=0)
-    patch(model, clean, corrupted)               one clean state put into the corrupted run: does the answer come back?
-    swap_bridge(model, chains, facts)            b exchanged with another b' in the state: does the answer follow b'?
+    patch(model, clean, corrupted)               one clean state in the corrupted run: does the answer come back?
+    swap_bridge(model, chains, facts)            bridge b exchanged with b' in one state: does the answer follow b'?
 
-Each returns a table: a dict per layer call and position, or set of positions, counted as in instruments/recorder.py.
-Shares are fractions.
-
-Methods: Loop, Think & Generalize (arXiv 2604.07822) for lens, patching and bridge swap on two-hop chains. Legend: N
-chains, T tokens, K hops, V vocabulary, D hidden size.
+Each returns a list of records, one per layer call and position, or set of positions, named as in
+instruments/recorder.py. Shares are in [0, 1]. Source: Loop, Think & Generalize (arXiv 2604.07822), for two hops.
+Legend: N chains, T tokens, K hops, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,15 +27,15 @@ from looplab.instruments.recorder import Recording, edit, layer_calls, record
 
 from .rows import answered
 
-BATCH = 512  # chains run at once
+BATCH = 512  # chains in a forward pass
 
 
 @dataclass(frozen=True)
 class Chains:
     """Questions of one hop count and split kind, as token ids.
 
-    Position 0 of `input_ids` (N, T) is the start entity, position i the i-th relation, the last one the readout.
-    `path` (N, K + 1) are the entities from the start to the answer; those between are the bridges.
+    input_ids (N, T): position 0 is the start entity, position i is relation i, the last position is the readout.
+    path (N, K + 1): the entities from the start to the answer; the entities between the two are the bridges.
     """
 
     hops: int
@@ -57,7 +55,7 @@ class Chains:
             yield self.keep(rows)
 
     def labels(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """What stands at each position: h, r1, r2, ..., and the readout token where there is one."""
+        """A word for each position: h, r1, r2, ..., and the readout token if there is one."""
         words = ["h", *(f"r{hop}" for hop in range(1, self.hops + 1))]
         return words + tokenizer.convert_ids_to_tokens(self.input_ids[0, len(words) :].tolist())
 
@@ -65,10 +63,10 @@ class Chains:
 def chains_of(
     rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, hops: int, limit: int | None = None
 ) -> list[Chains]:
-    """The chains of `hops` hops by split kind, at most `limit` of each (the same ones every time).
+    """The chains of `hops` hops, one `Chains` per split kind; of more than `limit` chains the same `limit` every time.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no such chains.
     """
     counts, kinds = np.array(rows["hops"][:]), np.array(rows["split_kind"][:])
     if hops not in counts:
@@ -86,7 +84,7 @@ def chains_of(
 
 
 def facts_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """(V, V) token ids: entity x relation -> the entity it leads to, -1 where there is no such fact."""
+    """Token ids (V, V): entity x relation -> the entity that the relation leads to; -1 if there is no such fact."""
     facts = torch.full((len(tokenizer), len(tokenizer)), -1)
     known = rows.select(np.flatnonzero(np.array(rows["hops"][:]) == 1))
     asked = torch.tensor(tokenizer(known["text"][:])["input_ids"])
@@ -103,12 +101,12 @@ def follow(facts: torch.Tensor, entities: torch.Tensor, relations: torch.Tensor)
 
 
 def corrupt(chains: Chains, facts: torch.Tensor, position: int, seed: int = 0) -> tuple[Chains, Chains]:
-    """The chains, and beside each the same one with another word at `position` that leads to another answer.
+    """The chains, and for each the same chain with another word at `position` that leads to another answer.
 
-    The other word is drawn among all that make a chain of the graph; chains that have none are left out of both.
+    The other word is drawn from all that make a chain of the graph. Chains without such a word are left out of both.
 
     Raises:
-        ValueError: `position` is neither the start entity's nor a relation's.
+        ValueError: there is no start entity and no relation at `position`.
     """
     if not 0 <= position <= chains.hops:
         raise ValueError(
@@ -124,7 +122,10 @@ def corrupt(chains: Chains, facts: torch.Tensor, position: int, seed: int = 0) -
 
 
 def draw(allowed: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of `allowed` (N, choices) that allow anything, and for each one of its choices, all alike likely."""
+    """(rows of `allowed` (N, choices) with at least one choice, one of the choices of each, drawn uniformly).
+
+    Raises ValueError if no row has a choice.
+    """
     rows = allowed.any(dim=1).nonzero().squeeze(1)
     if len(rows) == 0:
         raise ValueError("no chain can be changed so that its answer changes: the graph is too small.")
@@ -133,15 +134,17 @@ def draw(allowed: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def position_sets(chains: Chains) -> list[list[int]]:
-    """Each position alone, then all relations together: a model may keep an entity at several of them."""
-    relations = list(range(1, chains.hops + 1))
-    return [[position] for position in range(chains.input_ids.shape[1])] + [relations] * (chains.hops > 1)
+    """Each position alone, then all relations together, since a model may keep an entity at several positions."""
+    sets = [[position] for position in range(chains.input_ids.shape[1])]
+    if chains.hops > 1:
+        sets.append(list(range(1, chains.hops + 1)))
+    return sets
 
 
 def recordings(
     model: PreTrainedModel, chains: Chains, num_loops: int | None, task: str
 ) -> Iterator[tuple[Chains, Recording]]:
-    """Batch by batch, the chains and what the model does on them."""
+    """The chains batch by batch, and the recording of the model on each batch. task: for the progress bar."""
     with tqdm(total=len(chains.path), desc=f"{task}, {chains.split_kind}", unit="row") as bar:
         for batch in chains.split():
             yield batch, record(model, batch.input_ids, num_loops)
@@ -155,10 +158,10 @@ def accuracy(model: PreTrainedModel, chains: Chains, num_loops: int | None = Non
 
 @torch.no_grad()
 def logit_lens(model: PreTrainedModel, chains: Chains, num_loops: int | None = None) -> list[dict]:
-    """The readout of every state, and where in it each entity of the path stands.
+    """Read out every state, and see where each entity of the path stands in the readout.
 
-    A row per layer call, position and `hop` of the path (0 the start, K the answer): `top1` the share of chains where
-    that entity is the argmax, `mrr` its mean reciprocal rank, `log_prob` its mean log-probability (nats).
+    A record per layer call, position and `hop` of the path (0 the start, K the answer): `top1`, share of chains whose
+    argmax is that entity; `mrr`, its mean reciprocal rank; `log_prob`, its mean log-probability in nats.
     """
     calls, width = layer_calls(model.config, num_loops), chains.input_ids.shape[1]
     sums = torch.zeros(len(calls), width, chains.hops + 1, 3, dtype=torch.float64)
@@ -184,19 +187,19 @@ def logit_lens(model: PreTrainedModel, chains: Chains, num_loops: int | None = N
 
 @torch.no_grad()
 def patch(model: PreTrainedModel, source: Chains, target: Chains, num_loops: int | None = None) -> list[dict]:
-    """Run `target` with one state of `source`, row by row, and see whether the answer of `source` comes out.
+    """Run the chains `target` with one state from the run of `source`: does the answer of `source` come out?
 
-    With (clean, corrupted) it is what the state suffices for; with (corrupted, clean), the inverse, what it is needed
-    for. A row per layer call and set of `positions`, those of `position_sets`:
+    patch(clean, corrupted) shows what the state suffices for; patch(corrupted, clean) shows what it is needed for. A
+    record per layer call and set of `positions` (`position_sets`):
 
         recovered        share of chains whose argmax becomes the answer of `source`
-        logit_recovery   logit of the source's answer minus that of the target's: 0 as in the target run, 1 as in the
-                         source run (mean over chains of the gain, over the mean of what there was to gain)
-        unpatched        share of target runs that give the source's answer anyway
-        source           share of source runs that do: about the most that can be recovered
+        logit_recovery   gain in the logit of the source's answer minus the logit of the target's answer: 0 as in the
+                         target run, 1 as in the source run (mean gain over chains / mean gain that is possible)
+        unpatched        share of target runs that give the source's answer without the state
+        source           share of source runs that give it: about the most that can be recovered
 
     Raises:
-        ValueError: the two do not belong together row by row.
+        ValueError: `source` and `target` differ in shape, and so do not belong together chain by chain.
     """
     if source.input_ids.shape != target.input_ids.shape:
         raise ValueError(
@@ -206,7 +209,7 @@ def patch(model: PreTrainedModel, source: Chains, target: Chains, num_loops: int
     calls, sets, num_rows = layer_calls(model.config, num_loops), position_sets(source), len(source.path)
 
     def outcome(logits: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """(2,) sums over the rows: the wanted answer is given; its logit lead over the other one."""
+        """Sums over the batch, (2,): chains that give the wanted answer; lead of its logit over the other answer's."""
         logits = logits[:, -1].double().cpu()
         lead = (logits.gather(1, wanted[:, None]) - logits.gather(1, other[:, None])).squeeze(1)
         return torch.stack([logits.argmax(-1) == wanted, lead], dim=1).sum(0)
@@ -242,15 +245,17 @@ def patch(model: PreTrainedModel, source: Chains, target: Chains, num_loops: int
 
 
 def redirect(chains: Chains, facts: torch.Tensor, hop: int, seed: int = 0) -> tuple[Chains, Chains]:
-    """The chains, and beside each the same question as if its entity after `hop` hops were another one, drawn among
-    all from which the rest of the question leads to another answer; chains that have none are left out of both.
+    """The chains, and for each the same question with another entity in its path after `hop` hops.
+
+    The other entity is drawn from all entities from which the rest of the question leads to another answer. Chains
+    without such an entity are left out of both.
 
     Raises:
-        ValueError: `hop` is not that of a bridge.
+        ValueError: there is no bridge after `hop` hops.
     """
     if not 1 <= hop < chains.hops:
         raise ValueError(
-            f"hop must be that of a bridge, 1 to {chains.hops - 1} in chains of {chains.hops} hops, got {hop}."
+            f"hop must be a bridge's, from 1 to {chains.hops - 1} in chains of {chains.hops} hops, got {hop}."
         )
     others = (facts >= 0).any(dim=1).nonzero().squeeze(1)
     starts = others.expand(len(chains.path), -1)  # (N, entities)
@@ -263,11 +268,10 @@ def redirect(chains: Chains, facts: torch.Tensor, hop: int, seed: int = 0) -> tu
 
 
 def exchange(first: torch.Tensor, second: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The change of a state (N, K, D) that exchanges its components along two directions (N, D), row by row.
+    """A change of a state (N, K, D) that exchanges its components along two directions (N, D).
 
-    It is the reflection that maps one direction to the other: what the state has of `first` it then has of `second`
-    and the other way round; all that is orthogonal to both stays, and so does the state's length. Between equal
-    directions it is the identity.
+    It is the reflection that maps one direction to the other. Components orthogonal to both stay, and so does the
+    length of the state. For equal directions it is the identity.
     """
     across = normalize(normalize(first, dim=-1) - normalize(second, dim=-1), dim=-1)[:, None]  # (N, 1, D)
 
@@ -278,7 +282,7 @@ def exchange(first: torch.Tensor, second: torch.Tensor) -> Callable[[torch.Tenso
 
 
 def random_step(change: Callable[[torch.Tensor], torch.Tensor], generator: torch.Generator) -> Callable:
-    """The control of `change`: a step as long as its own in a random direction."""
+    """The control of `change`: a step of the same length in a random direction."""
 
     def step(state: torch.Tensor) -> torch.Tensor:
         length = (change(state) - state).norm(dim=-1, keepdim=True)
@@ -299,18 +303,18 @@ def swap_bridge(
     directions: torch.Tensor | None = None,
     seed: int = 0,
 ) -> list[dict]:
-    """Exchange the bridge's token direction with that of another entity b' in one state: does the answer follow b'?
+    """Exchange the directions of the bridge b and of another entity b' in one state: does the answer follow b'?
 
-    A row per layer call and set of `positions`, those of `position_sets`, with the share of chains that answer as from
-    b' (`swapped`) and as before (`kept`), and the same after a step of equal length in a random direction
-    (`random_swapped`, `random_kept`).
+    A record per layer call and set of `positions` (`position_sets`): share of chains that answer as from b'
+    (`swapped`) and as from b (`kept`), and the same shares after a random step of equal length (`random_swapped`,
+    `random_kept`).
 
     Args:
-        hop: which bridge, 1 the first.
-        directions: (V, D) a direction per token, the rows of the head unless given.
+        hop: the bridge after `hop` hops.
+        directions: (V, D), a direction per token; the weights of the head unless given.
 
     Raises:
-        ValueError: `hop` is not that of a bridge.
+        ValueError: there is no bridge after `hop` hops.
     """
     chains, redirected = redirect(chains, facts, hop, seed)
     directions = model.get_output_embeddings().weight if directions is None else directions.to(model.device)

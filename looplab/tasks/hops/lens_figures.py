@@ -1,12 +1,12 @@
-"""Pictures of lens rows, as PNG in RUN/figures/: heat maps of words x layer calls, in %, a column per split kind.
+"""Figures of `looped lens` on hops: heat maps of words x layer calls, in %, with a column per split kind.
 
     lens.png     share of chains in which a state reads out the bridge, and the answer
     patch.png    share of corrupted runs that give the clean answer after one clean state was put in
     swap.png     share of runs that follow the other bridge after its direction was exchanged
     probe.png    accuracy of a linear probe for the bridge, and for the answer
-    stages.png   the first three over training, at the positions where the two-hop mechanism would be
+    stages.png   lens, patch and swap over training, at the positions where the two-hop mechanism would be
 
-Figures count loops and layers from 1, the rows from 0. Depth grows upwards.
+Figures count loops and layers from 1, records count from 0. Later layer calls are higher up.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ def kind_title(row: dict) -> str:
 
 
 def entity_word(row: dict) -> str:
-    """What the entity after `hop` hops is to the chain."""
+    """The name of the entity that a record is about: answer, bridge, or bridge N."""
     if row["hop"] == row["hops"]:
         return "answer"
     return "bridge" if row["hops"] == 2 else f"bridge {row['hop']}"
 
 
 def lens_figures(rows: Sequence[dict]) -> dict[str, Figure]:
-    """A figure per kind of measurement that is among the rows of one model: name -> figure."""
+    """Name -> figure, for each measure among the records of one model."""
     by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("lens", "patch", "swap", "probe")}
     reached = {row["split_kind"]: row["accuracy"] for row in rows if row["measure"] == "accuracy"}
     lens = [row for row in by_measure["lens"] if row["hop"] > 0]
@@ -72,10 +72,12 @@ def heat_maps(
     scale: str,
     title: str,
 ) -> Figure:
-    """`rows` as heat maps of `value` over words (`at`) x layer calls: a line of panels per `line`, a column per kind.
+    """Heat maps of the field `value` over words (`at`) x layer calls, a column per split kind.
 
     Args:
-        note: rows of a panel -> what stands above it beside the split kind, its control or its ceiling.
+        line: from a record to the name of the line of panels that it belongs to.
+        note: from the records of a panel to the text above it: its control, or the most that can be reached.
+        scale: label of the colour bar.
     """
     lines, kinds = ordered(map(line, rows)), ordered(row["split_kind"] for row in rows)
     calls, words = ordered(map(call_of, rows)), ordered(row["at"] for row in rows)
@@ -94,11 +96,11 @@ def heat_maps(
 
 
 def stages_figure(rows: Sequence[dict]) -> Figure:
-    """Snapshots x layer calls: where the bridge and the answer become readable and causal, below the accuracy.
+    """Accuracy, and below it snapshots x layer calls: where bridge and answer can be read out and cause the answer.
 
-    Readable is the lens' top-1 rate, of the bridge at its relation and of the answer at the readout. Causal, in the
-    states of all relations at once, is that the clean ones restore the answer after the start entity was changed, and
-    that the answer follows an exchanged bridge.
+    The first two lines are the top-1 rates of the lens, for the bridge at its relation and for the answer at the
+    readout. The other two change the states of all relations at once: clean states restore the answer after the start
+    entity was changed, and the answer follows an exchanged bridge.
     """
     kinds, steps = ordered(row["split_kind"] for row in rows), ordered(row["step"] for row in rows)
     measured = [row for row in rows if row["measure"] != "accuracy"]

@@ -1,11 +1,11 @@
-"""`looped lens`: a run's lens, patching, bridge swap and probes, measured, written and drawn.
+"""`looped lens` on hops: measures lens, patching, bridge swap and probes of a run, and draws them.
 
-lens.jsonl           every measurement of RUN/model            figures/lens.png, patch.png, swap.png, probe.png
-lens_step-N.jsonl    the same of RUN/snapshots/step-N          figures/lens_step-N.png, ...
-lens_stages.jsonl    what tells the stages of training apart   figures/stages.png
+lens.jsonl           every measurement of RUN/model                    figures/lens.png, patch.png, swap.png, probe.png
+lens_step-N.jsonl    the same for RUN/snapshots/step-N                 figures/lens_step-N.png, ...
+lens_stages.jsonl    measurements that tell stages of training apart   figures/stages.png
 
-Every row names its `measure` (accuracy, lens, patch, swap, probe), the snapshot and its step, `hops`, `split_kind`,
-and `at`: the words of its positions. The other fields are those of the functions in lens.py and probes.py.
+Every record has its `measure` (accuracy, lens, patch, swap, probe), the snapshot and its step, `hops`, `split_kind`,
+and `at`, the words of its positions. lens.py and probes.py explain the other fields.
 """
 
 from pathlib import Path
@@ -28,9 +28,9 @@ from .rows import load_run_task
 
 LIMIT = 300  # chains per split kind
 PROBE_ROWS = 3000  # training chains of a probe
-DEEPEST = 4  # hops looked at unless asked for more: the work grows with their square
-DAMAGED = "delete the folder."  # what to do with a snapshot that cannot be read
-STAGE_KINDS = ("train", "id", "ood")  # what the stages of training are told apart by
+DEEPEST = 4  # most hops unless asked for more, since the work grows with their square
+DAMAGED = "delete the folder."  # the remedy for a snapshot that cannot be read
+STAGE_KINDS = ("train", "id", "ood")  # split kinds that tell stages of training apart
 
 
 def lens_run(
@@ -42,20 +42,20 @@ def lens_run(
     limit: int | None = None,
     probes: bool = True,
 ) -> list[Path]:
-    """Measure RUN/model, one snapshot, or all of them over training; write the numbers and draw them.
+    """Measure RUN/model, one snapshot or all snapshots; write the numbers and draw them.
 
     Args:
         snapshot: a folder of RUN/snapshots ("step-000001000"), "all", or None for RUN/model.
-        hops: length of the chains, the longest trained on but at most `DEEPEST` unless given.
-        num_loops: loops at inference, those of the model's configuration unless given.
-        limit: chains per split kind, `LIMIT` unless given.
-        probes: also fit the probes, most of the work; never for "all".
+        hops: hop count of the chains; the largest in training, but at most `DEEPEST`, unless given.
+        num_loops: loop count; the model's own unless given.
+        limit: most chains per split kind, `LIMIT` unless given.
+        probes: also fit the probes, which take most of the time; "all" never fits them.
 
     Returns:
         The paths written, numbers first.
 
     Raises:
-        ValueError: no such snapshot or hop count.
+        ValueError: there is no such snapshot or hop count.
     """
     limit = LIMIT if limit is None else limit
     if snapshot == "all":
@@ -98,7 +98,7 @@ def step_of(path: Path) -> int:
 
 
 def snapshots_of(run: Run) -> dict[int, Path]:
-    """Training step -> folder, in order."""
+    """Step -> folder of the snapshot, in order. Raises ValueError if there are none."""
     found = {step_of(path): path for path in run.folder.glob("snapshots/step-*") if (path / "config.json").is_file()}
     if not found:
         raise ValueError(
@@ -134,7 +134,7 @@ def chains_by_kind(task: datasets.DatasetDict, tokenizer, hops: int, limit: int)
 def labelled(
     measure: str, chains: Chains, tokenizer: PreTrainedTokenizerBase, rows: list[dict], **facts
 ) -> list[dict]:
-    """The rows with what they measure, of which chains, and the words of their positions."""
+    """The records with their measure, hop count and split kind, `facts`, and the words of their positions."""
     labels = chains.labels(tokenizer)
 
     def words(row: dict) -> dict:
@@ -171,7 +171,8 @@ def all_rows(model, tokenizer, task, hops: int, num_loops: int | None, limit: in
 
 
 def stage_rows(model, tokenizer, task, hops: int, num_loops: int | None, limit: int) -> list[dict]:
-    """What tells stages of training apart: accuracy, lens, patching of the start entity, swap of the first bridge."""
+    """The measurements that tell stages of training apart: accuracy, lens, patching after the start entity
+    changed, swap of the first bridge."""
     facts = facts_of(task["train"], tokenizer)
     rows = []
     for chains in chains_by_kind(task, tokenizer, hops, limit):

@@ -1,8 +1,8 @@
-"""Linear probes: what of a chain's path can be decoded from each state, readable by the model's own head or not.
+"""Linear probes: which entities of a chain's path can be decoded from each state, also if the head cannot read them.
 
     probe_path(model, train, test)      one multinomial logistic regression per (layer call, position, hop)
 
-Two controls tell what a high accuracy means: always guessing the commonest entity of the probe's training chains, and
+Two controls show what an accuracy is worth: always guessing the commonest entity of the probe's training chains, and
 the same probe on the states of a model with random weights.
 """
 
@@ -17,10 +17,10 @@ from .lens import Chains
 
 
 def unseen(train: Chains, test: Chains, hop: int) -> torch.Tensor:
-    """The training chains (indices) whose first `hop` facts, as asked, are those of no test chain.
+    """Numbers of the training chains that share their first `hop` facts with no test chain.
 
-    The entity after `hop` hops depends on nothing else. A probe fitted on chains that share them could name it by the
-    words alone, as that of a model with random weights then does.
+    The entity after `hop` hops depends on these facts only. A probe fitted on chains that share them could name the
+    entity by the words alone, even in a model with random weights.
     """
     known = {tuple(words) for words in test.input_ids[:, : hop + 1].tolist()}
     fresh = [tuple(words) not in known for words in train.input_ids[:, : hop + 1].tolist()]
@@ -42,14 +42,14 @@ def probe_path(
     penalty: float = 1e-3,
     seed: int = 0,
 ) -> list[dict]:
-    """Probes for every entity of the path, fitted on `train` and tested on `test`, at every layer call.
+    """Fit probes for every entity of the path on `train`, at every layer call, and test them on `test`.
 
-    The entity after `hop` hops is probed from position `hop` on, where the words that determine it have been read. A
-    row per layer call, position and hop: `accuracy`, `majority` and `random_init` are shares of the test chains; `n`
-    and `n_train` count the chains, `n_train` without those that `unseen` leaves out.
+    The entity after `hop` hops is probed from position `hop` on, where the words that determine it have been read.
+    There is a record per layer call, position and hop: `accuracy`, and the controls `majority` and `random_init`, are
+    shares of the test chains; `n` test chains, and `n_train` training chains, those of `unseen`.
 
     Raises:
-        ValueError: the chains differ in their hops, or no training chain is left.
+        ValueError: the chains differ in their hop counts, or no training chain is left.
     """
     if train.hops != test.hops:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that are measured on chains of hops."""
+"""Files with measurements on hops."""
 
 from looplab.runs.folder import NUMBER, SHARE, RecordFile
 from looplab.tasks.base import MEMORY

@@ -1,12 +1,13 @@
-"""What the files of a run say: how far it reaches in hops, what more loops do, what halting saves.
+"""Results of a run on hops, from its files: how many hops it reaches, what more loops do, what halting saves.
 
-    loops chosen   on the validation rows: one count for all hop counts, or one for each
-    measured       on the test rows, other chains of the same hop counts
-    reach          largest hop count such that it and all smaller ones have >= 60 / 90 / 95 % (arXiv 2604.07822)
-    ratio          reach at 60 % over the learnable depth, the deepest trained hop count that passed the gate
-    kept           accuracy after the last loop over accuracy at the chosen ones: 1 is no overthinking
+    loops      chosen on the validation rows: one loop count for all hop counts, or one for each
+    accuracy   measured on the test rows, other chains of the same hop counts
+    reach      largest hop count such that it and all smaller ones have >= 60 / 90 / 95 % (arXiv 2604.07822)
+    ratio      reach at 60 % over the learnable depth, the deepest hop count that passed the held-out check in training
+    kept       accuracy after the last loop over accuracy at the chosen loop count: 1 means no overthinking
 
-A line is a (split kind, hop count); every line counts alike in a mean. Plain Python, so that tables are quick.
+A line of a table is a (split kind, hop count), and every line has the same weight in a mean. Nothing here imports
+torch, so that tables are quick.
 """
 
 from collections.abc import Sequence
@@ -16,19 +17,20 @@ from looplab.runs.seeds import group_runs, span, to_markdown
 
 from .records import HALTING, LOOPS
 
-THRESHOLDS = (0.6, 0.9, 0.95)  # those of arXiv 2604.07822: generalization ratio, "strong", curriculum
+THRESHOLDS = (0.6, 0.9, 0.95)  # arXiv 2604.07822 has them for generalization ratio, "strong", and curriculum
 
-# A mean this close to the best one counts as the best, so that a stray row does not choose 50 loops over 12.
+# A mean this close to the best counts as best, so that a single row does not choose 50 loops over 12.
 TIE = 0.001
-ROUNDING = 1e-9  # one row of a hundred less is a loss of one point, not of 0.010000000000000009
+ROUNDING = 1e-9  # a loss of one row in a hundred is 0.010000000000000009, and has to count as one point
 
 Line = tuple[str, int]
 
 
 def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:
-    """Largest hop count such that it and all smaller ones reach `threshold` with `loops` loops (0: none does).
+    """Largest hop count such that it and all smaller ones reach `threshold` with `loops` loops; 0 if none does.
 
-    Of facts, id and ood: the finer split kinds of the composition task are probes beside the paper's measure.
+    Only the split kinds atomic, id and ood count; the finer kinds of the task composition are not in the paper's
+    measure.
     """
     worst = {}
     for row in rows:
@@ -43,7 +45,7 @@ def hops_solved(rows: Sequence[dict], loops: int, threshold: float) -> int:
 
 
 def lines_of(rows: Sequence[dict], split: str, field: str = "accuracy") -> dict[Line, list[float]]:
-    """`field` after each loop, for each line of a split."""
+    """Line -> `field` after each loop, for a split. rows: records of loops.jsonl."""
     lines = {}
     for row in sorted((row for row in rows if row["split"] == split), key=lambda row: row["loops"]):
         lines.setdefault((row["split_kind"], row["hops"]), []).append(row[field])
@@ -51,22 +53,22 @@ def lines_of(rows: Sequence[dict], split: str, field: str = "accuracy") -> dict[
 
 
 def fewest_near_best(accuracies: Sequence[float], tie: float = TIE) -> int:
-    """The smallest loop count whose accuracy is within `tie` of the best; `accuracies` are those after each loop."""
+    """The smallest loop count whose accuracy is within `tie` of the best, from the accuracies after each loop."""
     best = max(accuracies)
     return next(loops for loops, accuracy in enumerate(accuracies, start=1) if accuracy >= best - tie - ROUNDING)
 
 
 def best_loops(lines: dict[Line, list[float]]) -> int:
-    """The one loop count that is best on average over the lines."""
+    """The loop count with the best mean accuracy over the lines."""
     return fewest_near_best([sum(column) / len(column) for column in zip(*lines.values(), strict=True)])
 
 
 def depth_facts(run: Run) -> dict:
-    """The numbers of the module docstring, by name; ratios are None where they would divide by zero."""
+    """The numbers that the module docstring explains, by name; a ratio is None if it would divide by zero."""
     rows = run.read(LOOPS)
     validation, test = lines_of(rows, "validation"), lines_of(rows, "test")
     loops = best_loops(validation)
-    # A test line without validation rows takes the common count.
+    # A test line without validation rows takes the common loop count.
     own = {line: fewest_near_best(validation[line]) if line in validation else loops for line in test}
     at_own = [
         {"split_kind": kind, "hops": hops, "loops": 0, "accuracy": test[kind, hops][count - 1]}
@@ -97,7 +99,7 @@ def depth_facts(run: Run) -> dict:
 
 
 def first_correct(rows: Sequence[dict]) -> dict[Line, float | None]:
-    """Mean loop after which a test row is right for the first time, of the rows that ever are."""
+    """Line -> mean loop after which a test row is right for the first time, over the rows that ever are right."""
     means = {}
     for line, shares in lines_of(rows, "test", "first_correct").items():
         ever = sum(shares)
@@ -106,7 +108,7 @@ def first_correct(rows: Sequence[dict]) -> dict[Line, float | None]:
 
 
 def depth_text(run: Run) -> str:
-    """The facts as text, a line per test line."""
+    """`depth_facts` as text, with a line per test line."""
     facts, rows = depth_facts(run), run.read(LOOPS)
     test, margins = lines_of(rows, "test"), lines_of(rows, "test", "margin")
     last, loops = facts["max_loops"], facts["loops"]
@@ -136,7 +138,7 @@ def number(value: float | None) -> str:
 
 
 def halting_facts(rows: Sequence[dict]) -> dict[str, dict]:
-    """Per rule, over the solvable hop counts of the test rows: what `halting_text` prints."""
+    """Rule -> the numbers that `halting_text` prints, over the solvable hop counts of the test rows."""
     from looplab.instruments.halting_settings import SETTING_FIELDS  # which imports torch
 
     facts = {}
@@ -161,7 +163,7 @@ def halting_facts(rows: Sequence[dict]) -> dict[str, dict]:
 
 
 def halting_text(rows: Sequence[dict]) -> str:
-    """The chosen settings as text."""
+    """The chosen settings and the baselines as text. rows: records of halting.jsonl."""
     facts = halting_facts(rows)
     first = next(iter(facts.values()))
     hops = sorted({row["hops"] for row in rows if row["measure"] == "chosen" and row["solvable"]})
@@ -187,7 +189,8 @@ def halting_text(rows: Sequence[dict]) -> str:
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
-    """A line per group: mean [lowest, highest] over its runs, measured on test rows at loops chosen on validation."""
+    """A Markdown table with a line per group of seeds: mean [lowest, highest] of the test rows over its runs, at the
+    loop count that the validation rows choose."""
     rows = []
     for name, members in group_runs(runs).items():
         facts = [depth_facts(run) for run in members]

@@ -1,4 +1,4 @@
-"""The questions of a run, in groups of one hop count and split kind."""
+"""The questions of a run, as groups of rows with one hop count and split kind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class RowGroup:
 
 
 def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[RowGroup]:
-    """`rows` split by (split_kind, hops), at most `limit` of each (the same ones every time).
+    """`rows` in groups by (split_kind, hops), sorted; of a larger group `limit` rows, the same every time.
 
     Raises:
         ValueError: two questions of one group have different lengths, or one has a word that the tokenizer lacks.
@@ -46,14 +46,15 @@ def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit:
 
 
 def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict:
-    """The data of a run, from its recipe; already in the datasets cache where the run was trained.
+    """The splits of a run, from its recipe; on the machine that trained it, they are in the `datasets` cache.
 
     Args:
-        max_hops: test up to this hop count instead of the recipe's; the rows of the other hop counts stay the same.
+        max_hops: deepest hop count of validation and test, in place of the recipe's. Rows of other hop counts stay the
+            same.
 
     Raises:
-        ValueError: max_hops is given and the builder has no such field, or it is below the trained hops; the data are
-            not those the run was trained on.
+        ValueError: the builder has no field `max_hops`, it is below the trained hop counts, or the run was trained on
+            other data.
     """
     task = HopData.of(run).load(**({} if max_hops is None else {"max_hops": max_hops}))
     run.check_data(task, only=None if max_hops is None else "train")
@@ -80,7 +81,7 @@ def answered(
 
 
 def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
-    """Entity -> relation -> entity: the graph of a hop task, all of which is in train."""
+    """Entity -> relation -> entity: the graph of a hop task, from its training rows, which have every fact."""
     train = task["train"].select(np.flatnonzero(np.array(task["train"]["hops"][:]) == 1))
     facts = {}
     for text, answer in zip(train["text"][:], train["answer"][:], strict=True):
@@ -90,13 +91,13 @@ def facts_of_task(task: datasets.DatasetDict) -> dict[str, dict[str, str]]:
 
 
 def line_order(line: tuple[str, int]) -> tuple[int, str, int]:
-    """What was trained on first, then held-out rows, easy before hard."""
+    """Sorting key of a line (split kind, hops): trained kinds first, then held-out kinds, easy before hard."""
     kinds = ["atomic", "train", "id", "ood_first", "ood_second", "ood", "pair"]
     return kinds.index(line[0]) if line[0] in kinds else len(kinds), line[0], line[1]
 
 
 def first_question_beyond(test_rows: datasets.Dataset, trained_hops: Sequence[int]) -> str:
-    """The first test question one hop count beyond the training, or of the deepest hop count if none is beyond."""
+    """The first test question with the smallest hop count that was not trained, or with the deepest if all were."""
     hops = test_rows["hops"][:]
     deepest = min(set(hops) - set(trained_hops), default=max(hops))
     return test_rows[hops.index(deepest)]["text"]

@@ -1,10 +1,10 @@
-"""Pictures of a run: the heat map of accuracy over loops x hops, and its training curves, as PNG in RUN/figures/.
+"""Figures of a run on hops: the heat map of accuracy, and the training curves.
 
-    grid.png       x hops by split kind, y loops, colour and number accuracy in %; a frame around what was trained
-    training.png   loss and gate accuracy per hop count over wall minutes; dashed where a hop count was added
+    grid.png       x hops by split kind, y loops, colour and number accuracy in %; a frame around the trained cells
+    training.png   loss and held-out accuracy per hop count over minutes; a dashed line where a hop count was added
 
-Several runs (seeds) are drawn as one heat map of their mean and their lowest accuracy. Colours are cividis, which
-colour-blind readers see as others do. Figures of seeds are in seed_figures.py.
+The heat map of several runs (seeds) has their mean and their lowest accuracy. The colours are cividis, which
+colour-blind readers see as others do. Figures of groups are in seed_figures.py.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,17 @@ from .rows import KIND_WORDS
 
 
 def cells_of(run: Run) -> dict[tuple[int, str, int], dict]:
-    """Rows of the grid by (hops, split kind, loops), without those the model was trained on beyond the facts."""
+    """(hops, split kind, loops) -> record of the grid, without the split kind train."""
     return {
         (row["hops"], row["split_kind"], row["loops"]): row for row in run.read(GRID) if row["split_kind"] != "train"
     }
 
 
 def heat_map(runs: Sequence[Run]) -> Figure:
-    """Accuracy over loops x hops of one run, or mean and lowest of several that were evaluated on the same grid."""
+    """Accuracy over loops x hops of one run, or mean and lowest of several runs.
+
+    Raises ValueError if the runs were evaluated on different grids.
+    """
     grids = [cells_of(run) for run in runs]
     for run, grid in zip(runs, grids, strict=True):
         if grid.keys() != grids[0].keys():
@@ -69,7 +72,7 @@ def heat_map(runs: Sequence[Run]) -> Figure:
 
 
 def mark_kinds(axes, columns: Sequence[tuple[int, str]]) -> None:
-    """Name each stretch of columns of one split kind above it, and part the stretches by a white line."""
+    """Write each split kind above its columns, and draw a white line between split kinds."""
     kinds = [kind for _, kind in columns]
     start = 0
     for end in range(1, len(kinds) + 1):
@@ -86,7 +89,7 @@ def mark_kinds(axes, columns: Sequence[tuple[int, str]]) -> None:
 
 
 def mark_training(axes, columns, loops, runs: Sequence[Run]) -> None:
-    """Frame the cells whose hop count and loop count were both in training (of all the runs)."""
+    """Frame the cells whose hop count and loop count were in the training of all runs."""
     low = max(run.trained_loops()[0] for run in runs)
     high = min(run.trained_loops()[1] for run in runs)
     trained_hops = set.intersection(*(set(run.summary()["trained_hops"]) for run in runs))
@@ -104,14 +107,14 @@ def mark_training(axes, columns, loops, runs: Sequence[Run]) -> None:
 
 
 def draw_scale(figure: Figure, image, axes, chance: float) -> None:
-    """The colour bar in %, with the chance level marked on it."""
+    """Draw the colour bar in %, with the chance level on it."""
     bar = figure.colorbar(image, ax=axes, ticks=range(0, 101, 20))
     bar.set_label(f"accuracy (%); white line: chance, {chance:.1f}")
     bar.ax.axhline(chance, color="white", linewidth=1.5)
 
 
 def training_curves(run: Run) -> Figure:
-    """Loss and gate accuracy over wall minutes; the gate is the held-out split that decides when hops are added."""
+    """Loss in nats and held-out accuracy in % over minutes; by the held-out accuracy, hop counts are added."""
     rows = run.metrics()
     steps, gates = [row for row in rows if "loss" in row], [row for row in rows if "gate" in row]
     if not steps:
@@ -136,7 +139,7 @@ def training_curves(run: Run) -> Figure:
             points = [row["seconds"] / 60 for row in seen], [100 * row["gate"][str(count)] for row in seen]
             lower.plot(*points, "o-", color=shades.to_rgba(count), markersize=3, linewidth=1.8)
         figure.colorbar(shades, ax=[upper, lower], label="hops", ticks=hops, aspect=40)
-    lower.set_ylabel("gate accuracy (%)")
+    lower.set_ylabel("held-out accuracy (%)")
     lower.set_ylim(-3, 103)
     lower.set_xlabel("wall time (minutes)")
     mark_stages(upper, lower, steps)
@@ -145,9 +148,9 @@ def training_curves(run: Run) -> Figure:
 
 
 def mark_stages(upper, lower, steps: Sequence[dict]) -> None:
-    """A dashed line where the curriculum added a hop count, which is written above it."""
+    """Draw a dashed line where the curriculum added a hop count, and write the hop count above it."""
     label = "hop count added"
-    height = 3  # points above the axes; every other one is higher, since stages can follow each other closely
+    height = 3  # points above the axes; every second number is higher, since stages can follow each other closely
     for before, after in pairwise(steps):
         if after["stage"] > before["stage"]:
             minute = before["seconds"] / 60
@@ -164,7 +167,7 @@ def mark_stages(upper, lower, steps: Sequence[dict]) -> None:
 
 
 def smooth(values: Sequence[float], memory: float = 0.95) -> list[float]:
-    """Exponential average without the bias of its start (Adam's correction)."""
+    """Exponential average, with Adam's correction of the bias at its start."""
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
         average = memory * average + (1 - memory) * value

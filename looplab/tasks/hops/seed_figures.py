@@ -1,11 +1,11 @@
-"""Figures of groups of runs (seeds of one recipe), see runs/seeds.py: means with a band.
+"""Figures of groups of seeds (runs/seeds.py) on hops: means with a band.
 
-    hops       accuracy against hops at the loops chosen on validation rows      all groups in one
-    loops      accuracy and logit margin against loops 1 .. R, a line per hops   one group
-    halting    accuracy against mean loops; loops used against hops              one group
-    learning   held-out accuracy against wall minutes (logarithmic)              all groups in one
+    hops       accuracy against hops at the loop count chosen on validation rows      all groups
+    loops      accuracy and logit margin against loops, a line per hop count          one group
+    halting    accuracy against mean loops; loops used against hops                   one group
+    learning   held-out accuracy against minutes (logarithmic)                        all groups
 
-A band is the 95 % t-interval over the runs of a group, or for a single run the Wilson interval over its rows.
+A band is the 95 % t-interval over the runs of a group; for a single run it is the Wilson interval over its rows.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,13 @@ MOST_LINES = 6
 
 
 def chance_line(axes, runs: Sequence[Run]) -> None:
+    """Draw the mean chance level of the runs, in %."""
     chance = 100 * fmean(run.read(EVALUATION)["chance"] for run in runs)
     axes.axhline(chance, color="0.55", linestyle=(0, (1, 2)), linewidth=1, label=f"chance, {chance:.1f}")
 
 
 def hops_figure(groups: Sequence[SeedGroup]) -> Figure:
-    """Test accuracy of each line at the loop count that each run's validation rows choose."""
+    """Test accuracy of each line (split kind, hops), at the loop count that the validation rows of a run choose."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
     lines = list(dict.fromkeys(line for _, runs in groups for line in lines_of(runs[0].read(LOOPS), "test")))
@@ -84,17 +85,15 @@ def hops_figure(groups: Sequence[SeedGroup]) -> Figure:
 
 
 def spread_lines(lines: Sequence, most: int = MOST_LINES) -> list:
-    """At most `most` of the lines, evenly spread, with the first and the last."""
+    """At most `most` of the lines, evenly spread from the first to the last."""
     if len(lines) <= most:
         return list(lines)
     return [lines[round(index * (len(lines) - 1) / (most - 1))] for index in range(most)]
 
 
 def loops_figure(group: SeedGroup) -> Figure:
-    """Accuracy and mean margin of the gold token after every loop.
-
-    Trained loop counts are shaded, hop counts beyond the training dashed.
-    """
+    """Accuracy and mean margin of the gold token after every loop; trained loop counts are shaded, lines of hop counts
+    beyond the training are dashed."""
     name, runs = group
     rows = [run.read(LOOPS) for run in runs]
     figure = Figure(figsize=(8, 6.6), layout="constrained")
@@ -135,7 +134,7 @@ def loops_figure(group: SeedGroup) -> Figure:
 
 
 def halting_figure(group: SeedGroup) -> Figure:
-    """Left: the fixed counts, each run's frontiers and the chosen settings. Right: loops used by hop count."""
+    """Left: fixed loop counts, the frontier of each run, and the chosen settings. Right: loops used by hop count."""
     name, runs = group
     rows = [run.read(HALTING) for run in runs]
     facts = [halting_facts(run_rows) for run_rows in rows]
@@ -190,7 +189,7 @@ def halting_figure(group: SeedGroup) -> Figure:
 
 
 def draw_by_hops(axes, by_hops: dict[int, list[float]], colour: str, mark: str, size: float, label: str) -> None:
-    """Mean and band of the runs at each hop count."""
+    """Draw mean and band of the runs at each hop count. by_hops: hop count -> loops used by each run."""
     hops = sorted(by_hops)
     middle, low, high = zip(*(t_interval(by_hops[count]) for count in hops), strict=True)
     axes.plot(hops, middle, marker=mark, markersize=0.8 * size, color=colour, label=label)
@@ -198,16 +197,18 @@ def draw_by_hops(axes, by_hops: dict[int, list[float]], colour: str, mark: str, 
 
 
 def learning_figure(groups: Sequence[SeedGroup]) -> Figure:
-    """Gate accuracy by split kind over wall minutes: colours are groups, line styles split kinds."""
+    """Held-out accuracy by split kind over minutes: colours are groups, line styles are split kinds."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
     gates = {run.folder: [row for row in run.metrics() if "gate_by_split_kind" in row] for _, r in groups for run in r}
     keys = list(dict.fromkeys(key for rows in gates.values() for row in rows for key in row["gate_by_split_kind"]))
     if not keys:
-        raise ValueError(f"{next(iter(gates))}/metrics.jsonl has no gate rows by split kind; wait for the first one.")
+        raise ValueError(
+            f"{next(iter(gates))}/metrics.jsonl has no held-out check by split kind yet; wait for the first."
+        )
     for index, (name, runs) in enumerate(groups):
         colour = PALETTE[index % len(PALETTE)]
-        # Seeds check at the same steps; those that only some of them reached are left out of the mean.
+        # The runs check at the same steps; a step that not all of them reached has no mean.
         by_step = [{row["step"]: row for row in gates[run.folder]} for run in runs]
         steps = sorted(set.intersection(*(set(rows) for rows in by_step)))
         for style, key in zip(STYLES * len(keys), keys, strict=False):

@@ -1,4 +1,4 @@
-"""Chains of hops as a task, see `tasks.base.Task`: khop, and composition."""
+"""The tasks khop and composition, see `tasks.base.Task`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ HOPS = Whole(highest=1_000)
 
 
 class HopTask(Task):
-    """Chains of hops."""
+    """The verbs of both tasks on chains of hops."""
 
     kind = "hops"
     Data, Curriculum = HopData, HopCurriculum
@@ -40,8 +40,8 @@ class HopTask(Task):
         "stages": Figure("What states say and cause, over training", "lens"),
     }  # fmt: skip
     arguments: ClassVar = {
-        ("eval", "max_loops"): Argument("follow held-out rows so far", "R", Whole(highest=10_000)),
-        ("lens", "snapshot"): Argument("a folder of RUN/snapshots, or 'all': over training", "step-N"),
+        ("eval", "max_loops"): Argument("last loop for held-out rows", "R", Whole(highest=10_000)),
+        ("lens", "snapshot"): Argument("a folder of RUN/snapshots, or 'all' of them", "step-N"),
         ("lens", "hops"): Argument("length of the chains", "K", HOPS),
     }
     defaults: ClassVar = {
@@ -130,7 +130,7 @@ class HopTask(Task):
         return HopCard(self.says, self.split_kinds)
 
     def data_licence(self, config: str, licence: str) -> str:
-        """That of the model: what a seed generates is nobody else's."""
+        """The licence of the model: nobody else has rights in data that a seed generates."""
         return licence
 
     def demo_part(self, run: Run, config: dict) -> dict:
@@ -140,7 +140,7 @@ class HopTask(Task):
 
 
 class Khop(HopTask):
-    """Chains through a graph of permutations, of any length."""
+    """Chains of any length through a graph of permutations."""
 
     name = "khop"
     arguments: ClassVar = HopTask.arguments | {
@@ -176,7 +176,7 @@ class Khop(HopTask):
 
 
 class Composition(HopTask):
-    """Two facts, of which training composed some pairs and others not."""
+    """Questions of two facts; training composes some pairs of facts, and others never."""
 
     name = "composition"
     says = "It was trained on single facts and on pairs of some; others it never saw in a pair."

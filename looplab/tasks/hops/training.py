@@ -1,4 +1,4 @@
-"""Training on chains of relations: the answer is read at one token, and deeper chains come in as shallower ones are
+"""Training on chains of hops: the answer is read at one token, and deeper chains are added when shallower ones are
 learnt."""
 
 from collections import Counter
@@ -13,12 +13,12 @@ from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_gr
 from looplab.tasks.training import State, TaskTraining, TrainingRecipe, load_tokenizer
 from modeling_looped import LoopedForCausalLM
 
-# Held-out rows that go through the model at once.
+# Held-out rows in one forward pass.
 CHECKED_ROWS = 512
 
 
 class HopTraining(TaskTraining):
-    """Stage k trains on 1..k hops. Its held-out rows are the validation split: other chains than those of the test."""
+    """Stage k trains on 1 .. k hops. The held-out check is measured on the split validation, never on test."""
 
     logits_to_keep = 1
     generation = {"max_new_tokens": 1}  # noqa: RUF012
@@ -39,7 +39,9 @@ class HopTraining(TaskTraining):
         else:
             self.tokenizer = load_tokenizer("init_from", recipe.init_from)
             if bool(self.tokenizer("")["input_ids"]) != (readout == "token"):
-                raise ValueError(f"data.readout is {readout}, but not so for the tokenizer in {recipe.init_from}.")
+                raise ValueError(
+                    f"data.readout is {readout}, but the tokenizer in {recipe.init_from} has the other one."
+                )
         self.train_rows = splits["train"]
         self.held_out = encode_groups(splits["validation"], self.tokenizer)
         self.held_out_hops = sorted({hops for hops, _ in self.held_out})
@@ -77,7 +79,7 @@ class HopTraining(TaskTraining):
         return {"stage": state.stage, "hops": batch["hops"]}
 
     def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """Accuracy by hop count up to the stage's, and at each of `eval_loops`."""
+        """Accuracy of each hop count up to the stage's, also at each of `eval_loops`."""
         hops = [k for k in self.held_out_hops if k <= state.stage]
         row = {"stage": state.stage} | by_kind(self.accuracy(model, hops, num_loops))
         state.gate = row["gate"]
@@ -107,7 +109,7 @@ class HopTraining(TaskTraining):
         return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}
 
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """What was reached, the accuracy over all hops, and what was trained on."""
+        """The stage reached, the accuracy of all hop counts, and the trained hop counts."""
         return {
             "stage": state.stage,
             "learnable_depth": state.learnable_depth,
@@ -120,7 +122,7 @@ class HopTraining(TaskTraining):
 
 
 def by_kind(accuracy: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """What `held_out_accuracy` found, as rows of metrics.jsonl have it: all kinds of a hop count, and each kind."""
+    """The result of `held_out_accuracy` as fields of metrics.jsonl: by hop count, and by hop count and split kind."""
     return {
         "gate": {key: value for key, value in accuracy.items() if key.isdigit()},
         "gate_by_split_kind": {key: value for key, value in accuracy.items() if not key.isdigit()},
@@ -135,9 +137,10 @@ def held_out_accuracy(
     hops: Sequence[int],
     num_loops: int,
 ) -> dict[str, float]:
-    """Share of `rows` whose argmax over the vocabulary at the readout is the answer; ranks share the work.
+    """Share of rows whose answer is the argmax over the vocabulary at the readout. The ranks divide the rows.
 
-    rows: (hops, split_kind) -> (input_ids (N, T), answers (N,)). Result: "2", "3", .. and "2 id", "2 ood"..
+    rows: (hops, split_kind) -> (input_ids (N, T), answers (N,)). The result has the keys "2", "3" .. for hop counts
+    and "2 id", "2 ood" .. for their split kinds.
     """
     right, total = Counter(), Counter()
     model.eval()

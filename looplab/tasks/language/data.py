@@ -1,4 +1,4 @@
-"""Fields of a recipe on rows of tokens: what text and molecules share."""
+"""The fields of `data` that the recipes of text and molecules share."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from looplab.tasks.data import Data
 @strict
 @dataclass
 class LanguageData(Data):
-    files: list[str] | None = path()  # names and globs; without them a preset of the builder
-    sequence_length: int | None = number(at_least=1)  # tokens of a row
-    validation_tokens: int | None = number(at_least=1)  # measure on so many held-out tokens, not on all
+    files: list[str] | None = path()  # names and globs; a preset of the builder unless given
+    sequence_length: int | None = number(at_least=1)  # tokens of a sequence
+    validation_tokens: int | None = number(at_least=1)  # most held-out tokens that are measured; all unless given
 
     def of_files(self, otherwise: str) -> tuple[str, dict]:
-        """`preset`, where files or a data set of the Hub are named; without them the preset `otherwise`."""
+        """`preset` for files or a data set that the recipe names; the preset `otherwise` if it names neither."""
         fields = {"seed": self.seed} | ({} if self.files is None else {"files": self.files}) | self.overrides
         named = self.files is not None or "dataset" in self.overrides
         return "files" if named else otherwise, fields
@@ -24,4 +24,4 @@ class LanguageData(Data):
     def check(self, init_from: str | None) -> None:
         super().check(init_from)
         if self.sequence_length is None:
-            raise ValueError(f"data.sequence_length must be set for the task {self.task}: the tokens of a row.")
+            raise ValueError(f"data.sequence_length must be set for the task {self.task}: the tokens of a sequence.")

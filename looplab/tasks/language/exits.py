@@ -1,14 +1,13 @@
-"""What leaving the loop early saves a run on text, and costs it: `looped halting RUN` writes RUN/halting.jsonl.
+"""`looped halting` on text: what halting saves, and what it costs. Molecules: tasks/molecules/exits.py.
 
-    for every rule and threshold, and for every fixed loop count, which a rule must beat:
-        quality    held-out rows are decoded token by token through the KV cache, teacher-forced: nats per token, how
-                   often the likeliest token is that of all loops, mean loops of a token
-        time       the same tokens, with the rule and with all loops in turn, in batches of 1 and 16 rows: rows that
-                   are done leave the batch, and a loop that none is left in is not run
+    for every halting rule at every threshold, and for every fixed loop count, which a rule must beat:
+        quality    decode held-out sequences token by token with the KV cache, teacher-forced: nats per token, how
+                   often the likeliest token is the same as with all loops, mean loops of a token
+        time       decode the same tokens with the rule and with all loops in turn, in batches of 1 and 16 sequences:
+                   a batch row that has halted costs no more work, and a loop without batch rows is not run
 
-The prompt of a text is run with all loops, or the fixed count. A token that stopped early leaves in the cache what
-`kv_sharing` says it does; every one of them is measured alike. Layer calls are counted by hooks on the core's layers.
-Runs on molecules: tasks/molecules/exits.py.
+The prompt of a text runs with all loops, or with the fixed loop count. What a token that halted early leaves in the
+cache depends on `kv_sharing`. Layer calls are counted by hooks on the core's layers.
 """
 
 from collections.abc import Sequence
@@ -24,13 +23,16 @@ from data_builders.molecule_batches import IGNORED
 from looplab.instruments.halting_settings import HaltingSetting, threshold_text
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
 
-PROMPT, DECODED = 32, 32  # tokens of a row of text
-BATCHES = (1, 16)
+PROMPT, DECODED = 32, 32  # tokens of each text: prompt, then decoded
+BATCHES = (1, 16)  # batch sizes that are timed
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Rows decoded token by token, each (N, T): `losses`, `said` (likeliest token) and `loops`; `real` has a label."""
+    """Sequences decoded token by token; every tensor is (N, T).
+
+    losses: nats. said: the likeliest token. loops: of the token. real: whether the token has a label.
+    """
 
     losses: torch.Tensor
     said: torch.Tensor
@@ -40,9 +42,9 @@ class Decoded:
 
 @torch.inference_mode()
 def decode(model: PreTrainedModel, rows: dict, prompt: int, num_loops: int, halting: dict | None) -> Decoded:
-    """Teacher-forced decoding of `input_ids` (N, prompt + T), in which `shift_labels` of the same shape come next.
+    """Decode `input_ids` (N, prompt + T), teacher-forced; `shift_labels`, of the same shape, are the next tokens.
 
-    Labels at the end of a row may be -100: the row is shorter, and leaves the batch where they begin.
+    A sequence may end earlier: from there on its labels are -100, and its batch row is dropped.
     """
     ids, labels = rows["input_ids"], rows["shift_labels"][:, prompt:]
     real = labels != IGNORED
@@ -67,7 +69,10 @@ def decode(model: PreTrainedModel, rows: dict, prompt: int, num_loops: int, halt
 
 
 def quality_of(decoded: Decoded, full: Decoded, chosen: torch.Tensor) -> dict:
-    """loss, full_loss, agreement and loops, see `exit_rows`, over the tokens of `chosen` (N, T) bool."""
+    """loss, full_loss, agreement, loops and tokens, see `exit_rows`, over the tokens that are True in `chosen` (N, T).
+
+    full: decoded with all loops.
+    """
     return {
         "loss": float(decoded.losses[chosen].double().mean()),
         "full_loss": float(full.losses[chosen].double().mean()),
@@ -86,23 +91,26 @@ def exit_rows(
     rounds: int,
     batches: Sequence[int] = BATCHES,
 ) -> list[dict]:
-    """A row of halting.jsonl per setting and batch size, against `num_loops` loops.
+    """Records of halting.jsonl, one per setting and batch size, each compared with all `num_loops` loops:
 
-    rule, its thresholds  `fixed` for a fixed count
-    num_loops             the most loops of a token; those of a fixed count
+    rule, its thresholds  `fixed` for a fixed loop count
+    num_loops             the budget, or the fixed loop count
     loss, full_loss       nats per token with the rule, and with all loops
-    agreement             share of the tokens whose likeliest one is that of all loops
-    loops                 mean of the decoded tokens
-    fixed_loss            nats per token at as many loops, on the straight lines between the fixed counts
-    layer_calls           calls of core layers as a share of those of all loops; row_calls: each times its rows
-    ratio                 seconds of all loops over seconds with the rule, median (ratio_min, ratio_max) of pairs
+    agreement             share of tokens whose likeliest token is the same with all loops
+    loops                 mean loops of the decoded tokens
+    fixed_loss            nats per token at as many loops, on the straight lines between the fixed loop counts
+    layer_calls           calls of core layers, as a share of the calls with all loops
+    row_calls             batch rows in these calls, as a share of those with all loops
+    ratio                 seconds with all loops over seconds with the rule, median (ratio_min, ratio_max) of pairs
 
-    Quality is that of all rows, time and calls those of the first `batch`.
+    Quality is measured on all sequences; time and calls on the first `batch` of them.
 
     Args:
-        rows: `input_ids` and `shift_labels` (N, prompt + T), N >= 16, see `decode`.
-        prompt: tokens of a row that are not decoded.
-        settings: among them the fixed counts below `num_loops`, as in `exit_settings`.
+        rows: `input_ids` and `shift_labels` (N, prompt + T), see `decode`; N is at least the largest batch size.
+        prompt: tokens of a sequence that are not decoded.
+        settings: as from `exit_settings`, with the fixed loop counts below `num_loops`.
+        rounds: interleaved pairs.
+        batches: batch sizes.
     """
     full = decode(model, rows, prompt, num_loops, None)
     results = []
@@ -134,7 +142,10 @@ def exit_rows(
 
 
 def between_counts(fixed: dict[int, float], loops: float) -> float:
-    """What fixed loop counts have, at a mean of `loops`: on the straight line between the counts beside it."""
+    """The value that fixed loop counts reach at a mean of `loops` loops, by linear interpolation.
+
+    fixed: loop count -> value. Raises ValueError if `loops` is beyond them.
+    """
     for (low, one), (high, two) in pairwise(sorted(fixed.items())):
         if low <= loops <= high:
             return one + (two - one) * (loops - low) / (high - low)
@@ -142,12 +153,12 @@ def between_counts(fixed: dict[int, float], loops: float) -> float:
 
 
 def exits_text(rows: Sequence[dict]) -> str:
-    """The rows of measure exit as a table."""
+    """The records of measure exit as a table of text."""
     first = rows[0]
     columns = f"{'batch':>7}{'loops':>7}{'calls':>8}{'row calls':>11}{'nats':>8}{'fixed':>8}{'agree':>8}"
     text = [
         f"{first['num_loops']} loops: {first['full_loss']:.3f} nats per token, {first['tokens']} tokens decoded; "
-        "fixed: of fixed counts at as many loops",
+        "fixed: nats of fixed loop counts at as many loops",
         f"{'rule':<12}{'threshold':>10}{columns}   speed (all loops / rule)",
     ]
     for row in rows:

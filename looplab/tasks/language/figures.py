@@ -1,11 +1,9 @@
-"""Figures of runs on text: loss over the tokens of the training, perplexity over loops.
+"""Figures of the training of runs on text or molecules: losses over training tokens.
 
     training     batch losses, and the held-out loss at each loop count that was checked      one run
-    held_out     held-out loss against training tokens                                        all groups in one
-    perplexity   test perplexity against loops                                                all groups in one
+    held_out     held-out loss                                                                all groups
 
-A band is the 95 % t-interval over the runs of a group; where a group is one run, that of the bootstrap over its test
-blocks, or none for held-out losses.
+A band is the 95 % t-interval over the runs of a group; a single run has none.
 """
 
 from collections.abc import Sequence
@@ -23,11 +21,10 @@ TOKENS_LABEL = "training tokens"
 
 
 def check_rows(run: Run) -> list[dict]:
-    """Rows of metrics.jsonl with a held-out loss, `tokens` added: batches are alike, or on average so (molecules),
-    and these follow from the step.
+    """The records of metrics.jsonl with a held-out loss, with `tokens` added: step x mean tokens of an update.
 
     Raises:
-        ValueError: there are none, or no training rows, yet.
+        ValueError: there are no such records, or no training records, yet.
     """
     rows = run.metrics()
     trained = [row for row in rows if "loss" in row]
@@ -39,18 +36,18 @@ def check_rows(run: Run) -> list[dict]:
 
 
 def label_tokens(axes) -> None:
-    """Tokens as 1 k, 1 M, 1 G."""
+    """Write the numbers of tokens as 1 k, 1 M, 1 G."""
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 
 def training_figure(run: Run) -> Figure:
-    """Batch losses and held-out losses over training tokens: vermilion at the run's own loop count, shades at the
-    recipe's eval_loops."""
+    """Batch losses and held-out losses over training tokens: vermilion at the run's own loop count, shades of cividis
+    at the recipe's eval_loops."""
     checks = check_rows(run)
     steps = [row for row in run.metrics() if "loss" in row]
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    # Not smoothed: an average that lags behind a falling loss would look worse than the held-out one.
+    # Batch losses are not smoothed: an average lags behind a falling loss, and would look worse than held-out losses.
     batches = [row["tokens"] for row in steps], [row["loss"] for row in steps]
     axes.plot(*batches, ".", color="0.75", markersize=3, label="logged batches")
     x = [row["tokens"] for row in checks]
@@ -75,11 +72,11 @@ def loops_word(count: int) -> str:
 
 
 def held_out_figure(groups: Sequence[SeedGroup]) -> Figure:
-    """Held-out loss at the runs' own loop counts, over the tokens at which all runs of a group were checked."""
+    """Held-out loss at the runs' own loop counts, over training tokens, at steps where all runs of a group have it."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, runs) in enumerate(groups):
-        # By step: seeds draw molecules of other lengths.
+        # Runs are paired by step, since seeds draw molecules of different lengths.
         by_step = [{row["step"]: row for row in check_rows(run)} for run in runs]
         shared = sorted(set.intersection(*map(set, by_step)))
         if not shared:

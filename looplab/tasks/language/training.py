@@ -1,4 +1,4 @@
-"""Training on rows of tokens, each of which predicts the next: what text and molecules share."""
+"""Training on sequences of tokens in which every token predicts the next: the base of text and molecules."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +11,7 @@ from looplab.tasks.training import State, TaskTraining
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
 
-# Held-out tokens that go through the model at once: their logits are this times the vocabulary.
+# Held-out tokens in one forward pass; its logits have this many times the vocabulary numbers.
 CHECKED_TOKENS = 2048
 
 
@@ -19,16 +19,16 @@ class LanguageTraining(TaskTraining):
     """Every token has a label, there are no stages, and the held-out check is the loss.
 
     Attributes:
-        held_out: rows of the validation split.
-        num_held_out: how many blocks or molecules of them are measured.
+        held_out: the blocks or molecules of the split validation.
+        num_held_out: how many of them are measured.
     """
 
-    logits_to_keep = 0  # all
+    logits_to_keep = 0  # all positions
     held_out: TextBlocks | PackedMolecules
     num_held_out: int
 
     def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """Nats per token at `num_loops` and each of `eval_loops`; what an exit gate would do, if there is one."""
+        """Nats per token at `num_loops` and each of `eval_loops`; with an exit gate, also `held_out_exits`."""
         state.gate = {
             str(loops): held_out_loss(self.accelerator, model, self.held_out_rows(), loops)
             for loops in dict.fromkeys([num_loops, *self.recipe.eval_loops])
@@ -40,7 +40,7 @@ class LanguageTraining(TaskTraining):
 
     def measured(self, state: State, num_loops: int) -> dict:
         """Nats per token and perplexity of the last check."""
-        # Not math.exp: it raises where the loss of a model that went astray is too large.
+        # math.exp would raise for the huge loss of a model that went astray.
         values = {r: {"loss": loss, "perplexity": torch.tensor(loss).exp().item()} for r, loss in state.gate.items()}
         row = {"held_out": values[str(num_loops)]}
         if self.recipe.eval_loops:
@@ -51,7 +51,7 @@ class LanguageTraining(TaskTraining):
         return {"held_out": next(iter(state.gate.values()), None)}
 
     def held_out_rows(self) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's share of the held-out rows on its device, so many at once that their logits fit."""
+        """This rank's share of the held-out sequences on its device, about CHECKED_TOKENS tokens at a time."""
         share = torch.arange(self.num_held_out)[self.accelerator.process_index :: self.accelerator.num_processes]
         for chosen in share.split(max(1, int(CHECKED_TOKENS / self.held_out.mean_length))):
             yield {name: value.to(self.accelerator.device) for name, value in self.held_out.rows(chosen).items()}
@@ -61,7 +61,7 @@ class LanguageTraining(TaskTraining):
 def held_out_loss(
     accelerator: Accelerator, model: LoopedForCausalLM, rows: Iterable[dict[str, torch.Tensor]], num_loops: int
 ) -> float:
-    """Mean cross-entropy over the labels of all ranks' `rows`, in nats per token."""
+    """Mean cross-entropy in nats per token, over the labels of all batches of all ranks."""
     total, count = torch.zeros((2, 1), dtype=torch.float64, device=accelerator.device)
     model.eval()
     for batch in rows:
@@ -77,10 +77,10 @@ def held_out_loss(
 def held_out_exits(
     accelerator: Accelerator, model: LoopedForCausalLM, rows: Iterable[dict[str, torch.Tensor]], num_loops: int
 ) -> dict[str, float]:
-    """What the exit gate would do, as means over the labels of all ranks' `rows`.
+    """What tokens would do under the exit gate, as means over the labels of all batches of all ranks.
 
-    expected_loss: nats, of the loop after which a token halts. mean_loop: that loop, 1 .. num_loops. entropy: of
-    the gate's distribution over loops, nats.
+    expected_loss: loss after the loop at which a token halts, in nats. mean_loop: that loop, from 1 to num_loops.
+    entropy: entropy of the gate's distribution over loops, in nats.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     model.eval()

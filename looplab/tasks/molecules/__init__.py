@@ -1,4 +1,4 @@
-"""The task molecules: SMILES, measured by what a model writes.
+"""The task molecules: SMILES, measured by the molecules that a model writes.
 
 It may import tasks/language and what lies below.
 """

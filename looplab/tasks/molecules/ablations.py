@@ -1,20 +1,20 @@
-"""What a run on molecules loses when the output of one attention head is taken away at one pass.
+"""`looped lens` on molecules: what a model loses when the output of one attention head is replaced in one layer call.
 
-    value   what stands in for the head's output, before the output projection
-    zero    nothing (SMolLM, arXiv 2605.06322); a value that the model has never seen there
-    mean    its mean over the tokens of validation molecules: what it says of this token is gone, its size is not
+    value   replaces the output of the head, before the output projection
+    zero    zeros (SMolLM, arXiv 2605.06322), which the model has never seen there
+    mean    the mean output over the tokens of validation molecules: it keeps the size, and says nothing of the token
 
-Every cell (layer call x head x value) writes the same samples, with the same random numbers, as the intact model, and
-predicts the tokens of the same test molecules. The latter is without sampling noise and tells more:
+A cell is (layer call, head, value). Each cell samples with the same random numbers as the intact model, and predicts
+the tokens of the same test molecules. The predictions have no sampling noise, and so show more:
 
-    loss        nats per token, and of the tokens of one kind: `)`, which closes a branch; ring digits; all others
-    shares      of the samples: validity, each of `faults` and of `exclusive` (smiles.py)
+    loss        nats per token: over all tokens, `)` (which closes a branch), ring digits, and all others
+    shares      of samples: validity, each of `faults`, and each of `exclusive` (smiles.py)
 
 RUN/ablations.jsonl has a line per cell: section, loop, layer, head, value; loss {kind: {"nats", "change",
 "interval"}}, validity, faults {label: ...} and exclusive {class: ...}, each {"share", "change", "interval"}. A change
-is that from the intact model, with a 95 % interval of the paired difference: of nats over molecules, of shares
-Newcombe's. Each line also has what it was measured under (weights, num_loops, molecules, setting); started again, it
-goes on with the cells that are missing.
+is the difference from the intact model, with a 95 % interval of the paired difference: over molecules for nats,
+Newcombe's for shares. A line also says what it was measured under (weights, num_loops, molecules, setting). Started
+again, the command measures the missing cells only.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ def mean_outputs(model: PreTrainedModel, molecules: HeldOut, num_loops: int) -> 
 
 
 def token_kinds(tokenizer: PreTrainedTokenizerBase, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Kind -> which of the labels (M,) are of it."""
+    """Kind, one of KINDS -> whether each of the labels (M,) is of that kind, (M,) bool."""
     tokens = tokenizer.convert_ids_to_tokens(labels.tolist())
     close = torch.tensor([token == ")" for token in tokens])
     ring = torch.tensor([RING.fullmatch(token) is not None for token in tokens])
@@ -64,7 +64,7 @@ def token_kinds(tokenizer: PreTrainedTokenizerBase, labels: torch.Tensor) -> dic
 
 
 def labels_of(samples: Sequence[dict]) -> dict[str, dict[str, list[bool]]]:
-    """Group -> label -> which samples have it."""
+    """ "validity", "faults" or "exclusive" -> label -> whether each sample has that label."""
     valid = [row["finished"] and canonical_or_none(row["smiles"]) is not None for row in samples]
     found = [faults(row["smiles"], row["finished"]) for row in samples]
     classes = [exclusive_class(row["smiles"]) for row in samples]
@@ -76,6 +76,7 @@ def labels_of(samples: Sequence[dict]) -> dict[str, dict[str, list[bool]]]:
 
 
 def changed_share(before: Sequence[bool], after: Sequence[bool]) -> dict:
+    """{"share": of `after`, "change": from `before`, "interval": Newcombe's, of the change}."""
     change = (sum(after) - sum(before)) / len(after)
     return {"share": sum(after) / len(after), "change": change, "interval": list(paired_interval(before, after))}
 
@@ -90,13 +91,14 @@ def ablation_rows(
     done: Sequence[dict] = (),
     keep: Callable[[list[dict]], object] = lambda rows: None,
 ) -> list[dict]:
-    """The lines of ablations.jsonl, see the module docstring; as many samples as `test` has molecules.
+    """The lines of ablations.jsonl, see the module docstring. There are as many samples as molecules in `test`.
 
     Args:
-        test: SMILES whose tokens are predicted. validation: those of which means are taken.
-        max_tokens: of a sample.
+        test: SMILES whose tokens are predicted.
+        validation: SMILES for the mean outputs.
+        max_tokens: most tokens of a sample.
         done: lines that are there already.
-        keep: called with all lines so far after every cell.
+        keep: is called with all lines so far after every cell.
     """
     molecules = HeldOut(tokenizer, test)
     means = mean_outputs(model, HeldOut(tokenizer, validation), num_loops)
@@ -139,7 +141,7 @@ def cell_of(row: dict) -> tuple:
 
 
 def ablate_run(run: Run, num_loops: int | None, limit: int, sizes: Sizes) -> Path:
-    """Write RUN/ablations.jsonl, of `limit` test molecules and samples, and print it; returns the path.
+    """Write RUN/ablations.jsonl, for `limit` test molecules and samples, and print it; returns the path.
 
     Raises:
         ValueError: the run has not finished, its molecules have changed, or rdkit is missing.
@@ -165,7 +167,7 @@ def ablate_run(run: Run, num_loops: int | None, limit: int, sizes: Sizes) -> Pat
     return path
 
 
-# What tables and pictures show: title -> a line's change and its interval, in the unit of the title.
+# Tables and figures show these changes: title -> (the part of a line with change and interval, factor to the unit).
 SHOWN = {
     "nats per token": lambda row: (row["loss"]["all"], 1),
     "nats per token that closes a branch": lambda row: (row["loss"]["close"], 1),
@@ -175,7 +177,7 @@ SHOWN = {
 
 
 def ablations_text(rows: Sequence[dict]) -> str:
-    """Changes by layer call (down) and head (across), a table per measure and value; * where the interval has no 0."""
+    """Changes by layer call (down) and head (across), a table for each of SHOWN; * if the interval is without 0."""
     heads = sorted({row["head"] for row in rows})
     calls = list(dict.fromkeys(cell_of(row)[:3] for row in rows))
     by_cell = {cell_of(row): row for row in rows}
@@ -185,7 +187,7 @@ def ablations_text(rows: Sequence[dict]) -> str:
         replaced = "".join(f"{f'by {value}':<{13 * len(heads)}}" for value in VALUES)
         text.append(f"{'':<25}{replaced}".rstrip())
         text.append(
-            f"{'section':<9}{'pass':>6}{'layer':>7}" + "".join(f"{f'head {head + 1}':>13}" for head in heads) * 2
+            f"{'section':<9}{'loop':>6}{'layer':>7}" + "".join(f"{f'head {head + 1}':>13}" for head in heads) * 2
         )
         for call in calls:
             section, loop, layer = call

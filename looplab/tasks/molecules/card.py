@@ -1,4 +1,4 @@
-"""What a model card and the demo page say of a run on molecules."""
+"""The model card and the section of demo.json of a run on molecules."""
 
 from huggingface_hub import EvalResult
 
@@ -13,7 +13,7 @@ from .results import percent
 
 
 class MoleculeCard(Card):
-    """Card of a model that writes molecules."""
+    """The card of a model that writes molecules."""
 
     Data = MoleculeData
     template = "model_molecules.md"
@@ -21,7 +21,7 @@ class MoleculeCard(Card):
     metrics = ("validity", "uniqueness", "novelty", "diversity", "fcd")
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Every measure of every way of sampling, at every loop count."""
+        """Every measure of every sampling setting, at every loop count."""
         settings = {setting["name"]: setting for setting in run.read(EVALUATION)["settings"]}
         results = []
         for row in run.read(MOLECULES):
@@ -36,7 +36,7 @@ class MoleculeCard(Card):
         return results
 
     def values(self, run: Run) -> dict:
-        """What `model_molecules.md` asks for beyond `common_values`."""
+        """The values of `model_molecules.md` beyond `common_values`."""
         rows, summary, evaluation = run.read(MOLECULES), run.summary(), run.read(EVALUATION)
         low, high = run.trained_loops()
         titles = {"valid": "validity", "unique": "uniqueness", "new": "novelty", "diversity": "diversity"}
@@ -62,7 +62,7 @@ class MoleculeCard(Card):
 
 
 def molecules_part(run: Run, config: dict) -> dict:
-    """What demo.json says of a run, see `Task.demo_part`."""
+    """The section of demo.json about a run, see `Task.demo_part`."""
     return {
         "text": f"A looped transformer of {run.summary()['parameters']:,} parameters writes molecules token by token, "
         "and runs as many loops for each token as you say.",

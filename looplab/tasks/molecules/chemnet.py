@@ -1,11 +1,12 @@
 """Frechet ChemNet distance (Preuer et al. 2018, arXiv 1803.09518): how far samples are from real molecules.
 
-    activations    (N, 512) of the last LSTM layer of ChemNet, whose weights come in the package fcd_torch (MIT)
-    statistics     their mean (512,) and covariance (512, 512)
+    activations    (N, 512), output of the last LSTM layer of ChemNet
+    statistics     mean (512,) and covariance (512, 512) of the activations
     distance       |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2))
 
-Only the network and its input encoding are the package's: its own distance relies on functions that numpy and scipy
-are removing. The distance depends on the number of molecules; compare equal numbers.
+The network with its weights and its input encoding come from the package fcd_torch (MIT). The distance is computed
+here, since the package uses functions that numpy and scipy are removing. The distance depends on the number of
+molecules: compare equal numbers.
 """
 
 import importlib.util
@@ -40,13 +41,14 @@ def activations(smiles: Sequence[str]) -> np.ndarray:
 
 
 def statistics_of(smiles: Sequence[str]) -> Statistics:
+    """Mean and covariance of the activations of canonical SMILES."""
     values = activations(smiles)
     return values.mean(0), np.cov(values.T)
 
 
 def frechet_distance(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, other_cov: np.ndarray) -> float:
-    """The distance of two Gaussians. The trace of the root is taken of A^(1/2) B A^(1/2), which is symmetric and has
-    the eigenvalues of A B."""
+    """The distance of two Gaussians. The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), which is
+    symmetric."""
     values, vectors = np.linalg.eigh(cov)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ other_cov @ root).clip(0)).sum()
@@ -54,8 +56,8 @@ def frechet_distance(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, 
 
 
 def reference_statistics(test: datasets.Dataset, number: int) -> Statistics | None:
-    """Those of a seeded sample of `number` molecules of a test split from the `datasets` cache, kept beside its file;
-    None without fcd_torch, and of fewer than two molecules."""
+    """Statistics of a seeded sample of `number` molecules of a test split; they are kept beside its file in the
+    `datasets` cache. None without fcd_torch, or for fewer than two molecules."""
     if importlib.util.find_spec("fcd_torch") is None or min(number, len(test)) < 2:
         return None
     path = Path(test.cache_files[0]["filename"]).parent / f"chemnet-{test._fingerprint}-{number}.npz"

@@ -1,4 +1,4 @@
-"""Fields of a recipe on molecules."""
+"""The section `data` of a recipe on molecules."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,11 +12,11 @@ from looplab.tasks.language.data import LanguageData
 @strict
 @dataclass
 class MoleculeData(LanguageData):
-    """`files` are .csv or .smi; `sequence_length` is the tokens of a row, in which molecules are packed."""
+    """`files` are .csv or .smi. Molecules are packed into sequences of `sequence_length` tokens."""
 
     task: Literal["molecules"] = "molecules"
-    config: str = "cpu"  # preset of the builder, where no files are named
-    spellings: int | None = number(at_least=1)  # random SMILES of each molecule, another one in every epoch
+    config: str = "cpu"  # preset of the builder, if no files are named
+    spellings: int | None = number(at_least=1)  # random SMILES of each molecule; every epoch trains on another one
 
     def preset(self) -> tuple[str, dict]:
         return self.of_files(self.config)

@@ -1,9 +1,9 @@
-"""Molecules that a trained run writes: what `looped eval` does for the task molecules.
+"""`looped eval` on molecules: sample molecules from a trained run, and measure them.
 
-    sampling       batches with the KV cache, from `<bos>`, at most 120 tokens; every batch has a seed of its own
-    settings       T 0.8 with top-k 40 (SMolLM, arXiv 2605.06322) and T 1.0 without, both at the model's own loops;
-                   the first one at other loop counts as well: one model read after each pass
-    loss           nats per token of the test split's molecules, at every loop count
+    sampling       in batches with the KV cache, from `<bos>`, at most 120 tokens; every batch has its own seed
+    settings       T 0.8 with top-k 40 (SMolLM, arXiv 2605.06322) and T 1.0 without top-k, both at the model's own loop
+                   count; the first setting also at other loop counts
+    loss           nats per token of test molecules, at every loop count
 
     samples/SETTING-loopsR.jsonl  a line per sample: smiles, finished (it wrote `<eos>`); resumed batch by batch
     molecules.jsonl               a line per setting and loop count, see `measure`
@@ -11,14 +11,14 @@
 
 valid        finished, and rdkit reads it as at least one atom
 uniqueness   distinct canonical SMILES over valid samples
-novelty      of the distinct ones, those that are no training SMILES as it is written. Of MOSES 2 in 10,000 are not
-             canonical, so that as many may wrongly be called new; other data may be built with `canonical: true`
+novelty      distinct canonical SMILES that no training row has, over all distinct ones. In MOSES 2 of 10,000 rows are
+             not canonical, and as many may wrongly be called new; build other data with `canonical: true`
 diversity    1 - mean Tanimoto similarity of pairs of distinct molecules (Morgan, radius 2, 1,024 bits)
-fcd          Frechet ChemNet distance to 10,000 molecules of the test split (Preuer et al. 2018, arXiv 1803.09518), the
-             network from the package fcd_torch; None where that is not installed
+fcd          Frechet ChemNet distance to 10,000 test molecules (Preuer et al. 2018, arXiv 1803.09518), with the network
+             of the package fcd_torch; None if it is not installed
 
-Shares have Wilson's interval, taking uniqueness as a share too; diversity that of a U-statistic. What is evaluated is
-what ships: the weights in `RUN/model`, loaded by `runs/models.py`.
+Shares, and uniqueness, have Wilson's interval; diversity has the interval of a U-statistic. The model is the published
+one, RUN/model.
 """
 
 import json
@@ -65,18 +65,18 @@ def evaluate_run(
     Args:
         run: a finished one on molecules.
         loops: loop counts; `default_loops` unless given. The model's own are always among them.
-        limit: samples at the model's own loops, of each setting; 10,000 unless given. Others have 2,000 at most.
-        masked: also so many samples at the model's own loops with `masking.ValidPrefix`, a line with a setting of its
-            own.
-        sizes: how much is written at once, and how long.
+        limit: samples of each setting at the model's own loop count, 10,000 unless given; at most 2,000 at others.
+        masked: number of samples at the model's own loop count with `masking.ValidPrefix`, as a setting of its own;
+            none unless given.
+        sizes: see `Sizes`.
 
     Raises:
-        ValueError: the run has not finished, its molecules have changed, rdkit is missing, or the model cannot
-            run so many loops.
+        ValueError: the run has not finished, its molecules have changed, rdkit is missing, or the model may not run so
+            many loops.
     """
     rdkit_chem()
     sizes = sizes or Sizes()
-    run.summary()  # says so if the training has not finished
+    run.summary()  # raises if the training has not finished
     model, tokenizer = load_run_model(run, *(loops or ()))
     splits = run_molecules(run)
     own, count = model.config.num_loops, limit or SAMPLES
@@ -88,7 +88,7 @@ def evaluate_run(
         work.append((replace(SAMPLINGS[0], name=f"{SAMPLINGS[0].name}-masked"), own, masked, processor))
     written = forget_samples_of_another_model(run)
     test = PackedMolecules(splits["test"], tokenizer, MoleculeData.of(run).sequence_length)
-    # The largest first: one that the model cannot run is refused before any work.
+    # The largest loop count runs first: if the model may not run it, the error comes before any work.
     losses = {loop: loss_of_molecules(model, test, loop, LOSS_MOLECULES) for loop in reversed(counts)}
     reference = reference_statistics(splits["test"], sizes.reference)
     rows = []
@@ -96,7 +96,7 @@ def evaluate_run(
         for sampling, loop, number, processor in work:
             path = written / f"{sampling.name}-loops{loop}.jsonl"
             samples = sample_file(path, model, tokenizer, number, sampling, loop, seed, bar, sizes, processor)
-            # A Gaussian of 512 dimensions needs more molecules than there are at most other loop counts.
+            # The distance needs more molecules than other loop counts have, since its Gaussian has 512 dimensions.
             measured = measure(samples, splits["train"], reference if loop == own else None)
             rows.append({"setting": sampling.name, "loops": loop, "loss": losses[loop]} | measured)
     facts = {

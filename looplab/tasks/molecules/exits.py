@@ -1,29 +1,31 @@
-"""How many loops the tokens of a molecule need: what `looped halting RUN` does for the task molecules.
+"""`looped halting` on molecules: how many loops the tokens of a molecule need. Writes RUN/halting.jsonl.
 
-RUN/halting.jsonl has rows of three measures; `rule` with its thresholds and `num_loops` name the setting, see
-`halting_settings.exit_settings`, and the rule `fixed` is a fixed loop count, which a rule must beat at as many loops.
+A record names its halting setting by `rule`, thresholds and `num_loops` (`halting_settings.exit_settings`). The rule
+`fixed` is a fixed loop count, which a rule must beat at as many loops. A record has one of three measures:
 
-    exit      held-out molecules, teacher-forced from `<bos>` to `<eos>`, one row per setting and batch size: the
-              fields of `language.exits.exit_rows`. A complete molecule leaves the batch: no padding is run or counted
-    kind      the same tokens, one row per rule and kind of the token that is predicted (`smiles.KINDS`): kind, tokens,
-              and loss, full_loss, agreement and loops of these tokens. Each rule is at the threshold with the fewest
-              loops of those at most 0.01 nats per token above the best fixed count, or else at the nearest to it
-    sample    molecules that `generate` writes with T 0.8 and top-k 40, one row per setting, all with the same random
+    exit      held-out molecules, teacher-forced from `<bos>` to `<eos>`, a record per setting and batch size, with the
+              fields of `language.exits.exit_rows`. A complete molecule is dropped from the batch, so that no padding
+              is run or counted
+    kind      the same tokens, a record per rule and kind of the predicted token (`smiles.KINDS`): kind, tokens, and
+              loss, full_loss, agreement and loops of these tokens. A rule has one threshold here: among those that
+              cost at most 0.01 nats per token more than the best fixed loop count, the one with the fewest loops; if
+              none does, the cheapest
+    sample    molecules that `generate` writes with T 0.8 and top-k 40, a record per setting, all with the same random
               numbers:
 
-    n                     molecules
+    n                     number of molecules
     validity              {"share", "interval"} as in `measures.measure`
-    fixed_validity        share at the same mean loops, on the straight lines between the fixed counts
-    fcd, fcd_of_test      distance to 10,000 test molecules of the valid ones, and of n test molecules: the fewer
-                          they are the larger it is, so compare equal n. None without fcd_torch
-    loops, tokens         mean over the tokens up to `<eos>` and with it; how many these are
-    timed                 for batches of 1 and of 100 molecules, against all loops in turn: batch;
-                          molecules_per_second, full_molecules_per_second, medians over the rounds;
-                          ratio (ratio_min, ratio_max): seconds per step of `generate` with all loops over those with
-                          the rule, which does not depend on how long the written molecules happened to be;
-                          layer_calls, row_calls: per step, as a share of those of all loops
+    fixed_validity        share at as many loops, on the straight lines between the fixed loop counts
+    fcd, fcd_of_test      distance of the valid molecules, and of n test molecules, to 10,000 test molecules; it is
+                          larger for fewer molecules, so compare equal n. None without fcd_torch
+    loops, tokens         mean loops of the tokens up to `<eos>` and with it, and the number of these tokens
+    timed                 for batches of 1 and of 100 molecules, in turn with all loops: batch;
+                          molecules_per_second, full_molecules_per_second (with all loops), medians over the rounds;
+                          ratio (ratio_min, ratio_max): seconds per step of `generate` with all loops over seconds with
+                          the rule; a step does not depend on how long the molecules are;
+                          layer_calls, row_calls: per step, as a share of those with all loops
 
-In `generate` a molecule that is complete stays in the batch until all are, as it does in use.
+In `generate` a complete molecule stays in the batch until all are complete, as in use.
 """
 
 import time
@@ -58,14 +60,15 @@ from .samples import batch_seed, samples_of, write_tokens
 from .sizes import SAMPLINGS, Sizes
 from .smiles import KINDS, canonical_or_none, token_kinds
 
-SAMPLES = 1000  # of each setting
-HELD_OUT = 200  # molecules that are decoded
-SLACK = 0.01  # nats per token
+SAMPLES = 1000  # samples of each setting
+HELD_OUT = 200  # most molecules that are decoded
+SLACK = 0.01  # nats per token that a threshold may cost
 DRAWN = SAMPLINGS[0]
 
 
 def molecule_rows(molecules: PackedMolecules, numbers: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Molecules `numbers` (N,), one to a row: `input_ids` from `<bos>`, `shift_labels` to `<eos>`, then -100."""
+    """The molecules `numbers` (N,), one per batch row: `input_ids` (N, T) from `<bos>`, `shift_labels` (N, T) to
+    `<eos>`, then -100."""
     labels = [torch.from_numpy(molecules.tokens(number)).long() for number in numbers.tolist()]
     ids = [torch.cat([row.new_tensor([tokenizer.bos_token_id]), row[:-1]]) for row in labels]
     return {
@@ -75,7 +78,7 @@ def molecule_rows(molecules: PackedMolecules, numbers: torch.Tensor, tokenizer: 
 
 
 def cheapest(rows: Sequence[dict]) -> list[dict]:
-    """Of the exit rows of each rule but `fixed`, the one that the rows of measure kind are about."""
+    """For each rule but `fixed`, the record of measure exit whose threshold is chosen for measure kind."""
     best = min(row["loss"] if row["rule"] == "fixed" else row["full_loss"] for row in rows)
 
     def rank(row):
@@ -93,7 +96,7 @@ def kind_rows(
     settings: Sequence[HaltingSetting],
     num_loops: int,
 ) -> list[dict]:
-    """A row of measure kind per setting and kind that occurs; `rows` as `decode` takes them, without a prompt."""
+    """Records of measure kind, one per setting and kind that occurs. rows: as for `decode`, without a prompt."""
     kinds = torch.full(rows["shift_labels"].shape, -1)
     for row, labels in enumerate(rows["shift_labels"]):
         found = token_kinds(tokenizer.convert_ids_to_tokens(labels[labels != IGNORED][:-1]))
@@ -109,7 +112,7 @@ def kind_rows(
 
 
 def loops_of_tokens(output, eos: int) -> torch.Tensor:
-    """(tokens,) loops of the tokens of all samples of a `generate` output, up to `<eos>` and with it."""
+    """Loops (tokens,) of all tokens in an output of `generate`, up to each `<eos>` and with it."""
     ends = output.sequences[:, 1:] == eos
     return output.loops_used[ends.int().cumsum(1) - ends.int() == 0].cpu()
 
@@ -122,7 +125,8 @@ def sample_row(
     reference: Statistics | None,
     sizes: Sizes,
 ) -> dict:
-    """n, validity, fcd, loops and tokens of `number` molecules; every setting draws the same random numbers."""
+    """Sample `number` molecules: a record with n, validity, fcd, loops and tokens. Every setting has the same random
+    numbers."""
     samples, loops = [], []
     for part, size in enumerate(torch.arange(number).split(sizes.batch)):
         output = write_tokens(
@@ -152,7 +156,7 @@ def sample_row(
 
 
 def distance_to(reference: Statistics | None, smiles: Sequence[str]) -> float | None:
-    """The Frechet ChemNet distance of canonical SMILES; None without a reference, and of fewer than two."""
+    """The Frechet ChemNet distance of canonical SMILES; None without a reference, or for fewer than two SMILES."""
     if reference is None or len(smiles) < 2:
         return None
     return frechet_distance(*reference, *statistics_of(smiles))
@@ -160,7 +164,8 @@ def distance_to(reference: Statistics | None, smiles: Sequence[str]) -> float | 
 
 @dataclass(frozen=True)
 class Pace:
-    """One batch: what a molecule and a step of `generate` took, and the calls of core layers per step."""
+    """One batch: seconds per molecule and per step of `generate`; calls of core layers, and batch rows in them, per
+    step."""
 
     seconds_per_molecule: float
     seconds_per_step: float
@@ -169,7 +174,7 @@ class Pace:
 
 
 def pace(model, tokenizer, setting: HaltingSetting, batch: int, seed: int, max_tokens: int) -> Pace:
-    """Write `batch` molecules."""
+    """Time one batch of `batch` molecules."""
     with counted_calls(model) as calls:
         began = time.perf_counter()
         output = write_tokens(
@@ -196,7 +201,7 @@ def timed_row(
     rounds: int,
     max_tokens: int = Sizes.max_tokens,
 ) -> dict:
-    """The cell of `timed`, see the module docstring: every round has other random numbers, the same for both."""
+    """An item of `timed`, see the module docstring. Every round has other random numbers, the same for both sides."""
     seeds = count(), count()
     pairs = interleaved(
         lambda: pace(model, tokenizer, setting, batch, next(seeds[0]), max_tokens),
@@ -237,18 +242,18 @@ def halting_run(
 
     Args:
         run: a finished one on molecules.
-        num_loops: all loops; the model's own unless given.
-        limit: so many samples of each setting, 1,000 unless given, and at most as many held-out molecules, 16 to 200.
-        rounds: timed pairs.
-        sizes: how much is written at once, how long, and at which thresholds.
+        num_loops: the budget; the model's own loop count unless given.
+        limit: samples of each setting, 1,000 unless given; also the number of held-out molecules, within 16 to 200.
+        rounds: interleaved pairs.
+        sizes: see `Sizes`.
 
     Raises:
-        ValueError: the run has not finished, its molecules have changed, rdkit is missing, there is only one
-            loop, or the test split is too small.
+        ValueError: the run has not finished, its molecules have changed, rdkit is missing, there is only one loop, or
+            the split test is too small.
     """
     rdkit_chem()
     sizes = sizes or Sizes()
-    run.summary()  # says so if the training has not finished
+    run.summary()  # raises if the training has not finished
     model, tokenizer = load_run_model(run, num_loops)
     model.eval()
     num_loops = model.config.num_loops if num_loops is None else num_loops
@@ -279,7 +284,7 @@ def halting_run(
 
 
 def halting_text(rows: Sequence[dict]) -> str:
-    """The rows of halting.jsonl as three tables."""
+    """The records of halting.jsonl as three tables of text."""
     by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("exit", "kind", "sample")}
     text = [exits_text(by_measure["exit"]), "", "Loops by what is predicted, and what the rule costs there (nats):"]
     kinds = by_measure["kind"]
@@ -295,8 +300,8 @@ def halting_text(rows: Sequence[dict]) -> str:
     of_test = "not measured: it needs fcd_torch" if of_test is None else f"of as many test molecules {of_test:.2f}"
     text += [
         "",
-        f"{samples[0]['n']:,} molecules of each setting; valid in % with Wilson's interval, beside fixed counts at as "
-        f"many loops; FCD {of_test}",
+        f"{samples[0]['n']:,} molecules of each setting; valid in % with Wilson's interval; fixed: fixed loop counts "
+        f"at as many loops; FCD {of_test}",
         f"{'rule':<12}{'threshold':>10}{'loops':>7}{'valid':>19}{'fixed':>7}{'FCD':>7}"
         + "".join(f"   batch {cell['batch']}: calls, molecules/s, speed " for cell in samples[0]["timed"]),
     ]

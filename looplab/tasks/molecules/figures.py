@@ -1,11 +1,11 @@
-"""Pictures of runs on molecules, as PNG.
+"""`looped plot` on molecules.
 
-validity.png    validity and test loss over loops, those of the training shaded
-faults.png      share of samples with each fault, over loops: what a pass more puts right
-exits.png       validity over mean loops: halting rules against fixed loop counts (of single runs)
-molecules.png   a grid of valid samples, drawn by rdkit (of single runs)
-ablations.png   what each attention head's output is worth at each pass (of single runs)
-readouts.png    each pass read by the model's own head and by one fitted for it (of single runs)
+validity.png    validity and test loss over loops, with trained loop counts shaded
+faults.png      share of samples with each fault, over loops
+exits.png       validity over mean loops: halting rules against fixed loop counts (single runs)
+molecules.png   a grid of valid samples, drawn by rdkit (single runs)
+ablations.png   the change when the output of one attention head is replaced, by layer call (single runs)
+readouts.png    each loop read by the model's own head and by a head fitted for it (single runs)
 """
 
 from collections.abc import Sequence
@@ -41,17 +41,18 @@ from .ablations import SHOWN, VALUES, cell_of
 from .records import ABLATIONS, EVALUATION, HALTING, MOLECULES, READOUTS
 from .smiles import LABELS, canonical_or_none
 
-FLOOR = 0.01  # % of the samples: where a fault that no sample has is drawn
-DRAWN = 20
+FLOOR = 0.01  # % of the samples; a fault that no sample has is drawn here
+DRAWN = 20  # molecules in molecules.png
 
 
 def by_loops(run: Run) -> dict[int, dict]:
-    """Loop count -> line of molecules.jsonl, of the first setting."""
+    """Loop count -> line of molecules.jsonl with the first sampling setting."""
     first = run.read(EVALUATION)["settings"][0]["name"]
     return {row["loops"]: row for row in run.read(MOLECULES) if row["setting"] == first}
 
 
 def loop_axis(axes, counts: Sequence[int], runs: Sequence[Run]) -> None:
+    """Mark the loop counts on the x axis, and shade the trained ones if they are the same in all runs."""
     spans = {run.trained_loops() for run in runs}
     if len(spans) == 1:
         [(first, last)] = spans
@@ -61,11 +62,12 @@ def loop_axis(axes, counts: Sequence[int], runs: Sequence[Run]) -> None:
 
 
 def shared_counts(runs: Sequence[Run]) -> list[int]:
+    """Loop counts at which all runs were evaluated."""
     return sorted(set.intersection(*(set(by_loops(run)) for run in runs)))
 
 
 def validity_figure(groups: Sequence[SeedGroup]) -> Figure:
-    """Validity (%) above, test loss below, over loops: Wilson's interval of one run, t-intervals of seeds."""
+    """Validity in % above, test loss below, over loops. Bands: Wilson's interval for a run, t-interval for seeds."""
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     counts = sorted({count for _, runs in groups for count in shared_counts(runs)})
@@ -92,7 +94,7 @@ def validity_figure(groups: Sequence[SeedGroup]) -> Figure:
 
 
 def faults_figure(runs: Sequence[Run], name: str) -> Figure:
-    """Share of samples with each fault over loops, on a logarithmic scale, means over the runs."""
+    """Share of samples with each fault over loops, on a logarithmic scale; means over the runs."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes, counts = figure.add_subplot(), shared_counts(runs)
     for index, label in enumerate(LABELS):
@@ -113,7 +115,7 @@ def faults_figure(runs: Sequence[Run], name: str) -> Figure:
 
 
 def exits_figure(run: Run) -> Figure:
-    """Validity (%) over mean loops per token: a line per halting rule, and that of fixed loop counts, to be beaten."""
+    """Validity in % over mean loops per token: a line per halting rule, and a line for fixed loop counts."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
     samples = [row for row in run.read(HALTING) if row["measure"] == "sample"]
@@ -133,7 +135,10 @@ def exits_figure(run: Run) -> Figure:
 
 
 def ablations_figure(rows: Sequence[dict], name: str) -> Figure:
-    """Heads x layer calls: a line of panels per measure of `SHOWN`, a column per value put in, of one run's lines."""
+    """Heads x layer calls of one run: a line of panels for each of `SHOWN`, a column for each of `VALUES`.
+
+    rows: lines of ablations.jsonl.
+    """
     heads = sorted({row["head"] for row in rows})
     calls, cells = ordered(cell_of(row)[:3] for row in rows), {cell_of(row): row for row in rows}
     figure, panels = panel_grid(list(SHOWN), VALUES, 0.8 + 0.52 * len(calls), 0.55 + 0.3 * len(heads))
@@ -142,7 +147,7 @@ def ablations_figure(rows: Sequence[dict], name: str) -> Figure:
         largest = max(map(abs, changes.values())) or 1.0
         for value, axes in zip(VALUES, across, strict=True):
             table = [[changes[*call, head, value] for call in calls] for head in heads]
-            # Most of what there is to see is ten times smaller than the first pass.
+            # Most changes are ten times smaller than those of the first loop.
             norm = SymLogNorm(largest / 30, vmin=-largest, vmax=largest)
             axes.imshow(table, cmap="PuOr_r", norm=norm, aspect="auto")
             axes.tick_params(length=0)
@@ -162,18 +167,18 @@ def ablations_figure(rows: Sequence[dict], name: str) -> Figure:
 
 
 def readouts_figure(rows: Sequence[dict], name: str) -> Figure:
-    """Validity above, test loss below, over passes, with 95 % intervals: own head and fresh head of one run."""
+    """Validity above, test loss below, over loops, with 95 % intervals: own head and fresh head of one run."""
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     counts = ordered(row["loops"] for row in rows)
-    for index, (head, label) in enumerate((("own", "the model's own head"), ("fresh", "a head fitted for the pass"))):
+    for index, (head, label) in enumerate((("own", "the model's own head"), ("fresh", "a head fitted for the loop"))):
         own = [row for row in rows if row["head"] == head]
         valid = [[100 * v for v in (row["validity"]["share"], *row["validity"]["interval"])] for row in own]
         draw_band(upper, counts, valid, index, label, shaded=True)
         draw_band(lower, counts, [(row["loss"], *row["loss_interval"]) for row in own], index, label, shaded=True)
     lower.set_xticks(counts, counts)
     tidy(upper, "valid molecules (%)", "")
-    tidy(lower, "test loss (nats per token)", "passes")
+    tidy(lower, "test loss (nats per token)", "loops")
     upper.set_ylim(-3, 103)
     upper.set_title(f"{name}, {rows[0]['n']} samples each", fontsize=9, loc="left")
     upper.legend(frameon=False, fontsize=9)
@@ -181,7 +186,7 @@ def readouts_figure(rows: Sequence[dict], name: str) -> Figure:
 
 
 def molecules_picture(run: Run) -> bytes:
-    """PNG of the first valid samples at the model's own loops, with their SMILES."""
+    """PNG of the first valid samples at the model's own loop count, with their SMILES."""
     rdkit_chem()
     from rdkit import Chem
     from rdkit.Chem.Draw import rdMolDraw2D
@@ -207,10 +212,10 @@ def molecules_picture(run: Run) -> bytes:
 
 
 def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
-    """The pictures of `Task.plot`: of what was not measured there is no picture.
+    """`Task.plot`. A figure is left out if its file was not measured.
 
     Raises:
-        ValueError: a run has no held-out losses yet, or its samples are gone.
+        ValueError: a run has no held-out loss yet, or its samples are gone.
     """
     paths = []
     for run in runs:
@@ -236,7 +241,7 @@ def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Pat
 
 
 def draw_molecules(groups: Sequence[SeedGroup], folder: Path) -> list[Path]:
-    """validity.png, and faults.png of each group, with its name where there are several."""
+    """Save validity.png, and faults.png for each group, with its name if there are several."""
     paths = [save(validity_figure(groups), folder / "validity.png")]
     for name, members in groups:
         file = f"faults_{name}.png" if len(groups) > 1 else "faults.png"

@@ -1,4 +1,4 @@
-"""Held-out molecules: nats per token and per molecule."""
+"""The loss of held-out molecules, in nats per token."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from looplab.runs.folder import Run
 
 from .data import MoleculeData
 
-LOSS_MOLECULES = 2_000
+LOSS_MOLECULES = 2_000  # test molecules that `looped eval` measures the loss on
 
 
 @torch.inference_mode()
@@ -32,9 +32,9 @@ def loss_of_molecules(model: PreTrainedModel, molecules: PackedMolecules, num_lo
 
 
 class HeldOut:
-    """Molecules whose every token a model predicts, one to a row: `nats` of each, in the order of the molecules.
+    """Molecules, one per batch row; `nats` gives the loss of each of their M tokens, molecule after molecule.
 
-    labels (M,): the tokens, `<eos>` included. owner (M,): the molecule that each belongs to.
+    labels (M,): the tokens, with `<eos>`. owner (M,): number of the molecule that a token belongs to.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, smiles: Sequence[str], rows: int = 100):
@@ -43,7 +43,7 @@ class HeldOut:
         self.labels = torch.cat(labels)
         self.owner = torch.repeat_interleave(torch.tensor([len(text) for text in texts]))
         self.batches = [
-            # No token looks at what is filled up on the right.
+            # Padding is on the right, where no token attends to it.
             (
                 pad_sequence(texts[start : start + rows], True, tokenizer.pad_token_id),
                 pad_sequence(labels[start : start + rows], True, IGNORED),
@@ -53,7 +53,7 @@ class HeldOut:
 
     @torch.inference_mode()
     def nats(self, model: PreTrainedModel, num_loops: int) -> torch.Tensor:
-        """(M,) cross-entropy of each token."""
+        """Cross-entropy (M,) of each token, in nats."""
         parts = []
         for ids, labels in self.batches:
             logits = model(ids.to(model.device), num_loops=num_loops, use_cache=False).logits
@@ -62,22 +62,22 @@ class HeldOut:
         return torch.cat(parts)
 
     def mean_of(self, values: torch.Tensor, chosen: torch.Tensor) -> tuple[float, list[float]]:
-        """Mean of the `chosen` (M,) of the values (M,), and its 95 % interval over molecules; of none, nan."""
+        """Mean of the values (M,) where `chosen` (M,) is True, and its 95 % interval over molecules; nan of none."""
         if not chosen.any():
             return math.nan, [math.nan] * 2
         molecules = int(self.owner.max()) + 1
         mean = values[chosen].mean()
-        # How far each molecule pulls the ratio of sums, to first order.
+        # Influence of each molecule on the ratio of sums, to first order.
         pulls = torch.zeros(molecules).index_add(0, self.owner[chosen], values[chosen] - mean)
         half = 1.96 * float(pulls.std()) * molecules**0.5 / int(chosen.sum())
         return float(mean), [float(mean) - half, float(mean) + half]
 
 
 def run_molecules(run: Run) -> datasets.DatasetDict:
-    """The splits of a run's molecules, as its recipe names them.
+    """The splits of a run's molecules, by its recipe.
 
     Raises:
-        ValueError: they are not those it was trained on (files changed, or another working folder).
+        ValueError: the run was trained on other molecules (files changed, or another working folder).
     """
     splits = MoleculeData.of(run).load()
     trained_on = run.summary()["train_molecules"]

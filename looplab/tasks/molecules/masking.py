@@ -1,9 +1,9 @@
-"""Decoding that only writes what can still become a molecule: `ValidPrefix`, a logits processor.
+"""Masked decoding: `ValidPrefix`, a logits processor that allows only tokens that can still lead to a molecule.
 
-A token is taken out where the SMILES so far and that token cannot begin any molecule, `<eos>` where it is none yet.
-`partialsmiles` (O'Boyle; MIT) decides: it follows brackets, ring bonds, valences and the aromatic systems that are
-complete. It takes some strings that rdkit refuses, such as aromatic atoms outside of a ring. A model masked like this
-is another model; what it writes is reported apart from the others.
+A token is masked if no molecule begins with the SMILES so far and that token; `<eos>` is masked until the SMILES is a
+molecule. `partialsmiles` (O'Boyle; MIT) decides: it follows brackets, ring bonds, valences, and aromatic systems that
+are complete. It accepts some strings that rdkit does not, such as aromatic atoms outside of a ring. Samples of a
+masked model are reported apart from the others.
 
     model.generate(start, do_sample=True, logits_processor=LogitsProcessorList([ValidPrefix(tokenizer)]))
 """
@@ -13,19 +13,21 @@ from functools import lru_cache
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-# Tokens less likely than this are left out unasked, unless nothing else is left: most of the 27 tokens of MOSES.
+# Tokens with a smaller probability, which are most of the 27 tokens of MOSES, are masked without a check, unless no
+# other token may follow.
 LEAST = 1e-4
-PREFIXES = 100_000  # remembered
+PREFIXES = 100_000  # checked prefixes that are remembered
 
 
 class ValidPrefix(LogitsProcessor):
-    """Sets the logits of tokens that cannot follow to -inf, row by row.
+    """Sets the logits of tokens that may not follow to -inf, batch row by batch row.
 
-    Where nothing can follow, `<eos>` is left: the sample ends, and is not valid. Rows that have ended are left alone.
+    If no token may follow, only `<eos>` stays: the sample ends, and is not valid. Batch rows that have ended stay as
+    they are.
 
     Args:
         tokenizer: a `smiles_tokenizer`.
-        least: probability below which a token is left out unasked.
+        least: probability below which a token is masked without a check.
 
     Raises:
         ImportError: partialsmiles is not installed.
@@ -49,7 +51,7 @@ class ValidPrefix(LogitsProcessor):
         self._reads = reads
 
     def may_follow(self, smiles: str, token: int) -> bool:
-        """Whether the token may come next; `<eos>` may where the SMILES is a molecule."""
+        """Whether the token may come next; `<eos>` may if the SMILES is a molecule."""
         if token in self.special:
             return False
         if token == self.eos:
@@ -57,7 +59,7 @@ class ValidPrefix(LogitsProcessor):
         return self._reads(smiles + self.words[token], True)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """(B, T) ids that begin with `<bos>`, (B, V) logits -> (B, V) logits."""
+        """Masked logits (B, V), for ids (B, T) that begin with `<bos>` and logits (B, V)."""
         masked = torch.full_like(scores, -torch.inf)
         probabilities = scores.float().softmax(-1).tolist()
         for row, ids in enumerate(input_ids.tolist()):

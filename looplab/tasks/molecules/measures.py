@@ -1,4 +1,4 @@
-"""What is measured of written molecules."""
+"""Measures of sampled molecules: validity, uniqueness, novelty, diversity, Frechet ChemNet distance, faults."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ BITS = 1024
 
 
 def known_among(smiles: Sequence[str], train: datasets.Dataset) -> int:
-    """How many of the distinct `smiles` are rows of the training split."""
+    """How many of the distinct `smiles` are in the training split."""
     column = train.with_format("arrow")[:]["text"]
     return pc.sum(pc.is_in(pa.array(smiles, pa.string()), value_set=column.combine_chunks())).as_py() or 0
 
 
 def fingerprints(smiles: Sequence[str]) -> np.ndarray:
-    """Morgan fingerprints (N, 1024), radius 2, as zeros and ones."""
+    """Morgan fingerprints of radius 2, (N, 1024) zeros and ones."""
     chem = rdkit_chem()
     from rdkit.Chem import rdFingerprintGenerator
 
@@ -34,9 +34,10 @@ def fingerprints(smiles: Sequence[str]) -> np.ndarray:
 
 
 def internal_diversity(bits: np.ndarray) -> tuple[float, list[float]]:
-    """1 - mean Tanimoto similarity over the pairs of rows (N, bits), N >= 2, and its 95 % interval.
+    """1 - mean Tanimoto similarity over all pairs of N >= 2 fingerprints (N, bits), and its 95 % interval.
 
-    The mean of pairs is a U-statistic: its variance is 4 / N times that of the rows' own means (Hoeffding 1948).
+    The mean over pairs is a U-statistic. Its variance is 4 / N times the variance of the fingerprints' own means over
+    their pairs (Hoeffding 1948).
     """
     count, sizes = len(bits), bits.sum(1)
     means = np.empty(count)
@@ -51,19 +52,22 @@ def internal_diversity(bits: np.ndarray) -> tuple[float, list[float]]:
 
 
 def share(count: int, total: int) -> dict:
-    """A share and its interval; None of nothing."""
+    """{"share": count / total, "interval": Wilson's}; both are None if `total` is 0."""
     if not total:
         return {"share": None, "interval": None}
     return {"share": count / total, "interval": list(wilson_interval(count / total, total))}
 
 
 def measure(rows: Sequence[dict], train: datasets.Dataset, reference=None) -> dict:
-    """What samples are worth.
+    """The measures of samples, which evaluation.py explains.
 
-    n; validity, uniqueness, novelty and each of `faults` and `exclusive` (of all samples): {"share", "interval"};
-    diversity: the same; fcd; mean_length: characters of a valid SMILES.
+    n; validity, uniqueness, novelty and diversity as {"share", "interval"}; fcd; mean_length, characters of a valid
+    SMILES; faults and exclusive, name -> {"share", "interval"} of all samples.
 
-    reference: `statistics_of` held-out molecules; without it there is no fcd.
+    Args:
+        rows: samples of `write_molecules`.
+        train: the training split, for novelty.
+        reference: `statistics_of` held-out molecules; fcd is None without it.
     """
     canonical = [canonical_or_none(row["smiles"]) if row["finished"] else None for row in rows]
     valid = [smiles for smiles in canonical if smiles is not None]

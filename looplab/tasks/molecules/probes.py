@@ -1,18 +1,19 @@
-"""What a linear probe reads of a molecule's grammar from the state after each pass.
+"""`looped lens` on molecules: how much of a molecule's grammar a linear probe reads from the state after each loop.
 
-    target           at every token read, `<bos>` included
-    bracket_depth    branches that are open
-    open_rings       ring bonds that are open
-    control          what its accuracy tells
+    target           counted at every token, `<bos>` included
+    bracket_depth    open branches
+    open_rings       open ring bonds
+
+    control
     majority         always the commonest value
-    shuffled         the probe's training labels in random order: what chance and imbalance alone give
-    embedding        the probe on the token's embedding: what the last token alone gives away
-    random_init      the probe on the same pass of a model with random weights: what any network keeps of its input
+    shuffled         the probe, fitted on labels in random order: what chance and imbalance give
+    embedding        the probe on the embedding of the token: what the last token gives away
+    random_init      the probe on the same layer call of a model with random weights: what any network keeps
 
-A high accuracy means little where the controls have it, too; `over_controls` is the accuracy less the best of them.
-The probes (instruments/linear_probe.py) read standardised states. They are fitted on 80 % of the molecules of the test
-split and measured on the others (SMolLM, arXiv 2605.06322, without controls). RUN/probes.jsonl has a line per loop,
-layer and target.
+A high accuracy means little if a control has it, too: `over_controls` is the accuracy minus the best control. The
+probes (instruments/linear_probe.py) read standardised states. They are fitted on 80 % of the molecules of the split
+test and measured on the others (SMolLM, arXiv 2605.06322, which has no controls). RUN/probes.jsonl has a line per
+loop, layer and target.
 """
 
 from collections.abc import Sequence
@@ -31,11 +32,11 @@ from .held_out import run_molecules
 from .records import PROBES
 from .smiles import RING
 
-ROWS = 100  # molecules that go through the model at once
+ROWS = 100  # molecules in a forward pass
 
 
 def grammar(tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """(open branches, open ring bonds) before the first token and after each: T + 1 pairs."""
+    """(open branches, open ring bonds) before the first token and after each token: T + 1 pairs."""
     depth, rings, seen = 0, set(), [(0, 0)]
     for token in tokens:
         depth += {"(": 1, ")": -1}.get(token, 0)
@@ -45,12 +46,12 @@ def grammar(tokens: Sequence[str]) -> list[tuple[int, int]]:
     return seen
 
 
-def states_by_pass(
+def states_by_call(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], pad: int, num_loops: int
 ) -> dict[tuple[str, int, int], torch.Tensor]:
-    """States (tokens of all rows, D) of the embedding, ("embedding", 0, 0), and of every layer call.
+    """Layer call, or ("embedding", 0, 0) -> states (tokens of all rows, D).
 
-    Rows are filled up on the right, where no token of theirs looks.
+    Padding is on the right, where no token attends to it.
     """
     parts = {}
     for start in range(0, len(rows), ROWS):
@@ -73,10 +74,10 @@ def probe_grammar(
     num_loops: int,
     seed: int = 0,
 ) -> list[dict]:
-    """The rows of probes.jsonl, see the module docstring.
+    """The lines of probes.jsonl, see the module docstring.
 
     Raises:
-        ValueError: fewer than ten molecules.
+        ValueError: there are fewer than ten molecules.
     """
     if len(smiles) < 10:
         raise ValueError(f"probes need at least ten molecules, got {len(smiles)}.")
@@ -86,8 +87,8 @@ def probe_grammar(
     train = owner < int(0.8 * len(rows))
     labels = torch.tensor([pair for each in pairs for pair in each])  # (N, 2)
     shuffle = torch.randperm(int(train.sum()), generator=torch.Generator().manual_seed(seed))
-    states = states_by_pass(model, rows, tokenizer.pad_token_id, num_loops)
-    twins = states_by_pass(random_twin(model, seed), rows, tokenizer.pad_token_id, num_loops)
+    states = states_by_call(model, rows, tokenizer.pad_token_id, num_loops)
+    twins = states_by_call(random_twin(model, seed), rows, tokenizer.pad_token_id, num_loops)
 
     def accuracy(values: torch.Tensor, target: torch.Tensor, shuffled: bool = False) -> tuple[float, float]:
         known = target[train][shuffle] if shuffled else target[train]
@@ -115,7 +116,7 @@ def probe_grammar(
 
 
 def probe_run(run: Run, num_loops: int | None, limit: int) -> Path:
-    """Write RUN/probes.jsonl of `limit` test molecules and print it; returns the path.
+    """Write RUN/probes.jsonl, for `limit` test molecules, and print it; returns the path.
 
     Raises:
         ValueError: the run has not finished, or its molecules have changed.
@@ -129,9 +130,9 @@ def probe_run(run: Run, num_loops: int | None, limit: int) -> Path:
 
 
 def probes_text(rows: Sequence[dict]) -> str:
-    """The table in %, a line per target, pass and layer."""
+    """The accuracies in % as a table of text, with a line per target, loop and layer."""
     columns = ("accuracy", "majority", "shuffled", "embedding", "random_init", "over_controls")
-    text = [f"{'target':<15}{'pass':>5}{'layer':>6}" + "".join(f"{name:>15}" for name in columns)]
+    text = [f"{'target':<15}{'loop':>5}{'layer':>6}" + "".join(f"{name:>15}" for name in columns)]
     for row in rows:
         numbers = "".join(f"{100 * row[name]:15.1f}" for name in columns)
         text.append(f"{row['target']:<15}{row['loop'] + 1:>5}{row['layer'] + 1:>6}{numbers}")

@@ -1,17 +1,17 @@
-"""Each pass of a run on molecules read by a head that was fitted for it, beside the head of the model.
+"""`looped lens` on molecules: every loop is read by the model's own head, and by a head fitted for that loop.
 
-The model's own head, which is its embedding as well, was trained for the last pass alone: that it reads little of an
-earlier state may be its fault and not the state's. So a fresh linear head without bias is fitted on what the head
-reads after p passes, for p = 1 .. num_loops (SMolLM, arXiv 2605.06322); nothing else of the model changes.
+The model's own head, which is also its embedding, was trained after the last loop only: if it reads little of an
+earlier state, the head may be the reason, not the state. So for each loop count a new linear head without bias is
+fitted on the input of the head (SMolLM, arXiv 2605.06322); nothing else of the model changes.
 
-    fit       300,000 tokens of training molecules, drawn by a seed; cross-entropy, from zero, by L-BFGS on whitened
-              features. It is convex; what the paper has (AdamW 1e-3, 5 epochs) stops far from its minimum here.
+    fit       cross-entropy on 300,000 tokens of training molecules, by L-BFGS from zero on whitened features. The fit
+              is convex; the paper's way (AdamW 1e-3, 5 epochs) stops far from the minimum here.
     loss      nats per token of test molecules
-    samples   written by `generate`, the head in place of lm_head and num_loops = p: the same seeds for both heads
+    samples   by `generate` with that head and that loop count, with the same seeds for both heads
 
-RUN/readouts.jsonl has a line per pass and head (own | fresh): loops, head, loss, loss_interval (over molecules), the
-fields of `measures.measure`; fit_loss and fit_tokens, the end of the fit, None of the own head. Each line also has
-what it was measured under (weights, molecules, setting); started again, it goes on with the passes that are missing.
+RUN/readouts.jsonl has a line per loop count and head (own | fresh): loops, head, loss, loss_interval (over molecules),
+and the fields of `measures.measure`; also fit_loss and fit_tokens, None for the own head. A line also says what it was
+measured under (weights, molecules, setting). Started again, the command measures the missing loop counts only.
 """
 
 import copy
@@ -44,7 +44,7 @@ ITERATIONS = 60
 def features_of(
     model: PreTrainedModel, molecules: PackedMolecules, num_loops: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head reads of every token after `num_loops` passes, (M, D) on the CPU, and the next tokens (M,)."""
+    """(input of the head (M, D) at every token after `num_loops` loops, next tokens (M,)), both on the CPU."""
     features, labels = [], []
     for numbers in torch.arange(len(molecules)).split(256):
         rows = {name: value.to(model.device) for name, value in molecules.rows(numbers).items()}
@@ -56,10 +56,10 @@ def features_of(
 
 
 def fit_head(features: torch.Tensor, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, float]:
-    """The linear head (`size`, D) without bias that predicts `labels` (M,) of `features` (M, D), and its loss.
+    """(linear head (size, D) without bias, fitted to predict `labels` (M,) from `features` (M, D), its loss in nats).
 
-    Directions in which features hardly vary would take thousands of steps: each is scaled to mean square 1 first, but
-    for those a million times weaker than the strongest.
+    Directions in which features hardly vary would take thousands of iterations, so each direction is first scaled to
+    mean square 1. Directions a million times weaker than the strongest are scaled less.
     """
     squares, directions = torch.linalg.eigh((features.T @ features / len(features)).double())
     whiten = (directions * squares.clamp_min(1e-6 * squares.max()).rsqrt()).float()
@@ -78,7 +78,7 @@ def fit_head(features: torch.Tensor, labels: torch.Tensor, size: int) -> tuple[t
 
 
 def with_head(model: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:
-    """A copy of the model whose head is `weight` (V, D) and no longer its embedding."""
+    """A copy of the model with the head `weight` (V, D), which is no longer tied to the embedding."""
     twin = copy.deepcopy(model)
     twin.config.tie_word_embeddings = False
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -97,7 +97,15 @@ def readout_rows(
     samples: int,
     max_tokens: int,
 ) -> list[dict]:
-    """The lines of one pass: own head, fresh head."""
+    """The two lines of one loop count: own head, fresh head.
+
+    Args:
+        molecules: test molecules, for the loss.
+        fit: training molecules, for the fit.
+        train: the training split, for novelty.
+        samples: number of samples.
+        max_tokens: most tokens of a sample.
+    """
     everything = torch.ones_like(molecules.labels, dtype=torch.bool)
     features, labels = features_of(model, fit, num_loops)
     weight, fit_loss = fit_head(features, labels, model.config.vocab_size)
@@ -112,7 +120,7 @@ def readout_rows(
 
 
 def read_run(run: Run, num_loops: int | None, limit: int, sizes: Sizes) -> Path:
-    """Write RUN/readouts.jsonl, of `limit` test molecules and twice as many samples, and print it; returns the path.
+    """Write RUN/readouts.jsonl, for `limit` test molecules and twice as many samples, and print it; returns the path.
 
     Raises:
         ValueError: the run has not finished, its molecules have changed, or rdkit is missing.
@@ -126,10 +134,10 @@ def read_run(run: Run, num_loops: int | None, limit: int, sizes: Sizes) -> Path:
     facts = {"weights": weights_digest(run), "molecules": len(test), "setting": SAMPLINGS[0].name, "limit": limit}
     rows = rows_on_file(path, facts)
     done = {row["loops"] for row in rows}
-    passes = [count for count in range(1, (num_loops or model.config.num_loops) + 1) if count not in done]
-    if passes:
+    missing = [count for count in range(1, (num_loops or model.config.num_loops) + 1) if count not in done]
+    if missing:
         molecules, fit = HeldOut(tokenizer, test), fit_molecules(run, splits["train"], tokenizer, sizes.fit_tokens)
-    for count in tqdm(passes, desc="a head for each pass", unit="pass"):
+    for count in tqdm(missing, desc="a head for each loop", unit="loop"):
         rows += readout_rows(model, tokenizer, molecules, fit, splits["train"], count, 2 * limit, sizes.max_tokens)
         run.write({path.name: to_json_lines(row | facts for row in rows)})
     print(readouts_text(rows))
@@ -137,7 +145,7 @@ def read_run(run: Run, num_loops: int | None, limit: int, sizes: Sizes) -> Path:
 
 
 def fit_molecules(run: Run, train, tokenizer: PreTrainedTokenizerBase, fit_tokens: int) -> PackedMolecules:
-    """Training molecules of about `fit_tokens` tokens, or all."""
+    """Training molecules with about `fit_tokens` tokens together, drawn by a fixed seed; all if there are fewer."""
     numbers = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     length = MoleculeData.of(run).sequence_length
     mean = PackedMolecules(train.select(numbers[:1000]), tokenizer, length).mean_length
@@ -145,13 +153,13 @@ def fit_molecules(run: Run, train, tokenizer: PreTrainedTokenizerBase, fit_token
 
 
 def readouts_text(rows: Sequence[dict]) -> str:
-    """A line per pass: loss and validity with the own head and with the fresh one."""
+    """Loss and validity with the own head and with the fresh head as text, with a line per loop count."""
     by_head = {(row["loops"], row["head"]): row for row in rows}
     counts = sorted({row["loops"] for row in rows})
     n = rows[0]["n"]
     text = [
-        f"\nEach pass read by the model's own head and by one fitted for it; {n} samples, 95 % intervals.",
-        f"{'passes':>6}{'own loss':>12}{'fresh':>9}{'own valid %':>22}{'fresh':>22}",
+        f"\nEach loop read by the model's own head and by a head fitted for it; {n} samples, 95 % intervals.",
+        f"{'loops':>6}{'own loss':>12}{'fresh':>9}{'own valid %':>22}{'fresh':>22}",
     ]
     for count in counts:
         own, fresh = by_head[count, "own"], by_head[count, "fresh"]

@@ -1,4 +1,4 @@
-"""Files that are measured on molecules."""
+"""Files with measurements on molecules."""
 
 from looplab.runs.folder import NUMBER, RecordFile
 

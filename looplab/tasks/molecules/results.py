@@ -1,8 +1,9 @@
-"""What the files of runs on molecules say: one run by setting and loops, and a Markdown table of groups of seeds.
+"""Results of runs on molecules, from their files: one run by setting and loops, and a Markdown table of groups of
+seeds.
 
-A group's number is its mean over seeds with [lowest, highest], in % where it is a share; 95 % t-intervals are over
-seeds (runs/intervals.py). `--against` compares validity seed by seed. Wilson's intervals in the text of one run know
-the chance of its samples and not the chance of its training.
+A group has its mean over seeds with [lowest, highest]; shares are in %. 95 % t-intervals are over seeds
+(runs/intervals.py). `--against` compares validity seed by seed. Wilson's intervals of a single run cover the chance in
+its samples, not the chance in its training.
 """
 
 from collections.abc import Sequence
@@ -26,11 +27,12 @@ def own_row(run: Run, setting: str) -> dict:
 
 
 def settings_of(run: Run) -> list[str]:
+    """Names of the sampling settings of an evaluated run."""
     return [setting["name"] for setting in run.read(EVALUATION)["settings"]]
 
 
 def percent(measured: dict) -> str:
-    """A share and its interval."""
+    """A share and its interval in % as text; - if it is None."""
     if measured["share"] is None:
         return "-"
     low, high = (100 * bound for bound in measured["interval"])
@@ -38,11 +40,11 @@ def percent(measured: dict) -> str:
 
 
 def samples_text(run: Run) -> str:
-    """The measures of an evaluated run as text, a line per setting and loop count, then the faults."""
+    """The measures of an evaluated run as text, with a line per setting and loop count, then the faults."""
     rows, (low, high) = run.read(MOLECULES), run.trained_loops()
     columns = f"{'valid':>19}{'unique':>19}{'new':>19}{'diversity':>19}{'FCD':>7}"
     text = [
-        "Shares in % with their 95 % interval; [ ] marks loop counts of the training; loss is nats per test token.",
+        "Shares in % with their 95 % interval; [ ] marks trained loop counts; loss in nats per test token.",
         f"{'setting':<12}{'loops':>6}{'samples':>9}{'loss':>8}{columns}",
     ]
     for row in rows:
@@ -52,7 +54,7 @@ def samples_text(run: Run) -> str:
         text.append(f"{row['setting']:<12}{loops:>6}{row['n']:>9,}{row['loss']:8.4f}{shares}{fcd:>7}")
     text += [
         "",
-        "Faults in % of the samples, of which one may have several; after | the one class SMolLM would give it.",
+        "Faults in % of the samples; a sample may have several. After | the one class that SMolLM would give it.",
     ]
     classes = [name for name in EXCLUSIVE if name != "valid"]
     names = "".join(f"{name:>12}" for name in LABELS) + " |" + "".join(f"{name:>9}" for name in classes)
@@ -70,7 +72,10 @@ def samples_text(run: Run) -> str:
 
 
 def markdown_table(runs: Sequence[Run], against: str | None = None) -> str:
-    """A line per group of runs; `against` names the group to which the others' validity is compared seed by seed.
+    """A Markdown table with a line per group of seeds.
+
+    Args:
+        against: name of the baseline, a group that the validity of the others is compared with seed by seed.
 
     Raises:
         ValueError: a run was not evaluated, or there is no group `against`.
@@ -86,7 +91,7 @@ def markdown_table(runs: Sequence[Run], against: str | None = None) -> str:
 
 
 def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
-    """Size, loss, the measures of each setting, and training of a group."""
+    """The cells of a group with parameters, loss, the measures of each setting, and training."""
     parameters = [run.read(EVALUATION)["parameters"]["all"] for run in runs]
     summaries = [run.summary() for run in runs]
     first = settings_of(runs[0])[0]
@@ -110,7 +115,8 @@ def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def difference_cells(base: Sequence[Run], runs: Sequence[Run], against: str) -> dict[str, str]:
-    """Validity less that of the baseline's run of the same seeds, in points, per setting; - without common seeds."""
+    """The cells with validity minus the validity of the baseline's run with the same seeds, in percentage points, for
+    each setting; - if there are no common seeds."""
     one, two = by_seeds(base), by_seeds(runs)
     shared = [seeds for seeds in two if seeds in one]
     cells = {}

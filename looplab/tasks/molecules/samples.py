@@ -1,4 +1,4 @@
-"""Molecules that a model writes, kept in `samples/`."""
+"""Sample molecules from a model, and keep them in RUN/samples/."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ def write_molecules(
     use_cache: bool = True,
     logits_processor: LogitsProcessorList | None = None,
 ) -> list[dict]:
-    """`count` samples {"smiles", "finished"} of at most `max_tokens` tokens, a function of the seed; the random state
-    outside is as it was."""
+    """`count` samples {"smiles", "finished"} of at most `max_tokens` tokens, as a function of `seed`. Torch's random
+    state is the same afterwards."""
     output = write_tokens(model, tokenizer, count, sampling, num_loops, seed, max_tokens, use_cache, logits_processor)
     return samples_of(output.sequences, tokenizer)
 
@@ -46,7 +46,7 @@ def write_tokens(
     logits_processor: LogitsProcessorList | None = None,
     halting: dict | None = None,
 ):
-    """What `generate` returns for `count` samples: sequences (count, 1 + T) from `<bos>`, loops_used (count, T)."""
+    """The output of `generate` for `count` samples: sequences (count, 1 + T) with `<bos>`, loops_used (count, T)."""
     start = torch.full((count, 1), tokenizer.bos_token_id, device=model.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def write_tokens(
 
 
 def samples_of(sequences: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """{"smiles", "finished"} of each of the sequences (N, 1 + T), which begin with `<bos>`."""
+    """{"smiles", "finished": it has `<eos>`} for each of the sequences (N, 1 + T), which begin with `<bos>`."""
     rows = sequences[:, 1:]
     finished = (rows == tokenizer.eos_token_id).any(1).tolist()
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -66,6 +66,7 @@ def samples_of(sequences: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def batch_seed(*parts) -> int:
+    """A seed in 32 bits from the hash of `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
 
 
@@ -81,7 +82,7 @@ def sample_file(
     sizes: Sizes,
     logits_processor: LogitsProcessorList | None = None,
 ) -> list[dict]:
-    """The first `count` samples of the file, which is written as far as it is short of them, batch by batch."""
+    """The first `count` samples in the file `path`; missing samples are written first, batch by batch."""
     rows = rows_so_far(path)
     rows = rows[: len(rows) // sizes.batch * sizes.batch]
     bar.update(min(count, len(rows)))
@@ -103,7 +104,7 @@ def sample_file(
 
 
 def cache_speed(model, tokenizer, num_loops: int, max_tokens: int, count: int = 100) -> dict:
-    """Molecules per second with and without the KV cache: the same `count` molecules, in one batch."""
+    """Molecules per second with and without the KV cache, and their ratio, for the same batch of `count` molecules."""
     seconds = {}
     for use_cache in (True, False):
         began = time.perf_counter()
@@ -118,7 +119,7 @@ def cache_speed(model, tokenizer, num_loops: int, max_tokens: int, count: int = 
 
 
 def forget_samples_of_another_model(run: Run) -> Path:
-    """Delete samples that the weights in RUN/model did not write; returns the folder of samples."""
+    """Delete samples if other weights than RUN/model wrote them; returns the folder of samples."""
     weights = weights_digest(run)
     folder = below(run.folder, "samples")
     written = rows_so_far(folder / "model.json")

@@ -1,4 +1,4 @@
-"""How molecules are written, and how many at once: what results depend on, and how long they take."""
+"""Sampling settings of molecules, and the sizes of measurements."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; `top_k` 0 is no limit."""
+    """A sampling setting: how the next token is drawn. top_k 0 means all tokens."""
 
     name: str
     temperature: float
     top_k: int
 
     def arguments(self) -> dict:
-        """What `generate` takes."""
+        """The arguments of `generate`."""
         return {"temperature": self.temperature, "top_k": self.top_k}
 
 
@@ -22,15 +22,16 @@ SAMPLINGS = (Sampling("T0.8-top40", 0.8, 40), Sampling("T1.0", 1.0, 0))
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of molecules, unless they are named tokens or thresholds.
+    """Sizes of measurements.
 
-    batch: written at once, and seeded alike
-    max_tokens: of a molecule
-    reference: of the test split, that the Frechet ChemNet distance is to; 0 for no distance
-    decoded: batches in which teacher-forced tokens are timed
-    timed: batches in which `generate` is timed
-    fit_tokens: tokens that a fresh head is fitted on
-    thresholds: of each halting rule that are tried; None for all
+    Args:
+        batch: molecules that are sampled together, with one seed.
+        max_tokens: most tokens of a molecule.
+        reference: test molecules that the Frechet ChemNet distance is measured to; 0 for no distance.
+        decoded: batch sizes for teacher-forced decoding.
+        timed: batch sizes for `generate`.
+        fit_tokens: tokens that a fresh head is fitted on.
+        thresholds: how many of each halting rule are tried; None for all.
     """
 
     batch: int = 500

@@ -1,19 +1,19 @@
-"""What is wrong with a SMILES, each fault looked for by itself.
+"""The faults of a SMILES, each looked for independently of the others.
 
     label         the fault                                                      found in
     truncated     no end within the tokens that were allowed                     the sample
     empty         no atom                                                        the string
-    brackets      a branch that is closed before it is opened, or never          its tokens
-    rings         a ring bond that is opened and never closed, or closed at      its tokens
-                  the atom it began at
+    brackets      a branch that is never closed, or closed before it is opened   its tokens
+    rings         a ring bond that is never closed, or closed at the atom        its tokens
+                  where it began
     syntax        rdkit cannot read it as a graph                                the repaired string
     valence       an atom has more bonds than it can have                        the repaired graph
-    aromaticity   an aromatic atom outside of a ring, or no way to place the     the repaired graph
-                  double bonds of an aromatic ring
+    aromaticity   an aromatic atom outside of a ring, or an aromatic ring        the repaired graph
+                  whose double bonds cannot be placed
 
-A sample may have several labels. The repaired string is the one without unmatched parentheses and ring bonds, so
-that a bracket does not hide a valence. `exclusive_class` is the order of SMolLM (arXiv 2605.06322), which stops at the
-first fault: there valence errors can only appear once brackets and rings are right, whatever the model does.
+A sample may have several labels. The repaired string has no unmatched parentheses and ring bonds, so that a wrong
+bracket does not hide a wrong valence. SMolLM (arXiv 2605.06322) stops at the first fault, so that valence errors can
+appear only when brackets and rings are right: `exclusive_class` is its class.
 """
 
 import re
@@ -29,7 +29,7 @@ LABELS = ("truncated", "empty", "brackets", "rings", "syntax", "valence", "aroma
 KINDS = ("atom", "bond", "branch open", "branch close", "ring open", "ring close", "end")
 EXCLUSIVE = ("valid", "bracket", "ring", "valence", "other")
 
-# What rdkit calls the problems of a graph.
+# rdkit's name for a problem of a graph -> label.
 PROBLEMS = {
     "AtomValenceException": "valence",
     "AtomKekulizeException": "aromaticity",
@@ -38,7 +38,7 @@ PROBLEMS = {
 
 
 def canonical_or_none(smiles: str) -> str | None:
-    """The canonical SMILES, or None for what is no molecule; rdkit's messages are kept off the terminal."""
+    """The canonical SMILES, or None if it is not a molecule. rdkit prints nothing."""
     from rdkit import rdBase
 
     chem = rdkit_chem()
@@ -50,7 +50,7 @@ def canonical_or_none(smiles: str) -> str | None:
 
 
 def unmatched(tokens: Sequence[str]) -> tuple[set[int], set[int]]:
-    """Indices of the tokens that leave branches, and ring bonds, without their other half."""
+    """(indices of unmatched parentheses, indices of unmatched ring bonds) among the tokens."""
     open_branches, open_rings, atoms = [], {}, 0
     branches, rings = set(), set()
     for i, token in enumerate(tokens):
@@ -75,7 +75,7 @@ def unmatched(tokens: Sequence[str]) -> tuple[set[int], set[int]]:
 
 
 def token_kinds(tokens: Sequence[str]) -> list[str]:
-    """The one of `KINDS` of each token, and of the end after them; the dot between molecules counts as a bond."""
+    """The kind, one of `KINDS`, of each token and of the end. The dot between molecules counts as a bond."""
     kinds, rings = [], set()
     for token in tokens:
         if token in "()":
@@ -109,7 +109,7 @@ def faults(smiles: str, finished: bool = True) -> list[str]:
         found.add("rings")
     repaired = "".join(token for i, token in enumerate(tokens) if i not in branches | rings)
     if not finished:
-        # What comes after the last atom could not be used yet.
+        # Bonds and branches after the last atom had no time to be used.
         repaired = re.sub(r"[-=#$:/\\(.]+$", "", repaired)
     with rdBase.BlockLogs():
         graph = chem.MolFromSmiles(repaired, sanitize=False)
@@ -117,12 +117,12 @@ def faults(smiles: str, finished: bool = True) -> list[str]:
             found.add("syntax")
         else:
             found |= {PROBLEMS.get(problem.GetType(), "syntax") for problem in chem.DetectChemistryProblems(graph)}
-    # A string that is in order once its halves are out needs no other name; one without a label must have one.
+    # An invalid sample in which nothing was found must have a label.
     return [label for label in LABELS if label in found] or ["syntax"]
 
 
 def exclusive_class(smiles: str) -> str:
-    """The one class that SMolLM's evaluation puts a sample in, see `EXCLUSIVE`."""
+    """The class of a sample in SMolLM's evaluation, one of `EXCLUSIVE`."""
     if canonical_or_none(smiles) is not None:
         return "valid"
     from rdkit import rdBase

@@ -1,4 +1,4 @@
-"""Molecules as a task, see `tasks.base.Task`."""
+"""The task molecules, see `tasks.base.Task`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class MoleculeTask(Task):
-    """Molecules; what `looped` calls --limit and --masked counts samples.
+    """Molecules as SMILES. --limit and --masked of `looped` are numbers of samples.
 
     Args:
-        sizes: how much is sampled and measured at once.
+        sizes: of the measurements.
     """
 
     name = kind = "molecules"
@@ -33,12 +33,12 @@ class MoleculeTask(Task):
         "faults": Figure("What is wrong with the molecules, by loops"),
         "molecules": Figure("Some valid molecules that the model wrote"),
         "ablations": Figure("Validity without one attention head, by loop and head"),
-        "readouts": Figure("Validity where every loop is read by a head of its own, or by the last loop's"),
+        "readouts": Figure("Validity if every loop is read by a head of its own, or by the head of the last loop"),
         "training": Figure("Training: loss and held-out measure over time"),
     }
     files = ("samples/model.json", "samples/*-loops*.jsonl")
     arguments: ClassVar = {
-        ("eval", "masked"): Argument("also write N samples of prefixes that can be completed", "N", Whole()),
+        ("eval", "masked"): Argument("also N samples whose every prefix can become a molecule", "N", Whole()),
     }
     defaults: ClassVar = {
         "eval --limit": "10,000 samples",
@@ -105,7 +105,7 @@ class MoleculeTask(Task):
         return [*paths, ablate_run(run, loops, limit, self.sizes), read_run(run, loops, limit, self.sizes)]
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
-        """`<bos>` and the first tokens of molecules."""
+        """`<bos>` and the first tokens of test molecules."""
         import torch
 
         from data_builders import PackedMolecules
@@ -123,7 +123,7 @@ class MoleculeTask(Task):
         return MoleculeCard()
 
     def data_licence(self, config: str, licence: str) -> str | None:
-        """That of MOSES; who brings files knows theirs."""
+        """The licence of MOSES; only the user knows the licence of other files."""
         return {"moses": "mit"}.get(config)
 
     def demo_part(self, run: Run, config: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Training on SMILES: each molecule is by itself, several of them in a row of one length."""
+"""Training on SMILES: several molecules are packed into a sequence, and none sees another."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from modeling_looped import LoopedForCausalLM
 
 
 class MoleculeTraining(LanguageTraining):
-    """Molecules, packed."""
+    """Packed molecules."""
 
     padding = "packing"
-    # Jindal and Ju 2026, arXiv 2605.06322: how molecules are written.
+    # Sampling of SMolLM (Jindal and Ju 2026, arXiv 2605.06322).
     generation = {"do_sample": True, "temperature": 0.8, "top_k": 40, "max_new_tokens": 120}  # noqa: RUF012
 
     def __init__(
@@ -39,7 +39,7 @@ class MoleculeTraining(LanguageTraining):
                 spellings=data.spellings, spelling_seed=data.seed,
             )  # fmt: skip
             self.held_out = PackedMolecules(splits["validation"], self.tokenizer, data.sequence_length)
-            # What `looped eval` measures on: refused now, and not when the training is done.
+            # `looped eval` measures on these splits: raise now, not when the training is done.
             for split in splits.keys() - {"train", "validation"}:
                 PackedMolecules(splits[split], self.tokenizer, data.sequence_length)
         self.num_held_out = len(self.held_out)
@@ -48,11 +48,11 @@ class MoleculeTraining(LanguageTraining):
             self.num_held_out = max(1, int((ends <= data.validation_tokens).sum()))
 
     def sizes(self, batch: dict) -> tuple[int, int]:
-        """A packed row has padding, and ranks have rows of different lengths: the batch counts its labels itself."""
+        """The batch itself says how many labels it has: sequences have padding, and ranks differ in sequences."""
         return batch["num_labels"], batch["num_labels"]
 
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """The last check, which came after the last update, and how many molecules there were."""
+        """The result of the last check, after the last update, and the numbers of molecules and tokens."""
         return self.measured(state, num_loops) | {
             "train_molecules": self.batches.num_molecules,
             "train_tokens": self.batches.num_tokens,

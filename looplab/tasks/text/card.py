@@ -1,4 +1,4 @@
-"""What a model card says of a run on text."""
+"""The model card of a run on text."""
 
 from huggingface_hub import EvalResult
 
@@ -11,14 +11,14 @@ from .records import EVALUATION, PERPLEXITY
 
 
 class TextCard(Card):
-    """Card of a model of text."""
+    """The card of a model of text."""
 
     Data = TextData
     template = "model_text.md"
     metrics = ("perplexity",)
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Perplexity at every loop count that was measured."""
+        """Perplexity at every measured loop count."""
         return [
             self.result(
                 run, names, "perplexity", f"Perplexity, {row['loops']} loops", round(row["perplexity"], 3),
@@ -28,7 +28,7 @@ class TextCard(Card):
         ]  # fmt: skip
 
     def values(self, run: Run) -> dict:
-        """What `model_text.md` asks for beyond `common_values`."""
+        """The values of `model_text.md` beyond `common_values`."""
         rows, summary, evaluation = run.read(PERPLEXITY), run.summary(), run.read(EVALUATION)
         low, high = run.trained_loops()
         table = [

@@ -1,4 +1,4 @@
-"""Fields of a recipe on plain text."""
+"""The section `data` of a recipe on plain text."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,14 +12,14 @@ from looplab.tasks.language.data import LanguageData
 @strict
 @dataclass
 class TextData(LanguageData):
-    """`files` are .txt or .md; without them the text is what `looped fetch corpus` made.
+    """`files` are .txt or .md; the text of `looped fetch corpus` unless given.
 
-    The tokenizer comes from `init_from`, `tokenizer` or `vocab_size`.
+    The tokenizer comes from exactly one of `init_from`, `tokenizer` and `vocab_size`.
     """
 
     task: Literal["text"] = "text"
-    tokenizer: str | None = path()  # a folder with a tokenizer in it
-    vocab_size: int | None = number(at_least=1)  # of a byte-level BPE that is learnt from the training text
+    tokenizer: str | None = path()  # folder of a tokenizer
+    vocab_size: int | None = number(at_least=1)  # learn a byte-level BPE of this size from the training text
 
     def check(self, init_from: str | None) -> None:
         super().check(init_from)

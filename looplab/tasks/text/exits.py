@@ -1,4 +1,4 @@
-"""`looped halting` on text."""
+"""`looped halting` on text: measures halting on held-out blocks, by language/exits.py."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
 
     Args:
         run: a finished one on text.
-        num_loops: all loops; the model's own unless given.
-        limit: so many rows of test text, 64 unless given, and at least 16.
-        rounds: timed pairs.
+        num_loops: the budget; the model's own loop count unless given.
+        limit: number of test blocks, 64 unless given, and at least 16.
+        rounds: interleaved pairs.
 
     Raises:
-        ValueError: the run has not finished, its text has changed, its blocks are too short, there are too
-            few rows, or only one loop.
+        ValueError: the run has not finished, its text has changed, its blocks are too short or too few, or there is
+            only one loop.
     """
     model, tokenizer = load_run_model(run, num_loops)
     model.eval()

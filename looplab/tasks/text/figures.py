@@ -1,4 +1,8 @@
-"""Figures of runs on text."""
+"""`looped plot` on text: losses over training tokens (language/figures.py), and perplexity over loops.
+
+The band of perplexity is the 95 % t-interval over the runs of a group; for a single run it is the bootstrap interval
+over its test blocks.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +30,10 @@ from .records import PERPLEXITY
 
 
 def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
-    """The pictures of `Task.plot`; runs that were not evaluated, or at one loop count, get no perplexity.png.
+    """`Task.plot`. Runs that were not evaluated, or at one loop count only, get no perplexity.png.
 
     Raises:
-        ValueError: a run has no held-out losses yet, or the runs of a group none after the same steps.
+        ValueError: a run has no held-out loss yet, or the runs of a group have none at the same steps.
     """
     paths = []
     for run in runs:
@@ -43,14 +47,14 @@ def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Pat
 
 
 def draw_perplexity(groups: Sequence[SeedGroup], folder: Path) -> list[Path]:
-    """perplexity.png in `folder`, if all runs were evaluated and at more than one loop count."""
+    """Save perplexity.png in `folder`, if all runs were evaluated, and at more than one loop count."""
     evaluated = all_have([run for _, members in groups for run in members], PERPLEXITY)
     figure = perplexity_figure(groups) if evaluated else None
     return [] if figure is None else [save(figure, folder / "perplexity.png")]
 
 
 def loop_points(runs: Sequence[Run]) -> dict[int, tuple[float, float, float]]:
-    """Loop count -> (mean, low, high) of the test perplexity, where all of a group's runs were measured."""
+    """Loop count -> (mean, low, high) of the test perplexity, for loop counts at which all runs were measured."""
     by_loops = [{row["loops"]: row for row in run.read(PERPLEXITY)} for run in runs]
     points = {}
     for count in sorted(set.intersection(*map(set, by_loops))):
@@ -61,9 +65,9 @@ def loop_points(runs: Sequence[Run]) -> dict[int, tuple[float, float, float]]:
 
 
 def perplexity_figure(groups: Sequence[SeedGroup]) -> Figure | None:
-    """Test perplexity over loops, those of the training shaded; None where fewer than two loop counts were measured.
+    """Test perplexity over loops, with trained loop counts shaded; None if fewer than two loop counts were measured.
 
-    Groups with a single loop count, such as plain stacks, are points with error bars.
+    A group with a single loop count, such as a plain stack, is a point with an error bar.
     """
     measured = [(name, loop_points(runs)) for name, runs in groups]
     counts = sorted({count for _, points in measured for count in points})

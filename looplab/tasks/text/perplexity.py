@@ -1,15 +1,15 @@
-"""Perplexity of a trained run on text, at several loop counts: what `looped eval` does for the task text.
+"""`looped eval` on text: perplexity of a trained run at several loop counts.
 
-    blocks       of the test split, which shares no document with train and validation, under the run's own tokenizer
+    block        of the split test, which shares no document with train and validation, by the run's tokenizer
     block loss   mean cross-entropy of a block's tokens, in nats
-    loss         mean of the block losses: nats per token; perplexity = exp(loss)
-    interval     95 % of the bootstrap over blocks, of the perplexity
+    loss         mean of the block losses, in nats per token; perplexity = exp(loss)
+    interval     95 % bootstrap interval of the perplexity, over blocks
 
-    text.jsonl   a line per loop count: loops, loss, perplexity, interval, tokens, text (digest of the blocks), and
-                 block_losses in the order of the blocks: runs with the same digest may be compared block by block
+    text.jsonl       a line per loop count: loops, loss, perplexity, interval, tokens, text (digest of the blocks), and
+                     block_losses; runs with the same digest can be compared block by block
     evaluation.json  limit, num_loops (the model's own) and parameters, see `count_parameters`
 
-What is evaluated is what ships: the weights in `RUN/model`, loaded by `runs/models.py`.
+The model is the published one, RUN/model.
 """
 
 import hashlib
@@ -31,15 +31,15 @@ from looplab.runs.models import count_parameters, load_run_model
 from .data import TextData
 from .records import EVALUATION, PERPLEXITY
 
-TOKENS = 2048  # that go through the model at once: their logits are this times the vocabulary
+TOKENS = 2048  # tokens in one forward pass; its logits have this many times the vocabulary numbers
 
 
 def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBlocks]:
-    """Blocks of the splits train and test of the run's text, of the length it was trained on.
+    """Blocks of the run's splits train and test, with the sequence_length of its recipe.
 
     Raises:
-        ValueError: the text is not the one the run was trained on (files changed, or another working folder), or its
-            test split is too small for a block.
+        ValueError: the run was trained on another text (files changed, or another working folder), or the split test
+            is too small for a block.
     """
     data = TextData.of(run)
     splits = data.load()
@@ -56,7 +56,7 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBl
 
 
 def text_digest(blocks: TextBlocks, numbers: torch.Tensor) -> str:
-    """Short SHA-256 of the tokens of the blocks, and of how long a block is."""
+    """Short SHA-256 of the tokens in the blocks `numbers`, and of the length of a block."""
     rows = blocks.rows(numbers)
     parts = [f"{blocks.sequence_length}\n".encode(), *(rows[name].numpy().tobytes() for name in sorted(rows))]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
@@ -68,7 +68,7 @@ def block_losses(
 ) -> dict[int, torch.Tensor]:
     """Loop count -> mean cross-entropy (N,) of each block in `numbers` (N,), in nats per token, float64.
 
-    The largest loop count comes first, so that one the model cannot run is refused before any work.
+    The largest loop count runs first: if the model may not run it, the error comes before any work.
     """
     num_rows = max(1, TOKENS // blocks.sequence_length)
     losses = {}
@@ -87,12 +87,12 @@ def block_losses(
 
 
 def text_rows(losses: dict[int, torch.Tensor], tokens: int, text: str) -> list[dict]:
-    """The lines of text.jsonl, see the module docstring."""
+    """The lines of text.jsonl, see the module docstring. losses: of `block_losses`."""
     intervals = bootstrap_intervals(torch.stack(list(losses.values())).numpy())
     rows = []
     for (num_loops, each), (low, high) in zip(losses.items(), intervals, strict=True):
         loss = each.mean().item()
-        # Rounding may leave the mean itself outside where all blocks are alike: an error bar of negative length.
+        # If all blocks are alike, rounding may put the mean outside its interval, and an error bar would be negative.
         bounds = [perplexity(min(low, loss)), perplexity(max(high, loss))]
         rows.append(
             {"loops": num_loops, "loss": loss, "perplexity": perplexity(loss), "interval": bounds}
@@ -102,7 +102,7 @@ def text_rows(losses: dict[int, torch.Tensor], tokens: int, text: str) -> list[d
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); not math.exp, which raises where the loss of a model that went astray is too large."""
+    """exp(loss); math.exp would raise for the huge loss of a model that went astray."""
     return torch.tensor(loss, dtype=torch.float64).exp().item()
 
 
@@ -112,12 +112,12 @@ def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None
     Args:
         run: a finished one on text.
         loops: loop counts; the model's own and the recipe's `eval_loops` unless given.
-        limit: at most so many blocks, the same ones every time; all unless given.
+        limit: most blocks, the same ones every time; all unless given.
 
     Raises:
-        ValueError: the run has not finished, its text has changed, or the model cannot run so many loops.
+        ValueError: the run has not finished, its text has changed, or the model may not run so many loops.
     """
-    run.summary()  # says so if the training has not finished
+    run.summary()  # raises if the training has not finished
     model, tokenizer = load_run_model(run, *(loops or ()))
     blocks = run_blocks(run, tokenizer)["test"]
     numbers = spread_blocks(len(blocks), limit)

@@ -1,4 +1,4 @@
-"""Files that are measured on text."""
+"""Files with measurements on text."""
 
 from looplab.runs.folder import NUMBER, RecordFile
 from looplab.tasks.base import MEMORY, QUANTIZATION

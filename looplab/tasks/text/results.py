@@ -1,11 +1,10 @@
-"""What the files of runs on text say: perplexity of one run by loops, and a Markdown table of groups of seeds.
+"""Results of runs on text, from their files: perplexity of one run by loops, and a Markdown table of groups of seeds.
 
-    perplexity    of the test split at the model's own loop count (RUN/text.jsonl, of `looped eval`)
-    difference    loss of a run less that of the baseline's run with the same seeds on the same blocks, nats per token
+    perplexity    of the split test at the model's own loop count (text.jsonl, by `looped eval`)
+    difference    loss of a run minus loss of the baseline's run with the same seeds, in nats per token, block by block
 
-A group's number is its mean over seeds with [lowest, highest]. Intervals are Student's t over seeds
-(runs/intervals.py). A difference also has the bootstrap over blocks, which knows the chance of the test text and not
-the chance of training.
+A group has its mean over seeds with [lowest, highest]. Intervals over seeds are Student's t (runs/intervals.py). The
+bootstrap interval of a difference is over blocks: it covers the chance in the test text, not the chance in training.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from looplab.tasks.base import QUANTIZATION
 
 from .records import EVALUATION, PERPLEXITY
 
-# Column -> the accounting of `count_parameters`.
+# Column of the table -> way of counting in `count_parameters`.
 PARAMETERS = {
     "parameters": "all",
     "with one vocabulary matrix": "one_vocabulary",
@@ -26,11 +25,11 @@ PARAMETERS = {
 
 
 def loops_text(run: Run) -> str:
-    """The perplexity of an evaluated run as text, a line per loop count."""
+    """The perplexity of an evaluated run as text, with a line per loop count."""
     rows, (low, high) = run.read(PERPLEXITY), run.trained_loops()
     blocks, tokens = len(rows[0]["block_losses"]), rows[0]["tokens"]
     text = [
-        f"Test split, {blocks} blocks, {tokens:,} tokens; [ ] marks loop counts of the training.",
+        f"Test split, {blocks} blocks, {tokens:,} tokens; [ ] marks trained loop counts.",
         f"{'loops':>6}{'nats per token':>16}{'perplexity':>12}   95 % interval over blocks",
     ]
     for row in rows:
@@ -44,7 +43,7 @@ def own_row(run: Run) -> dict:
     """The line of text.jsonl at the model's own loop count.
 
     Raises:
-        ValueError: it was evaluated at other loop counts only.
+        ValueError: the run was evaluated at other loop counts only.
     """
     own = run.read(EVALUATION)["num_loops"]
     for row in run.read(PERPLEXITY):
@@ -57,7 +56,10 @@ def own_row(run: Run) -> dict:
 
 
 def markdown_table(runs: Sequence[Run], against: str | None = None) -> str:
-    """A line per group of runs on text; `against` names the group to which the others are compared seed by seed.
+    """A Markdown table with a line per group of seeds.
+
+    Args:
+        against: name of the baseline, a group that the others are compared with seed by seed.
 
     Raises:
         ValueError: a run was not evaluated, quantization.json cannot be read, there is no group `against`, or paired
@@ -74,7 +76,7 @@ def markdown_table(runs: Sequence[Run], against: str | None = None) -> str:
 
 
 def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
-    """Size, test perplexity and training of a group."""
+    """The cells of a group with parameters, test perplexity and training."""
     rows = [own_row(run) for run in runs]
     parameters = [run.read(EVALUATION)["parameters"] for run in runs]
     summaries = [run.summary() for run in runs]
@@ -90,7 +92,10 @@ def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def quantized_cells(runs: Sequence[Run]) -> dict[str, str]:
-    """Perplexity before and after quantization, where all runs of the group have it, in the same way."""
+    """The cells with perplexity before and after quantization, if all runs of the group were quantized.
+
+    Raises ValueError if they were quantized in different ways.
+    """
     if not all(run.has(QUANTIZATION) for run in runs):
         return {}
     found = [run.read(QUANTIZATION) for run in runs]
@@ -103,7 +108,7 @@ def quantized_cells(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def paired_differences(base: Run, run: Run) -> list[float]:
-    """Loss of each block less the baseline's, nats per token; ValueError unless the blocks are the same."""
+    """Loss of each block minus the baseline's, in nats per token. Raises ValueError unless the blocks are the same."""
     rows = [own_row(base), own_row(run)]
     if rows[0]["text"] != rows[1]["text"]:
         raise ValueError(
@@ -115,7 +120,7 @@ def paired_differences(base: Run, run: Run) -> list[float]:
 
 
 def difference_cells(base: Sequence[Run], runs: Sequence[Run], against: str) -> dict[str, str]:
-    """Mean difference over the seeds that both groups have, its t-interval over seeds, and over blocks."""
+    """The cells with the mean difference over the seeds that both groups have, and its intervals."""
     baseline, others = by_seeds(base), by_seeds(runs)
     blocks = {seeds: paired_differences(baseline[seeds], run) for seeds, run in others.items() if seeds in baseline}
     if not blocks:
@@ -130,7 +135,10 @@ def difference_cells(base: Sequence[Run], runs: Sequence[Run], against: str) -> 
 
 
 def over_blocks(differences, texts: set[str]) -> str:
-    """Bootstrap interval of the mean over blocks of the mean over pairs; - where the pairs have different blocks."""
+    """Bootstrap interval over blocks of the mean difference over pairs; - if the pairs have different blocks.
+
+    differences: per pair, the difference of each block. texts: digests of the blocks.
+    """
     if len(texts) > 1:
         return "-"
     import numpy as np

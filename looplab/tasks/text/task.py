@@ -1,4 +1,4 @@
-"""Text as a task, see `tasks.base.Task`."""
+"""The task text, see `tasks.base.Task`."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training on plain text: blocks of one length out of one stream of tokens."""
+"""Training on plain text: blocks of one length, cut from a stream of tokens."""
 
 from pathlib import Path
 
@@ -35,14 +35,14 @@ class TextTraining(LanguageTraining):
                 rank=accelerator.process_index, world=accelerator.num_processes,
             )  # fmt: skip
             self.held_out = TextBlocks(splits["validation"], self.tokenizer, length)
-            # What `looped eval` measures on: refused now, and not when the training is done.
+            # `looped eval` needs a block of the split test: raise now, not when the training is done.
             TextBlocks(splits["test"], self.tokenizer, length)
         self.num_held_out = len(self.held_out)
         if recipe.data.validation_tokens is not None:
             self.num_held_out = min(self.num_held_out, max(1, recipe.data.validation_tokens // length))
 
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
-        """The last check, which came after the last update, and how much text there was."""
+        """The result of the last check, after the last update, and the numbers of tokens."""
         return self.measured(state, num_loops) | {
             "train_tokens": self.batches.blocks.num_tokens,
             "held_out_tokens": self.num_held_out * self.held_out.sequence_length,
@@ -58,7 +58,7 @@ class TextTraining(LanguageTraining):
 def find_tokenizer(
     recipe: TrainingRecipe, splits: DatasetDict, kept_tokenizer: Path | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that the recipe names, the one that the run began with, or one learnt from the training text."""
+    """The tokenizer that the recipe names; else the one that the run began with; else one learnt from the text."""
     if recipe.init_from is not None:
         return load_tokenizer("init_from", recipe.init_from)
     if recipe.data.tokenizer is not None:

@@ -102,7 +102,7 @@ def test_table_prints_a_markdown_line_per_recipe(run, capsys):
 
 
 def test_halting_says_so_where_a_run_solves_nothing(run, capfd):
-    assert "reaches 60 % on no hop count" in failure(capfd, "halting", run, "--max-loops", "2", "--limit", "40")
+    assert "reaches 60 % at no hop count" in failure(capfd, "halting", run, "--max-loops", "2", "--limit", "40")
     assert not (run / "halting.jsonl").exists()
 
 

@@ -171,7 +171,7 @@ def test_a_redirected_chain_goes_on_from_another_bridge(chains, facts, tokenizer
     ("change", "message"),
     [
         (lambda chains, facts: corrupt(chains, facts, 3), r"position must be 0 .* to 2 .*, got 3"),
-        (lambda chains, facts: redirect(chains, facts, 2), r"hop must be that of a bridge, 1 to 1 .* got 2"),
+        (lambda chains, facts: redirect(chains, facts, 2), r"hop must be a bridge's, from 1 to 1 .* got 2"),
         (lambda chains, facts: corrupt(chains, torch.full_like(facts, -1), 0), "the graph is too small"),
     ],
 )

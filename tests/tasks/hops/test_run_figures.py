@@ -112,7 +112,7 @@ def test_the_training_curves_show_loss_gates_and_stage_changes_over_minutes(make
     assert list(stage.get_xdata()) == [2.9, 2.9]
     assert upper.texts[0].get_text() == "+3"
     labels = upper.get_ylabel(), lower.get_ylabel(), lower.get_xlabel(), scale.get_ylabel()
-    assert labels == ("loss (nats)", "gate accuracy (%)", "wall time (minutes)", "hops")
+    assert labels == ("loss (nats)", "held-out accuracy (%)", "wall time (minutes)", "hops")
 
 
 def test_smoothing_keeps_a_constant_and_follows_the_rest():

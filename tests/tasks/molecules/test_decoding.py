@@ -7,7 +7,7 @@ from transformers import LogitsProcessorList
 
 from data_builders import smiles_tokenizer
 from looplab.tasks.molecules.masking import ValidPrefix
-from looplab.tasks.molecules.probes import grammar, probe_grammar, probes_text, states_by_pass
+from looplab.tasks.molecules.probes import grammar, probe_grammar, probes_text, states_by_call
 from looplab.tasks.molecules.samples import write_molecules
 from looplab.tasks.molecules.sizes import SAMPLINGS
 from looplab.tasks.molecules.smiles import faults
@@ -108,8 +108,8 @@ def test_grammar_counts_what_is_open():
 
 def test_states_are_those_of_each_molecule_alone(model, tokenizer):
     rows = [tokenizer(text)["input_ids"] for text in ("CC", "NC(=O)c1ccccc1", "CO")]
-    found = states_by_pass(model, rows, tokenizer.pad_token_id, 2)
-    alone = [states_by_pass(model, [row], tokenizer.pad_token_id, 2) for row in rows]
+    found = states_by_call(model, rows, tokenizer.pad_token_id, 2)
+    alone = [states_by_call(model, [row], tokenizer.pad_token_id, 2) for row in rows]
     assert list(found) == [("embedding", 0, 0), *(("core", loop, layer) for loop in (0, 1) for layer in (0, 1))]
     for call, states in found.items():
         torch.testing.assert_close(states, torch.cat([each[call] for each in alone]), rtol=1e-4, atol=1e-5)

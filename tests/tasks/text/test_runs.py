@@ -167,7 +167,7 @@ def test_such_loops_are_refused_before_any_work():
 def test_eval_prints_a_line_per_loop_count(runs, capsys):
     assert main(["eval", str(runs[0].folder), "--loops", "1", "6", "--limit", "3"]) == 0
     header, columns, *lines = capsys.readouterr().out.splitlines()[2:5]
-    assert header == "Test split, 3 blocks, 96 tokens; [ ] marks loop counts of the training."
+    assert header == "Test split, 3 blocks, 96 tokens; [ ] marks trained loop counts."
     assert columns.split()[0] == "loops"
     rows = runs[0].read(PERPLEXITY)
     assert lines[0].split()[:3] == ["[1]", f"{rows[0]['loss']:.4f}", f"{rows[0]['perplexity']:.2f}"]

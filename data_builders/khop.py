@@ -129,20 +129,22 @@ class Khop(datasets.ArrowBasedBuilder):
         # All splits are drawn together, whichever is asked for: each program goes to one split only.
         total = config.num_entities * base**hops
         cap = int(total * HELD_OUT_SHARE)
-        num_test, num_gate = min(config.test_per_hop, cap), min(config.gate_per_hop, cap)
-        num_train = min(config.train_per_hop, total - num_test - num_gate)
+        num_test, num_validation = min(config.test_per_hop, cap), min(config.gate_per_hop, cap)
+        num_train = min(config.train_per_hop, total - num_test - num_validation)
         rng = stream(config.seed, "khop programs", hops)
         # A long program has a number for its first hops only: programs that differ there are distinct.
         numbered_hops = hops
         while config.num_entities * base**numbered_hops > NUMBERED_PROGRAMS:
             numbered_hops -= 1
-        numbers = rng.choice(config.num_entities * base**numbered_hops, num_test + num_gate + num_train, replace=False)
+        numbers = rng.choice(
+            config.num_entities * base**numbered_hops, num_test + num_validation + num_train, replace=False
+        )
         starts, rest = np.divmod(numbers, base**numbered_hops)
         beginning = rest[:, None] // base ** np.arange(numbered_hops - 1, -1, -1) % base
         relations = np.hstack([beginning, rng.integers(base, size=(len(numbers), hops - numbered_hops))])
         share = {
             "test": slice(0, num_test),
-            "validation": slice(num_test, num_test + num_gate),
-            "train": slice(num_test + num_gate, None),
+            "validation": slice(num_test, num_test + num_validation),
+            "train": slice(num_test + num_validation, None),
         }[split]
         return starts[share], relations[share]

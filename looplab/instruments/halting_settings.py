@@ -44,7 +44,7 @@ def exit_settings(config: LoopedConfig, num_loops: int, effort: Effort) -> list[
         ValueError: there is only one loop.
     """
     if num_loops < 2:
-        raise ValueError(f"num_loops={num_loops} leaves no loop out: exits are measured with 2 or more.")
+        raise ValueError(f"num_loops={num_loops} leaves no loop out: halting is measured with 2 loops or more.")
     rules = [HaltingSetting(rule, num_loops) for rule in rules_to_try(config, effort)]
     return rules + [HaltingSetting(None, fixed) for fixed in range(1, num_loops)]
 

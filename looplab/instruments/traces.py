@@ -27,7 +27,7 @@ class Trace:
         kl: KL(p_t || p_{t-1}) in nats, infinite at the first loop.
         entropy: H(p_t) in nats.
         change: ||s_t - s_{t-1}|| / ||s_t||, infinite at the first loop.
-        exit_chance: that the exit gate has ended the text by loop t; 0 in a model without one.
+        exit_chance: probability that the exit gate halts by loop t; 0 in a model without an exit gate.
     """
 
     prediction: torch.Tensor
@@ -62,19 +62,20 @@ def joined(traces: list[Trace]) -> Trace:
 
 @torch.inference_mode()
 def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.Tensor, num_loops: int) -> Trace:
+    """The trace of one batch, on the CPU; arguments as of `trace`, on the model's device."""
     calls = {"logits_to_keep": 1, "use_cache": False}
     signals, said = [], []
 
     def observe(rows: torch.Tensor, state: torch.Tensor) -> None:
         state = state[:, -1:]
-        logits, gate = model.readout(state)[:, -1].float(), model.model.exit_readout
-        stays = torch.zeros(len(state), device=state.device)  # the log of the chance that the gate goes on
-        if gate is not None:
-            stays = F.logsigmoid(-gate(state)[:, -1])
+        logits, exit_gate = model.readout(state)[:, -1].float(), model.model.exit_readout
+        stays = torch.zeros(len(state), device=state.device)
+        if exit_gate is not None:
+            stays = F.logsigmoid(-exit_gate(state)[:, -1])
         before = signals[-1] if signals else None
         signals.append(signals_of(state[:, -1].float(), logits.log_softmax(-1), stays, before))
         if before is not None:
-            del before["state"], before["log_p"], before["stays"]  # only the loop before is compared with
+            del before["state"], before["log_p"], before["stays"]  # only the next loop needs them
         said.append(answer_of(logits, answers))
 
     model(input_ids, num_loops=num_loops, observe=observe, **calls)
@@ -88,13 +89,13 @@ def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.
 
 
 def signals_of(state: torch.Tensor, log_p: torch.Tensor, stays: torch.Tensor, before: dict | None) -> dict:
-    """What the rules look at, (N,) each, of one loop.
+    """The signals of one loop that halting rules look at, (N,) each; and `state`, `log_p` and `stays` for the next.
 
     Args:
-        state: (N, D).
-        log_p: (N, V) log-probabilities of the head.
-        stays: (N,), log of the chance that the exit gate goes on after this loop.
-        before: what this returned of the loop before.
+        state: (N, D), after the loop.
+        log_p: (N, V), log-probabilities of the head, in nats.
+        stays: (N,), log of the probability that the exit gate goes on after this loop; 0 without an exit gate.
+        before: the result for the loop before; None at the first loop.
     """
     p = log_p.exp()
     kl = change = torch.full(log_p.shape[:1], torch.inf, device=log_p.device)

@@ -89,6 +89,9 @@ def test_what_a_task_measures_is_published_and_owned(task):
     for record in task.records:
         assert task.options(record.verb) is not None, record.name
         assert owned(record.name, written_files()), record.name
+    # A verb that leaves a file where one task has it leaves one where another has it.
+    for verb in {record.verb for other in TASKS.values() for record in other.records}:
+        assert (task.options(verb) is not None) == (verb in {record.verb for record in task.records}), verb
     for name, figure in task.figures.items():
         assert task.options(figure.verb) is not None, name
         assert figure.caption

@@ -135,7 +135,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         factor = lr_factor(recipe.optim, task.schedule_step(state), progress)
         set_rates(optimizers, factor)
 
-        # Gradients of one batch: those of its micro-batches are added up, those of the ranks averaged.
+        # Gradients of one batch: a sum over its micro-batches, a mean over the ranks.
         batch = task.batches[state.step]
         num_labels, num_tokens = task.sizes(batch)
         micro_batches = split(batch, recipe.accumulation_steps, accelerator.device)

@@ -46,6 +46,7 @@ from .cache_layers_looped import (
     readable,
     recent_entries,
 )
+from .gates_looped import KV_GATES
 from .layers_looped import GatedLoopedLayer, LoopedLayer
 
 
@@ -154,6 +155,11 @@ class Sharing(ABC):
 
     def __init__(self, config):
         self.slots = config.kv_slots()
+
+    @classmethod
+    def flops(cls, config) -> int:
+        """Matrix-product FLOPs of this policy per token and core layer, in every loop but the first."""
+        return 0
 
     @abstractmethod
     def open(self, cache: Cache, num_loops: int) -> None:
@@ -298,6 +304,10 @@ class GatedSharing(OneEntrySharing):
     rewrites = True
     core_layer = GatedLoopedLayer
     has_parameters = True
+
+    @classmethod
+    def flops(cls, config) -> int:
+        return KV_GATES[config.kv_gate].flops(config)
 
     def key_source(self) -> KeySource:
         return GatedKeys()

@@ -33,6 +33,11 @@ class KVGate(nn.Module, ABC):
     def __init__(self, config):
         super().__init__()
 
+    @classmethod
+    def flops(cls, config) -> int:
+        """Matrix-product FLOPs (2 per multiply-add) per token and layer, in every loop but the first."""
+        return 0
+
     def forward(self, hidden_states: torch.Tensor, latent: torch.Tensor | None, loop: int) -> torch.Tensor:
         """x_t (B, T, D) and h_{t-1} (B, T, D), None in the first loop -> h_t (B, T, D); `loop` is t - 1."""
         return hidden_states if latent is None else self.mix(hidden_states, latent, loop)
@@ -94,6 +99,10 @@ class LearnedGate(KVGate, SetsInitialValues):
 
 @final
 class ElementwiseGate(LearnedGate):
+    @classmethod
+    def flops(cls, config) -> int:
+        return 4 * config.hidden_size**2
+
     def __init__(self, config):
         super().__init__(config)
         self.of_input = nn.Linear(config.hidden_size, config.hidden_size)
@@ -102,6 +111,10 @@ class ElementwiseGate(LearnedGate):
 
 @final
 class ScalarGate(LearnedGate):
+    @classmethod
+    def flops(cls, config) -> int:
+        return 4 * config.hidden_size
+
     def __init__(self, config):
         super().__init__(config)
         self.of_input = nn.Linear(config.hidden_size, 1)
@@ -110,6 +123,10 @@ class ScalarGate(LearnedGate):
 
 @final
 class LowRankGate(LearnedGate):
+    @classmethod
+    def flops(cls, config) -> int:
+        return 8 * config.hidden_size * config.kv_gate_rank
+
     def __init__(self, config):
         super().__init__(config)
         size, rank = config.hidden_size, config.kv_gate_rank

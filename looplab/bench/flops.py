@@ -1,6 +1,7 @@
 """Floating-point operations of a forward pass and of an update, counted from a configuration."""
 
 from modeling_looped import LoopedConfig
+from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
 
 
@@ -20,8 +21,9 @@ def forward_flops(
     mlp = 2 * hidden * config.intermediate_size * (3 if config.gated_mlp else 2)
     layer_calls = config.num_prelude_layers + config.num_coda_layers + config.num_core_layers * num_loops
     connection = num_loops * connection_flops(config)
+    gates = config.num_core_layers * (num_loops - 1) * SHARINGS[config.kv_sharing].flops(config)
     head = 2 * hidden * config.vocab_size
-    return batch * (tokens * (layer_calls * (attention + mlp) + connection) + (logits_kept or tokens) * head)
+    return batch * (tokens * (layer_calls * (attention + mlp) + connection + gates) + (logits_kept or tokens) * head)
 
 
 def connection_flops(config: LoopedConfig) -> int:

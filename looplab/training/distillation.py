@@ -51,7 +51,7 @@ class InterpolatedLayer(RewritingDynamicLayer):
         own_keys, own_values = self.of_loops[self.loop].update(own_keys, own_values)
         self.loop += 1
         alpha = self.sharing.alpha
-        # Not lerp, which wants one precision: under autocast a cache promotes what it appends to.
+        # Not lerp: it takes one precision only, and under autocast the two caches may differ.
         return alpha * keys + (1 - alpha) * own_keys, alpha * values + (1 - alpha) * own_values
 
 
@@ -77,7 +77,7 @@ def both_inputs(gate: nn.Module, arguments: tuple, latent: torch.Tensor) -> torc
 
 
 def gated_half(gate: nn.Module, arguments: tuple) -> tuple:
-    """Hook before a KV gate: the latent is the first half of what `both_inputs` returned in the loop before."""
+    """Hook before a KV gate: keep the gated half of the latent, which `both_inputs` returned."""
     hidden_states, latent, loop = arguments
     return hidden_states, None if latent is None else latent[: len(hidden_states)], loop
 
@@ -119,7 +119,7 @@ def attention_outputs(model: LoopedForCausalLM) -> Iterator[dict[int, list[torch
 
 
 def by_loop(outputs: dict[int, list[torch.Tensor]], num_loops: int) -> torch.Tensor:
-    """What `attention_outputs` saw, chunk after chunk of loop after loop -> (layers, R, B, T, D)."""
+    """Join the chunks that `attention_outputs` saw, in the order of its calls -> (layers, R, B, T, D)."""
     return torch.stack(
         [
             torch.stack([torch.cat(calls[loop::num_loops], dim=1) for loop in range(num_loops)])
@@ -129,15 +129,15 @@ def by_loop(outputs: dict[int, list[torch.Tensor]], num_loops: int) -> torch.Ten
 
 
 class Distillation:
-    """What a teacher says of every token, as the loss of a student.
+    """The loss of a student that learns the distributions of a teacher.
 
         loss = Distillation(student, teacher)(model, {"input_ids": ids}, num_loops)
 
     Args:
         student: a LoopedForCausalLM with kv_sharing="gated" and without a coda.
-        teacher: one with kv_sharing="per_loop" and the same layers; it gets no gradient.
+        teacher: a LoopedForCausalLM with kv_sharing="per_loop" and the same layers; it gets no gradient.
         alignment: beta, weight of the attention outputs' distance.
-        all_loops: compare the distributions of every loop; otherwise those of the last.
+        all_loops: compare the distributions of every loop; if False, the distributions of the last loop alone.
 
     Raises:
         ValueError: models that cannot be compared loop by loop.
@@ -162,7 +162,7 @@ class Distillation:
         """
         states = LoopStates()
         with attention_outputs(self.student) if self.alignment else nullcontext({}) as outputs:
-            # The logits, which nothing reads, are what tells DDP which parameters get a gradient.
+            # Nothing reads the logits; DDP learns from them which parameters get a gradient.
             model(**inputs, num_loops=num_loops, logits_to_keep=1, observe=states, **settings)
         taught, aligned = self.targets(inputs, num_loops)
         loops = range(num_loops) if self.all_loops else [num_loops - 1]
@@ -189,11 +189,13 @@ class Distillation:
 
 
 def check_pair(student: LoopedConfig, teacher: LoopedConfig) -> None:
-    """ValueError unless every loop of the student has one of the teacher to be compared with."""
+    """ValueError unless each loop of the student can be compared with the same loop of the teacher."""
     if student.kv_sharing != "gated":
         raise ValueError(f"distill: the student has kv_sharing={student.kv_sharing!r}: set model.kv_sharing to gated.")
     if teacher.kv_sharing != "per_loop":
-        raise ValueError(f"distill.teacher has kv_sharing={teacher.kv_sharing!r}, and has to have 'per_loop'.")
+        raise ValueError(
+            f"distill.teacher has kv_sharing={teacher.kv_sharing!r}: name a teacher with kv_sharing='per_loop'."
+        )
     if student.num_coda_layers:
         raise ValueError(
             f"distill: every loop is read out, which num_coda_layers={student.num_coda_layers} after the last loop do "

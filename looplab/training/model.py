@@ -27,7 +27,7 @@ def build_model(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    num_ids = 1 + max(tokenizer.get_vocab().values())  # not their number: ids may have holes
+    num_ids = 1 + max(tokenizer.get_vocab().values())  # ids may have holes, so their number is not enough
     if recipe.init_from is None:
         config = LoopedConfig(**({"vocab_size": num_ids} | special_ids | recipe.model))
         if num_ids > config.vocab_size:
@@ -68,9 +68,9 @@ def load_trained(field_name: str, folder: str, may_lack: str | None = None, **op
 def may_lack_gradients(recipe: Recipe, config: LoopedConfig) -> bool:
     """Whether an update may leave parameters without a gradient, which DDP has to know.
 
-    These do: the prelude under truncated back-propagation; parameters of loops that a batch does not run; KV gates,
-    which have nothing to mix in the first loop; the exit gate, which one loop does not ask; all but the exit gate
-    where only that is trained.
+    Truncated back-propagation leaves out the prelude. A batch leaves out the parameters of loops that it does not run.
+    KV gates have nothing to mix in the first loop. One loop does not read the exit gate, and an exit gate that is
+    trained alone leaves out all other parameters.
     """
     return (
         recipe.num_grad_loops is not None

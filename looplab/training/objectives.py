@@ -3,7 +3,7 @@
     objective          of
     LabelLoss          the labels
     ExitLoss           the labels, as every loop sees them: the model has an exit gate
-    DistillationLoss   a teacher's word on every token: the recipe names one
+    DistillationLoss   a teacher's distributions, where the recipe names a teacher
 
 Legend: b batch rows, T tokens and K labels of each, V ids.
 """
@@ -45,7 +45,7 @@ def make_objective(
     """The objective of a recipe.
 
     Raises:
-        ValueError: fields of the recipe ask for another one as well.
+        ValueError: fields of the recipe ask for two objectives.
     """
     if model.config.exit_gate:
         return ExitLoss(recipe, task.logits_to_keep)
@@ -89,7 +89,7 @@ class ExitLoss(Objective):
 
 
 class DistillationLoss(Objective):
-    """A teacher's word on every token; labels are not used, only counted."""
+    """A teacher's distribution over every next token. Labels are counted, and not used."""
 
     def __init__(self, recipe: Recipe, student: LoopedForCausalLM, padding: str | None, accelerator: Accelerator):
         distill = recipe.distill
@@ -100,8 +100,8 @@ class DistillationLoss(Objective):
         self.interpolates = distill.phase == "interpolation"
         if self.interpolates and (recipe.gradient_checkpointing or recipe.cut_chunks):
             raise ValueError(
-                "distill.phase 'interpolation' keeps the rows of both memories, which gradient_checkpointing and "
-                "cut_chunks would lose: leave them out."
+                "distill.phase 'interpolation' keeps the entries of both memories, which gradient_checkpointing and "
+                "cut_chunks would lose: leave both out."
             )
         teacher = load_trained("distill.teacher", distill.teacher).to(accelerator.device)
         alignment = 0.0 if self.interpolates else distill.alignment

@@ -11,7 +11,7 @@ from .recipe import Optim
 
 
 def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
-    """AdamW; with Muon, that takes the matrices of the layers (Jordan et al. 2024) and AdamW keeps the rest."""
+    """AdamW for all parameters; or Muon for the matrices of the layers (Jordan et al. 2024) and AdamW for the rest."""
     parts = [model.model.prelude, model.model.core, model.model.coda] if optim.kind == "muon" else []
     gates = [p for name, p in model.named_parameters() if ".kv_gate." in name and optim.kv_gate_lr is not None]
     taken = {id(p) for p in gates}
@@ -35,11 +35,11 @@ def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim
 def lr_factor(optim: Optim, stage_step: int, progress: float) -> float:
     """Multiplier of the learning rates, `stage_step` updates into the stage and with `progress` in [0, 1] of the run.
 
-    A linear warm-up, times: 1 (constant), 1 - progress (linear), half a cosine, or 1 and a linear end over the last
-    fifth (wsd), of which `final_share` stays.
+    It is a linear warm-up times a shape: 1 (constant), 1 - progress (linear), half a cosine, or 1 with a linear end
+    over the last fifth (wsd). A shape that falls ends at `final_share`.
 
-    Not transformers' schedules: their warm-up begins with a rate of 0 and shifts the curve behind it, they count steps
-    where a run may be limited by its time, and know no stages.
+    transformers' schedules differ: their warm-up starts at a rate of 0 and squeezes the shape into the steps after it.
+    They count steps alone, while a run may be limited by its time, and they know no stages.
     """
     shape = {
         "constant": 1.0,

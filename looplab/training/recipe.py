@@ -67,7 +67,7 @@ class Distill:
 
     teacher: str | None = path()  # a saved model's folder; None: learn from the labels
     phase: Literal["interpolation", "alignment"] = "alignment"
-    alignment: Number = number(0.1, at_least=0)  # weight of the attention outputs' distance, in the phase of that name
+    alignment: Number = number(0.1, at_least=0)  # weight of the attention outputs' distance, in the phase alignment
     all_loops: bool = True  # compare what every loop would say; otherwise the last loop
 
 
@@ -107,7 +107,7 @@ class Recipe:
     compile: bool = False  # layer by layer, so that the number of loops may vary
     gate_loops: int | None = number(at_least=1)  # loops of the held-out check; the model's num_loops by default
     eval_loops: list[int] = numbers(at_least=1, distinct=True)  # more loop counts of the held-out check
-    log_every: int = number(10, at_least=1)  # steps, as are those that follow
+    log_every: int = number(10, at_least=1)  # steps, as in the next three fields
     check_every: int = number(200, at_least=1)  # measure held-out rows
     checkpoint_every: int = number(500, at_least=1)
     snapshots: list[int] = numbers(at_least=1, distinct=True)  # steps at which to keep the model, for `looped lens`
@@ -185,7 +185,7 @@ def build_recipe(values: dict) -> Recipe:
 
 
 def of_task(values: dict, section: str, task: str) -> dict:
-    """The fields of a section without those that only other tasks have.
+    """The fields of a section, less the fields that only other tasks have.
 
     Raises:
         ValueError: one of these has another value than its default. Defaults are passed over: older versions

@@ -1,4 +1,4 @@
-"""A run folder, kept: what is written to `<output_dir>/<name>/`, in which order, and what may be removed again.
+"""The run folder of a training, `<output_dir>/<name>/`: what is written, in which order, and what may be removed.
 
     new        nothing of a run is there           run.json, recipe.yaml and tokenizer/ come first
     begun      no checkpoint yet                   nothing to lose: a corrected recipe starts over
@@ -8,8 +8,8 @@
                                                    place of the old one, which until then is whole
 
 Three laws hold at every moment, a kill included. A file is the old one or the new one, and the files of one
-measurement change together. What this project did not write is never removed: only files with a name of `OWNED`, and
-with the digest that was noted when they were written. Every measurement says which weights it is of.
+measurement change together. A file is removed only if this project wrote it: its name is one that runs/records.py or
+a task knows, and its digest is the noted one. Every measurement names the weights that were measured.
 `docs/guides/run_folders.md` has the files and what to do about each refusal.
 """
 
@@ -128,7 +128,7 @@ class RunFolder:
     def ours(self, noted_in: Path) -> Callable[[Path], bool]:
         """Whether a path in a folder that is being replaced is a file of this project, as it was written.
 
-        noted_in: the folder of the run whose notes say how its files were written; of others the name decides.
+        noted_in: the run folder whose notes hold the digests of its files; the name decides for files without a note.
         """
         written: dict[str, list[str]] = {}
         with suppress(ValueError):
@@ -229,7 +229,7 @@ class RunFolder:
     # Beginning: after the last refusal
 
     def check_data(self, splits: Mapping) -> None:
-        """ValueError if a run that goes on has met other data; to be called before anything is made of them."""
+        """ValueError if the run goes on and its data have changed; call it before anything uses the data."""
         if not self.is_main:
             return
         self.data = data_of(splits)
@@ -245,11 +245,10 @@ class RunFolder:
         return folder if self.resumes and (folder / "tokenizer.json").is_file() else None
 
     def begin(self, tokenizer, state: State) -> None:
-        """Write what comes before the first update; `state` is that of the checkpoint the run goes on from, or fresh.
+        """Write the files that come before the first update. `state` is fresh, or comes from the checkpoint.
 
         Raises:
-            ValueError: tokenizer or starting weights are not those the run began with, or the folder cannot be
-                written.
+            ValueError: the run began with another tokenizer or other starting weights, or the folder is read-only.
         """
         if not self.is_main:
             return
@@ -260,7 +259,7 @@ class RunFolder:
         for name, digest in (before.get("start") or {}).items():
             if began["start"].get(name) != digest:
                 raise ValueError(
-                    f"the weights in {self.starts[name]} ({name}) are not those {self.final} began with: restore "
+                    f"the weights in {self.starts[name]} ({name}) are not the ones {self.final} began with: restore "
                     f"them. {OTHERS}"
                 )
         try:
@@ -286,7 +285,7 @@ class RunFolder:
         return {name: weights_of(folder) for name, folder in folders.items() if folder.is_dir()}
 
     def trim_metrics(self, state: State) -> None:
-        """Drop rows that a resumed run will write again and lines that are no rows; say where the recipe changed."""
+        """Drop lines that a resumed run will write again and damaged lines; note where the recipe changed."""
         last = state.step if state.step > 0 else -1  # a run that begins writes the row of step 0 again
         lines = (
             self.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if self.metrics.exists() else []
@@ -358,7 +357,7 @@ class RunFolder:
             checkpoint.rmdir()
 
     def load_checkpoint(self, accelerator) -> State | None:
-        """Restore the newest checkpoint that is whole and return its state, or None; warns of those that are not.
+        """Restore the newest whole checkpoint and return its state, None without one; warn of each damaged checkpoint.
 
         Raises:
             ValueError: it is whole, and this model does not take it.
@@ -404,7 +403,7 @@ class RunFolder:
             self.write_note(**changes)
 
     def adopt_records(self) -> None:
-        """Measurements without an entry are of the model that is about to be replaced."""
+        """Note that measurements without an entry are of the model that is about to be replaced."""
         model, known = self.folder / "model", _records_or_none(self.folder)
         names = [
             path
@@ -472,7 +471,7 @@ def made_here(folder: Path) -> bool:
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a run has what would be a loss: a checkpoint, a model, a summary, a measurement."""
+    """Whether the folder holds something worth keeping: a checkpoint, a model, a summary, a measurement."""
     names = ("checkpoints/step-?????????", "model/config.json", "summary.json", *measured_files())
     return any(any(folder.glob(name)) for name in names)
 

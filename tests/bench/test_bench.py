@@ -11,6 +11,7 @@ from looplab.bench.speed import kv_row
 from looplab.instruments.timing import compared, interleaved
 from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
+from modeling_looped.gates_looped import KV_GATES
 from toys import make_config, make_ids, make_model
 
 CONFIGS = {
@@ -18,6 +19,7 @@ CONFIGS = {
     "sections": {"num_prelude_layers": 1, "num_core_layers": 3, "num_coda_layers": 2},
     "two matrices per MLP": {"gated_mlp": False},
     "wide heads": {"head_dim": 12, "position_embedding": "none"},
+    **{f"KV gate {gate}": {"kv_sharing": "gated", "kv_gate": gate, "kv_gate_rank": 3} for gate in KV_GATES},
     "adapter": {"loop_connection": "inject_concat"},
     "hyper": {"loop_connection": "hyper", "max_num_loops": 4},
     "hyper, identity": {"loop_connection": "hyper", "hyper_mixing": "identity", "hyper_gates": "shared"},

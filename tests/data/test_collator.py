@@ -125,6 +125,7 @@ def test_stock_trainer_replays_the_depths_after_a_resume(tmp_path, dataset, toke
     torch.testing.assert_close(resumed_weights, weights, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulated", "workers", "sized", "skips"),
     [(1, 0, False, True), (2, 0, True, True), (2, 2, False, True), (1, 2, True, True), (1, 0, False, False)],

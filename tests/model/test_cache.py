@@ -370,6 +370,7 @@ def test_generation_from_embeddings_equals_generation_from_ids(static):
     assert model.generate(inputs_embeds=embeds, **kwargs).equal(model.generate(ids, **kwargs)[:, 7:])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kv_sharing", ["per_loop", "first"])
 def test_continuous_batching_finds_the_slot_of_every_loop(kv_sharing):

@@ -201,6 +201,7 @@ def test_what_a_folder_lacks_starts_as_in_a_fresh_model(name, tmp_path):
 # Offloading
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @over_variants
 @pytest.mark.parametrize("where", ["cpu", "disk"])

@@ -82,6 +82,7 @@ def test_a_random_start_is_the_same_in_every_thread(many_switches):
         assert output.equal(logits(model, *call))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", ["natural", "iterated"])
 def test_threads_that_share_a_looped_frozen_model_take_turns(prefill, many_switches):
     torch.manual_seed(0)

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -30,9 +29,8 @@ from modeling_looped.connections_looped import CONNECTIONS
 from modeling_looped.halting_looped import RULES
 from modeling_looped.losses_looped import EXIT_LOSSES
 from toy_runs import reset_accelerator
-from toys import FP32, make_config, make_model, write_pages
+from toys import FP32, ROOT, make_config, make_model, write_pages
 
-ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 PARTS = ("docs", "tests", "recipes", "hub_cards", "looplab", "modeling_looped", "data_builders")
 FILES = [*ROOT.glob("*.*"), *(path for part in PARTS for path in (ROOT / part).rglob("*.*"))]
@@ -233,7 +231,6 @@ def test_a_page_with_python_is_run_or_says_where(page):
     "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in RUNS]
 )
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -312,7 +309,6 @@ def test_yaml_and_json_can_be_read(page):
 def test_text_of_your_own_trains_and_is_evaluated(tmp_path, monkeypatch):
     """The recipe of the guide, in few steps, and the commands below it."""
     page = "docs/guides/train_your_own_data.md"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     write_pages(tmp_path / "notes" / "2026")
     [recipe] = blocks_of(page, "yaml")

@@ -135,7 +135,7 @@ def test_recomputed_chunks_learn_the_same():
     [
         ({"kv_sharing": "last"}, {}, "set model.kv_sharing to gated"),
         ({"kv_sharing": "gated", "num_coda_layers": 1}, {"num_coda_layers": 1}, "without a coda"),
-        ({"kv_sharing": "gated"}, {"kv_sharing": "first"}, "has to have 'per_loop'"),
+        ({"kv_sharing": "gated"}, {"kv_sharing": "first"}, "name a teacher with kv_sharing='per_loop'"),
         ({"kv_sharing": "gated"}, {"num_core_layers": 1}, "num_core_layers=2, the teacher 1"),
     ],
 )

@@ -89,8 +89,8 @@ def test_two_processes_distil_one_batch(text, trained, teacher, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gradient_checkpointing=true"], "keeps the rows of both memories"),
-        (["--cut_chunks=true"], "keeps the rows of both memories"),
+        (["--gradient_checkpointing=true"], "keeps the entries of both memories"),
+        (["--cut_chunks=true"], "keeps the entries of both memories"),
         (["--num_grad_loops=1"], "takes neither num_grad_loops"),
         (["--model={kv_sharing: last, num_loops: 3}"], "set model.kv_sharing to gated"),
     ],

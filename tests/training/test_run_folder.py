@@ -453,7 +453,7 @@ def test_weights_that_a_run_began_with_are_those_it_goes_on_with(finished, tmp_p
     run = tmp_path / "second"
     main(recipe_of(run, *flags))
     change_weights(start)
-    with pytest.raises(ValueError, match=r"the weights in .*start \(init_from\) are not those .*second began with"):
+    with pytest.raises(ValueError, match=r"the weights in .*start \(init_from\) are not the ones .*second began with"):
         main(recipe_of(run, *flags[:2], "--max_steps=2"))
 
 

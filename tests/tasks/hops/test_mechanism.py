@@ -13,6 +13,7 @@ from looplab.instruments.recorder import layer_calls
 from looplab.tasks.hops.lens_figures import heat_maps, lens_figures, stages_figure
 from toys import ROOT, make_config, make_model
 
+pytestmark = pytest.mark.slow  # the run is looked at in every way first
 PAGE = ROOT / "docs" / "guides" / "mechanism.md"
 GRAPH = {"num_entities": 12, "num_relations": 4, "out_degree": 4, "ood_share": 0.3, "phi": 1.0, "id_holdout": 0.2}
 GRAPH |= {"test_per_kind": 0, "pair_holdout": 0.0}  # only the kinds train, id and ood

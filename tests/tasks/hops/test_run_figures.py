@@ -87,6 +87,7 @@ def test_the_scale_is_in_percent_and_marks_chance(make_run):
     assert [12.5, 12.5] in [list(line.get_ydata()) for line in scale.lines]
 
 
+@pytest.mark.slow
 def test_several_runs_are_drawn_as_mean_and_lowest(make_run):
     runs = [make_run("ab"), make_run("ab_seed1", shift=0.2)]
     assert runs[0].parent / "figures" / "ab" / "grid_ab.png" in plot_runs([open_run(run) for run in runs])

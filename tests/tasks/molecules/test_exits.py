@@ -3,7 +3,9 @@
 The run is a few steps of the smoke recipe with an exit gate, on toy molecules.
 """
 
+import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import pytest
@@ -190,11 +192,18 @@ def test_a_rule_is_compared_to_the_line_between_fixed_counts():
 # looped halting, plot, bench
 
 
+@pytest.fixture(scope="module")
+def said(run):
+    """What `looped halting` prints; the run has what it measured."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as output:
+        patch.setitem(TASKS, "molecules", MoleculeTask(replace(SMALL, max_tokens=10)))
+        assert main(["halting", str(run.folder), "--limit", "4"]) == 0
+    return output.getvalue()
+
+
 @pytest.mark.slow
-def test_halting_writes_and_prints_every_measure(run, capsys, monkeypatch):
-    monkeypatch.setitem(TASKS, "molecules", MoleculeTask(replace(SMALL, max_tokens=10)))
-    assert main(["halting", str(run.folder), "--limit", "4"]) == 0
-    text, rows = capsys.readouterr().out, run.read(HALTING)
+def test_halting_writes_and_prints_every_measure(run, said):
+    rows = run.read(HALTING)
     by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("exit", "kind", "sample")}
     assert sum(map(len, by_measure.values())) == len(rows)
     settings = [(rule, LOOPS) for rule in ("kl_entropy", "latent", "q_exit")]
@@ -206,13 +215,14 @@ def test_halting_writes_and_prints_every_measure(run, capsys, monkeypatch):
         assert [cell["batch"] for cell in row["timed"]] == [1, 3]
         if row["rule"] == "fixed":
             assert (row["loops"], row["fixed_validity"]) == (row["num_loops"], row["validity"]["share"])
-    lines = text.splitlines()
+    lines = said.splitlines()
     assert sum(line.startswith("fixed") for line in lines) == 2 * 3 + 4
-    assert "ring close" in text
+    assert "ring close" in said
     assert lines[-1] == f"written to {run.folder / 'halting.jsonl'}"
 
 
-@pytest.mark.slow  # of what the test before measured
+@pytest.mark.slow
+@pytest.mark.usefixtures("said")
 def test_the_picture_of_exits_is_drawn(run):
     figure = exits_figure(run)
     labels = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}

@@ -17,7 +17,7 @@ from .khop import Khop
 from .molecules import Molecules
 from .text import Text
 
-TASKS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Molecules}
+BUILDERS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Molecules}
 
 
 def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetBuilder:
@@ -25,9 +25,9 @@ def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = 
 
     Raises ValueError for an unknown task, preset or field, naming the nearest one, and for a value out of range.
     """
-    if name not in TASKS:
-        raise ValueError(_unknown("task", name, TASKS))
-    presets = TASKS[name].builder_configs
+    if name not in BUILDERS:
+        raise ValueError(_unknown("task", name, BUILDERS))
+    presets = BUILDERS[name].builder_configs
     if config_name not in presets:
         raise ValueError(_unknown(f"config of {name}", config_name, presets))
     known = _own_fields(presets[config_name])
@@ -38,7 +38,7 @@ def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = 
             raise ValueError(f"{override} must have a value, got None: leave it out for the preset's.")
     # An override equal to the preset's value must not build the same data into a second cache folder.
     changed = {override: value for override, value in overrides.items() if value != known[override]}
-    return TASKS[name](config_name=config_name, cache_dir=cache_dir, **changed)
+    return BUILDERS[name](config_name=config_name, cache_dir=cache_dir, **changed)
 
 
 def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetDict:
@@ -119,7 +119,7 @@ def export_parquet(
 def _card(readme: Path | None, name: str, builder: DatasetBuilder) -> DatasetCard:
     """The folder's card with one more config: its text gets a table of the fields that made the data."""
     if readme is None:
-        tags = ["looped-transformers", *TASKS[name].TAGS]
+        tags = ["looped-transformers", *BUILDERS[name].TAGS]
         data = DatasetCardData(pretty_name=name, task_categories=["text-generation"], tags=tags)
         text = f"# {name}\n\n{inspect.getdoc(builder).partition('One example')[0].rstrip()}\n"
         card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

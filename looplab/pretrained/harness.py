@@ -30,7 +30,7 @@ from modeling_looped.frozen_looped import FrozenLooped
 
 from .parts import fetched
 
-TASKS = Path(__file__).parent / "benchmarks"
+BENCHMARK_FILES = Path(__file__).parent / "benchmarks"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Comparison:
 
 def task_names() -> list[str]:
     """The benchmarks that `score` knows."""
-    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+    return sorted(path.stem for path in BENCHMARK_FILES.glob("*.yaml"))
 
 
 def settle_depth(model: PreTrainedModel) -> None:
@@ -106,7 +106,7 @@ def score(
     builder = MultipleChoice(config_name=task, data_dir=str(folder), cache_dir=cache_dir)
     rows = build_splits(builder)
 
-    config = read_yaml(TASKS / f"{task}.yaml")
+    config = read_yaml(BENCHMARK_FILES / f"{task}.yaml")
     # The harness always evaluates its test split, so `split` goes by that name.
     harness_task = ConfigurableTask(config=config | {"custom_dataset": lambda: rows, "test_split": split})
     training = model.training

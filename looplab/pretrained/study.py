@@ -41,7 +41,7 @@ from modeling_looped.frozen_window_looped import decoder_layers
 
 STAGES = ("profile", "sweep", "confirm", "cost")
 SPLITS = {"sweep": "validation", "confirm": "test"}
-TASKS = Path(__file__).parent / "benchmarks"
+BENCHMARK_FILES = Path(__file__).parent / "benchmarks"
 TEXT = "text"  # stands for text beside the names of the benchmarks
 
 
@@ -116,7 +116,7 @@ class FrozenRecipe:
         check_name(self.name)
         if not set(self.sweep) - {TEXT}:
             raise ValueError("sweep has no task but text, by which no setting may be chosen: add one.")
-        known = [TEXT, *sorted(file.stem for file in TASKS.glob("*.yaml"))]
+        known = [TEXT, *sorted(file.stem for file in BENCHMARK_FILES.glob("*.yaml"))]
         for name in {**self.sweep, **self.confirm}:
             if name not in known:
                 raise ValueError(f"{name} is no task of a study: sweep and confirm take {', '.join(known)}.")

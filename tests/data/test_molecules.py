@@ -36,7 +36,7 @@ from data_builders import (
     train_byte_bpe,
 )
 from data_builders import molecules as molecules_module
-from data_builders.builders import TASKS
+from data_builders.builders import BUILDERS
 from data_builders.molecule_batches import first_fit
 from data_builders.tokenizers import SMILES_TOKEN
 from looplab.cli import main
@@ -219,7 +219,7 @@ def test_an_exported_card_names_every_split(toys, tmp_path):
 
 def test_training_refuses_a_task_it_does_not_know():
     recipe = Path(train.__file__).parent / "recipes" / "smoke.yaml"
-    assert set(TASKS) == set(train.TASKS)
+    assert set(BUILDERS) == set(train.BUILDERS)
     with pytest.raises(
         ValueError, match=r"data\.task must be one of khop, .*, got 'molecule'; did you mean molecules\?"
     ):

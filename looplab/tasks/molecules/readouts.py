@@ -110,9 +110,9 @@ def readout_rows(
     features, labels = features_of(model, fit, num_loops)
     weight, fit_loss = fit_head(features, labels, model.config.vocab_size)
     rows = []
-    for head, reader in (("own", model), ("fresh", with_head(model, weight))):
-        loss, interval = molecules.mean_of(molecules.nats(reader, num_loops), everything)
-        written = write_molecules(reader, tokenizer, samples, SAMPLINGS[0], num_loops, 0, max_tokens)
+    for head, one in (("own", model), ("fresh", with_head(model, weight))):
+        loss, interval = molecules.mean_of(molecules.nats(one, num_loops), everything)
+        written = write_molecules(one, tokenizer, samples, SAMPLINGS[0], num_loops, 0, max_tokens)
         row = {"loops": num_loops, "head": head, "loss": loss, "loss_interval": interval} | measure(written, train)
         fitted = head == "fresh"
         rows.append(row | {"fit_loss": fit_loss if fitted else None, "fit_tokens": len(labels) if fitted else None})

@@ -401,7 +401,7 @@ def test_a_run_is_drawn_before_it_is_evaluated_but_not_before_its_first_check(ru
     assert "has no training and held-out rows yet" in failure(capfd, "plot", runs[0].folder)
 
 
-# Which reader
+# Which task
 
 
 def test_runs_of_different_tasks_are_read_apart(runs, capfd):

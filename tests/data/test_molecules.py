@@ -219,7 +219,7 @@ def test_an_exported_card_names_every_split(toys, tmp_path):
 
 def test_training_refuses_a_task_it_does_not_know():
     recipe = Path(train.__file__).parent / "recipes" / "smoke.yaml"
-    assert set(BUILDERS) == set(train.BUILDERS)
+    assert set(BUILDERS) == set(train.TASKS)
     with pytest.raises(
         ValueError, match=r"data\.task must be one of khop, .*, got 'molecule'; did you mean molecules\?"
     ):

@@ -167,6 +167,7 @@ def test_a_rule_stops_on_a_trace_where_it_stops_in_a_run():
     assert len(used) > 1
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_it_and_commands_read_the_run(tmp_path, capsys):
     model = "--model={loop_connection: half, kv_sharing: early, exit_gate: true, exit_loss: every_loop}"
     flags = [f"--output_dir={tmp_path}", "--name=sixth", "--max_steps=2", "--optim.warmup_steps=0", model]

@@ -45,7 +45,7 @@ def run_eval(arguments) -> None:
 
 
 def run_halting(arguments) -> None:
-    [run], task, given = opened("halting", arguments.run, arguments, "limit", "max_loops")
+    [run], task, given = opened("halting", arguments.run, arguments, "limit", "max_loops", "save")
     path, text = task.halting(run, **given)
     print(f"\n{run.folder}\n{text}\n\nwritten to {path}")
 
@@ -260,6 +260,12 @@ def parser() -> argparse.ArgumentParser:
         type=COUNT,
         metavar="N",
         help=f"at most N rows of each sort, or samples {help_of('halting', 'limit')}",
+    )
+    command.add_argument(
+        "--save",
+        action="store_true",
+        default=None,
+        help="write the rule with the fewest loops at no loss of quality into RUN/model, for generate(halting=True)",
     )
     command.set_defaults(call=run_halting)
 

@@ -10,11 +10,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .checks_looped import cuts_show, is_row_mask
 from .depth_looped import asked_count, generation_count
-from .halting_looped import halting_rule
+from .halting_looped import calibrated_rule, halting_rule
 from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
 
 LOOP_SETTINGS = ("num_loops", "halting")
-GENERATION_SETTINGS = (*LOOP_SETTINGS, "draft_loops")  # what a generation config may hold beside those of transformers
+CALIBRATED = "calibrated_halting"  # the rule that `halting=True` stands for; alone it changes nothing
+GENERATION_SETTINGS = (*LOOP_SETTINGS, CALIBRATED, "draft_loops")  # of a generation config, beside transformers' own
 
 
 @dataclass
@@ -35,7 +36,9 @@ class LoopedGenerationMixin(GenerationMixin):
         r"""`GenerationMixin.generate`, with three more settings, also read from `generation_config`:
 
             num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`): loops per token.
-            halting (`str` or `dict`): rule by which a token stops looping earlier, see `forward`.
+            halting (`str`, `dict` or `True`): rule by which a token stops looping earlier, see `forward`. True is the
+                rule in `generation_config.calibrated_halting`, which `looped halting RUN --save` chooses for a model;
+                a ValueError says so where there is none. Without `halting` that rule is not used.
             draft_loops (`int`): so many loops draft tokens, and all loops verify them, for a batch of one text; 0 for
                 no drafts. See `speculation_looped.py`. `num_assistant_tokens` and `assistant_confidence_threshold` say
                 how far a draft goes, as in assisted decoding.
@@ -77,11 +80,13 @@ class LoopedGenerationMixin(GenerationMixin):
             "num_loops": generation_count(self.config, given, self.generation_config),
             "halting": generation_config.to_dict().get("halting"),
         }
+        calibrated = generation_config.to_dict().get(CALIBRATED)
         for name, value in asked.items():
             value = stored[name] if value is None else value
             if value is not None:
                 model_kwargs[name] = value
-        rule = halting_rule(model_kwargs.pop("halting", None))  # built once: raises before any work, not per token
+        halting = calibrated_rule(model_kwargs.pop("halting", None), calibrated)
+        rule = halting_rule(halting)  # built once: raises before any work, not per token
         if rule is not None:
             model_kwargs["halting"] = rule
         return generation_config, model_kwargs
@@ -110,7 +115,8 @@ class LoopedGenerationMixin(GenerationMixin):
                 "generate, or kv_sharing='per_loop' or 'first'."
             )
         num_loops = asked_count(generation_config, self.generation_config)
-        halting = (self.generation_config if generation_config is None else generation_config).to_dict().get("halting")
+        settings = (self.generation_config if generation_config is None else generation_config).to_dict()
+        halting = calibrated_rule(settings.get("halting"), settings.get(CALIBRATED))
         other = num_loops is not None and (isinstance(num_loops, torch.Tensor) or num_loops != self.config.num_loops)
         if other or halting_rule(halting) is not None:
             raise ValueError(
@@ -144,7 +150,7 @@ class LoopedGenerationMixin(GenerationMixin):
         if generation_config.assistant_early_exit is not None:
             candidates.assistant_kwargs["num_loops"] = self.config.loops_of(generation_config.assistant_early_exit)
         elif assistant_model is not None:
-            for name in LOOP_SETTINGS:  # the draft model reads them in its own generation config
+            for name in (*LOOP_SETTINGS, CALIBRATED):  # the draft model reads them in its own generation config
                 vars(candidates.generation_config).pop(name, None)
         return candidates
 

@@ -22,6 +22,9 @@ from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
 from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 Readout = Callable[[torch.Tensor], torch.Tensor]
 Effort = Literal["traced", "decoded", "sampled"]
@@ -259,7 +262,8 @@ def non_negative(name: str, value: float) -> float:
 def halting_rule(halting: str | dict | Rule | None) -> Rule | None:
     """The rule a call or a generation config names: `"kl"`, or with thresholds `{"rule": "kl", "kl_threshold": 0.1}`.
 
-    Returns None where no batch row can halt early, which spares the bookkeeping.
+    Returns None where no batch row can halt early, which spares the bookkeeping. A threshold that is left out has a
+    default, which may halt before the answer is right: that is a warning, once per rule in the life of the process.
 
     Raises:
         ValueError: not one of these, unknown rule or threshold (with the nearest name), or a threshold out of range.
@@ -268,8 +272,8 @@ def halting_rule(halting: str | dict | Rule | None) -> Rule | None:
         return halting
     if not isinstance(halting, (str, dict)):
         raise ValueError(
-            f"halting must be the name of a rule, a dict of a rule and its thresholds, a rule object or None, got "
-            f"{halting!r}: the rules are {sorted(RULES)}."
+            f"halting must be the name of a rule, a dict of a rule and its thresholds, a rule object or None (in "
+            f"generate also True, the calibrated rule), got {halting!r}: the rules are {sorted(RULES)}."
         )
     settings = {"rule": halting} if isinstance(halting, str) else dict(halting)
     name = settings.pop("rule", None)
@@ -281,7 +285,41 @@ def halting_rule(halting: str | dict | Rule | None) -> Rule | None:
             raise ValueError(
                 f"halting rule {name!r} has no threshold {setting!r}{nearest(setting, allowed)} It takes {allowed}."
             )
-    return None if name == "fixed" else RULES[name](**settings)
+    rule = None if name == "fixed" else RULES[name](**settings)
+    left_out = [threshold for threshold in allowed if threshold not in settings]
+    if left_out and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"halting rule {name!r} runs with the default of {', '.join(left_out)}, which is not calibrated for this "
+            f"model: it may halt before the answer is right. Let `looped halting RUN --save` choose a rule, which "
+            f"generate(..., halting=True) uses, or give {thresholds_wanted(name)}."
+        )
+    return rule
+
+
+def thresholds_wanted(name: str) -> str:
+    """`halting` with all thresholds of a rule, for a message."""
+    return "halting={" + f'"rule": "{name}", ' + ", ".join(f'"{each}": ...' for each in RULES[name].thresholds()) + "}"
+
+
+def calibrated_rule(halting: Any, calibrated: Any) -> Any:
+    """`halting` of a generation; where it is True, the rule that was calibrated for the model.
+
+    Args:
+        calibrated: `calibrated_halting` of the generation config, or None.
+
+    Raises:
+        ValueError: halting is True and no rule was calibrated.
+    """
+    if halting is not True:
+        return halting
+    if calibrated is None:
+        raise ValueError(
+            "halting=True runs the rule that was calibrated for the model, and the generation config has none "
+            f"(calibrated_halting): calibrate one by `looped halting RUN --save`, which measures rules on held-out "
+            "rows. Without it halting must be the name of a rule, or a dict such as "
+            f"{thresholds_wanted('kl_entropy')}."
+        )
+    return calibrated
 
 
 def nearest(name, names) -> str:

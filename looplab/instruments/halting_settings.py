@@ -1,7 +1,9 @@
 """Halting settings: a halting rule, its thresholds and a budget of loops, as a line of halting.jsonl names them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from looplab.runs.folder import Run
 from modeling_looped import LoopedConfig
 from modeling_looped.halting_looped import RULES, Effort
 
@@ -61,3 +63,29 @@ def setting_of(row: dict) -> HaltingSetting:
         return HaltingSetting(None, row["num_loops"])
     thresholds = {name: row[name] for name in RULES[row["rule"]].thresholds()}
     return HaltingSetting({"rule": row["rule"], **thresholds}, row["num_loops"])
+
+
+def save_rule(run: Run, best: Mapping | None, criterion: str) -> str:
+    """Write a rule as `calibrated_halting` of the run's generation config, where `halting=True` finds it.
+
+    Args:
+        best: the record of halting.jsonl whose rule is written; None if no rule meets the criterion.
+        criterion: what a rule has to do to be saved: the end of a sentence about it.
+
+    Returns:
+        What was written, as text.
+
+    Raises:
+        ValueError: no rule meets the criterion, or the generation config cannot be written.
+    """
+    if best is None:
+        raise ValueError(
+            f"no halting rule is saved for {run.folder}: none {criterion}. See its halting.jsonl for those measured."
+        )
+    setting = setting_of(best)
+    path = run.save_generation_settings(calibrated_halting=setting.halting)
+    return (
+        f"saved in {path}: {setting.halting}\n"
+        f"It is the rule with the fewest loops that {criterion}; it was measured as "
+        f"generate(..., num_loops={setting.num_loops}, halting=True) runs it."
+    )

@@ -290,6 +290,7 @@ class Service:
             max_new_tokens=limits.max_new_tokens,
             vocab_size=model.get_input_embeddings().num_embeddings,
             halts=looped,
+            calibrated=model.generation_config.to_dict().get("calibrated_halting"),
         )
         self.positions = positions_of(model)
         self.depth_config = (model if looped else model.loop).config  # has the default loop count

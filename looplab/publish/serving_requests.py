@@ -11,14 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from reprlib import Repr
 
-from modeling_looped.halting_looped import halting_rule
+from modeling_looped.halting_looped import calibrated_rule, halting_rule
 
 from .limits import option
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 STOPS, STOP_LENGTH = 4, 256  # most stop strings; most characters of one
 # Fields of a generation config that do not change the text.
-NO_TEXT = ("transformers_version", "_from_model_config", "use_cache", "output_attentions", "output_hidden_states")
+NO_TEXT = (
+    "transformers_version", "_from_model_config", "use_cache", "output_attentions", "output_hidden_states",
+    "calibrated_halting",
+)  # fmt: skip
 
 short = Repr()
 short.maxstring = short.maxother = short.maxlong = 60
@@ -43,12 +46,14 @@ class Bounds:
     Args:
         max_loops: the limit of the server, or the `max_num_loops` of the model if that is smaller.
         halts: whether the model takes halting rules.
+        calibrated: the halting rule of the model that `true` stands for, or None.
     """
 
     max_loops: int
     max_new_tokens: int
     vocab_size: int
     halts: bool
+    calibrated: dict | None
 
 
 Rule = Callable[[str, object, Bounds], object]
@@ -179,13 +184,14 @@ def halting(name, value, bounds):
     if not bounds.halts:
         raise Refusal(f"{name}: this model is a looped frozen one, which has no halting rules.", name)
     flat = isinstance(value, dict) and all(isinstance(each, str) or is_number(each) for each in value.values())
-    if not flat and not isinstance(value, str):
-        raise refused(name, "the name of a rule, or an object with it as `rule` and with its thresholds", value)
+    if not flat and not isinstance(value, str) and value is not True:
+        raise refused(name, "the name of a rule, an object with it as `rule` and with its thresholds, or true", value)
     try:
-        halting_rule(value)
+        rule = calibrated_rule(value, bounds.calibrated)
+        halting_rule(rule)
     except ValueError as error:
         raise Refusal(str(error), name) from error
-    return value
+    return rule
 
 
 def generation_config(name, value, bounds):

@@ -15,6 +15,7 @@ The measured files depend on the task: `Task.records` names them.
 """
 
 import difflib
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,8 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from .digests import data_of, refuse_other_data, sha256_of, weights_of
-from .records import commit, note_records, read_object, read_records, write_records
+from .records import commit, note_records, read_object, read_records, to_json, write_records, writing_records
+from .writing import below, write_whole
 from .yaml_text import parse_yaml
 
 logger = logging.getLogger(__name__)
@@ -135,6 +137,31 @@ class Run:
         made = {path.relative_to(self.folder).as_posix(): sha256_of(path) for path in own}
         note_records(self.folder, {name: {"sha256": digest, "weights": weights} for name, digest in made.items()})
         return figures
+
+    def save_generation_settings(self, **settings) -> Path:
+        """Set fields of model/generation_config.json; the weights and what was measured of them stay as they are.
+
+        The digest of the file is noted in run.json first, as for every file that this project wrote.
+
+        Raises:
+            ValueError: the file is missing or damaged, or model/ is a link.
+        """
+        path = below(self.model_folder().parent, "model") / "generation_config.json"
+        fields = read_object(path, AGAIN)
+        if not fields:
+            raise ValueError(f"{self.folder} has no model/generation_config.json: {AGAIN}")
+        if fields.get("_from_model_config"):
+            fields["_from_model_config"] = False  # of a file marked so, transformers drops our fields on load
+        text = json.dumps(fields | settings, indent=2, sort_keys=True) + "\n"
+        with writing_records(self.folder):
+            note = self.note()
+            if note:  # a run of an older version has none
+                written = note.setdefault("files", {}).setdefault(f"model/{path.name}", [])
+                digest = hashlib.sha256(text.encode()).hexdigest()
+                if digest not in written:
+                    written.append(digest)
+                    write_whole(self.folder / "run.json", to_json(note))
+            return write_whole(path, text)
 
     def check_record(self, file: str, remedy: str, strict: bool = False) -> None:
         """Raise ValueError if a file was measured on other weights than the run has now.

@@ -1,9 +1,15 @@
 """Laws of depth per row: a row equals itself run alone, and what is not needed is not computed."""
 
+import itertools
+import logging
+
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
+from transformers.utils.logging import warning_once
 
+from modeling_looped import LoopedForCausalLM
+from modeling_looped.halting_looped import RULES as RULE_CLASSES
 from modeling_looped.halting_looped import Rule, halting_rule
 from toys import FP32, KV_SHARINGS, count_layer_calls, make_ids, make_model
 
@@ -232,8 +238,6 @@ def test_the_exit_rule_of_a_model_without_a_gate_is_refused():
 
 @torch.no_grad()
 def test_the_exit_rule_needs_no_head_and_can_be_saved(tmp_path):
-    from modeling_looped import LoopedForCausalLM
-
     model, ids = make_model_for("q_exit"), make_ids(4, 5)
     with_head = model(ids, num_loops=8, halting=RULES["q_exit"])
     base = model.model(ids, num_loops=8, halting=RULES["q_exit"])
@@ -297,8 +301,6 @@ def test_all_kept_positions_must_agree():
 def test_loop_settings_of_the_generation_config_are_saved_loaded_and_overridden(tmp_path):
     """A custom field of a generation config derived from the model's is dropped on load, and one that is there
     swallows the call's own: both happened to a prototype."""
-    from modeling_looped import LoopedForCausalLM
-
     model, ids = make_settling_model(), make_ids(2, 5)
     kwargs = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     model.generation_config.num_loops = 5
@@ -421,3 +423,80 @@ def test_every_mix_of_flags_returns_the_same_fields(halting, num_loops, flags):
     assert named.loops_used.shape == (3, 7)
     assert (named.loss is not None) == ("labels" in flags)
     assert (named.past_key_values is not None) == flags.get("use_cache", True)
+
+
+# ---- thresholds that were calibrated, and those that were not
+
+GENERATED = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+
+
+def warnings_of(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@torch.no_grad()
+@every_rule
+def test_a_default_threshold_is_a_warning_once_and_given_thresholds_are_none(rule, caplog):
+    """Default thresholds turned 95.7 % into 36.4 % on the quickstart, without a word."""
+    model, ids = make_model_for(rule), make_ids(2, 5)
+    names = RULE_CLASSES[rule].thresholds()
+    warning_once.cache_clear()
+    for halting in (RULES[rule], halting_rule(RULES[rule]), None, "fixed", {"rule": "fixed"}):
+        model(ids, halting=halting)
+        model.generate(ids, halting=halting, max_new_tokens=2)
+    assert warnings_of(caplog) == []
+    given = [part for size in range(len(names)) for part in itertools.combinations(names, size)]
+    for number, part in enumerate(given, 1):
+        halting = {"rule": rule} | {name: RULES[rule][name] for name in part}
+        for _ in range(2):
+            model.generate(ids, halting=halting, max_new_tokens=2)
+            model(ids, halting=halting)
+        said = warnings_of(caplog)
+        assert len(said) == number
+        assert all(
+            name in said[-1] for name in (rule, "not calibrated", "`looped halting RUN --save`", "halting=True")
+        )
+        assert all((f"default of {name}" in said[-1] or f", {name}" in said[-1]) for name in set(names) - set(part))
+    model.generate(ids, halting=rule, max_new_tokens=2)
+    assert len(warnings_of(caplog)) == len(given)  # the name alone says what {"rule": name} says
+
+
+@torch.no_grad()
+@every_rule
+@pytest.mark.parametrize("where", ["call", "model", "given"])
+def test_true_is_the_calibrated_rule_which_alone_changes_nothing(rule, where, tmp_path):
+    model, ids = make_model_for(rule), make_ids(3, 5)
+    plain = model.generate(ids, num_loops=12, **GENERATED)
+    expected = model.generate(ids, num_loops=12, halting=RULES[rule], **GENERATED)
+    assert not torch.equal(plain.loops_used, expected.loops_used)
+    model.generation_config.calibrated_halting = RULES[rule]
+    model.save_pretrained(tmp_path / "once")
+    LoopedForCausalLM.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    for each in (model, LoopedForCausalLM.from_pretrained(tmp_path / "twice")):
+        again = each.generate(ids, num_loops=12, **GENERATED)
+        assert torch.equal(again.sequences, plain.sequences)
+        assert torch.equal(again.loops_used, plain.loops_used)
+        settings = {"halting": True} if where == "call" else {}
+        if where == "model":
+            each.generation_config.halting = True
+        elif where == "given":
+            settings["generation_config"] = GenerationConfig(halting=True, **GENERATED)
+        halted = each.generate(ids, num_loops=12, **({} if where == "given" else GENERATED), **settings)
+        assert torch.equal(halted.sequences, expected.sequences)
+        assert torch.equal(halted.loops_used, expected.loops_used)
+
+
+@torch.no_grad()
+def test_true_without_a_calibrated_rule_says_how_to_calibrate():
+    model = make_model()
+    calls = count_layer_calls(model)
+    for settings in (
+        {"halting": True} | GENERATED,
+        {"generation_config": GenerationConfig(halting=True, **GENERATED)},
+    ):
+        with pytest.raises(ValueError, match=r"calibrate one by `looped halting RUN --save`.* such as halting=\{"):
+            model.generate(make_ids(), **settings)
+    model.generation_config.calibrated_halting = {"rule": "kl", "treshold": 0.1}
+    with pytest.raises(ValueError, match="has no threshold 'treshold'"):
+        model.generate(make_ids(), halting=True, **GENERATED)
+    assert calls == []

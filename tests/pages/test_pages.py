@@ -66,6 +66,16 @@ def a_model_of_chains() -> dict:
     return {}
 
 
+def a_calibrated_model_of_chains() -> dict:
+    """The same, after `looped halting runs/quickstart --save`."""
+    names = a_model_of_chains()
+    path = Path("runs/quickstart/model/generation_config.json")
+    rule = {"rule": "kl_entropy", "kl_threshold": 1.0, "max_entropy": 1.15}
+    saved = json.loads(path.read_text()) | {"_from_model_config": False, "calibrated_halting": rule}
+    path.write_text(json.dumps(saved))
+    return names
+
+
 def a_run_on(name: str, task: str, config: str, **graph) -> dict:
     """A finished run runs/NAME, with weights as they are drawn."""
     tokenizer = dataset_tokenizer(load_task(task, config, seed=0, **graph))
@@ -148,6 +158,7 @@ def check_own_data(names: dict, printed: str) -> None:
 def check_tuning(names: dict, printed: str) -> None:
     saved = names["again"].generation_config.to_dict()
     assert (saved["num_loops"], saved["halting"]["max_entropy"]) == (16, 1.15)
+    assert names["calibrated"].generation_config.calibrated_halting == names["settled"]
     assert printed.rpartition("tensor(")[2].count("16") == 3  # "fixed" runs all loops in every row
 
 
@@ -201,7 +212,7 @@ RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "docs/guides/demo.md": (a_run_on_chains, check_space),
     "docs/guides/mechanism.md": (a_run_on_compositions, check_inside),
     "docs/guides/train_your_own_data.md": (own_files, check_own_data),
-    "docs/guides/tune_loops.md": (a_model_of_chains, check_tuning),
+    "docs/guides/tune_loops.md": (a_calibrated_model_of_chains, check_tuning),
     "docs/guides/drafts_and_halting.md": (nothing, check_drafts),
     "docs/guides/frozen.md": (a_dense_model, check_frozen),
     "docs/guides/hyperloop.md": (nothing, nothing),

@@ -755,6 +755,28 @@ def test_a_saved_model_is_served_without_running_the_code_in_its_folder(tmp_path
         assert client.text() == generated(model, num_loops=5)
 
 
+RULE = {"rule": "kl", "kl_threshold": 1e9}
+
+
+@pytest.mark.parametrize("rule", [None, RULE])
+def test_true_is_the_calibrated_rule_of_the_model(rule):
+    model = make("per_loop")
+    if rule is not None:
+        model.generation_config.calibrated_halting = rule
+    given = json.dumps({"num_loops": 8, "calibrated_halting": RULE})  # what a client read of a model is let be
+    with served(model) as client:
+        plainly = generated(make("per_loop"), num_loops=8)
+        assert client.text(num_loops=8) == client.text(generation_config=given) == plainly
+        in_config = json.dumps({"halting": True, "num_loops": 8})
+        for body in ({"halting": True, "num_loops": 8}, {"generation_config": in_config}):
+            if rule is None:
+                check_refusal(client.post({"prompt": QUESTION, "max_tokens": 5} | body), "looped halting RUN --save")
+            else:
+                assert client.text(**body) == generated(make("per_loop"), num_loops=8, halting=rule)
+    if rule is not None:
+        assert generated(make("per_loop"), num_loops=8) != generated(make("per_loop"), num_loops=8, halting=rule)
+
+
 @pytest.mark.parametrize("field", [{"draft_loops": 2, "num_assistant_tokens": 4}, {"max_length": 30}])
 def test_what_changes_no_text_in_a_saved_generation_config_is_let_be(field):
     model = make("per_loop")

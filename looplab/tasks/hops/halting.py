@@ -3,6 +3,7 @@
     sweep      every rule x thresholds x budget, simulated from one trace of the validation rows
     chosen     for each rule, the setting with the fewest loops that loses at most a point of accuracy at each solvable
                hop count, compared with the best fixed loop count of that hop count
+    best       of the chosen settings, the one with the fewest loops that loses so little; `--save` writes its rule
     measured   the chosen setting on the test rows, by running it: rows that halt cost no more work
     timed      the chosen setting and the fixed loop count in turn, on one batch of mixed hop counts
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from looplab.instruments.halting_settings import HaltingSetting, rules_to_try
+from looplab.instruments.halting_settings import HaltingSetting, rules_to_try, save_rule
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of
 from looplab.instruments.traces import Trace
 from looplab.runs.folder import Run, to_json_lines
@@ -29,7 +30,7 @@ from modeling_looped.halting_looped import FixedRule, entropy_bound, halting_rul
 
 from .evaluation import MAX_LOOPS, trace_groups
 from .records import HALTING
-from .results import ROUNDING, best_loops, fewest_near_best
+from .results import CRITERION, ROUNDING, best_loops, fewest_near_best
 from .rows import RowGroup, answered, groups_of, load_run_task
 
 POINT = 0.01  # accuracy that a setting may lose at any hop count
@@ -82,13 +83,17 @@ def choose(
     If every setting loses more, the one whose largest loss is smallest. best: accuracy of each group to compare with.
     """
 
-    def rank(setting):
-        outcomes = [outcome(setting, group, traced) for group, traced in zip(groups, traces, strict=True)]
-        loss = max(0.0, *(b - accuracy for b, (accuracy, _) in zip(best, outcomes, strict=True)))
-        loops = sum(loops for _, loops in outcomes) / len(outcomes)
-        return (0.0 if loss <= POINT + ROUNDING else loss, loops)
+    return min(settings, key=lambda setting: cost(setting, groups, traces, best))
 
-    return min(settings, key=rank)
+
+def cost(
+    setting: HaltingSetting, groups: Sequence[RowGroup], traces: Sequence[Trace], best: Sequence[float]
+) -> tuple[float, float]:
+    """(the largest loss of accuracy in a group, 0 if it is at most a point; mean loops), as for `choose`."""
+    outcomes = [outcome(setting, group, traced) for group, traced in zip(groups, traces, strict=True)]
+    loss = max(0.0, *(b - accuracy for b, (accuracy, _) in zip(best, outcomes, strict=True)))
+    loops = sum(loops for _, loops in outcomes) / len(outcomes)
+    return (0.0 if loss <= POINT + ROUNDING else loss, loops)
 
 
 def frontier(
@@ -151,6 +156,9 @@ def halting_run(
     chosen     for each rule and hop count: accuracy and loops of the chosen setting, measured, simulated, and of both
                baselines
     time       for each rule, see `time_row`
+    best       the chosen setting with the fewest loops, of those that lose at most a point of accuracy at each
+               solvable hop count of the validation rows; no record where every rule loses more. `loops` is its
+               mean there
 
     Args:
         run: a finished one.
@@ -191,13 +199,14 @@ def halting_run(
     for loops in range(1, max_loops + 1):
         accuracy, used = mean_outcome(HaltingSetting(None, loops), few["test"], few_traces["test"])
         rows.append({"measure": "fixed", **HaltingSetting(None, loops).row(), "accuracy": accuracy, "loops": used})
-    timed = task["test"].select(timed_rows(task["test"], lines))
+    timed, costs = task["test"].select(timed_rows(task["test"], lines)), []
     for rule in dict.fromkeys(setting.rule for setting in settings):
         mine = [setting for setting in settings if setting.rule == rule]
         for setting in frontier(mine, few["validation"], few_traces["validation"]):
             accuracy, used = mean_outcome(setting, few["test"], few_traces["test"])
             rows.append({"measure": "frontier", **setting.row(), "accuracy": accuracy, "loops": used})
         setting = choose(mine, few["validation"], few_traces["validation"], best)
+        costs.append((cost(setting, few["validation"], few_traces["validation"], best), setting))
         for index, (group, traced) in enumerate(zip(groups["test"], traces["test"], strict=True)):
             line = group.split_kind, group.hops
             accuracy, used = run_setting(model, setting, group)
@@ -209,7 +218,16 @@ def halting_run(
             row |= {"fixed_loops": fixed.num_loops, "fixed_accuracy": outcome(fixed, group, traced)[0]}
             rows.append(row | {"needed_loops": needed})
         rows.append(time_row(model, tokenizer, timed, setting, fixed, rounds))
+    (loss, used), setting = min(costs, key=lambda pair: pair[0])
+    if loss == 0:
+        rows.append({"measure": "best", **setting.row(), "loops": used})
     return run.write({HALTING.name: to_json_lines(rows)})
+
+
+def save_best(run: Run) -> str:
+    """Save the rule of measure best for `halting=True`, see `save_rule`."""
+    best = next((row for row in run.read(HALTING) if row["measure"] == "best"), None)
+    return save_rule(run, best, CRITERION)
 
 
 def timed_rows(test, lines: Sequence[tuple[str, int]]) -> list[int]:

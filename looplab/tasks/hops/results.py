@@ -21,6 +21,7 @@ THRESHOLDS = (0.6, 0.9, 0.95)  # arXiv 2604.07822 has them for generalization ra
 
 # A mean this close to the best counts as best, so that a single row does not choose 50 loops over 12.
 TIE = 0.001
+CRITERION = "loses at most a point at each solvable hop count of the validation rows"  # of a rule that is saved
 ROUNDING = 1e-9  # a loss of one row in a hundred is 0.010000000000000009, and has to count as one point
 
 Line = tuple[str, int]
@@ -184,6 +185,11 @@ def halting_text(rows: Sequence[dict]) -> str:
             f"{rule:<12}{100 * fact['accuracy']:9.1f}{fact['loops']:7.2f}   {100 * fact['saved']:.0f} % fewer than "
             f"the fixed count, {100 * fact['saved_of_needed']:.0f} % than the largest own one; loses at most "
             f"{100 * fact['largest_loss']:.1f} points; {middle:.2f} ({low:.2f} - {high:.2f}) times as fast; {setting}"
+        )
+    for row in (row for row in rows if row["measure"] == "best"):
+        text.append(
+            f"best: {row['rule']}, the rule with the fewest loops that {CRITERION}; --save keeps it for "
+            "generate(..., halting=True)"
         )
     return "\n".join(text)
 

@@ -87,12 +87,15 @@ class HopTask(Task):
 
         return plot_runs(runs, output)
 
-    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `halting.halting_run`."""
-        from .halting import halting_run
+    def halting(
+        self, run: Run, *, limit: int | None = None, max_loops: int | None = None, save: bool = False
+    ) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `halting.halting_run`; save: and the best rule, by `halting.save_best`."""
+        from .halting import halting_run, save_best
         from .results import halting_text
 
-        return halting_run(run, max_loops, None, limit), halting_text(run.read(HALTING))
+        path, text = halting_run(run, max_loops, None, limit), halting_text(run.read(HALTING))
+        return path, f"{text}\n\n{save_best(run)}" if save else text
 
     def lens(
         self,
@@ -167,12 +170,19 @@ class Khop(HopTask):
         return evaluate_run(run, loops, limit, max_loops, max_hops)
 
     def halting(
-        self, run: Run, *, limit: int | None = None, max_loops: int | None = None, max_hops: int | None = None
+        self,
+        run: Run,
+        *,
+        limit: int | None = None,
+        max_loops: int | None = None,
+        max_hops: int | None = None,
+        save: bool = False,
     ) -> tuple[Path, str]:
-        from .halting import halting_run
+        from .halting import halting_run, save_best
         from .results import halting_text
 
-        return halting_run(run, max_loops, max_hops, limit), halting_text(run.read(HALTING))
+        path, text = halting_run(run, max_loops, max_hops, limit), halting_text(run.read(HALTING))
+        return path, f"{text}\n\n{save_best(run)}" if save else text
 
 
 class Composition(HopTask):

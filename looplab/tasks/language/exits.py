@@ -20,11 +20,13 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from data_builders.molecule_batches import IGNORED
-from looplab.instruments.halting_settings import HaltingSetting, threshold_text
+from looplab.instruments.halting_settings import HaltingSetting, save_rule, threshold_text
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
+from looplab.runs.folder import Run
 
 PROMPT, DECODED = 32, 32  # tokens of each text: prompt, then decoded
 BATCHES = (1, 16)  # batch sizes that are timed
+SLACK = 0.01  # nats per token that a threshold may cost
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,35 @@ def exit_rows(
     fixed = {row["num_loops"]: row["loss"] for row in results if row["rule"] == "fixed"}
     fixed[num_loops] = results[0]["full_loss"]
     return [row | {"fixed_loss": between_counts(fixed, row["loops"])} for row in results]
+
+
+def cost(row: dict, rows: Sequence[dict]) -> tuple[float, float]:
+    """(nats per token more than the best fixed loop count, 0 if at most SLACK; mean loops).
+
+    Args:
+        row: a record of measure exit.
+        rows: all of these records.
+    """
+    best = min(row["loss"] if row["rule"] == "fixed" else row["full_loss"] for row in rows)
+    more = row["loss"] - best
+    return (0.0 if more <= SLACK else more, row["loops"])
+
+
+def cheapest(rows: Sequence[dict]) -> list[dict]:
+    """For each rule but `fixed`, the record of measure exit with the lowest `cost`."""
+    names = dict.fromkeys(row["rule"] for row in rows if row["rule"] != "fixed")
+    return [min((row for row in rows if row["rule"] == name), key=lambda row: cost(row, rows)) for name in names]
+
+
+def save_best(run: Run, rows: Sequence[dict]) -> str:
+    """Save the rule with the lowest `cost` for `halting=True`, see `save_rule`; it may not cost more than SLACK.
+
+    rows: the records of halting.jsonl.
+    """
+    rows = [row for row in rows if row["measure"] == "exit"]
+    best = min(cheapest(rows), key=lambda row: cost(row, rows), default=None)
+    best = best if best is not None and cost(best, rows)[0] == 0 else None
+    return save_rule(run, best, f"costs at most {SLACK} nats per token more than the best fixed loop count")
 
 
 def between_counts(fixed: dict[int, float], loops: float) -> float:

@@ -49,7 +49,7 @@ from looplab.instruments.halting_settings import HaltingSetting, exit_settings, 
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
-from looplab.tasks.language.exits import between_counts, decode, exit_rows, exits_text, quality_of
+from looplab.tasks.language.exits import between_counts, cheapest, decode, exit_rows, exits_text, quality_of
 
 from .chemnet import Statistics, frechet_distance, reference_statistics, statistics_of
 from .data import MoleculeData
@@ -62,7 +62,6 @@ from .smiles import KINDS, canonical_or_none, token_kinds
 
 SAMPLES = 1000  # samples of each setting
 HELD_OUT = 200  # most molecules that are decoded
-SLACK = 0.01  # nats per token that a threshold may cost
 DRAWN = SAMPLINGS[0]
 
 
@@ -75,18 +74,6 @@ def molecule_rows(molecules: PackedMolecules, numbers: torch.Tensor, tokenizer: 
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
         "shift_labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
-
-
-def cheapest(rows: Sequence[dict]) -> list[dict]:
-    """For each rule but `fixed`, the record of measure exit whose threshold is chosen for measure kind."""
-    best = min(row["loss"] if row["rule"] == "fixed" else row["full_loss"] for row in rows)
-
-    def rank(row):
-        cost = row["loss"] - best
-        return (0.0 if cost <= SLACK else cost, row["loops"])
-
-    names = dict.fromkeys(row["rule"] for row in rows if row["rule"] != "fixed")
-    return [min((row for row in rows if row["rule"] == name), key=rank) for name in names]
 
 
 def kind_rows(

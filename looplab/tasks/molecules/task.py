@@ -86,11 +86,17 @@ class MoleculeTask(Task):
 
         return plot_runs(runs, output)
 
-    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `exits.halting_run`."""
+    def halting(
+        self, run: Run, *, limit: int | None = None, max_loops: int | None = None, save: bool = False
+    ) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `exits.halting_run`; save: and the best rule, by `language.exits.save_best`."""
+        from looplab.tasks.language.exits import save_best
+
         from .exits import halting_run, halting_text
 
-        return halting_run(run, max_loops, limit, sizes=self.sizes), halting_text(run.read(HALTING))
+        path, rows = halting_run(run, max_loops, limit, sizes=self.sizes), run.read(HALTING)
+        text = halting_text(rows)
+        return path, f"{text}\n\n{save_best(run, rows)}" if save else text
 
     def lens(
         self, run: Run, *, loops: int | None = None, limit: int | None = None, no_probes: bool = False

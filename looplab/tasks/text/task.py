@@ -59,13 +59,17 @@ class TextTask(Task):
 
         return plot_runs(runs, output)
 
-    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `exits.halting_run`."""
-        from looplab.tasks.language.exits import exits_text
+    def halting(
+        self, run: Run, *, limit: int | None = None, max_loops: int | None = None, save: bool = False
+    ) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `exits.halting_run`; save: and the best rule, by `language.exits.save_best`."""
+        from looplab.tasks.language.exits import exits_text, save_best
 
         from .exits import halting_run
 
-        return halting_run(run, max_loops, limit), exits_text(run.read(HALTING))
+        path, rows = halting_run(run, max_loops, limit), run.read(HALTING)
+        text = exits_text(rows)
+        return path, f"{text}\n\n{save_best(run, rows)}" if save else text
 
     def measure(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int | None):
         from .perplexity import TextMeasure

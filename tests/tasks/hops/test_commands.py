@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from looplab.cli import main
+from looplab.instruments.halting_settings import setting_of
+from looplab.runs.folder import Run, open_run
+from looplab.tasks.hops.records import HALTING
 from toy_runs import failure
 from toys import ROOT
 
@@ -104,6 +107,28 @@ def test_table_prints_a_markdown_line_per_recipe(run, capsys):
 def test_halting_says_so_where_a_run_solves_nothing(run, capfd):
     assert "reaches 60 % at no hop count" in failure(capfd, "halting", run, "--max-loops", "2", "--limit", "40")
     assert not (run / "halting.jsonl").exists()
+
+
+def test_save_keeps_the_best_rule_or_refuses(run, capfd):
+    saved, statuses = run / "model" / "generation_config.json", []
+    for hops in (4, 8):
+        before, weights = saved.read_text(), open_run(run).weights
+        status = main(["halting", str(run), "--max-loops", "6", "--max-hops", str(hops), "--limit", "1", "--save"])
+        printed = capfd.readouterr()
+        best = [row for row in open_run(run).read(HALTING) if row["measure"] == "best"]
+        statuses.append(status)
+        if status:
+            assert best == []
+            assert f"no halting rule is saved for {run}: none loses at most a point" in printed.err
+            assert saved.read_text() == before
+            continue
+        [rule] = [setting_of(row).halting for row in best]
+        assert json.loads(saved.read_text()) == json.loads(before) | {"calibrated_halting": rule}
+        assert str(rule) in printed.out
+        assert "the rule with the fewest loops that loses at most a point" in printed.out
+        assert Run(run).weights == weights
+        Run(run).check_record("grid.jsonl", "", strict=True)
+    assert statuses == [0, 2]
 
 
 def test_ask_shows_the_true_chain_and_an_answer_per_loop_count(evaluated, capsys):

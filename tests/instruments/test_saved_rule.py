@@ -1,0 +1,114 @@
+"""Laws of a saved halting rule: `generate(halting=True)` runs it, and the run folder stays whole."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from looplab.instruments.halting_settings import save_rule
+from looplab.runs.digests import sha256_of
+from looplab.runs.folder import Run
+from looplab.runs.models import load_run_model
+from looplab.tasks.language.exits import SLACK, save_best
+
+RULES = [
+    {"rule": "kl", "kl_threshold": 0.5},
+    {"rule": "kl_entropy", "kl_threshold": 1.0, "max_entropy": 3.0},
+    {"rule": "latent", "threshold": 0.3},
+]
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Run(trained.copy(tmp_path, "hops"))
+
+
+def contents(run: Run) -> dict:
+    files = [path for path in run.folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path.relative_to(run.folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_saved_rule_is_what_true_runs_and_saving_it_again_changes_nothing(run):
+    before, weights = contents(run), run.weights
+    ids = torch.tensor([[2, 3, 4], [5, 6, 2]])
+    for rule in RULES:
+        assert "the fewest loops that costs nothing" in save_rule(run, rule | {"num_loops": 6}, "costs nothing")
+        after = contents(run)
+        assert {name for name in after if after[name] != before.get(name)} == {
+            "model/generation_config.json", "run.json"
+        }  # fmt: skip
+        save_rule(run, rule | {"num_loops": 6}, "costs nothing")
+        assert contents(run) == after
+        written = run.folder / "model" / "generation_config.json"
+        assert sha256_of(written) in run.note()["files"]["model/generation_config.json"]
+        assert json.loads(written.read_text()) == json.loads(before["model/generation_config.json"]) | {
+            "calibrated_halting": rule
+        }
+        assert Run(run.folder).weights == weights
+        model, _ = load_run_model(Run(run.folder))
+        asked = {"num_loops": 6, "max_new_tokens": 3, "return_dict_in_generate": True}
+        by_name, by_dict = (model.generate(ids, halting=halting, **asked) for halting in (True, rule))
+        assert torch.equal(by_name.sequences, by_dict.sequences)
+        assert torch.equal(by_name.loops_used, by_dict.loops_used)
+        assert model.generate(ids, **asked).loops_used.unique().tolist() == [6]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_rule_is_not_lost_on_load_where_the_file_was_derived_from_the_configuration(run, marked):
+    path = run.folder / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_from_model_config": marked}))
+    save_rule(run, RULES[0] | {"num_loops": 4}, "costs nothing")
+    model, _ = load_run_model(run)
+    assert model.generation_config.calibrated_halting == RULES[0]
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged", "link"])
+def test_a_folder_that_cannot_keep_a_rule_stays_as_it_is(run, damage, tmp_path):
+    path = run.folder / "model" / "generation_config.json"
+    if damage == "link":
+        shutil.move(run.folder / "model", tmp_path / "elsewhere")
+        os.symlink(tmp_path / "elsewhere", run.folder / "model")
+    elif damage == "damaged":
+        path.write_text("{")
+    else:
+        path.unlink()
+    before = contents(run)
+    with pytest.raises(ValueError, match="is a link" if damage == "link" else "generation_config.json"):
+        save_rule(run, RULES[0] | {"num_loops": 4}, "costs nothing")
+    assert contents(run) == before
+
+
+def test_a_run_that_keeps_no_digests_gets_none(run):
+    (run.folder / "run.json").unlink()
+    save_rule(run, RULES[0] | {"num_loops": 4}, "costs nothing")
+    assert not (run.folder / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("costs", "chosen"),
+    [
+        ([(0.5 * SLACK, 2.0), (0.9 * SLACK, 1.5), (2 * SLACK, 1.0)], 1),
+        ([(2 * SLACK, 1.0), (1.5 * SLACK, 2.0), (-SLACK, 3.9)], 2),
+        ([(2 * SLACK, 1.0), (1.5 * SLACK, 2.0), (3 * SLACK, 3.9)], None),
+        ([], None),
+    ],
+)
+def test_the_fewest_loops_at_no_loss_are_saved_and_nothing_that_loses(run, costs, chosen):
+    """Text and molecules; hops are in tests/tasks/hops/test_commands.py."""
+    rows = [
+        {"measure": "exit", **rule, "num_loops": 4, "loss": 2.0 + more, "full_loss": 2.1, "loops": loops}
+        for rule, (more, loops) in zip(RULES, costs, strict=False)
+    ]
+    rows.append({"measure": "exit", "rule": "fixed", "num_loops": 2, "loss": 2.0, "full_loss": 2.1, "loops": 2.0})
+    rows.append({"measure": "kind", "rule": "kl", "loss": 0.0, "loops": 0.0})
+    before = contents(run)
+    if chosen is None:
+        with pytest.raises(ValueError, match="no halting rule is saved"):
+            save_best(run, rows)
+        assert contents(run) == before
+    else:
+        assert f"costs at most {SLACK} nats" in save_best(run, rows)
+        saved = json.loads((run.folder / "model" / "generation_config.json").read_text())
+        assert saved["calibrated_halting"] == RULES[chosen]

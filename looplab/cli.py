@@ -1,5 +1,5 @@
-"""The command line: `looped eval | halting | memory | plot | table | lens | fetch | harness | frozen | ask | demo |
-bench | convert | quantize | publish | serve`.
+"""The command line: `looped train | recipes | eval | halting | memory | plot | table | lens | fetch | harness |
+frozen | ask | demo | bench | convert | quantize | publish | serve`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -10,8 +10,11 @@ import sys
 from collections.abc import Sequence
 
 from looplab.publish.limits import LIMITS, Limits, option
+from looplab.shipped import list_recipes
 from looplab.tasks.registry import arguments_of, files_of, having, help_of, spelt
+from looplab.training.recipe import add_recipe
 
+from . import __version__
 from .mistakes import Parser, Whole, run_command
 
 COUNT = Whole()
@@ -36,6 +39,17 @@ def opened(verb: str, folders: str | Sequence[str], arguments, *names: str):
     runs = [open_run(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return runs, task_for(verb, runs, *given), given
+
+
+def run_train(arguments) -> None:
+    from looplab.train import main
+    from looplab.training.recipe import read_recipe
+
+    main(read_recipe(arguments.recipe, arguments.flags))
+
+
+def run_recipes(arguments) -> None:
+    print(list_recipes())
 
 
 def run_eval(arguments) -> None:
@@ -212,9 +226,10 @@ def run_serve(arguments) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `call`, the function that runs it with the arguments."""
-    main_parser = Parser(prog="looped", description="Evaluate, plot, ask and measure looped models.")
+    main_parser = Parser(prog="looped", description="Train, evaluate, plot, ask and measure looped models.")
     debug = {"action": "store_true", "help": "show the traceback of a mistake, too"}
     main_parser.add_argument("--debug", **debug)
+    main_parser.add_argument("--version", action="version", version=f"looped-transformers {__version__}")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def files(verb: str) -> str:
@@ -224,6 +239,15 @@ def parser() -> argparse.ArgumentParser:
         for name, argument in arguments_of(verb).items():
             words = f"{argument.help} {help_of(verb, name)}"
             command.add_argument(spelt(name), type=argument.type, metavar=argument.metavar, help=words)
+
+    command = commands.add_parser(
+        "train", help="train a model by a recipe, in one process, to OUTPUT_DIR/NAME", allow_abbrev=False
+    )
+    add_recipe(command)
+    command.set_defaults(call=run_train, flags=())
+
+    command = commands.add_parser("recipes", help="list the recipes that come with this package")
+    command.set_defaults(call=run_recipes)
 
     command = commands.add_parser(
         "eval",
@@ -495,7 +519,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, see `mistakes.py`."""
     arguments, unknown = parser().parse_known_args(argv)
-    arguments.parser.refuse_unknown(unknown)
+    if "flags" in arguments:
+        arguments.flags = unknown
+    else:
+        arguments.parser.refuse_unknown(unknown)
     return run_command(arguments.parser.prog, lambda: arguments.call(arguments), arguments.debug)
 
 

@@ -1,4 +1,5 @@
-"""Train a looped transformer on hops, text or molecules: `accelerate launch train.py RECIPE [--field value ...]`.
+"""Train a looped transformer on hops, text or molecules: `looped train RECIPE [--field value ...]`, in one process, or
+`accelerate launch -m looplab.train RECIPE [--field value ...]`, in as many as it is told.
 
     while budget remains:
         batch = task.batches[step]        rows of one length and one loop count; a pure function of (seed, step)
@@ -44,7 +45,7 @@ from looplab.training.model import build_model, check_max_loops, may_lack_gradie
 from looplab.training.objectives import make_objective
 from looplab.training.optimizers import build_optimizers, lr_factor, restart, set_rates
 from looplab.training.provenance import provenance
-from looplab.training.recipe import Recipe, read_recipe, recipe_fields
+from looplab.training.recipe import Recipe, add_recipe, read_recipe
 from looplab.training.run_folder import RunFolder, held
 
 
@@ -221,17 +222,21 @@ def split(batch: dict, number: int, device: torch.device) -> list[dict[str, torc
     return [dict(zip(tensors, part, strict=True)) for part in zip(*tensors.values(), strict=True)]
 
 
-if __name__ == "__main__":
+def program(name: str) -> int:
+    """Train as the arguments of this process say, and return the exit status. name: how messages call the program."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields: " + " ".join(f"--{name}" for name in recipe_fields()),
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", help="YAML file of the fields below")
+    add_recipe(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake, too")
     arguments, flags = parser.parse_known_args()
     rank = get_int_from_env(["LOCAL_RANK"], 0)
     if rank > 0:  # what all ranks find out is said by the first alone
         logging.getLogger("looplab").setLevel(logging.ERROR)
-    sys.exit(run_command("train.py", lambda: main(read_recipe(arguments.recipe, flags)), arguments.debug, rank))
+    return run_command(name, lambda: main(read_recipe(arguments.recipe, flags)), arguments.debug, rank)
+
+
+if __name__ == "__main__":
+    sys.exit(program("looplab.train"))

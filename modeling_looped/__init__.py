@@ -1,5 +1,7 @@
 """Looped transformers for Hugging Face. The modules of this folder are what a saved model ships as its remote code."""
 
+from importlib import metadata
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_looped import LoopedConfig
@@ -10,6 +12,11 @@ from .modeling_looped import (
     LoopedModel,
     LoopedPreTrainedModel,
 )
+
+try:
+    __version__ = metadata.version("looped-transformers")
+except metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
 
 AutoConfig.register("looped", LoopedConfig, exist_ok=True)
 LoopedConfig.register_for_auto_class()

@@ -7,8 +7,8 @@ import pytest
 from toys import ROOT
 
 SOURCES = sorted(
-    [ROOT / "train.py", *(path for name in ("modeling_looped", "data_builders", "looplab", "hub_cards")
-                          for path in (ROOT / name).rglob("*.py"))]
+    [*ROOT.glob("*.py"), *(path for name in ("modeling_looped", "data_builders", "looplab", "hub_cards")
+                           for path in (ROOT / name).rglob("*.py"))]
 )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 BELOW = {
     "modeling_looped": (),
     "data_builders": (),
-    "hub_cards": (),
     "looplab/mistakes.py": (),
-    "looplab/runs": ("looplab/mistakes.py", "modeling_looped", "data_builders"),
+    "looplab/shipped.py": (),
+    "looplab/runs": ("looplab/mistakes.py", "looplab/shipped.py", "modeling_looped", "data_builders"),
     "looplab/instruments": ("looplab/runs",),
     "looplab/tasks": ("looplab/instruments",),
     "looplab/tasks/hops": ("looplab/tasks",),
@@ -29,16 +29,24 @@ BELOW = {
     "looplab/training": ("looplab/tasks/registry.py",),
     "looplab/bench": ("looplab/tasks/registry.py",),
     "looplab/convert": ("looplab/tasks/registry.py",),
-    "looplab/publish": ("looplab/tasks/registry.py", "hub_cards"),
+    "looplab/publish": ("looplab/tasks/registry.py",),
     "looplab/pretrained": ("looplab/instruments",),
-    "looplab/cli.py": ("looplab/bench", "looplab/convert", "looplab/publish", "looplab/pretrained"),
+    "looplab/cli.py": (
+        "looplab/__init__.py",
+        "looplab/train.py",
+        "looplab/bench",
+        "looplab/convert",
+        "looplab/publish",
+        "looplab/pretrained",
+    ),
     "looplab/__init__.py": (),
-    "train.py": ("looplab/training",),
+    "looplab/train.py": ("looplab/training",),
+    "train.py": ("looplab/train.py",),
 }
 # The model folder is shipped as remote code: what whoever loads it has.
 SHIPPED_WITH = {"torch", "transformers", "huggingface_hub"}
-PACKAGES = ("modeling_looped", "data_builders", "hub_cards", "looplab")
-FILES = [path for part in PACKAGES for path in sorted((ROOT / part).rglob("*.py")) if "space" not in path.parts]
+PACKAGES = ("modeling_looped", "data_builders", "looplab")
+FILES = [path for part in PACKAGES for path in sorted((ROOT / part).rglob("*.py"))]
 FILES.append(ROOT / "train.py")
 
 

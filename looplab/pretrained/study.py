@@ -36,6 +36,7 @@ from looplab.runs.models import load_model
 from looplab.runs.sections import build, check_name, expand_paths
 from looplab.runs.writing import below, write_whole
 from looplab.runs.yaml_text import read_yaml, to_yaml
+from looplab.shipped import find_recipe
 from modeling_looped import FrozenLoopedConfig, default_window, looped
 from modeling_looped.frozen_window_looped import decoder_layers
 
@@ -160,8 +161,13 @@ def make_setting(values: dict) -> LoopSetting:
 
 
 def read_recipe(path: str | Path) -> FrozenRecipe:
-    """The recipe in a file. Raises ValueError for a field that is unknown, missing, of wrong type or out of range."""
-    values = read_yaml(expand_home("the recipe", str(path)))
+    """The recipe in a file, or of that name.
+
+    Raises ValueError for a recipe that does not exist, and a field that is unknown, missing, of wrong type or out of
+    range.
+    """
+    path = find_recipe(expand_home("the recipe", str(path)))
+    values = read_yaml(path)
     try:
         return build(values, FrozenRecipe)
     except ValueError as error:

@@ -1,4 +1,4 @@
 """Show a run to others: model card, upload to the Hub, demo page, server.
 
-It may import tasks/registry.py, hub_cards and what lies below.
+It may import tasks/registry.py and what lies below; it reads hub_cards/.
 """

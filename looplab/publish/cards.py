@@ -16,13 +16,13 @@ import jinja2
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
-import hub_cards
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
+from looplab.shipped import shipped
 from looplab.tasks.card import Names, between
 from looplab.tasks.registry import task_for, task_of
 
-TEMPLATES = Path(hub_cards.__file__).parent
+TEMPLATES = shipped("hub_cards")
 
 
 def model_card(run: Run, names: Names) -> ModelCard:

@@ -18,13 +18,13 @@ from types import ModuleType
 from huggingface_hub import SpaceCard, SpaceCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import hub_cards
 from looplab.runs.folder import AGAIN, Run
 from looplab.runs.models import load_model, load_run_model
 from looplab.runs.writing import write_whole
+from looplab.shipped import shipped
 from looplab.tasks.registry import task_for, task_of
 
-TEMPLATES = Path(hub_cards.__file__).parent / "space"
+TEMPLATES = shipped("hub_cards") / "space"
 GRADIO = "6.31.0"  # the version that the page is tested with, and that a Space installs
 
 

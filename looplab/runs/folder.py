@@ -206,7 +206,7 @@ def open_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         siblings = [str(path) for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
         nearest = difflib.get_close_matches(str(folder), siblings, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "train one with `accelerate launch train.py RECIPE`."
+        hint = f"did you mean {nearest[0]}?" if nearest else "train one with `looped train RECIPE`."
         raise ValueError(f"there is no run folder {folder}; {hint}")
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder} is not a run folder: it has no recipe.yaml, which train.py writes first.")

@@ -12,13 +12,22 @@ from accelerate import Accelerator
 from looplab.instruments.timing import processor
 
 
+def commit() -> str | None:
+    """The commit checked out here. An installed wheel has none, though its environment may lie in a repository."""
+    here = Path(__file__)
+    if shutil.which("git") is None:
+        return None
+    for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+        done = subprocess.run(["git", "-C", str(here.parent), *command], capture_output=True, encoding="utf-8")
+        if done.returncode:
+            return None
+    return done.stdout.strip()
+
+
 def provenance(accelerator: Accelerator) -> dict:
-    """Where a run was made: commit of this file's repository (None outside of one), machine, versions."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    git = shutil.which("git")
-    commit = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip() if git else ""
+    """Where a run was made: commit of the repository that has this file (None without one), machine, versions."""
     return {
-        "commit": commit or None,
+        "commit": commit(),
         "hardware": {
             "cpu": processor(),
             "cores": os.cpu_count(),

@@ -6,6 +6,7 @@ when a recipe is made, not with this module: tables of results read no recipe.
 
 import difflib
 import logging
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_builders.files import expand_home
 from looplab.mistakes import sentence
 from looplab.runs.sections import build, check_name, defaults, expand_paths, field_names
 from looplab.runs.yaml_text import parse_yaml, read_yaml
+from looplab.shipped import find_recipe
 from looplab.tasks.data import Curriculum, Data
 from looplab.tasks.registry import TASKS
 
@@ -157,6 +159,14 @@ def recipe_fields() -> list[str]:
     return list(dict.fromkeys(name for task in TASKS for name in field_names(Recipe, own_sections(task))))
 
 
+def add_recipe(parser: ArgumentParser) -> None:
+    """The argument of a command that trains. Its flags are what the parser leaves; the help names them."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file of the fields below, or a name of `looped recipes`"
+    )
+    parser.epilog = "fields: " + " ".join(f"--{name}" for name in recipe_fields())
+
+
 def recipe_defaults(task: str) -> dict:
     """Dotted field -> default; a field that the task does not have has the default it has in another task."""
     flat = {}
@@ -215,12 +225,14 @@ def move_check_every(values: dict) -> bool:
 
 
 def read_recipe(path: str | Path, flags: Sequence[str] = ()) -> Recipe:
-    """Recipe in the YAML file `path`, with `--section.field value` or `--section.field=value` flags put over it.
+    """Recipe in the YAML file `path`, or of that name (see `find_recipe`), with flags put over it: `--section.field
+    value` or `--section.field=value`.
 
     Raises:
         ValueError: what is wrong and where, of a file or a flag that cannot be read and a recipe that cannot be run.
     """
-    values = read_yaml(expand_home("the recipe", str(path)))
+    path = find_recipe(expand_home("the recipe", str(path)))
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a recipe: expected fields and values, got {values!r}.")
     twice = "check_every" in values

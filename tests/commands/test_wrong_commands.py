@@ -107,8 +107,15 @@ def test_an_argument_that_lacks_or_is_unknown(refused, verb):
     needed = [action for action in arguments_of(verb) if action.required and action.nargs != argparse.REMAINDER]
     for action in needed:
         refused([verb], "required", "/".join(action.option_strings) or action.metavar or action.dest)
-    if needed:
+    if needed and verb != "train":  # whose other arguments are the fields of a recipe
         refused([*command(verb), "--colour", "blue"], f"looped {verb}: unknown argument '--colour'")
+
+
+def test_a_recipe_or_a_field_that_there_is_not(refused):
+    refused(["train", "smoke", "--optim.learning", "3"], "looped train: optim.learning is not a recipe field")
+    refused(["train", "quikstart"], "no recipe quikstart", "did you mean quickstart?")
+    refused(["train", "zzz"], "no recipe zzz", "`looped recipes`")
+    refused(["train", "recipes/zzz.yaml"], "recipes/zzz.yaml cannot be read")
 
 
 def test_a_command_that_there_is_not(refused):

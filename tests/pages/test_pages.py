@@ -21,6 +21,7 @@ from data_builders import dataset_tokenizer, load_task
 from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from looplab.cli import main, parser
 from looplab.runs.yaml_text import parse_yaml
+from looplab.shipped import find_recipe
 from looplab.tasks.base import METHODS, Task
 from looplab.training.recipe import build_recipe
 from modeling_looped import LoopedForCausalLM
@@ -266,8 +267,8 @@ def commands_of(page: str) -> list[list[str]]:
 
 def recipe_of(page: str, words: list[str]) -> tuple[Path | str, list[str]]:
     """The recipe that a command line trains, a file or the YAML of the page, and its flags."""
-    place = words.index("train.py") + 1
-    path = ROOT / words[place]
+    place = 2 if words[0] == "looped" else words.index("train.py") + 1
+    path = find_recipe(words[place])
     return path if path.exists() else "\n".join(blocks_of(page, "yaml")), words[place + 1 :]
 
 
@@ -283,14 +284,14 @@ def test_the_commands_of_a_page_are_accepted(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     targets = set(re.findall(r"^([\w-]+):", read("Makefile"), flags=re.M))
     for words in commands_of(page):
-        if words[0] == "looped":
-            parser().parse_args(words[1:])  # ends with SystemExit where it does not take them
-        elif "train.py" in words:
+        if words[:2] == ["looped", "train"] or "train.py" in words:
             recipe, flags = recipe_of(page, words)
             if isinstance(recipe, Path):
                 train.read_recipe(recipe, flags)
             else:
                 build_recipe(parse_yaml(recipe, page))
+        elif words[0] == "looped":
+            parser().parse_args(words[1:])  # ends with SystemExit where it does not take them
         elif words[0] == "make":
             assert set(words[1:]) <= targets
         else:

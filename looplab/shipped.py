@@ -1,0 +1,52 @@
+"""The recipes and templates that come with this package: folders of the repository, within looplab/ in the wheel."""
+
+import difflib
+from itertools import takewhile
+from pathlib import Path
+from textwrap import shorten
+
+
+def shipped(name: str) -> Path:
+    """The folder recipes/ or hub_cards/: that of the wheel, or else that of the checkout."""
+    here = Path(__file__).parent
+    within = here / name
+    return within if within.is_dir() else here.parent / name
+
+
+def recipe_files() -> dict[str, Path]:
+    """Name, such as `quickstart` or `melt/text_teacher` -> file, of the recipes that come with this package."""
+    folder = shipped("recipes")
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in files.items() if not name.startswith("accelerate/")}  # of its launcher
+
+
+def find_recipe(text: str) -> Path:
+    """The file `text`, or else the recipe of this package with that name: `quickstart`, `recipes/quickstart.yaml`.
+
+    Raises ValueError, with the nearest name, for a name without a folder or a suffix that is neither.
+    """
+    path = Path(text)
+    if path.is_file():
+        return path
+    files = recipe_files()
+    name = text.removeprefix("recipes/").removesuffix(".yaml")
+    if name in files:
+        return files[name]
+    if path.name == text and not path.suffix:
+        near = difflib.get_close_matches(name, files, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`looped recipes` lists those that come with this package."
+        raise ValueError(f"there is no recipe {text}, neither a file nor a name; {hint}")
+    return path
+
+
+def list_recipes() -> str:
+    """A line per recipe, its name and the first sentence of its comment, and the folder they lie in."""
+    files = recipe_files()
+    width = max(map(len, files))
+    lines = []
+    for name, path in files.items():
+        comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        sentence = " ".join(line.removeprefix("# ") for line in comment).partition(". ")[0]
+        lines.append(f"{name:{width}}  {shorten(sentence, 100, placeholder=' ...')}")
+    end = f"For `looped train NAME`; those of frozen/ for `looped frozen NAME`. The files: {shipped('recipes')}"
+    return "\n".join([*lines, "", end])

@@ -28,8 +28,9 @@ WRITING = {
     "bench": ["bench --quick --no-compile --output {here}/bench"],
     "convert": ["convert {here}/llama {here}/looped"],
 }
-# halting and harness write one file, by the same function; fetch a folder that must not exist, as convert does.
-OTHERS = {"table", "ask", "demo", "publish", "serve", "halting", "harness", "fetch"}
+# halting and harness write one file, by the same function; fetch a folder that must not exist, as convert does; what
+# train writes is looked at in tests/training/test_run_folder.py.
+OTHERS = {"train", "recipes", "table", "ask", "demo", "publish", "serve", "halting", "harness", "fetch"}
 AGAIN = {"convert"}  # what needs its output gone before it runs again
 
 

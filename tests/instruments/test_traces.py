@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from looplab.instruments.traces import trace
+from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.halting_looped import RULES
-from toys import count_layer_calls, make_ids, make_model
+from toys import count_layer_calls, make_ids, make_model, open_gates
 
 LOOPS = 6
 KINDS = [
@@ -19,6 +20,13 @@ KINDS = [
     {"loop_connection": "inject_concat", "state_init": "normal"},
     {"kv_sharing": "last"},
     {"kv_sharing": "first"},
+    # Where a prompt is cut, the chunks before leave entries in the cache that depend on the loop count of the call.
+    *(
+        {"kv_sharing": name, "prefill_chunk": chunk}
+        for name, policy in SHARINGS.items()
+        if policy.rewrites
+        for chunk in (1, 3)
+    ),
 ]
 
 
@@ -30,7 +38,7 @@ def rows():
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)
 def test_every_loop_answers_as_a_separate_run_of_that_many_loops(fields, rows):
-    model, (ids, answers) = make_model(**fields), rows
+    model, (ids, answers) = open_gates(make_model(**fields)), rows
     traced = trace(model, ids, answers, LOOPS, batch_size=5)
     for loops in range(1, LOOPS + 1):
         with torch.inference_mode():
@@ -44,7 +52,7 @@ def test_every_loop_answers_as_a_separate_run_of_that_many_loops(fields, rows):
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)
 def test_a_margin_is_positive_where_the_answer_is_right(fields, rows):
-    model, (ids, answers) = make_model(**fields), rows
+    model, (ids, answers) = open_gates(make_model(**fields)), rows
     answers[:6] = model(ids, num_loops=3).logits[:6, -1].argmax(-1)
     traced = trace(model, ids, answers, LOOPS)
     assert torch.equal(traced.margin > 0, traced.prediction == answers)
@@ -78,7 +86,7 @@ def test_the_first_loop_has_nothing_to_compare_with_and_entropy_is_that_of_the_a
 @pytest.mark.parametrize("fields", [{}, {"norm_between_loops": True, "norm_placement": "sandwich"}], ids=str)
 def test_the_signals_are_those_that_the_rules_compare(name, fields, rows):
     """A threshold just above a row's signal at loop 2 halts the row there, one just below does not."""
-    model, (ids, answers) = make_model(**fields), rows
+    model, (ids, answers) = open_gates(make_model(**fields)), rows
     traced = trace(model, ids, answers, LOOPS)
     signals = {"kl": traced.kl, "kl_entropy": traced.entropy, "latent": traced.change}
     for row in range(3):

@@ -114,14 +114,15 @@ class Text(datasets.GeneratorBasedBuilder):
     Configs: `corpus` (the text that `looped fetch corpus` wrote: 56 MB of English books, manuals, dictionaries and
     standards) and `files`, where you name the text: `files=["books/*.txt", "notes.md.gz"]`, or `dataset={"path":
     "json", "data_files": "texts.jsonl", "split": "train"}`. `source` is the file, or the row number in the dataset.
+    The documents of one long file may go to different splits: held-out text is then unseen text of a known author.
+
     One example:
 
     >>> load_task("text", "corpus")["test"][22]
     {'text': 'BLACKGUARD, n. A man whose qualities, prepared for display like a box of berries in a market -- ...',
      'source': 'dict-devil/dictd-devil-dict-dz.txt'}
 
-    The documents of one long file may go to different splits: held-out text is then unseen text of a known author. The
-    cache follows the contents of the files: a changed file is read again. A text of white space has no document.
+    The cache follows the contents of the files: a changed file is read again. A text of white space has no document.
 
     Raises ValueError for a config field that is unknown or out of range, files that are missing, of another kind or
     not UTF-8, a row that is not text, and a split without a document.

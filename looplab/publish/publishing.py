@@ -27,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from data_builders import export_parquet
+from data_builders.builders import BUILDERS
 from looplab.runs.folder import AGAIN, Run
 from looplab.runs.models import blaming, load_run_model
 from looplab.tasks.card import Names
@@ -187,6 +188,8 @@ def names_of(
     licence = licence or "apache-2.0"
     if not dataset:
         return Names(repo_id, licence, base_model=base_model)
+    if task.name not in BUILDERS:
+        raise ValueError(f"--dataset publishes what a builder made, and the task {task.name} has none: leave it out.")
     if data_licence is None:
         preset, _ = task.Data.of(run).preset()
         data_licence = task.data_licence(preset, licence)

@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from card_rules import card_problems
+from data_builders.builders import BUILDERS
 from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
 from looplab.cli import main
 from looplab.publish import publishing
@@ -341,6 +342,12 @@ def change_recipe(run: Path, task: str | None = None, **values):
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
+def test_data_that_no_builder_made_are_not_published(hops, monkeypatch):
+    monkeypatch.delitem(BUILDERS, open_run(hops).task())
+    with pytest.raises(ValueError, match="what a builder made, and the task khop has none: leave it out"):
+        publish(open_run(hops), REPO, dataset=True, dry_run=True)
+
+
 def test_text_is_not_published_under_a_licence_that_nobody_named(text, hub, api):
     """Nor does its card say in which folder of this machine it lay."""
     with pytest.raises(ValueError, match="name it by --dataset-license"):
@@ -349,6 +356,7 @@ def test_text_is_not_published_under_a_licence_that_nobody_named(text, hub, api)
     publish(open_run(text), REPO, dataset=True, data_licence="cc0-1.0", api=api)
     card = hub.files("dataset", REPO)["README.md"].decode()
     assert "license: cc0-1.0" in card
+    assert "documents of one long file may go to different splits" in " ".join(card.split())
     assert "| files | *.txt |" in card
     assert str(text.parent) not in card
     assert "license: apache-2.0" in hub.files("model", REPO)["README.md"].decode()

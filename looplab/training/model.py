@@ -1,6 +1,7 @@
 """The model that a recipe trains: with fresh weights, or from a folder."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -54,6 +55,8 @@ def load_trained(field_name: str, folder: str, may_lack: str | None = None, **op
 
     may_lack: part of the names of tensors that may be missing.
     """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{field_name}: there is no folder {folder!r}: name the folder of a saved model.")
     with blaming(folder, f"name another folder in {field_name}."):
         model, report = LoopedForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options

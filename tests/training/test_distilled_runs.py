@@ -106,7 +106,7 @@ def test_rows_with_padding_are_not_distilled(hops, molecules):
     for recipe, message in (
         (hops("run", teacher, "--data.pad_to=12"), r"data\.pad_to pads them"),
         (molecules("run", teacher), "packing pads them"),
-        (hops("run", teacher), "nowhere"),
+        (hops("run", teacher), "distill.teacher: there is no folder 'nowhere'"),
     ):
         with pytest.raises(ValueError, match=message):
             main(recipe)

@@ -48,6 +48,7 @@ SHIPPED_WITH = {"torch", "transformers", "huggingface_hub"}
 PACKAGES = ("modeling_looped", "data_builders", "looplab")
 FILES = [path for part in PACKAGES for path in sorted((ROOT / part).rglob("*.py"))]
 FILES.append(ROOT / "train.py")
+KNOWN = frozenset(FILES)
 
 
 def part_of(path: Path) -> str:
@@ -74,12 +75,13 @@ def modules(path: Path) -> set[str]:
     return names
 
 
+@cache
 def imported(path: Path) -> set[Path]:
     """Files of this project that a file imports; a package counts where none of its modules is meant."""
     found = set()
     for name in modules(path):
         place = ROOT.joinpath(*name.split("."))
-        found |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file in FILES}
+        found |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file in KNOWN}
     packages = {file for file in found if file.name == "__init__.py"}
     return found - {file for file in packages if any(other.parent == file.parent for other in found - {file})}
 

@@ -42,7 +42,10 @@ from looplab.tasks.text.records import PERPLEXITY
 from toys import ROOT, shipped_with
 
 # huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"),
+    pytest.mark.slow,
+]
 
 GUIDE = (ROOT / "docs" / "guides" / "publish.md").read_text()
 REPO = f"{USER}/tiny-khop"
@@ -553,7 +556,6 @@ def stranger(home: Path, hub: LocalHub, *arguments: str, **more: str) -> dict:
     return json.loads(report) | {"printed": printed}
 
 
-@pytest.mark.slow
 def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub, api, tmp_path):
     """By repo id, revision and code revision, as docs/guides/publish.md and the card say; then without a network.
 

@@ -33,6 +33,8 @@ from looplab.runs.models import load_model
 from modeling_looped import attach
 from toys import make_model, open_gates
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = hop_tokenizer(num_entities=20, num_relations=4)
 TOKENIZER.chat_template = "{% for message in messages %}{{ message['content'] }} <ans>{% endfor %}"
 QUESTION = "e3 r1 r2"
@@ -178,7 +180,6 @@ def requests_of_all_sorts(number: int, halts: bool) -> list[dict]:
     return requests
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), [(kind, 64 if kind == "per_loop" else 10) for kind in KINDS])
 def test_concurrent_requests_of_any_depth_answer_as_generate_does_alone(kind, number):
     model, alone = make(kind), make(kind)
@@ -240,7 +241,6 @@ def test_a_stream_says_what_the_whole_answer_does(plain, endpoint):
     assert len({event["id"] for event in [*events, last, usage]}) == 1
 
 
-@pytest.mark.slow
 def test_characters_of_several_tokens_and_stops_are_streamed_as_they_end():
     """Of a model that says any bytes, and with stop strings at every place of its answer."""
     tokenizer = train_byte_bpe(["a loop reads, a loop writes"] * 2, 262)
@@ -826,7 +826,6 @@ class Process:
         self.process.wait()
 
 
-@pytest.mark.slow
 def test_a_busy_server_ends_within_its_grace_period(tmp_path):
     model = save_chat_model(tmp_path / "model")
     greedy = {"prompt": QUESTION, "stream": True} | GREEDY
@@ -853,7 +852,6 @@ def test_a_busy_server_ends_within_its_grace_period(tmp_path):
         assert "Traceback" not in process.log.read_text()
 
 
-@pytest.mark.slow
 def test_the_second_signal_ends_it_at_once(tmp_path):
     save_chat_model(tmp_path / "model")
     process = Process(tmp_path / "model", tmp_path, "--grace-seconds", "600")

@@ -15,6 +15,8 @@ from train import main
 HYPER = ("--model.loop_connection=hyper", "--model.num_streams=2")
 DROPOUT = "--model.residual_dropout=0.2"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("flags", [[], ["--data.pad_to=12"]])
 def test_accumulated_micro_batches_are_one_batch(hops, tmp_path, flags):
@@ -95,7 +97,6 @@ def test_label_smoothing_is_that_of_the_first_loss(hops, tmp_path):
     assert smooth == pytest.approx(0.6 * plain + 0.4 * flat, abs=1e-4)
 
 
-@pytest.mark.slow
 # Both come from inside torch 2.13's compiler.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

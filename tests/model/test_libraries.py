@@ -26,6 +26,8 @@ from modeling_looped import LoopedForCausalLM, LoopedForSequenceClassification, 
 from modeling_looped.cache_looped import SHARINGS
 from toys import FP32, make_config, make_ids, make_model, open_gates
 
+pytestmark = pytest.mark.slow
+
 OURO = {"norm_placement": "sandwich", "norm_between_loops": True}
 VARIANTS = {
     "plain": {},
@@ -201,7 +203,6 @@ def test_what_a_folder_lacks_starts_as_in_a_fresh_model(name, tmp_path):
 # Offloading
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @over_variants
 @pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -239,7 +240,6 @@ torch.distributed.destroy_process_group()
 
 
 @torch.no_grad()
-@pytest.mark.slow
 def test_two_processes_share_the_weights(tmp_path):
     """Tensor parallelism over gloo: half of each projection in each process, and the answers of one."""
     (tmp_path / "two.py").write_text(TWO)

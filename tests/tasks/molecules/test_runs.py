@@ -34,6 +34,8 @@ from looplab.tasks.registry import TASKS
 from modeling_looped import LoopedForCausalLM
 from toy_runs import failure
 
+pytestmark = pytest.mark.slow
+
 PLAIN = ["--model.num_core_layers=2", "--model.num_loops=1", "--eval_loops=[]", "--depth={kind: fixed, mean: 1}"]
 
 SMALL = Sizes(batch=20, max_tokens=40, reference=0)
@@ -230,7 +232,6 @@ def test_a_table_is_the_mean_over_seeds(home, capsys):
     assert cells["mol"]["loops"] == "3"
 
 
-@pytest.mark.slow
 def test_plots_are_written(home, capsys):
     folders = [str(home / f"{name}_seed{seed}") for name in ("mol", "plain") for seed in (0, 1)]
     assert main(["plot", *folders]) == 0

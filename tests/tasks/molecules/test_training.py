@@ -15,10 +15,11 @@ from toy_runs import measured, reset_accelerator
 from toys import ROOT
 from train import main, read_recipe
 
+pytestmark = pytest.mark.slow
+
 DROPOUT = "--model.residual_dropout=0.2"
 
 
-@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(molecules, tmp_path):
     """Over the end of an epoch of nine steps, with spellings that change there."""
     flags = (DROPOUT, "--data.spellings=2")

@@ -31,6 +31,8 @@ from modeling_looped import LoopedForCausalLM
 from toy_runs import failure
 from toys import SIZES, count_layer_calls, make_model, write_pages
 
+pytestmark = pytest.mark.slow
+
 PLAIN = ["--model.num_core_layers=2", "--model.num_loops=1", "--model.tie_word_embeddings=false", "--eval_loops=[]"]
 PLAIN += ["--depth={kind: fixed, mean: 1}"]
 T2 = 4.303  # 97.5 % quantile of Student's t for two degrees of freedom

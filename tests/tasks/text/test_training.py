@@ -14,6 +14,8 @@ from toy_runs import measured, reset_accelerator
 from toys import ROOT, make_model
 from train import main, read_recipe
 
+pytestmark = pytest.mark.slow
+
 DROPOUT = "--model.residual_dropout=0.2"
 TEXT_RECIPE = ROOT / "recipes" / "smoke_text.yaml"
 AT_LOOPS = "held_out_at_loops"
@@ -125,7 +127,6 @@ def test_the_model_folder_alone_has_the_loss_the_run_measured(text, tmp_path):
     assert set(summary[AT_LOOPS]) == {"1", "2", "4"}
 
 
-@pytest.mark.slow
 def test_text_is_learnt(text):
     """From the entropy of the vocabulary to near that of the toy's thirteen words."""
     summary = main(text("run", "--max_steps=150", "--check_every=1000", "--optim.lr=1e-2"))

@@ -216,7 +216,7 @@ def write_records(run: Path, files: Mapping[str, str], weights: Mapping[str, str
             for name, text in files.items():
                 write_whole(partial / name, text)
             made = {name: {"sha256": sha256_of(partial / name), "weights": dict(weights)} for name in files}
-            write_whole(partial / "index.json", to_json(_records_or_none(run) | made))
+            write_whole(partial / "index.json", to_json(records_or_none(run) | made))
             os.rename(partial, run / "records" / "commit")
         except BaseException:
             remove_whole(partial)
@@ -240,10 +240,10 @@ def commit(run: Path) -> None:
 def note_records(run: Path, entries: Mapping[str, dict]) -> None:
     """Add entries to records/index.json for files that are already written."""
     with writing_records(run):
-        write_whole(run / "records" / "index.json", to_json(_records_or_none(run) | dict(entries)))
+        write_whole(run / "records" / "index.json", to_json(records_or_none(run) | dict(entries)))
 
 
-def _records_or_none(run: Path) -> dict:
+def records_or_none(run: Path) -> dict:
     # A damaged index is replaced: its files count as unknown and are measured again.
     try:
         return read_records(run)

@@ -27,12 +27,12 @@ from pathlib import Path
 from looplab.runs.digests import data_of, refuse_other_data, sha256_of, tokenizer_of, weights_of
 from looplab.runs.records import (
     OLD,
-    _records_or_none,
     commit,
     locked,
     note_records,
     owned,
     read_object,
+    records_or_none,
     remove_whole,
     replace_folder,
     replaced_folder,
@@ -134,7 +134,7 @@ class RunFolder:
         with suppress(ValueError):
             files = read_object(noted_in / "run.json", "").get("files")
             written |= files if isinstance(files, dict) else {}
-        written |= {name: [entry["sha256"]] for name, entry in _records_or_none(noted_in).items()}
+        written |= {name: [entry["sha256"]] for name, entry in records_or_none(noted_in).items()}
 
         def as_written(path: Path) -> bool:
             # A folder is called NAME.replaced while it goes, be it the run's own or one in it.
@@ -404,7 +404,7 @@ class RunFolder:
 
     def adopt_records(self) -> None:
         """Note that measurements without an entry are of the model that is about to be replaced."""
-        model, known = self.folder / "model", _records_or_none(self.folder)
+        model, known = self.folder / "model", records_or_none(self.folder)
         names = [
             path
             for path in files_in(self.folder)

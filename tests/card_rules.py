@@ -45,7 +45,8 @@ def card_problems(content: str, repo_type: str) -> list[str]:
         return ["the metadata are no mapping"]
     problems = [f"{mark!r} was left in the text" for mark in ("{{", "{%", "}}", "%}") if mark in content]
     problems += [f"{name} is not metadata of a {repo_type}" for name in sorted(set(data) - KNOWN[repo_type])]
-    if data.get("license") not in LICENCES:
+    # A model without a licence is one that nobody may use, and the Hub takes it.
+    if data.get("license", "unknown" if repo_type == "model" else None) not in LICENCES:
         problems.append(f"license {data.get('license')!r} is not one of the Hub's")
     tags = data.get("tags", [])
     if not all(isinstance(tag, str) for tag in tags) or len(set(tags)) < len(tags):

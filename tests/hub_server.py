@@ -4,6 +4,7 @@ publish and load. Contents go to a folder, named by their sha256.
     create      POST /api/repos/create                         409 for one that exists
     cards       POST /api/validate-yaml                        by card_rules.py
     upload      POST .../preupload/REV, .../info/lfs/objects/batch, PUT /lfs/SHA256, POST .../commit/REV (NDJSON)
+    tag         POST .../tag/REV                               409 for one that exists
     look        GET .../api/models/ID[/revision/REV], .../tree/REV[/PATH], POST .../paths-info/REV
     download    HEAD and GET /ID/resolve/REV/PATH          large files: 302 to /cdn/SHA256 of another host, ranges
     collection  POST /api/collections, .../SLUG/items          409 for what is there
@@ -51,12 +52,14 @@ class Blob:
 
 @dataclass
 class Repository:
-    """Commits, oldest first: (commit id, path -> blob)."""
+    """Commits, oldest first: (commit id, path -> blob). tags: name -> commit id."""
 
     private: bool
     commits: list[tuple[str, dict[str, Blob]]] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
 
     def at(self, revision: str) -> tuple[str, dict[str, Blob]] | None:
+        revision = self.tags.get(revision, revision)
         if revision == "main":
             return self.commits[-1]
         return next((commit for commit in self.commits if commit[0] == revision), None)
@@ -289,6 +292,18 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{repo_id}/commit/{oid}"
         return self.answer(200, {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
 
+    def tag(self, kinds, repo_id, revision):
+        repository = self.writable(kinds, repo_id)
+        if repository is None:
+            return None
+        name = json.loads(self.body)["tag"]
+        if name in repository.tags:
+            return self.answer(409, {"error": "the tag exists"})
+        if repository.at(revision) is None:
+            return self.missing("RevisionNotFound")
+        repository.tags[name] = repository.at(revision)[0]
+        return self.answer(200)
+
     # ---- look and download
 
     def info(self, kinds, repo_id, revision=None):
@@ -389,6 +404,7 @@ ROUTES = [
     (SLUG + "/items", POST, Handler.add_item),
     (API + r"/preupload/(?P<revision>[^/]+)", POST, Handler.preupload),
     (API + r"/commit/(?P<revision>[^/]+)", POST, Handler.commit),
+    (API + r"/tag/(?P<revision>[^/]+)", POST, Handler.tag),
     (API + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", GET, Handler.tree),
     (API + r"/paths-info/(?P<revision>[^/]+)", POST, Handler.paths_info),
     (API + r"(?:/revision/(?P<revision>[^/]+))?", GET, Handler.info),

@@ -1,8 +1,10 @@
 """The cards of a run on the Hub, filled from the files of the run.
 
-    hub_cards/model_card.md        the parts of every model card: metadata, use, evaluation, training, limits
+    hub_cards/model_card.md        the parts of every model card: metadata, picture, three numbers, lines of code that
+                                   run; then what is folded, limits, links, papers
     hub_cards/model_hops.md, ...   the parts of a task, put into it by Jinja's blocks
     hub_cards/dataset_card.md      the card of the data
+    hub_cards/papers.bib           the papers that a model's system comes from
 
 The task's `card()` has the template, its values, and the evaluation results. Metadata are huggingface_hub's card data;
 results become the model-index that the Hub reads. A missing value is an error, where `RepoCard.from_template` would
@@ -10,12 +12,15 @@ leave a gap.
 """
 
 import json
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata as packages
 from pathlib import Path
 
 import jinja2
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
+from looplab import __version__
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
 from looplab.shipped import shipped
@@ -23,6 +28,15 @@ from looplab.tasks.card import Names, between
 from looplab.tasks.registry import task_for, task_of
 
 TEMPLATES = shipped("hub_cards")
+TAGS = ("looped-transformers", "recurrent-depth", "custom_code")
+
+LOOP = "2604.07822"  # the plain loop, which a model has that none of these is true of
+# arXiv number of a paper -> whether a model with these fields of config.json has its system.
+SYSTEMS: dict[str, Callable[[Mapping], bool]] = {
+    "2604.21254": lambda config: config.get("loop_connection") == "hyper",
+    "2605.07721": lambda config: config.get("kv_sharing") == "gated",
+    "2510.25741": lambda config: bool(config.get("exit_gate")) or config.get("norm_placement") == "sandwich",
+}
 
 
 def model_card(run: Run, names: Names) -> ModelCard:
@@ -37,31 +51,28 @@ def model_card(run: Run, names: Names) -> ModelCard:
         base_model=names.base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["looped-transformers", "recurrent-depth", "custom_code", *card.tags],
+        tags=[*TAGS, *card.tags],
         datasets=[names.dataset_id] if names.dataset_id else None,
         metrics=list(card.metrics),
-        model_name=names.model_id.partition("/")[2],
+        model_name=names.model_id.rpartition("/")[2],
         eval_results=card.results(run, names),
     )
-    values = common_values(run, names) | card.values(run)
+    values = common_values(run, names, card.papers) | card.values(run)
     return ModelCard(render(card.template, metadata=metadata.to_yaml(), **values))
 
 
-def common_values(run: Run, names: Names) -> dict:
-    """The values of `model_card.md`."""
+def common_values(run: Run, names: Names, papers: Iterable[str]) -> dict:
+    """The values of `model_card.md`. papers: arXiv numbers of the task's."""
     summary, recipe = run.summary(), run.recipe()
     config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
     trained, layers = summary["trained_loops"], config["num_core_layers"]
     hardware, versions = summary["hardware"], summary["versions"]
     start = [] if recipe["init_from"] is None else [("started from", f"`{Path(recipe['init_from']).name}`")]
-    return {
-        "name": names.model_id.partition("/")[2],
-        "model_id": names.model_id,
-        "dataset_id": names.dataset_id,
+    made_at = [("commit", f"`{summary['commit']}`")] if summary["commit"] else []
+    return base_values(names, config, papers) | {
         "parameters": f"{summary['parameters']:,}",
-        "layers": "layer runs" if layers == 1 else f"{layers} layers run",
+        "layers": "layer" if layers == 1 else f"{layers} layers",
         "looped": trained["maximum"] > 1,
-        "max_num_loops": config.get("max_num_loops"),
         "figures": [
             {"path": f"figures/{name}.png", "caption": figure.caption}
             for name, figure in task_of([run]).figures.items()
@@ -76,13 +87,54 @@ def common_values(run: Run, names: Names) -> dict:
                 ("hardware", f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['device']}, "
                              f"processes: {hardware['processes']}"),
                 ("seeds", f"{summary['seed']} (weights and order), {recipe['data']['seed']} (data)"),
-                ("commit", f"`{summary['commit']}`" if summary["commit"] else "none: not from a repository"),
+                *made_at,
                 ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
             ]
         ),
         "loops_text": between(trained["minimum"], trained["maximum"]),
         "mean_loops": f"{trained['mean']:.1f}",
+        "one_seed": True,
     }  # fmt: skip
+
+
+def base_values(names: Names, config: Mapping, papers: Iterable[str]) -> dict:
+    """The values of `model_card.md` that follow from names and the fields of config.json alone."""
+    pin = f', revision="{names.revision}"' if names.revision else ""
+    links = project_links()
+    if names.space_id:
+        links["Move the loops of this model in a Space"] = f"https://huggingface.co/spaces/{names.space_id}"
+    if names.dataset_id:
+        links["Its data"] = f"https://huggingface.co/datasets/{names.dataset_id}"
+    return {
+        "name": names.model_id.rpartition("/")[2],
+        "source": f'"{names.model_id}"{pin}',
+        "revision": names.revision,
+        "output": None,
+        "max_num_loops": config.get("max_num_loops"),
+        "links": links,
+        "papers": bibtex([*papers, *systems_of(config)]),
+        "version": __version__,
+    }
+
+
+def systems_of(config: Mapping) -> list[str]:
+    """arXiv numbers of the papers whose systems a model has. config: the fields of its config.json."""
+    return [number for number, has in SYSTEMS.items() if has(config)] or [LOOP]
+
+
+def bibtex(numbers: Iterable[str]) -> list[str]:
+    """The entries of papers.bib with these arXiv numbers, each once."""
+    entries = (TEMPLATES / "papers.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    return [next(entry for entry in entries if f"{{{number}}}" in entry) for number in dict.fromkeys(numbers)]
+
+
+def project_links() -> dict[str, str]:
+    """Title -> address, of the project's pages that its package names ([project.urls] of pyproject.toml)."""
+    try:
+        named = packages.metadata("looped-transformers").get_all("Project-URL") or []
+    except packages.PackageNotFoundError:  # a checkout on the path that was never installed
+        named = []
+    return dict(line.split(", ", 1) for line in named)
 
 
 def dataset_card(run: Run, names: Names, exported: DatasetCard, dataset: DatasetDict) -> DatasetCard:

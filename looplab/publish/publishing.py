@@ -9,15 +9,20 @@ Only named files are uploaded: checkpoints and other files in RUN stay on this m
 commit, or not at all. The commit also deletes files of an earlier publication that this one does not have, such as
 weights in other shards; files that other people put there stay.
 
+The commit of a model gets a tag that follows from weights, tokenizer and code (`revision_of`). The lines on the card
+load this revision: transformers warns of every file of code that it downloads without one, and nobody who read the
+code meets another.
+
 To resume an upload that broke off, run the same command again: huggingface_hub sends only what the Hub lacks.
 """
 
 import fnmatch
+import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from httpx2 import TransportError
@@ -28,6 +33,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from data_builders import export_parquet
 from data_builders.builders import BUILDERS
+from looplab.runs.digests import sha256_of
 from looplab.runs.folder import AGAIN, Run
 from looplab.runs.models import blaming, load_run_model
 from looplab.tasks.card import Names
@@ -61,12 +67,14 @@ class Upload:
         files: path in the repository -> the file, or its bytes.
         own: patterns of paths that a publication writes; a file in the repository that matches one and is not in
             `files` is from an earlier publication.
+        tag: of the commit, if it gets one.
     """
 
     kind: str
     repo_id: str
     files: dict[str, Path | bytes]
     own: tuple[str, ...]
+    tag: str | None = None
 
     def sizes(self) -> dict[str, int]:
         return {
@@ -93,6 +101,8 @@ class Upload:
         commit = api.create_commit(
             self.repo_id, operations, repo_type=self.kind, commit_message=f"Publish the {self.kind} with looped"
         )
+        if self.tag:
+            api.create_tag(self.repo_id, tag=self.tag, revision=commit.oid, repo_type=self.kind, exist_ok=True)
         return commit.oid
 
 
@@ -116,7 +126,7 @@ def publish(
         repo_id: "USER/NAME" of all repositories; USER may be an organisation.
         dataset, space: also publish the run's data, and a page that shows the model.
         private: make new repositories private; an existing repository must be private already.
-        dry_run: print only, without network or token.
+        dry_run: print only, without network or token, and the cards as they would be.
         licence: of the model, as the Hub spells it; apache-2.0 unless given.
         data_licence: of the data; for generated data, the licence of the model unless given.
         base_model: "USER/NAME" of the model whose weights the run started from; the card links to it.
@@ -130,7 +140,7 @@ def publish(
     """
     api = api or HfApi()
     user = user_of(repo_id)
-    names = names_of(run, repo_id, dataset, licence, data_licence, base_model)
+    names = names_of(run, repo_id, dataset, space, licence, data_licence, base_model)
     kinds = ["model"]
     if dataset:
         kinds.append("dataset")
@@ -171,7 +181,13 @@ def user_of(repo_id: str, option: str = "--repo-id") -> str:
 
 
 def names_of(
-    run: Run, repo_id: str, dataset: bool, licence: str | None, data_licence: str | None, base_model: str | None
+    run: Run,
+    repo_id: str,
+    dataset: bool,
+    space: bool,
+    licence: str | None,
+    data_licence: str | None,
+    base_model: str | None,
 ) -> Names:
     """Repositories and licences of a publication. Raises ValueError if a licence is missing that must be given, or if
     a base model is given and the run started from none."""
@@ -185,20 +201,20 @@ def names_of(
         user_of(base_model, "--base-model")
         if start is None:
             raise ValueError(f"{run.folder} started from no other weights: leave --base-model out.")
-    licence = licence or "apache-2.0"
+    names = Names(repo_id, licence or "apache-2.0", base_model=base_model, space_id=repo_id if space else None)
     if not dataset:
-        return Names(repo_id, licence, base_model=base_model)
+        return names
     if task.name not in BUILDERS:
         raise ValueError(f"--dataset publishes what a builder made, and the task {task.name} has none: leave it out.")
     if data_licence is None:
         preset, _ = task.Data.of(run).preset()
-        data_licence = task.data_licence(preset, licence)
+        data_licence = task.data_licence(preset, names.licence)
     if data_licence is None:
         raise ValueError(
             f"--dataset would publish the {task.name} that {run.folder} was trained on, under a licence that is not "
             "known here: name it by --dataset-license, or leave --dataset out."
         )
-    return Names(repo_id, licence, repo_id, data_licence, base_model)
+    return replace(names, dataset_id=repo_id, data_licence=data_licence)
 
 
 def check_access(api: HfApi, user: str) -> None:
@@ -234,17 +250,24 @@ def check_private(api: HfApi, repo_id: str, kind: str) -> None:
 
 def model_upload(run: Run, names: Names) -> Upload:
     """The model repository. Raises ValueError if the run has not finished, or was not evaluated."""
-    card = model_card(run, names)
-    check_measured(run)
     with blaming(run.model_folder(), AGAIN, leave=(ValueError, OSError)):
         files = {path.name: path for path in model_files(run.model_folder())}
+    names = replace(names, revision=revision_of(files.values()))
+    card = model_card(run, names)
+    check_measured(run)
     task = task_of([run])
     names_of_records = [*TRAINED, *(record.name for record in task.records)]
     files |= {f"run/{name}": own_file(run.folder, name) for name in names_of_records if (run.folder / name).is_file()}
     figures = {f"figures/{name}.png": own_file(run.folder / "figures", f"{name}.png") for name in task.figures}
     files |= {path: file for path, file in figures.items() if file.is_file()}
     own = ("*.safetensors", INDEX, "*_looped.py", "run/*", "figures/*.png", *MODEL_FILES)
-    return Upload("model", names.model_id, {"README.md": str(card).encode(), **files}, own)
+    return Upload("model", names.model_id, {"README.md": str(card).encode(), **files}, own, names.revision)
+
+
+def revision_of(files: Iterable[Path]) -> str:
+    """The tag of a model with these files: it follows from their names and bytes."""
+    lines = sorted(f"{path.name} {sha256_of(path)}\n" for path in files)
+    return f"model-{hashlib.sha256(''.join(lines).encode()).hexdigest()[:8]}"
 
 
 def own_file(folder: Path, name: str) -> Path:
@@ -305,7 +328,7 @@ def collect(api: HfApi, user: str, repo_id: str, kinds: list[str], private: bool
 
 
 def plan(run: Run, uploads: list[Upload], api: HfApi, private: bool, dry_run: bool) -> str:
-    """The upload as text: repositories, files and sizes in bytes."""
+    """The upload as text: repositories, files and sizes in bytes; in a dry run, the text of every card, too."""
     lines = [f"{run.folder}{': nothing is sent, this is what would be' if dry_run else ''}"]
     for upload in uploads:
         sizes = upload.sizes()
@@ -314,6 +337,10 @@ def plan(run: Run, uploads: list[Upload], api: HfApi, private: bool, dry_run: bo
         lines += [f"{size:>13,} {path}" for path, size in sizes.items()]
         lines += [f"{sum(sizes.values()):>13,} bytes in {len(sizes)} files, in one commit; files of an earlier "
                   f"publication that are not among them are deleted"]  # fmt: skip
+        lines += [f"{'':>13} The commit gets the tag {upload.tag}, which its card loads."] if upload.tag else []
+        if dry_run:
+            card = upload.files["README.md"].decode().strip("\n")
+            lines += ["", f"----- README.md of the {upload.kind}, its card -----", card, "----- the end of it -----"]
     if private and any(upload.kind == "space" for upload in uploads):
         lines += ["", "The Space can read the private model once its settings have a secret HF_TOKEN that may."]
     if len(uploads) > 1:

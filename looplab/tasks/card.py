@@ -15,16 +15,20 @@ MOST_LOOPS_SHOWN = 5
 
 @dataclass(frozen=True)
 class Names:
-    """Names on a card: repositories, None if there is none, and licences, as the Hub spells them.
+    """Names on a card: repositories and licences, as the Hub spells them; None for what there is not or nobody knows.
 
+    model_id: what `from_pretrained` is given, a repository or a folder.
     base_model: the model on the Hub that the run started from.
+    revision: of the model's repository, in which weights and code are those of the card.
     """
 
     model_id: str
-    licence: str
+    licence: str | None
     dataset_id: str | None = None
     data_licence: str | None = None
     base_model: str | None = None
+    space_id: str | None = None
+    revision: str | None = None
 
 
 class Card(ABC):
@@ -35,23 +39,27 @@ class Card(ABC):
         template: file of hub_cards/, model_card.md or one that extends it.
         metrics: names of the measures, as the Hub spells them.
         tags: of the task, on the Hub.
+        papers: arXiv numbers of what the task comes from, entries of hub_cards/papers.bib.
     """
 
     Data: type[Data]
     template: str = "model_card.md"
     metrics: Sequence[str]
     tags: Sequence[str] = ()
+    papers: Sequence[str] = ()
 
     @abstractmethod
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """The model-index, made with `result`. Raises ValueError for a run that was not evaluated."""
+        """The model-index, made with `result`: the measures at one loop count, since a card shows all others in its
+        tables. Raises ValueError for a run that was not evaluated."""
 
+    @abstractmethod
     def values(self, run: Run) -> dict:
         """The values of the template beyond `publish.cards.common_values`.
 
-        limit: the most rows that were measured, None for all. limit_of: what these rows are.
+        numbers: three pairs (number, what it is). limit: the most rows that were measured, None for all. limit_of:
+        what these rows are.
         """
-        return {"limit": None}
 
     def result(self, run: Run, names: Names, metric: str, name: str, value: float, arguments: dict) -> EvalResult:
         """One entry of the model-index, measured on the run's test split.

@@ -26,20 +26,22 @@ from card_rules import card_problems
 from data_builders.builders import BUILDERS
 from hub_server import READ_TOKEN, TOKEN, USER, LocalHub
 from looplab.cli import main
-from looplab.publish import publishing
+from looplab.publish import cards, publishing
 from looplab.publish.cards import model_card, render
 from looplab.publish.publishing import publish
 from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
 from looplab.tasks.card import Names
 from looplab.tasks.hops import records as hop_records
+from looplab.tasks.hops.results import depth_facts
 from looplab.tasks.hops.rows import load_run_task
 from looplab.tasks.molecules.evaluation import evaluate_run
 from looplab.tasks.molecules.records import MOLECULES
 from looplab.tasks.molecules.sizes import Sizes
 from looplab.tasks.registry import TASKS
 from looplab.tasks.text.records import PERPLEXITY
-from toys import ROOT, shipped_with
+from modeling_looped import LoopedConfig
+from toys import ROOT, SIZES, shipped_with
 
 # huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.
 pytestmark = [
@@ -137,37 +139,113 @@ def test_a_card_says_what_the_files_of_the_run_say(which, request):
         for row in run.read(hop_records.GRID):
             assert re.search(rf"\| {row['split_kind']} \| {row['hops']}\*? \|.* {100 * row['accuracy']:.1f} \|", card)
     elif which == "smiles":
-        found = {(r.metric_type, r.metric_args["temperature"], r.metric_args["num_loops"]): r for r in results}
+        found = {result.metric_type: result for result in results}
+        shown = found["validity"].metric_args["num_loops"]
         for row in run.read(MOLECULES):
-            temperature = {"T0.8-top40": 0.8, "T1.0": 1.0}[row["setting"]]
-            share = found["validity", temperature, row["loops"]]
-            assert share.metric_value == pytest.approx(row["validity"]["share"], abs=1e-4)
+            if (row["setting"], row["loops"]) == ("T0.8-top40", shown):
+                assert found["validity"].metric_value == pytest.approx(row["validity"]["share"], abs=1e-4)
             assert re.search(rf"`{row['setting']}` \|.* {100 * row['validity']['share']:.1f} \[", card)
         assert "Measured on at most 20 samples" in card
     else:
         for row in run.read(PERPLEXITY):
             assert f"| {row['perplexity']:.2f} | " in card
-            assert f"{row['perplexity']:.3f}".rstrip("0") in card
+        [result] = results
+        [own] = [row for row in run.read(PERPLEXITY) if row["loops"] == result.metric_args["num_loops"]]
+        assert result.metric_value == pytest.approx(own["perplexity"], abs=1e-3)
 
 
 @pytest.mark.parametrize("which", ["hops", "text", "smiles"])
 def test_the_example_of_a_card_runs(which, request, capsys):
     folder = request.getfixturevalue(which)
-    [block] = python_blocks(str(model_card(open_run(folder), Names(REPO, "mit"))))
+    card = str(model_card(open_run(folder), Names(REPO, "mit")))
+    [block] = python_blocks(card)
     exec(compile(block.replace(REPO, str(folder / "model")), "README.md", "exec"), {})
-    assert len(capsys.readouterr().out.splitlines()) >= 2
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) >= 2
+    if which == "hops":
+        assert f"It prints\n\n```text\n{printed}```" in card
+
+
+PLACEHOLDERS = r"\[More|TODO|COMMIT|\bNone\b|\bnan\b|\{\{|<your|unknown"
+
+
+def check_order(card: str) -> None:
+    """Picture, three numbers and lines of code lead; tables are folded; nothing is left to fill in."""
+    metadata, text = card.split("\n---\n", 1)
+    assert len(metadata.splitlines()) <= 60
+    lead, _ = text.split("<details>", 1)
+    picture, numbers, words, code = (
+        lead.index(mark) for mark in ("![", "| :---: | :---: | :---: |", ".\n", "```python")
+    )
+    assert picture < numbers < words < code
+    assert len(python_blocks(lead)[0].splitlines()) <= 13
+    assert "| --- |" not in re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+    assert card.count("<details>") == card.count("</details>") == card.count("</summary>\n\n")
+    assert not re.search(PLACEHOLDERS, text)
+    assert "```bibtex\n@article{" in text
+
+
+@pytest.mark.parametrize("which", ["hops", "text", "smiles"])
+def test_a_card_leads_with_what_a_reader_looks_for(which, request):
+    folder = request.getfixturevalue(which)
+    assert main(["plot", str(folder)]) == 0
+    check_order(str(model_card(open_run(folder), Names(REPO, "mit", space_id=REPO))))
+
+
+def test_a_card_links_to_what_there_is(hops, monkeypatch):
+    addresses = {"Repository": "https://example.org/code", "Documentation": "https://example.org/docs"}
+    monkeypatch.setattr(cards, "project_links", addresses.copy)
+    card = str(model_card(open_run(hops), Names(REPO, "mit", dataset_id=REPO, data_licence="mit", space_id=REPO)))
+    for address in (*addresses.values(), f"https://huggingface.co/spaces/{REPO}"):
+        assert f"]({address})" in card
+    assert "huggingface.co" not in str(model_card(open_run(hops), Names(REPO, "mit")))
+
+
+@pytest.mark.parametrize(
+    ("config", "papers"),
+    [
+        ({}, {"2604.07822"}),
+        ({"loop_connection": "inject_add"}, {"2604.07822"}),
+        ({"kv_sharing": "gated"}, {"2605.07721"}),
+        ({"kv_sharing": "mean"}, {"2604.07822"}),
+        ({"loop_connection": "hyper", "kv_sharing": "gated"}, {"2604.21254", "2605.07721"}),
+        ({"exit_gate": True}, {"2510.25741"}),
+    ],
+)
+def test_a_card_cites_the_papers_of_its_system(config, papers):
+    """By the fields of a real config.json, as CITATION.cff has them."""
+    fields = LoopedConfig(**SIZES | config).to_dict()
+    entries = cards.bibtex(cards.systems_of(fields))
+    assert {re.search(r"eprint = \{(.*)\}", entry)[1] for entry in entries} == papers
+
+
+def test_the_papers_are_those_of_the_citation_file():
+    """Title, authors and number, each way."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    numbers = {paper["url"].rpartition("/")[2]: paper for paper in cited}
+    entries = (cards.TEMPLATES / "papers.bib").read_text().strip().split("\n\n")
+    assert len(entries) == len(numbers)
+    for number, paper in numbers.items():
+        [entry] = cards.bibtex([number])
+        field = dict(re.findall(r'(\w+) = [{"](.*)[}"],?$', entry, flags=re.M))
+        assert (field["title"].replace("\\", ""), field["url"], field["year"][2:]) == (
+            paper["title"], paper["url"], number[:2],
+        )  # fmt: skip
+        names = [author.get("family-names") or author["name"] for author in paper["authors"]]
+        assert re.sub("[{}]", "", field["author"]).split(" and ") == names
 
 
 def test_results_are_means_of_the_grid(hops):
     run = open_run(hops)
     results = model_card(run, Names(REPO, "mit")).data.eval_results
     assert {(r.dataset_type, r.dataset_config, r.dataset_split) for r in results} == {("khop", "quickstart", "test")}
-    found = {(r.metric_args["split_kind"], r.metric_args["num_loops"]): r for r in results}
-    for loops in (1, 2, 5):
-        rows = [row for row in run.read(hop_records.GRID) if row["split_kind"] == "ood" and row["loops"] == loops]
-        mean = sum(row["accuracy"] for row in rows) / len(rows)
-        assert found["ood", loops].metric_value == pytest.approx(mean, abs=1e-4)
-        assert found["ood", loops].metric_args["hops"] == [4, 5, 6, 7, 8]
+    assert {result.metric_args["num_loops"] for result in results} == {depth_facts(run)["loops"]}
+    found = {result.metric_args["split_kind"]: result for result in results}
+    assert set(found) == {"id", "ood"}
+    loops = [row for row in run.read(hop_records.LOOPS) if row["split"] == "test" and row["split_kind"] == "ood"]
+    rows = [row["accuracy"] for row in loops if row["loops"] == depth_facts(run)["loops"]]
+    assert found["ood"].metric_value == pytest.approx(sum(rows) / len(rows), abs=1e-4)
+    assert found["ood"].metric_args["hops"] == "4 to 8"
 
 
 def test_a_limited_evaluation_says_so(run):
@@ -237,6 +315,13 @@ def test_a_dry_run_prints_every_file_and_sends_nothing(hops, hub, capsys):
     assert f"{(hops / 'grid.jsonl').stat().st_size:>13,} run/grid.jsonl\n" in out
     assert "collection  tiny-khop  of these 3" in out
     assert "once its settings have a secret HF_TOKEN" in out
+    tag = publishing.revision_of(hops / "model" / name for name in SHIPPED)
+    shown = re.findall(r"^----- README.md of the (\w+), its card -----\n(.*?)\n----- the end", out, flags=re.M | re.S)
+    assert [(kind, card_problems(card, kind)) for kind, card in shown] == [
+        ("dataset", []), ("model", []), ("space", []),
+    ]  # fmt: skip
+    names = Names(REPO, "apache-2.0", REPO, "apache-2.0", space_id=REPO, revision=tag)
+    assert shown[1][1] == str(model_card(open_run(hops), names)).strip("\n")
 
 
 def test_what_was_announced_is_what_arrives_and_nothing_else(hops, hub, api, capsys):
@@ -286,6 +371,7 @@ def test_publishing_again_changes_nothing(hops, hub, api):
     hub.requests.clear()
     assert publish(open_run(hops), REPO, dataset=True, space=True, api=api) == first
     assert not any(re.match("PUT|POST .*/commit/", line) for line in hub.requests)
+    assert list(hub.repositories["model", REPO].tags.values()) == [first["model"]]
 
 
 def test_what_an_earlier_publication_left_goes_and_what_others_put_there_stays(run, hub, api):
@@ -542,18 +628,83 @@ def settings_of(hub: LocalHub, home: Path) -> dict[str, str]:
     return settings | {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
 
 
-def finish(command: list[str], **more) -> str:
-    """What a command that must succeed prints."""
+def finish(command: list[str], **more) -> subprocess.CompletedProcess:
+    """Run a command that must succeed; what it prints is kept."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **more)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return done.stdout
+    return done
 
 
 def stranger(home: Path, hub: LocalHub, *arguments: str, **more: str) -> dict:
     """What a fresh process without this repository gets: the last line it prints, and the lines before."""
-    output = finish([sys.executable, "-c", STRANGER, *arguments], cwd=home, env=settings_of(hub, home) | more)
+    output = finish([sys.executable, "-c", STRANGER, *arguments], cwd=home, env=settings_of(hub, home) | more).stdout
     *printed, report = output.strip().splitlines()
     return json.loads(report) | {"printed": printed}
+
+
+ALONE = STRANGER.partition("repo, revision")[0]  # imports nothing of this repository
+
+
+def test_the_lines_of_the_card_load_a_pinned_model_without_a_warning(hops, hub, api, tmp_path):
+    """As printed. Without their `revision`, transformers warns of files of code; a later commit changes nothing."""
+    publish(open_run(hops), REPO, api=api)
+    card = hub.files("model", REPO)["README.md"].decode()
+    api.create_commit(REPO, [CommitOperationAdd("modeling_looped.py", b"raise SystemExit(1)")], commit_message="break")
+    [block] = python_blocks(card)
+    done = finish([sys.executable, "-c", ALONE + block], cwd=tmp_path, env=settings_of(hub, tmp_path))
+    assert f"```text\n{done.stdout}```" in card
+    assert "new version of the following files" not in done.stderr
+    api.create_commit(
+        REPO, [CommitOperationAdd("modeling_looped.py", hops / "model" / "modeling_looped.py")], commit_message="mend"
+    )
+    unpinned = re.sub(r', revision="model-[0-9a-f]{8}"', "", block)
+    assert unpinned != block
+    done = finish([sys.executable, "-c", ALONE + unpinned], cwd=tmp_path, env=settings_of(hub, tmp_path / "new"))
+    assert "new version of the following files" in done.stderr
+
+
+TUNING = """
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from data_builders import DepthSampler, LoopCollator
+from looplab.publish.trainer import LoopedTrainer as Trainer
+import modeling_looped, sys
+folder, repo_id, collates = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("e1 r1 r0")["input_ids"]
+rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 8)
+collate = lambda rows: {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+if collates == "loops":
+    collate = LoopCollator(DepthSampler("uniform", minimum=1, maximum=5, seed=0), collate)
+settings = {"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "report_to": []}
+arguments = TrainingArguments("tuned", hub_model_id=repo_id, use_cpu=True, disable_tqdm=True, **settings)
+given = {"processing_class": tokenizer} if collates == "loops" else {}
+trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate, **given)
+trainer.train()
+trainer.push_to_hub()
+trainer.push_to_hub(license="mit", dataset="user/rows", blocking=False)
+"""
+
+
+@pytest.mark.parametrize("collates", ["loops", "rows"])
+def test_a_trainer_pushes_the_same_card(hops, hub, tmp_path, collates):
+    """What is on it is what the Trainer knows; its lines run as printed, with and without a tokenizer."""
+    settings = settings_of(hub, tmp_path) | {"HF_TOKEN": TOKEN}
+    finish([sys.executable, "-c", TUNING, str(hops / "model"), REPO, collates], cwd=tmp_path, env=settings)
+    files = hub.files("model", REPO)
+    card = files["README.md"].decode()
+    check_order(card)
+    assert card_problems(card, "model") == []
+    data = ModelCard(card).data
+    assert (data.license, data.datasets, data.base_model) == ("mit", ["user/rows"], None)
+    assert re.findall(r"\]\((figures/[^)]*)\)", card) == ["figures/training.png"] == [n for n in files if "png" in n]
+    assert ("Loops in training: 1 to 5, 3.0 on average" in card) == (collates == "loops")
+    assert str(tmp_path) not in card
+    [block] = python_blocks(card)
+    done = finish([sys.executable, "-c", ALONE + block], cwd=tmp_path, env=settings_of(hub, tmp_path / "new"))
+    assert len(done.stdout.splitlines()) == 3
+    assert "new version of the following files" not in done.stderr
 
 
 def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub, api, tmp_path):
@@ -564,14 +715,12 @@ def test_what_is_published_works_where_this_repository_does_not_exist(hops, hub,
     *_, command, verify = commands_of_the_guide(hops)
     settings = settings_of(hub, tmp_path) | {"HF_TOKEN": TOKEN}
     settings["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
-    printed = finish([sys.executable, "-m", "looplab.cli", *command[1:]], cwd=ROOT, env=settings)
+    printed = finish([sys.executable, "-m", "looplab.cli", *command[1:]], cwd=ROOT, env=settings).stdout
     revision = re.search(rf"model +{hub.url}/{REPO} at commit (\w+)", printed)[1]
     broken = [CommitOperationAdd("modeling_looped.py", b"raise SystemExit('not this one')")]
     newest = api.create_commit(REPO, broken, commit_message="break").oid
 
     blocks = python_blocks(hub.files("model", REPO)["README.md"].decode())
-    pinned = f'trust_remote_code=True, revision="{revision}"'
-    blocks = [block.replace("trust_remote_code=True", pinned) for block in blocks]
     blocks += [block.replace("user/khop", REPO).replace("COMMIT", revision) for block in python_blocks(GUIDE)]
     report = stranger(tmp_path, hub, REPO, newest, revision, *blocks)
 

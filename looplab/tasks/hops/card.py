@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult
 
 from data_builders import Khop
 from looplab.runs.folder import Run
+from looplab.runs.models import load_run_model
 from looplab.runs.seeds import to_markdown
 from looplab.tasks.card import Card, Names, between, spread
 from modeling_looped.halting_looped import entropy_bound
@@ -32,21 +33,20 @@ class HopCard(Card):
     template = "model_hops.md"
     metrics = ("accuracy",)
     tags = Khop.TAGS
+    papers = ("2604.07822",)
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Mean accuracy over hop counts, for each held-out kind, at the loop counts of the grid and the chosen one."""
-        facts, cells = depth_facts(run), {}
+        """Mean accuracy over hop counts, for each held-out kind, at the chosen loop count."""
+        facts, hops = depth_facts(run), {}
         for row in run.read(GRID):
-            cells.setdefault(row["split_kind"], {}).setdefault(row["loops"], {})[row["hops"]] = row["accuracy"]
-        results = []
-        for kind, accuracy in facts["accuracy"].items():
-            hops = sorted({count for line in cells[kind].values() for count in line})
-            means = {loops: sum(line.values()) / len(line) for loops, line in cells[kind].items()}
-            for loops, mean in sorted((means | {facts["loops"]: accuracy}).items()):
-                arguments = {"num_loops": loops, "split_kind": kind, "hops": hops}
-                name = f"Accuracy, {kind}, {loops} loops"
-                results.append(self.result(run, names, "accuracy", name, round(mean, 4), arguments))
-        return results
+            hops.setdefault(row["split_kind"], set()).add(row["hops"])
+        return [
+            self.result(
+                run, names, "accuracy", f"Accuracy, {kind}, {facts['loops']} loops", round(accuracy, 4),
+                {"num_loops": facts["loops"], "split_kind": kind, "hops": between(min(hops[kind]), max(hops[kind]))},
+            )
+            for kind, accuracy in facts["accuracy"].items()
+        ]  # fmt: skip
 
     def values(self, run: Run) -> dict:
         """The values of `model_hops.md` beyond `common_values`."""
@@ -56,12 +56,20 @@ class HopCard(Card):
         number = task["test"]["text"][:].index(question)
         words = {word for text in task["train"]["text"][:] for word in text.split()}
         measured = {row["split_kind"] for row in grid}
-        depth = max(summary["trained_hops"])
+        depth, reach = max(summary["trained_hops"]), facts["reach"][0.9]
+        mean = sum(facts["accuracy"].values()) / len(facts["accuracy"])
+        shown = spread({row["loops"] for row in grid})
         return {
+            "numbers": [
+                (f"{100 * mean:.1f} %", f"right on held-out questions, with {facts['loops']} loops"),
+                (f"{reach} hops", f"answered at 90 %; {depth} were trained"),
+                (f"{summary['parameters']:,}", "parameters"),
+            ],
+            "output": answers(run, question, shown),
             "task_text": self.says.format(depth=depth),
             "question": question,
             "answer": task["test"]["answer"][number],
-            "loops_shown": spread({row["loops"] for row in grid}),
+            "loops_shown": shown,
             "chance": f"{100 * evaluation['chance']:.1f}",
             "kinds": {kind: text for kind, text in self.split_kinds.items() if kind in measured},
             "table": grid_markdown(grid, low, high),
@@ -74,6 +82,14 @@ class HopCard(Card):
             "limit": evaluation["limit"],
             "limit_of": "questions per hop count and kind",
         }
+
+
+def answers(run: Run, question: str, loops: Sequence[int]) -> str:
+    """What the lines of code on the card print: loop count and answer."""
+    model, tokenizer = load_run_model(run, *loops)
+    inputs = tokenizer(question, return_tensors="pt").to(model.device)
+    said = {count: model.generate(**inputs, num_loops=count)[0, -1] for count in loops}
+    return "\n".join(f"{count} {tokenizer.decode(token)}" for count, token in said.items())
 
 
 def grid_markdown(rows: Sequence[dict], low: int, high: int) -> str:

@@ -12,28 +12,37 @@ from .records import EVALUATION, MOLECULES
 from .results import percent
 
 
+def first_row(run: Run) -> dict:
+    """The line of molecules.jsonl of the first sampling setting, at the model's own loop count; at the largest, if
+    that was not measured."""
+    evaluation = run.read(EVALUATION)
+    rows = [row for row in run.read(MOLECULES) if row["setting"] == evaluation["settings"][0]["name"]]
+    return next((row for row in rows if row["loops"] == evaluation["num_loops"]), rows[-1])
+
+
 class MoleculeCard(Card):
     """The card of a model that writes molecules."""
 
     Data = MoleculeData
     template = "model_molecules.md"
     tags = Molecules.TAGS
+    papers = ("2605.06322",)
     metrics = ("validity", "uniqueness", "novelty", "diversity", "fcd")
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Every measure of every sampling setting, at every loop count."""
-        settings = {setting["name"]: setting for setting in run.read(EVALUATION)["settings"]}
-        results = []
-        for row in run.read(MOLECULES):
-            setting = settings[row["setting"]]
-            arguments = {name: setting[name] for name in ("temperature", "top_k")}
-            arguments |= {"num_loops": row["loops"], "samples": row["n"]}
-            for metric in self.metrics:
-                value = row["fcd"] if metric == "fcd" else row[metric]["share"]
-                if value is not None:
-                    name = f"{metric.capitalize()}, {row['setting']}, {row['loops']} loops"
-                    results.append(self.result(run, names, metric, name, round(value, 4), arguments))
-        return results
+        """Every measure of the first sampling setting, at the loop count of `first_row`."""
+        setting, row = run.read(EVALUATION)["settings"][0], first_row(run)
+        arguments = {name: setting[name] for name in ("temperature", "top_k")}
+        arguments |= {"num_loops": row["loops"], "samples": row["n"]}
+        values = {metric: row["fcd"] if metric == "fcd" else row[metric]["share"] for metric in self.metrics}
+        return [
+            self.result(
+                run, names, metric, f"{metric.capitalize()}, {row['setting']}, {row['loops']} loops", round(value, 4),
+                arguments,
+            )
+            for metric, value in values.items()
+            if value is not None
+        ]  # fmt: skip
 
     def values(self, run: Run) -> dict:
         """The values of `model_molecules.md` beyond `common_values`."""
@@ -46,7 +55,17 @@ class MoleculeCard(Card):
             cells["loops"] = f"[{row['loops']}]" if low <= row["loops"] <= high else str(row["loops"])
             cells |= {title: percent(row[measure]) for title, measure in titles.items()}
             table.append(cells | {"FCD": "-" if row["fcd"] is None else f"{row['fcd']:.2f}"})
+        first = first_row(run)
+        shares = {
+            measure: "none" if first[measure]["share"] is None else f"{100 * first[measure]['share']:.1f} %"
+            for measure in ("validity", "novelty")
+        }
         return {
+            "numbers": [
+                (shares["validity"], f"of its samples are valid molecules, with {first['loops']} loops"),
+                (shares["novelty"], "of the distinct ones are not in its training data"),
+                (f"{summary['parameters']:,}", "parameters"),
+            ],
             "parameters_layers": f"{evaluation['parameters']['layers']:,}",
             "tokens": f"{summary['tokens']:,}",
             "loops_shown": spread({row["loops"] for row in rows}),

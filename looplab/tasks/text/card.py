@@ -10,6 +10,12 @@ from .data import TextData
 from .records import EVALUATION, PERPLEXITY
 
 
+def own_row(run: Run) -> dict:
+    """The line of text.jsonl at the model's own loop count; at the largest, if that was not measured."""
+    rows, own = run.read(PERPLEXITY), run.read(EVALUATION)["num_loops"]
+    return next((row for row in rows if row["loops"] == own), rows[-1])
+
+
 class TextCard(Card):
     """The card of a model of text."""
 
@@ -18,14 +24,10 @@ class TextCard(Card):
     metrics = ("perplexity",)
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Perplexity at every measured loop count."""
-        return [
-            self.result(
-                run, names, "perplexity", f"Perplexity, {row['loops']} loops", round(row["perplexity"], 3),
-                {"num_loops": row["loops"]},
-            )
-            for row in run.read(PERPLEXITY)
-        ]  # fmt: skip
+        """Perplexity at the loop count of `own_row`."""
+        row = own_row(run)
+        loops, value = row["loops"], round(row["perplexity"], 3)
+        return [self.result(run, names, "perplexity", f"Perplexity, {loops} loops", value, {"num_loops": loops})]
 
     def values(self, run: Run) -> dict:
         """The values of `model_text.md` beyond `common_values`."""
@@ -40,7 +42,16 @@ class TextCard(Card):
             }
             for row in rows
         ]
+        own, fewest = own_row(run), rows[0]
+        second = (f"{fewest['perplexity']:.2f}", f"perplexity of the same weights, with {fewest['loops']}")
+        if fewest["loops"] == own["loops"]:
+            second = (f"{summary['tokens']:,}", "tokens of training")
         return {
+            "numbers": [
+                (f"{own['perplexity']:.2f}", f"perplexity on unseen documents, with {own['loops']} loops"),
+                second,
+                (f"{summary['parameters']:,}", "parameters"),
+            ],
             "parameters_one_vocabulary": f"{evaluation['parameters']['one_vocabulary']:,}",
             "parameters_layers": f"{evaluation['parameters']['layers']:,}",
             "tokens": f"{summary['tokens']:,}",
@@ -48,6 +59,7 @@ class TextCard(Card):
             "sequence_length": run.recipe()["data"]["sequence_length"],
             "loops_shown": spread({row["loops"] for row in rows}),
             "table": to_markdown(table),
+            "chat": (run.model_folder() / "chat_template.jinja").is_file(),
             "limit": evaluation["limit"],
             "limit_of": "blocks of text",
         }

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 from looplab.publish.limits import LIMITS, Limits, option
 from looplab.shipped import list_recipes
@@ -19,6 +20,7 @@ from .mistakes import Parser, Whole, run_command
 
 COUNT = Whole()
 LOOPS = Whole(highest=10_000)
+MODELS = "a run folder, a saved model's folder, the name of a model of this package, or USER/NAME on the Hub"
 
 
 def named(text: str) -> str:
@@ -30,15 +32,33 @@ def named(text: str) -> str:
     return path
 
 
-def opened(verb: str, folders: str | Sequence[str], arguments, *names: str):
-    """(runs in `folders`, their task, options that were given). names: options of the verb that a task may take."""
-    from looplab.runs.folder import open_run
+@contextmanager
+def opened(verb: str, sources: str | Sequence[str], arguments, *names: str, to: str | None = None):
+    """Within the block: runs of the models `sources`, their task, options that were given (see runs/sources.py).
+
+    Args:
+        names: options of the verb that a task may take.
+        to: the folder that a model becomes, if it is not a run.
+    """
+    from looplab.runs.sources import opened_runs
     from looplab.tasks.registry import task_for
 
     names = (*names, *arguments_of(verb))
-    runs = [open_run(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return runs, task_for(verb, runs, *given), given
+    with opened_runs([sources] if isinstance(sources, str) else sources, to) as runs:
+        yield runs, task_for(verb, runs, *given), given
+
+
+def report(run, text: str, path) -> None:
+    """Print what was measured of a run, and where it is written."""
+    kept = f"written to {path}" if run.given is None else "not kept: name a folder by --to"
+    print(f"{text}\n\n{kept}")
+
+
+def refuse_unkept(run, option: str) -> None:
+    """Raise ValueError if nothing that is written for a run stays."""
+    if run.given is not None:
+        raise ValueError(f"{run} is not a run, and {option} makes files: name a folder for them by --to.")
 
 
 def run_train(arguments) -> None:
@@ -53,32 +73,40 @@ def run_recipes(arguments) -> None:
 
 
 def run_eval(arguments) -> None:
-    [run], task, given = opened("eval", arguments.run, arguments, "loops", "limit")
-    path = task.evaluate(run, **given)
-    print(f"\n{run.folder}\n{task.show(run)}\n\nwritten to {path}")
+    with opened("eval", arguments.run, arguments, "loops", "limit", to=arguments.to) as ([run], task, given):
+        path = task.evaluate(run, **given)
+        report(run, f"\n{run}\n{task.show(run)}", path)
 
 
 def run_halting(arguments) -> None:
-    [run], task, given = opened("halting", arguments.run, arguments, "limit", "max_loops", "save")
-    path, text = task.halting(run, **given)
-    print(f"\n{run.folder}\n{text}\n\nwritten to {path}")
+    names = ("limit", "max_loops", "save")
+    with opened("halting", arguments.run, arguments, *names, to=arguments.to) as ([run], task, given):
+        if arguments.save:
+            refuse_unkept(run, "--save")
+        path, text = task.halting(run, **given)
+        report(run, f"\n{run}\n{text}", path)
 
 
 def run_plot(arguments) -> None:
-    runs, task, _ = opened("plot", arguments.runs, arguments)
-    for path in task.plot(runs, arguments.output):
-        print(path)
+    with opened("plot", arguments.runs, arguments) as (runs, task, _):
+        for run in runs if arguments.output is None else ():
+            if run.given is not None:
+                raise ValueError(f"{run} is not a run: name a folder for its figures by --output.")
+        for path in task.plot(runs, arguments.output):
+            print(path)
 
 
 def run_table(arguments) -> None:
-    runs, task, given = opened("table", arguments.runs, arguments, "against")
-    print(task.table(runs, **given))
+    with opened("table", arguments.runs, arguments, "against") as (runs, task, given):
+        print(task.table(runs, **given))
 
 
 def run_lens(arguments) -> None:
-    [run], task, given = opened("lens", arguments.run, arguments, "loops", "limit", "no_probes")
-    for path in task.lens(run, **given):
-        print(path)
+    names = ("loops", "limit", "no_probes")
+    with opened("lens", arguments.run, arguments, *names, to=arguments.to) as ([run], task, given):
+        refuse_unkept(run, "looped lens")
+        for path in task.lens(run, **given):
+            print(path)
 
 
 def run_fetch(arguments) -> None:
@@ -99,15 +127,15 @@ def run_harness(arguments) -> None:
     from looplab.pretrained.harness import accuracies, score, settle_depth
     from looplab.runs.folder import to_json_lines
     from looplab.runs.models import load_model
+    from looplab.runs.sources import find
     from looplab.runs.writing import check_file, write_whole
 
     # It would warn of a model that is loaded already, and of own data, both of which are intended.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if arguments.output is not None:
         check_file(Path(arguments.output))
-    if not Path(arguments.model).is_dir():
-        raise ValueError(f"there is no folder {arguments.model}; `looped fetch smollm2` makes one.")
-    model, tokenizer = load_model(Path(arguments.model), "save or fetch it again.", arguments.trust_remote_code)
+    folder = find(arguments.model, looped=False).model_folder()
+    model, tokenizer = load_model(folder, "save or fetch it again.", arguments.trust_remote_code)
     settle_depth(model)
     rows = score(model, tokenizer, arguments.task, arguments.split, arguments.limit, arguments.batch_size)
     print(f"{arguments.task} {arguments.split}: {accuracies(rows)}")
@@ -123,31 +151,33 @@ def run_frozen(arguments) -> None:
 
 
 def run_ask(arguments) -> None:
-    [run], task, given = opened("ask", arguments.run, arguments, "loops")
-    task.ask(run, arguments.question, **given)
+    with opened("ask", arguments.run, arguments, "loops") as ([run], task, given):
+        task.ask(run, arguments.question, **given)
 
 
 def run_demo(arguments) -> None:
     from looplab.publish.demo import demo
-    from looplab.runs.folder import open_run
+    from looplab.runs.sources import opened_runs
 
-    demo([open_run(folder) for folder in arguments.runs], port=arguments.port)
+    with opened_runs(arguments.runs) as runs:
+        demo(runs, port=arguments.port)
 
 
 def run_bench(arguments) -> None:
     from looplab.bench.bench import bench
-    from looplab.runs.folder import open_run
+    from looplab.runs.sources import opened_runs
 
-    bench(
-        arguments.output,
-        widths=arguments.widths,
-        rounds=arguments.rounds,
-        run=None if arguments.run is None else open_run(arguments.run),
-        compiled=not arguments.no_compile,
-        quick=arguments.quick,
-        contexts=arguments.contexts,
-        memory_loops=arguments.memory_loops,
-    )
+    with opened_runs([] if arguments.run is None else [arguments.run]) as runs:
+        bench(
+            arguments.output,
+            widths=arguments.widths,
+            rounds=arguments.rounds,
+            run=runs[0] if runs else None,
+            compiled=not arguments.no_compile,
+            quick=arguments.quick,
+            contexts=arguments.contexts,
+            memory_loops=arguments.memory_loops,
+        )
 
 
 def run_convert(arguments) -> None:
@@ -176,45 +206,45 @@ def run_convert(arguments) -> None:
 
 def run_memory(arguments) -> None:
     from looplab.bench.memory import measure_memory, memory_table
-    from looplab.runs.folder import open_run
 
-    run = open_run(arguments.run)
-    path = measure_memory(run, arguments.chunks, arguments.limit, arguments.loops)
-    print(f"{memory_table(run)}\n\nwritten to {path}")
+    with opened("memory", arguments.run, arguments, to=arguments.to) as ([run], *_):
+        path = measure_memory(run, arguments.chunks, arguments.limit, arguments.loops)
+        report(run, memory_table(run), path)
 
 
 def run_quantize(arguments) -> None:
     from looplab.convert.quantization import quantization_text, quantize_run
-    from looplab.runs.folder import open_run
     from looplab.tasks.base import QUANTIZATION
 
-    run = open_run(arguments.run)
-    path = quantize_run(
-        run,
-        bits=arguments.bits,
-        group=arguments.group,
-        method=arguments.method,
-        calibration_rows=arguments.calibration_rows,
-        num_loops=arguments.loops,
-    )
-    print(f"{quantization_text(run.read(QUANTIZATION))}\n\nwritten to {path}")
+    with opened("quantize", arguments.run, arguments, to=arguments.to) as ([run], *_):
+        refuse_unkept(run, "looped quantize")
+        path = quantize_run(
+            run,
+            bits=arguments.bits,
+            group=arguments.group,
+            method=arguments.method,
+            calibration_rows=arguments.calibration_rows,
+            num_loops=arguments.loops,
+        )
+        report(run, quantization_text(run.read(QUANTIZATION)), path)
 
 
 def run_publish(arguments) -> None:
     from looplab.publish.publishing import publish
-    from looplab.runs.folder import open_run
+    from looplab.runs.sources import opened_runs
 
-    publish(
-        open_run(arguments.run),
-        arguments.repo_id,
-        dataset=arguments.dataset,
-        space=arguments.space,
-        private=arguments.private,
-        dry_run=arguments.dry_run,
-        licence=arguments.license,
-        data_licence=arguments.dataset_license,
-        base_model=arguments.base_model,
-    )
+    with opened_runs([arguments.run], copied=True) as [run]:
+        publish(
+            run,
+            arguments.repo_id,
+            dataset=arguments.dataset,
+            space=arguments.space,
+            private=arguments.private,
+            dry_run=arguments.dry_run,
+            licence=arguments.license,
+            data_licence=arguments.dataset_license,
+            base_model=arguments.base_model,
+        )
 
 
 def run_serve(arguments) -> None:
@@ -240,6 +270,13 @@ def parser() -> argparse.ArgumentParser:
             words = f"{argument.help} {help_of(verb, name)}"
             command.add_argument(spelt(name), type=argument.type, metavar=argument.metavar, help=words)
 
+    def add_run(command: Parser, verb: str | None = None) -> None:
+        command.add_argument("run", metavar="RUN", help=MODELS + (f"; of {having(verb)}" if verb else ""))
+
+    def add_to(command: Parser) -> None:
+        words = "make this folder a run with a copy of the model, for what is measured, if RUN is a model and no run"
+        command.add_argument("--to", metavar="FOLDER", help=words)
+
     command = commands.add_parser(
         "train", help="train a model by a recipe, in one process, to OUTPUT_DIR/NAME", allow_abbrev=False
     )
@@ -253,7 +290,7 @@ def parser() -> argparse.ArgumentParser:
         "eval",
         help=f"measure a run at several loop counts, to files of its task ({files('eval')})",
     )
-    command.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    add_run(command)
     command.add_argument(
         "--loops",
         type=LOOPS,
@@ -268,10 +305,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"at most N test rows of each sort {help_of('eval', 'limit')}",
     )
     add_arguments(command, "eval")
+    add_to(command)
     command.set_defaults(call=run_eval)
 
     command = commands.add_parser("halting", help=f"measure what halting rules save, to RUN/{files('halting')}")
-    command.add_argument("run", metavar="RUN")
+    add_run(command)
     command.add_argument(
         "--max-loops",
         type=LOOPS,
@@ -291,12 +329,13 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="write the rule with the fewest loops at no loss of quality into RUN/model, for generate(halting=True)",
     )
+    add_to(command)
     command.set_defaults(call=run_halting)
 
     command = commands.add_parser(
         "memory", help="measure quality and bytes of every KV policy and chunk length, to RUN/memory.jsonl"
     )
-    command.add_argument("run", metavar="RUN", help=f"a run on {having('memory')}")
+    add_run(command, "memory")
     command.add_argument(
         "--chunks",
         type=Whole(0),
@@ -307,11 +346,12 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--limit", type=COUNT, metavar="N", help="at most N test rows of each sort")
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
+    add_to(command)
     command.set_defaults(call=run_memory)
 
     command = commands.add_parser("plot", help="draw measurements and training curves, to RUN/figures")
     command.add_argument(
-        "runs", metavar="RUN", nargs="+", help="run folders; runs of one recipe are also drawn as a group"
+        "runs", metavar="RUN", nargs="+", help=f"{MODELS}; runs of one recipe are also drawn as a group"
     )
     command.add_argument(
         "--output",
@@ -324,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "table", help="a Markdown table of runs; runs of one recipe are a line with mean [lowest, highest]"
     )
-    command.add_argument("runs", metavar="RUN", nargs="+")
+    command.add_argument("runs", metavar="RUN", nargs="+", help=MODELS)
     command.add_argument(
         "--against",
         metavar="GROUP",
@@ -336,7 +376,7 @@ def parser() -> argparse.ArgumentParser:
         "lens",
         help=f"look into states, heads and loops of a model, to files of its task ({files('lens')})",
     )
-    command.add_argument("run", metavar="RUN")
+    add_run(command)
     add_arguments(command, "lens")
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     command.add_argument(
@@ -345,6 +385,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--no-probes", action="store_true", default=None, help="skip the linear probes, which take most of the time"
     )
+    add_to(command)
     command.set_defaults(call=run_lens)
 
     command = commands.add_parser(
@@ -356,7 +397,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_fetch)
 
     command = commands.add_parser("harness", help="score a model on a multiple-choice benchmark")
-    command.add_argument("model", metavar="MODEL", help="a folder with a causal language model and its tokenizer")
+    command.add_argument("model", metavar="MODEL", help=f"{MODELS}; any causal language model")
     command.add_argument("--task", required=True, metavar="NAME", help="the benchmark, such as arc_easy")
     command.add_argument(
         "--split", choices=["validation", "test"], default="validation", help="default: %(default)s, for decisions"
@@ -383,7 +424,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_frozen)
 
     command = commands.add_parser("ask", help="print a model's answer at several loop counts")
-    command.add_argument("run", metavar="RUN", help=f"a run on {having('ask')}")
+    add_run(command, "ask")
     command.add_argument(
         "question",
         type=str,
@@ -395,7 +436,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_ask)
 
     command = commands.add_parser("demo", help="show a page with a loop slider on this machine (needs the extra demo)")
-    command.add_argument("runs", metavar="RUN", nargs="+", help=f"at most one run on each of {having('demo')}")
+    command.add_argument("runs", metavar="RUN", nargs="+", help=f"{MODELS}: at most one on each of {having('demo')}")
     command.add_argument(
         "--port", type=Whole(highest=65_535), metavar="N", help="default: the first free port from 7860"
     )
@@ -410,7 +451,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--run",
         metavar="RUN",
-        help=f"also measure drafts, or halting, on this trained run on {having('bench')}",
+        help=f"also measure drafts, or halting, on this trained model ({MODELS}; of {having('bench')})",
     )
     command.add_argument("--no-compile", action="store_true", help="skip the rows with torch.compile")
     command.add_argument(
@@ -450,7 +491,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "quantize", help="quantize the weights, to RUN/model_int4/ and RUN/quantization.json"
     )
-    command.add_argument("run", metavar="RUN", help=f"a run on {having('quantize')}")
+    add_run(command, "quantize")
     command.add_argument(
         "--bits", type=Whole(2, 16), default=4, metavar="N", help="bits per weight, 2 to 16 (default: %(default)s)"
     )
@@ -468,10 +509,11 @@ def parser() -> argparse.ArgumentParser:
         help="blocks of training text (default: %(default)s)",
     )
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
+    add_to(command)
     command.set_defaults(call=run_quantize)
 
     command = commands.add_parser("publish", help="put a run on the Hugging Face Hub, with a card and its records")
-    command.add_argument("run", metavar="RUN", help="a run that `looped eval` has measured")
+    command.add_argument("run", metavar="RUN", help=f"{MODELS}, that `looped eval` has measured")
     command.add_argument("--repo-id", required=True, metavar="USER/NAME", help="of the model, its data and its page")
     command.add_argument("--dataset", action="store_true", help="also publish the data of the run")
     command.add_argument("--space", action="store_true", help="also publish the page of `looped demo`")
@@ -491,7 +533,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_publish)
 
     command = commands.add_parser("serve", help="serve a looped model with the OpenAI API, a loop count per request")
-    command.add_argument("model", metavar="MODEL", help="a folder with a model and its tokenizer, or its Hub name")
+    command.add_argument("model", metavar="MODEL", help=MODELS)
     command.add_argument("--host", default="127.0.0.1", metavar="NAME", help="default: %(default)s, this machine only")
     command.add_argument(
         "--port",

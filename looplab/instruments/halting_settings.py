@@ -80,7 +80,7 @@ def save_rule(run: Run, best: Mapping | None, criterion: str) -> str:
     """
     if best is None:
         raise ValueError(
-            f"no halting rule is saved for {run.folder}: none {criterion}. See its halting.jsonl for those measured."
+            f"no halting rule is saved for {run}: none {criterion}. See its halting.jsonl for those measured."
         )
     setting = setting_of(best)
     path = run.save_generation_settings(calibrated_halting=setting.halting)

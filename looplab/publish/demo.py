@@ -70,7 +70,7 @@ def demo_parts(runs: Sequence[Run], models: Sequence[str]) -> dict[str, dict]:
     for run, model in zip(runs, models, strict=True):
         task = task_for("demo", [run])
         if task.kind in parts:
-            raise ValueError(f"{run.folder} is a second run on {task.kind}: the page shows one.")
+            raise ValueError(f"{run} is a second run on {task.kind}: the page shows one.")
         low, high = run.trained_loops()
         config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
         part = {"model": model, "trained_loops": [low, high]}

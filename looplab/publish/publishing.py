@@ -34,16 +34,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from data_builders import export_parquet
 from data_builders.builders import BUILDERS
 from looplab.runs.digests import sha256_of
-from looplab.runs.folder import AGAIN, Run
+from looplab.runs.folder import TRAINED, Run
 from looplab.runs.models import blaming, load_run_model
 from looplab.tasks.card import Names
 from looplab.tasks.registry import task_for, task_of
 
 from .cards import dataset_card, model_card
 from .demo import space_files
-
-# Published files of every run; the records of its task come after them.
-TRAINED = ("recipe.yaml", "summary.json", "metrics.jsonl")
 
 # Published files of a model folder beside weights and code, if it has them.
 MODEL_FILES = (
@@ -194,13 +191,11 @@ def names_of(
     task = task_for("publish", [run])
     start = run.recipe()["init_from"]
     if licence is None and start is not None:
-        raise ValueError(
-            f"{run.folder} started from the weights of {start}, whose licence binds it: name it by --license."
-        )
+        raise ValueError(f"{run} started from the weights of {start}, whose licence binds it: name it by --license.")
     if base_model is not None:
         user_of(base_model, "--base-model")
         if start is None:
-            raise ValueError(f"{run.folder} started from no other weights: leave --base-model out.")
+            raise ValueError(f"{run} started from no other weights: leave --base-model out.")
     names = Names(repo_id, licence or "apache-2.0", base_model=base_model, space_id=repo_id if space else None)
     if not dataset:
         return names
@@ -211,7 +206,7 @@ def names_of(
         data_licence = task.data_licence(preset, names.licence)
     if data_licence is None:
         raise ValueError(
-            f"--dataset would publish the {task.name} that {run.folder} was trained on, under a licence that is not "
+            f"--dataset would publish the {task.name} that {run} was trained on, under a licence that is not "
             "known here: name it by --dataset-license, or leave --dataset out."
         )
     return replace(names, dataset_id=repo_id, data_licence=data_licence)
@@ -250,17 +245,19 @@ def check_private(api: HfApi, repo_id: str, kind: str) -> None:
 
 def model_upload(run: Run, names: Names) -> Upload:
     """The model repository. Raises ValueError if the run has not finished, or was not evaluated."""
-    with blaming(run.model_folder(), AGAIN, leave=(ValueError, OSError)):
+    with blaming(run.model_folder(), run.again, leave=(ValueError, OSError)):
         files = {path.name: path for path in model_files(run.model_folder())}
     names = replace(names, revision=revision_of(files.values()))
     card = model_card(run, names)
     check_measured(run)
     task = task_of([run])
-    names_of_records = [*TRAINED, *(record.name for record in task.records)]
+    names_of_records = [*TRAINED, "run.json", *(record.name for record in task.records)]
     files |= {f"run/{name}": own_file(run.folder, name) for name in names_of_records if (run.folder / name).is_file()}
+    if (run.folder / "records" / "index.json").is_file():
+        files["run/records/index.json"] = own_file(run.folder / "records", "index.json")
     figures = {f"figures/{name}.png": own_file(run.folder / "figures", f"{name}.png") for name in task.figures}
     files |= {path: file for path, file in figures.items() if file.is_file()}
-    own = ("*.safetensors", INDEX, "*_looped.py", "run/*", "figures/*.png", *MODEL_FILES)
+    own = ("*.safetensors", INDEX, "*_looped.py", "run/*", "run/records/index.json", "figures/*.png", *MODEL_FILES)
     return Upload("model", names.model_id, {"README.md": str(card).encode(), **files}, own, names.revision)
 
 
@@ -287,7 +284,7 @@ def check_measured(run: Run) -> None:
     verbs |= {f"figures/{name}.png": figure.verb for name, figure in task.figures.items()}
     for name, verb in verbs.items():
         if (run.folder / name).is_file():
-            run.check_record(name, f"run `looped {verb} {run.folder}` again, or delete it.", strict=True)
+            run.check_record(name, f"run `looped {verb} {run}` again, or delete it.", strict=True)
 
 
 def model_files(folder: Path) -> Iterator[Path]:
@@ -329,7 +326,7 @@ def collect(api: HfApi, user: str, repo_id: str, kinds: list[str], private: bool
 
 def plan(run: Run, uploads: list[Upload], api: HfApi, private: bool, dry_run: bool) -> str:
     """The upload as text: repositories, files and sizes in bytes; in a dry run, the text of every card, too."""
-    lines = [f"{run.folder}{': nothing is sent, this is what would be' if dry_run else ''}"]
+    lines = [f"{run}{': nothing is sent, this is what would be' if dry_run else ''}"]
     for upload in uploads:
         sizes = upload.sizes()
         seen = "private" if private else "public, unless it exists and is private"

@@ -17,7 +17,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from functools import partial
-from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -28,6 +27,7 @@ from starlette.routing import Route
 from transformers import PreTrainedConfig
 
 from looplab.runs.models import blaming, load_model
+from looplab.runs.sources import find
 from modeling_looped import FrozenLoopedForCausalLM, LoopedForCausalLM
 
 from .limits import Limits, option
@@ -277,11 +277,8 @@ def check_kind(model: str) -> None:
     """Check, before any weights are read, that `model` can be served.
 
     Raises:
-        ValueError: it is a path without a model, or a model of another kind.
+        ValueError: it is a model of another kind.
     """
-    is_path = Path(model).is_absolute() or model.startswith(".") or Path(model).exists()
-    if is_path and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"{model} has no config.json: {REMEDY}")
     with blaming(model, REMEDY):
         kinds = PreTrainedConfig.get_config_dict(model)[0].get("architectures")
     if not isinstance(kinds, list) or not MODELS & set(kinds):
@@ -301,16 +298,17 @@ def serve(
     """Serve a model until SIGTERM or SIGINT.
 
     Args:
-        model: a folder with a looped model and its tokenizer, or its name on the Hub; requests name it the same way.
+        model: a name for `sources.find`; requests name it the same way.
         device: the accelerator if there is one, unless given.
 
     Raises:
-        ValueError: as `check_kind`, `load_model` and `Service`.
+        ValueError: as `find`, `check_kind`, `load_model` and `Service`.
         OSError: as `listen`.
     """
-    check_kind(model)
+    folder = str(find(model).model_folder())
+    check_kind(folder)
     with listen(host, port) as listener:
-        service = Service(*load_model(model, REMEDY, device=device), model, limits)
+        service = Service(*load_model(folder, REMEDY, device=device), model, limits)
         address = f"[{host}]" if ":" in host else host
         print(f"{model} is served at http://{address}:{listener.getsockname()[1]}; ctrl-c ends it", flush=True)
         Server(service).run(sockets=[listener])

@@ -114,11 +114,11 @@ def tokenizer_of(tokenizer) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def refuse_other_data(folder: Path, before: dict, after: dict) -> None:
-    """Raise ValueError, with the difference, unless two results of `data_of` are equal."""
+def refuse_other_data(run: object, before: dict, after: dict) -> None:
+    """Raise ValueError, with the difference, unless two results of `data_of` are equal. run: its folder or name."""
     changes = data_changes(before, after)
     if changes:
         raise ValueError(
-            f"the data of {folder} have changed since it began ({changes}): restore the files that its recipe names, "
+            f"the data of {run} have changed since it began ({changes}): restore the files that its recipe names, "
             "or train on the new files under another --name."
         )

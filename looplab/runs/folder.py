@@ -10,11 +10,11 @@ checkpoints/    states to resume from                    while training
 snapshots/      the model at steps that the recipe names while training
 model_int4/     weights of few bits, dequantised         `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`
+origin.json     what model/ was copied from              `--to FOLDER` on a model that is not a run (sources.py)
 
 The measured files depend on the task: `Task.records` names them.
 """
 
-import difflib
 import hashlib
 import json
 import logging
@@ -32,17 +32,38 @@ logger = logging.getLogger(__name__)
 
 AGAIN = "run train.py again: it resumes from the last checkpoint."
 UNFINISHED = f"the training has not finished; {AGAIN}"
+TRAINED = ("recipe.yaml", "summary.json", "metrics.jsonl")  # what the training writes beside the model
+ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The files of one run. A reader raises ValueError, with the remedy, if its file is missing or broken."""
+    """The files of one run. A reader raises ValueError, with the remedy, if its file is missing or broken.
+
+    Args:
+        folder: with the files.
+        given: what the user called it, if that is a model and no run (sources.py): `folder` is then a temporary one.
+    """
 
     folder: Path
+    given: str | None = None
+
+    def __str__(self) -> str:
+        return self.given or str(self.folder)
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def again(self) -> str:
+        """The remedy for a damaged model."""
+        return AGAIN if self.given is None else "save it again, or delete it and download it again."
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is only a model, without the recipe of its training."""
+        return not (self.folder / "recipe.yaml").is_file() and (self.folder / ORIGIN).is_file()
 
     def recipe(self) -> dict:
         parse = partial(parse_yaml, where="as YAML")
@@ -50,18 +71,24 @@ class Run:
 
     def task(self) -> str:
         """Name of the task in the recipe."""
+        if self.bare or (self.given is not None and not (self.folder / "recipe.yaml").is_file()):
+            raise ValueError(
+                f"{self} is a model without run/recipe.yaml, which says what it was trained on: name the run, or a "
+                "model that `looped publish` has published."
+            )
         data = self.recipe().get("data", {})
         if "task" not in data:
-            raise ValueError(f"{self.folder}/recipe.yaml has no data.task: was it written by train.py?")
+            raise ValueError(f"{self}/recipe.yaml has no data.task: was it written by train.py?")
         return data["task"]
 
     def summary(self) -> dict:
-        return self._parse("summary.json", json.loads, UNFINISHED, SUMMARY)
+        missing = UNFINISHED if self.given is None else "it was saved without the records of its training."
+        return self._parse("summary.json", json.loads, missing, SUMMARY)
 
     def check_summary(self) -> None:
         """Raise ValueError if model/ does not hold the weights that the training ended with."""
         if self.note().get("weights", self.weights) != self.weights:
-            raise ValueError(f"{self.folder}/model does not hold the weights that summary.json describes: {AGAIN}")
+            raise ValueError(f"{self}/model does not hold the weights that summary.json describes: {AGAIN}")
 
     def metrics(self) -> list[dict]:
         return self._parse("metrics.jsonl", json_lines, "nothing was trained here; run train.py.", METRICS)
@@ -69,7 +96,8 @@ class Run:
     def read(self, record: "RecordFile"):
         """A measurement: the lines of a .jsonl file, or the object in a .json file."""
         path = self.folder / record.name
-        remedy = f"run `looped {record.verb} {self.folder}` {'again' if path.is_file() else 'first'}."
+        keep, then = ("", ".") if self.given is None else (" --to FOLDER", ", and name FOLDER.")
+        remedy = f"run `looped {record.verb} {self}{keep}` {'again' if path.is_file() else 'first'}{then}"
         parse = json_lines if record.name.endswith(".jsonl") else json.loads
         found = self._parse(record.name, parse, remedy, record.shape)
         self.check_record(record.name, remedy)
@@ -79,9 +107,10 @@ class Run:
         return (self.folder / record.name).is_file()
 
     def model_folder(self) -> Path:
-        if not (self.folder / "model" / "config.json").is_file():
-            raise ValueError(f"{self.folder} has no model/config.json: {UNFINISHED}")
-        return self.folder / "model"
+        folder = self.folder / "model"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{self} has no model/config.json: {UNFINISHED}")
+        return folder if self.given is None else folder.resolve()
 
     def trained_loops(self) -> tuple[int, int]:
         """Smallest and largest loop count of the training batches."""
@@ -109,13 +138,13 @@ class Run:
         """
         before = self.note().get("data")
         if before is None:
-            say_once(f"{self.folder} is from before runs kept digests of their data: the data are not compared.")
+            say_once(f"{self} is from before runs kept digests of their data: the data are not compared.")
             return
         after = data_of(splits if only is None else {only: splits[only]})
         if only is not None:
             before = {"splits": {only: before["splits"].get(only)}, "sources": {}}
             after["sources"] = {}
-        refuse_other_data(self.folder, before, after)
+        refuse_other_data(self, before, after)
 
     def write(self, files: Mapping[str, str], weights: Mapping[str, str] | None = None) -> Path:
         """Write the files of one measurement, all or none, note the measured weights, and return the last file.
@@ -146,10 +175,10 @@ class Run:
         Raises:
             ValueError: the file is missing or damaged, or model/ is a link.
         """
-        path = below(self.model_folder().parent, "model") / "generation_config.json"
+        path = below(self.folder, "model") / "generation_config.json"
         fields = read_object(path, AGAIN)
         if not fields:
-            raise ValueError(f"{self.folder} has no model/generation_config.json: {AGAIN}")
+            raise ValueError(f"{self} has no model/generation_config.json: {AGAIN}")
         if fields.get("_from_model_config"):
             fields["_from_model_config"] = False  # of a file marked so, transformers drops our fields on load
         text = json.dumps(fields | settings, indent=2, sort_keys=True) + "\n"
@@ -171,7 +200,7 @@ class Run:
         """
         entry = read_records(self.folder).get(file)
         if entry is None or entry["sha256"] != sha256_of(self.folder / file):
-            unknown = f"it is not known which weights {self.folder}/{file} was made with"
+            unknown = f"it is not known which weights {self}/{file} was made with"
             if strict and self.note():
                 raise ValueError(f"{unknown}: {remedy}")
             say_once(f"{unknown}.")
@@ -179,12 +208,12 @@ class Run:
         for folder, digest in entry["weights"].items():
             # A folder of weights that the user deleted is no contradiction.
             if (self.folder / folder / "config.json").is_file() and weights_of(self.folder / folder) != digest:
-                raise ValueError(f"{self.folder}/{file} was made with other weights than {folder}/ has now: {remedy}")
+                raise ValueError(f"{self}/{file} was made with other weights than {folder}/ has now: {remedy}")
 
     def _parse(self, file: str, parse: Callable, remedy: str, shape: Mapping):
         path = self.folder / file
         if not path.is_file():
-            raise ValueError(f"{self.folder} has no {file}: {remedy}")
+            raise ValueError(f"{self} has no {file}: {remedy}")
         try:
             found = parse(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -197,18 +226,13 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """The run in `folder`.
+    """The run in `folder`. `sources.opened_run` also opens other models, and suggests names.
 
     Raises:
-        ValueError: there is no such folder (with the nearest name), or it is not a run.
+        ValueError: it is not the folder of a run.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        siblings = [str(path) for path in folder.parent.glob("*/")] if folder.parent.is_dir() else []
-        nearest = difflib.get_close_matches(str(folder), siblings, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "train one with `looped train RECIPE`."
-        raise ValueError(f"there is no run folder {folder}; {hint}")
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / "recipe.yaml").is_file() and not (folder / ORIGIN).is_file():
         raise ValueError(f"{folder} is not a run folder: it has no recipe.yaml, which train.py writes first.")
     commit(folder)
     return Run(folder)

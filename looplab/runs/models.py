@@ -26,7 +26,7 @@ from modeling_looped import LoopedForCausalLM  # this import registers the loope
 from modeling_looped.depth_looped import too_many_loops
 
 from .digests import sha256_of
-from .folder import AGAIN, Run
+from .folder import Run
 
 
 def load_model(
@@ -152,7 +152,7 @@ def load_run_model(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTr
         ValueError: there is no model yet, it is damaged or not a looped model, or it may not run so many loops.
     """
     run.weights  # noqa: B018 (keeps the digest of the weights now: a training may replace them during a measurement)
-    model, tokenizer = load_model(run.model_folder(), AGAIN)
+    model, tokenizer = load_model(run.model_folder(), run.again)
     check_loops(model, run.model_folder(), *loops)
     return model, tokenizer
 

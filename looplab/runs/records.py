@@ -29,7 +29,7 @@ CHECKPOINT_FILES = (
 )  # fmt: skip
 # Paths in a run folder that this project writes, whatever the task; a star stays within a folder.
 OWNED = (
-    "run.json", "recipe.yaml", "metrics.jsonl", "summary.json", ".*.partial",
+    "run.json", "recipe.yaml", "metrics.jsonl", "summary.json", "origin.json", ".*.partial",
     *(f"{folder}/{name}" for folder in ("model", "model_int*", "tokenizer", "snapshots/step-?????????", ".*.partial",
                                         "snapshots/.*.partial")
       for name in MODEL_FILES),

@@ -38,11 +38,11 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for members in groups.values():
         folders = [run.folder.resolve() for run in members]
         if len(set(folders)) < len(folders):
-            raise ValueError(f"{members[0].folder} is among the runs twice: name each run once.")
+            raise ValueError(f"{members[0]} is among the runs twice: name each run once.")
         name = re.sub(r"_seed\d+$", "", min((run.name for run in members), key=len))
         if name in named:
             raise ValueError(
-                f"{named[name][0].folder} and {members[0].folder} have different recipes but the same name {name}: "
+                f"{named[name][0]} and {members[0]} have different recipes but the same name {name}: "
                 "rename one folder."
             )
         named[name] = members
@@ -112,8 +112,6 @@ def by_seeds(runs: Sequence[Run]) -> dict[tuple[int, int], Run]:
     found = {}
     for run in runs:
         if seeds_of(run) in found:
-            raise ValueError(
-                f"{found[seeds_of(run)].folder} and {run.folder} have the same recipe and seeds: leave one out."
-            )
+            raise ValueError(f"{found[seeds_of(run)]} and {run} have the same recipe and seeds: leave one out.")
         found[seeds_of(run)] = run
     return found

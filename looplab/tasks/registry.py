@@ -24,11 +24,9 @@ def task_of(runs: Sequence[Run]) -> Task:
     """
     for run in runs:
         if run.task() not in TASKS:
-            raise ValueError(f"{run.folder}: there is no task {run.task()!r}; there are {', '.join(TASKS)}.")
+            raise ValueError(f"{run}: there is no task {run.task()!r}; there are {', '.join(TASKS)}.")
         if TASKS[run.task()].kind != TASKS[runs[0].task()].kind:
-            raise ValueError(
-                f"{runs[0].folder} is a run on {runs[0].task()} and {run.folder} on {run.task()}: read them apart."
-            )
+            raise ValueError(f"{runs[0]} is a run on {runs[0].task()} and {run} on {run.task()}: read them apart.")
     return TASKS[runs[0].task()]
 
 
@@ -39,7 +37,7 @@ def task_for(verb: str, runs: Sequence[Run], *options: str) -> Task:
         ValueError: as `task_of`, or the task lacks the verb or an option.
     """
     task = task_of(runs)
-    run_on = f"{runs[0].folder} is a run on {task.name}, and looped {verb}"
+    run_on = f"{runs[0]} is a run on {task.name}, and looped {verb}"
     if task.options(verb) is None:
         raise ValueError(f"{run_on} is not for {task.kind}: it is for {having(verb)}.")
     for option in options:

@@ -338,7 +338,8 @@ def test_what_was_announced_is_what_arrives_and_nothing_else(hops, hub, api, cap
         assert len(hub.repositories[kind, REPO].commits) == 2  # what the Hub made, and ours: never half of it
     files = hub.files("model", REPO)
     names = [record.name for record in hop_records.RECORDS]
-    records = {f"run/{name}" for name in (*publishing.TRAINED, *names) if (hops / name).exists()}
+    names += [*publishing.TRAINED, "run.json", "records/index.json"]
+    records = {f"run/{name}" for name in names if (hops / name).exists()}
     figures = {f"figures/{name}.png" for name in ("grid", "loops", "hops", "training")}
     assert set(files) == SHIPPED | records | figures | {"README.md", ".gitattributes"}
     assert files["model.safetensors"] == (hops / "model" / "model.safetensors").read_bytes()

@@ -184,7 +184,7 @@ def halting_run(
     }
     solvable = [index for index, line in enumerate(by_loops) if max(by_loops[line]) >= SOLVABLE]
     if not solvable:
-        raise ValueError(f"{run.folder} reaches {100 * SOLVABLE:.0f} % at no hop count: there is nothing to save.")
+        raise ValueError(f"{run} reaches {100 * SOLVABLE:.0f} % at no hop count: there is nothing to save.")
     lines = [list(by_loops)[index] for index in solvable]
     best = [max(by_loops[line]) for line in lines]
     own = {line: fewest_near_best(accuracies, POINT) for line, accuracies in by_loops.items()}

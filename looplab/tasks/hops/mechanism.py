@@ -102,7 +102,7 @@ def snapshots_of(run: Run) -> dict[int, Path]:
     found = {step_of(path): path for path in run.folder.glob("snapshots/step-*") if (path / "config.json").is_file()}
     if not found:
         raise ValueError(
-            f"{run.folder} has no snapshots/step-*: name the steps to keep in the recipe's `snapshots` and train."
+            f"{run} has no snapshots/step-*: name the steps to keep in the recipe's `snapshots` and train."
         )
     return dict(sorted(found.items()))
 
@@ -110,7 +110,7 @@ def snapshots_of(run: Run) -> dict[int, Path]:
 def named_snapshot(run: Run, name: str) -> Path:
     names = {path.name: path for path in snapshots_of(run).values()}
     if name not in names:
-        raise ValueError(f"{run.folder} has no snapshot {name!r}; there are {', '.join(names)}, and 'all'.")
+        raise ValueError(f"{run} has no snapshot {name!r}; there are {', '.join(names)}, and 'all'.")
     return names[name]
 
 

@@ -39,7 +39,7 @@ def heat_map(runs: Sequence[Run]) -> Figure:
     for run, grid in zip(runs, grids, strict=True):
         if grid.keys() != grids[0].keys():
             raise ValueError(
-                f"{run.folder} and {runs[0].folder} were evaluated on different (loops, hops): run `looped eval` on "
+                f"{run} and {runs[0]} were evaluated on different (loops, hops): run `looped eval` on "
                 "each with the same --loops."
             )
     columns = sorted({key[:2] for key in grids[0]})
@@ -118,7 +118,7 @@ def training_curves(run: Run) -> Figure:
     rows = run.metrics()
     steps, gates = [row for row in rows if "loss" in row], [row for row in rows if "gate" in row]
     if not steps:
-        raise ValueError(f"{run.folder}/metrics.jsonl has no training rows yet; wait for the first ones.")
+        raise ValueError(f"{run}/metrics.jsonl has no training rows yet; wait for the first ones.")
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     minutes, losses = [row["seconds"] / 60 for row in steps], [row["loss"] for row in steps]

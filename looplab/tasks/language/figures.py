@@ -30,7 +30,7 @@ def check_rows(run: Run) -> list[dict]:
     trained = [row for row in rows if "loss" in row]
     checks = [row for row in rows if "held_out" in row]
     if not trained or not checks:
-        raise ValueError(f"{run.folder}/metrics.jsonl has no training and held-out rows yet; wait for the first ones.")
+        raise ValueError(f"{run}/metrics.jsonl has no training and held-out rows yet; wait for the first ones.")
     per_step = trained[0]["tokens"] / trained[0]["step"]
     return [row | {"tokens": row["step"] * per_step} for row in checks]
 

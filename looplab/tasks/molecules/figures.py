@@ -194,7 +194,7 @@ def molecules_picture(run: Run) -> bytes:
     facts = run.read(EVALUATION)
     path = run.folder / "samples" / f"{facts['settings'][0]['name']}-loops{facts['num_loops']}.jsonl"
     if not path.is_file():
-        raise ValueError(f"there is no {path}: run `looped eval {run.folder}` again.")
+        raise ValueError(f"there is no {path}: run `looped eval {run}` again.")
     valid = []
     for row in json_lines(path.read_text(encoding="utf-8")):
         smiles = canonical_or_none(row["smiles"]) if row["finished"] else None

@@ -83,7 +83,7 @@ def run_molecules(run: Run) -> datasets.DatasetDict:
     trained_on = run.summary()["train_molecules"]
     if len(splits["train"]) != trained_on:
         raise ValueError(
-            f"{run.folder} was trained on {trained_on} molecules and its recipe now gives {len(splits['train'])}, so "
+            f"{run} was trained on {trained_on} molecules and its recipe now gives {len(splits['train'])}, so "
             "that what is new cannot be told: restore the files its recipe names, or train again."
         )
     run.check_data(splits)

@@ -23,7 +23,7 @@ def own_row(run: Run, setting: str) -> dict:
     for row in run.read(MOLECULES):
         if (row["setting"], row["loops"]) == (setting, own):
             return row
-    raise ValueError(f"{run.folder}/molecules.jsonl has no line of {setting} at {own} loops: run `looped eval` again.")
+    raise ValueError(f"{run}/molecules.jsonl has no line of {setting} at {own} loops: run `looped eval` again.")
 
 
 def settings_of(run: Run) -> list[str]:

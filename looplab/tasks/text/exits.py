@@ -30,7 +30,7 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
     blocks = run_blocks(run, tokenizer)["test"]
     if blocks.sequence_length < PROMPT + DECODED:
         raise ValueError(
-            f"data.sequence_length of {run.folder} is {blocks.sequence_length}, and exits are measured on rows of "
+            f"data.sequence_length of {run} is {blocks.sequence_length}, and exits are measured on rows of "
             f"{PROMPT} + {DECODED} tokens: train on longer ones."
         )
     numbers = spread_blocks(len(blocks), 64 if limit is None else limit)

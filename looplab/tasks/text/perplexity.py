@@ -48,7 +48,7 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBl
     found = blocks["train"].num_tokens
     if found != trained_on:
         raise ValueError(
-            f"the text of {run.folder} has {found} training tokens now and had {trained_on} when it was trained, so "
+            f"the text of {run} has {found} training tokens now and had {trained_on} when it was trained, so "
             "its test split may be known to the model: restore the files its recipe names, or train again."
         )
     run.check_data(splits)

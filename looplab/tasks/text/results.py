@@ -50,7 +50,7 @@ def own_row(run: Run) -> dict:
         if row["loops"] == own:
             return row
     raise ValueError(
-        f"{run.folder}/text.jsonl has no line at the model's own {own} loops: run `looped eval {run.folder}` with "
+        f"{run}/text.jsonl has no line at the model's own {own} loops: run `looped eval {run}` with "
         f"{own} among --loops."
     )
 
@@ -101,7 +101,7 @@ def quantized_cells(runs: Sequence[Run]) -> dict[str, str]:
     found = [run.read(QUANTIZATION) for run in runs]
     ways = sorted({f"{facts['method']} INT{facts['bits']}" for facts in found})
     if len(ways) > 1:
-        raise ValueError(f"the runs of {runs[0].folder}'s group were quantized as {' and '.join(ways)}: choose one.")
+        raise ValueError(f"the runs of {runs[0]}'s group were quantized as {' and '.join(ways)}: choose one.")
     return {
         f"{ways[0]}: {when}": span((facts["perplexity"][when] for facts in found), 2) for when in ("before", "after")
     }
@@ -112,7 +112,7 @@ def paired_differences(base: Run, run: Run) -> list[float]:
     rows = [own_row(base), own_row(run)]
     if rows[0]["text"] != rows[1]["text"]:
         raise ValueError(
-            f"{base.folder} and {run.folder} were measured on different blocks, so they cannot be compared: they need "
+            f"{base} and {run} were measured on different blocks, so they cannot be compared: they need "
             "the same text, tokenizer and sequence_length, and `looped eval` with the same --limit."
         )
     losses = (row["block_losses"] for row in rows)

@@ -189,6 +189,7 @@ def run_convert(arguments) -> None:
         core=arguments.core,
         num_loops=arguments.loops,
         gguf_file=arguments.gguf_file,
+        loop_connection=arguments.loop_connection,
     )
     first, last = done.core
     print(
@@ -198,9 +199,13 @@ def run_convert(arguments) -> None:
     if done.identity is None:
         print("its tensors are the source's, bit for bit")
     else:
+        blend = ""
+        if done.blend is not None:
+            loops, identity = done.blend
+            blend = f"; at {loops} loops it is the source's training-free blend, to {identity.difference:.1e}"
         print(
             f"at 1 loop it is the source: the largest logit difference is {done.identity.difference:.1e} "
-            f"(rounding explains {done.identity.tolerance:.1e})"
+            f"(rounding explains {done.identity.tolerance:.1e}){blend}"
         )
 
 
@@ -486,6 +491,12 @@ def parser() -> argparse.ArgumentParser:
         "--loops", type=LOOPS, metavar="K", help="the model's default loop count (default: 1; for Ouro its own)"
     )
     command.add_argument("--gguf-file", metavar="NAME", help="read this gguf file in SOURCE")
+    command.add_argument(
+        "--loop-connection",
+        choices=("damped", "plain"),
+        help="what more loops do before training: the training-free blend, which loses nothing; or the core again as "
+        "it is, which loses much (default: damped; an Ouro has its own)",
+    )
     command.set_defaults(call=run_convert)
 
     command = commands.add_parser(

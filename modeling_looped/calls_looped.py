@@ -15,7 +15,7 @@ new tokens, D hidden size, d head size, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -129,6 +129,7 @@ class CallContext:
         position_ids: (B or 1, T).
         past_key_values: the cache as these batch rows see it, or None.
         key_source: what keys and values are computed from.
+        num_loops: an int for all of these batch rows, or a (b,) LongTensor with a loop count for each.
     """
 
     attention_mask: torch.Tensor | None
@@ -136,6 +137,7 @@ class CallContext:
     position_ids: torch.Tensor
     past_key_values: Cache | ActiveCache | None
     key_source: KeySource
+    num_loops: int | torch.Tensor
 
     def check_rows_can_leave(self) -> None:
         """ValueError where they cannot."""
@@ -147,9 +149,7 @@ class CallContext:
 
     def with_keys(self, key_source: KeySource) -> "CallContext":
         """The same with another source of keys."""
-        return CallContext(
-            self.attention_mask, self.position_embeddings, self.position_ids, self.past_key_values, key_source
-        )
+        return replace(self, key_source=key_source)
 
     def keep(self, rows: torch.Tensor, past_key_values: Cache | ActiveCache | None) -> "CallContext":
         """The context of the (b,) batch rows `rows` of this one, which see the cache as `past_key_values`."""
@@ -164,6 +164,7 @@ class CallContext:
             position_ids=select(self.position_ids),
             past_key_values=past_key_values,
             key_source=self.key_source.keep(rows),
+            num_loops=self.num_loops if isinstance(self.num_loops, int) else self.num_loops[rows],
         )
 
 

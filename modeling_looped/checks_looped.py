@@ -40,15 +40,17 @@ def refuse_unknown(kwargs: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(f"forward got an unexpected keyword argument {name!r}.{hint}")
 
 
-def refuse_engine(kv_sharing: str, cache, kwargs: dict) -> None:
-    """ValueError where an engine packs requests: it cuts prompts as its load has it, and the answers would show it."""
+def refuse_engine(kv_sharing: str, trouble: str, cache, kwargs: dict) -> None:
+    """ValueError where an engine packs requests, which this KV policy cannot take: `Sharing.engine_trouble`."""
     engine = {name: value for name, value in kwargs.items() if name in ENGINE_ARGUMENTS and value is not None}
     engine |= {} if cache is None or isinstance(cache, Cache) else {"cache": cache}
     if engine:
-        raise ValueError(
-            f"{cuts_show(kv_sharing)}, and an engine that packs requests ({min(engine)} is given) cuts prompts as its "
-            "load has it: use generate, or kv_sharing='per_loop' or 'first'."
-        )
+        name = f"an engine that packs requests ({min(engine)} is given)"
+        raise ValueError(no_engine(kv_sharing, trouble, name))
+
+
+def no_engine(kv_sharing: str, trouble: str, engine: str) -> str:
+    return f"kv_sharing={kv_sharing!r} {trouble.format(engine)}: use generate, or kv_sharing='per_loop' or 'first'."
 
 
 def cuts_show(kv_sharing: str) -> str:

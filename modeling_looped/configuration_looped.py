@@ -156,8 +156,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         position_embedding (`"rope"` | `"learned"` | `"none"`).
         residual_init (`"zero"` | `"normal"`): zero makes every layer start as the identity (Fixup; arXiv 2604.07822).
         embedding_init_std (`float`, *optional*): defaults to `initializer_range`.
-        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"` | `"hyper"`): how a loop reads and writes the
-            state, see `connections_looped.py`.
+        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"` | `"hyper"` | `"damped"`): how a loop reads and
+            writes the state, see `connections_looped.py`.
         loop_embedding (`"none"` | `"learned"` | `"sinusoidal"`): what is added to the core's output to say which loop
             it was; learned vectors exist for `max_num_loops` loops, waves for any.
         max_num_loops (`int`, *optional*): the most loops a call may ask for. None is no limit; where loops have
@@ -172,10 +172,12 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             then any number of loops can be run.
         hyper_init (`"norm_preserving"` | `"euler"` | `"plain"` | `"zero"`): what fresh stream gates let through, see
             `HYPER_INITS`; `"euler"` puts a pretrained core into a damped loop.
+        damped_beta, damped_horizon (`float`): for `loop_connection="damped"` (2605.23872): initial weight of the first
+            loop's output in what leaves the loop, and initial length of all steps together. By default 0.5 and 1.
         state_init (`"embeddings"` | `"zeros"` | `"normal"`): what the first loop starts from.
         state_init_std (`float`): standard deviation of `state_init="normal"`.
-        kv_sharing (`"per_loop"` | `"first"` | `"last"` | `"mean"` | `"gated"`): which loops of a token its cached
-            entries keep, see `cache_looped.py`.
+        kv_sharing (`"per_loop"` | `"first"` | `"natural"` | `"last"` | `"mean"` | `"gated"`): which loops of a token
+            its cached entries keep, see `cache_looped.py`.
         kv_gate (`"elementwise"` | `"low_rank"` | `"scalar"` | `"mean"` | `"ema"` | `"last"`): how `kv_sharing="gated"`
             (MELT, 2605.07721) mixes loops into what keys and values are computed from, see `gates_looped.py`.
         kv_gate_rank (`int`): rank of `kv_gate="low_rank"`.
@@ -237,6 +239,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     hyper_mixing: str = name_in(HYPER_CONNECTIONS)(default="diagonal")
     hyper_gates: str = name_in(GATES_OF_LOOP)(default="per_loop")
     hyper_init: str = name_in(HYPER_INITS)(default="norm_preserving")
+    damped_beta: int | float = scale(default=0.5)
+    damped_horizon: int | float = scale(default=1.0)
     state_init: str = name_in(STARTS)(default="embeddings")
     state_init_std: int | float = scale(default=1.0)
     kv_sharing: str = name_in(SHARINGS)(default="per_loop")

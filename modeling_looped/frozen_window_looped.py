@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .frozen_solvers_looped import METHODS
+from .two_sources_looped import own_columns, replaced, two_source_mask, two_sources
 
 CACHE_ARGUMENTS = ("past_key_values", "cache", "layer_past")
 TWO_SOURCES = "sdpa_two_sources"
@@ -164,21 +165,16 @@ class NaturalCache(LayerCache):
                 f"layer {self.layer.index} ({type(self.layer.module).__name__}) shares or repeats KV slots (slot "
                 f"{layer_idx}): it cannot be looped."
             )
-        self.updated, num_tokens = True, key_states.shape[-2]
-        self.keys, self.values, end = key_states, value_states, num_tokens
+        self.updated = True
+        self.keys, self.values = key_states, value_states
         if self.cache is not None:
             self.keys, self.values = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-            end = self.keys.shape[-2]
-            written = self.cache.layers[layer_idx]
-            if isinstance(written, StaticLayer) and self.keys is written.keys:  # the whole buffer, filled or not
-                end = torch.as_tensor(written.get_seq_length(), device=key_states.device).clamp(max=end)
-        self.columns = torch.arange(num_tokens, device=key_states.device) + (end - num_tokens)
+        self.columns = own_columns(self.cache, layer_idx, self.keys, key_states.shape[-2])
         return self.keys, self.values
 
     def replaced(self, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that the layer saw, (B, H, S, d) each, with the entries of this call replaced."""
-        keys = self.keys.index_copy(-2, self.columns, key_states)
-        return keys, self.values.index_copy(-2, self.columns, value_states)
+        return replaced((self.keys, self.values), (key_states, value_states), self.columns)
 
     def rewrite(self, num_tokens: int, key_states, value_states) -> tuple[torch.Tensor, torch.Tensor]:
         """Overwrite the entries of the first `num_tokens` tokens of this call; returns all, (B, H, S, d) each."""
@@ -199,25 +195,9 @@ class NaturalContext(LayerCache):
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """-> (B, H, S, d) for one token, (B, H, S + T, d) for several: natural keys, then current ones."""
         natural = self.layer.natural
-        if key_states.shape[-2] == 1:
-            return natural.replaced(key_states, value_states)
-        return torch.cat([natural.keys, key_states], -2), torch.cat([natural.values, value_states], -2)
+        return two_sources((natural.keys, natural.values), (key_states, value_states), natural.columns)
 
-    @staticmethod
-    def mask(mask: torch.Tensor | None, columns: torch.Tensor, num_keys: int) -> torch.Tensor | None:
-        """The layer's mask, (B or 1, heads or 1, T, S) -> over natural, then current keys, (..., T, S + T)."""
-        num_tokens = len(columns)
-        if num_tokens == 1:
-            return mask
-        if mask is None:  # sdpa's own causal mask: the keys of this call, then the empty entries of a static cache
-            mask = torch.ones(num_tokens, num_keys, dtype=torch.bool, device=columns.device).tril()[None, None]
-        own = torch.eye(num_tokens, dtype=torch.bool, device=columns.device).expand(*mask.shape[:-1], num_tokens)
-        lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        if mask.dtype != torch.bool:
-            own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(~own, lowest)
-        earlier = mask.clone()
-        earlier[..., torch.arange(num_tokens, device=columns.device), columns] = lowest
-        return torch.cat([earlier, own], dim=-1)
+    mask = staticmethod(two_source_mask)
 
     @staticmethod
     @contextmanager

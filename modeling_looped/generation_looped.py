@@ -8,7 +8,7 @@ import torch
 from transformers.generation import GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .checks_looped import cuts_show, is_row_mask
+from .checks_looped import cuts_show, is_row_mask, no_engine
 from .depth_looped import asked_count, generation_count
 from .halting_looped import calibrated_rule, halting_rule
 from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
@@ -106,14 +106,12 @@ class LoopedGenerationMixin(GenerationMixin):
         """As in transformers. Every request runs `config.num_loops` loops, since the paged cache is sized by them.
 
         Raises:
-            ValueError: the generation config asks for another loop count, or for a halting rule; or tokens depend on
-                where prompts are cut (`kv_sharing`).
+            ValueError: the generation config asks for another loop count, or for a halting rule; or the KV policy
+                cannot be run by an engine (`kv_sharing`).
         """
-        if self.model.sharing.rewrites:
-            raise ValueError(
-                f"{cuts_show(self.config.kv_sharing)}, and continuous batching cuts prompts as its load has it: use "
-                "generate, or kv_sharing='per_loop' or 'first'."
-            )
+        sharing = self.model.sharing
+        if not sharing.takes_engines:
+            raise ValueError(no_engine(self.config.kv_sharing, sharing.engine_trouble, "continuous batching"))
         num_loops = asked_count(generation_config, self.generation_config)
         settings = (self.generation_config if generation_config is None else generation_config).to_dict()
         halting = calibrated_rule(settings.get("halting"), settings.get(CALIBRATED))

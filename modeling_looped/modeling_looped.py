@@ -133,8 +133,8 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         **kwargs,
     ) -> LoopedModelOutput:
         refuse_unknown(kwargs, LoopedForCausalLM.forward.__annotations__)
-        if self.sharing.rewrites:
-            refuse_engine(self.config.kv_sharing, cache, kwargs)
+        if not self.sharing.takes_engines:
+            refuse_engine(self.config.kv_sharing, self.sharing.engine_trouble, cache, kwargs)
         if cache is None or isinstance(cache, Cache):
             past_key_values = one_cache(past_key_values, cache)
         else:  # an engine's, see ENGINE_ARGUMENTS
@@ -207,9 +207,11 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
 
     def open_context(self, call: Call) -> CallContext:
         """What the layers of a call share: the mask, the rotary angles, and the cache with its slots open."""
+        self.sharing.check_attention()
         cache, position_ids = call.past_key_values, call.position_ids
         mask = create_causal_mask(self.config, call.embeds, call.attention_mask, cache, position_ids)
-        context = CallContext(mask, self.positions(call.embeds, position_ids), position_ids, cache, OWN_KEYS)
+        angles = self.positions(call.embeds, position_ids)
+        context = CallContext(mask, angles, position_ids, cache, OWN_KEYS, call.num_loops)
         if call.rows_may_halt:
             context.check_rows_can_leave()
         open_slots(self.core, call.most_loops)
@@ -245,10 +247,11 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             embeds: (b, T, D), the output of the prelude.
             context: of these b batch rows.
         """
-        x, carry = self.connection.read(state, embeds, loop)
+        connection = self.connection.at(context.num_loops)
+        x, carry = connection.read(state, embeds, loop)
         x = self.run_section(self.core, x, context, loop, **kwargs)
         x = self.loop_embedding(self.core_norm(x), loop)
-        return self.connection.write(state, carry, x, loop)
+        return connection.write(state, carry, x, loop)
 
 
 @auto_docstring

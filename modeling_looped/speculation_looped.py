@@ -152,7 +152,7 @@ class Halves:
         slot = self.slots.slot("core", 0, loop)
         causal_mask = create_causal_mask(self.model.config, embeds, mask, self.cache, position_ids, layer_idx=slot)
         angles = self.body.positions(embeds, position_ids)
-        return CallContext(causal_mask, angles, position_ids, self.cache, key_source)
+        return CallContext(causal_mask, angles, position_ids, self.cache, key_source, self.num_loops)
 
     def loop(self, state, embeds, context: CallContext, loops: range) -> torch.Tensor:
         """The state (1, T, ...) after these loops."""

@@ -23,7 +23,7 @@ CHOICES = {
     "tie_word_embeddings": [True, False],
     "position_embedding": ["rope", "learned", "none"],
     "residual_init": ["normal", "zero"],
-    "loop_connection": ["plain", "plain", "inject_add", "inject_concat", "hyper"],
+    "loop_connection": ["plain", "plain", "inject_add", "inject_concat", "hyper", "damped"],
     "loop_embedding": ["none", "none", "learned", "sinusoidal"],
     "max_num_loops": [None, 4, 6],
     "num_streams": [1, 2, 3],
@@ -31,7 +31,7 @@ CHOICES = {
     "hyper_gates": ["per_loop", "shared"],
     "hyper_init": ["norm_preserving", "norm_preserving", "euler", "plain", "zero"],
     "state_init": ["embeddings", "embeddings", "zeros", "normal"],
-    "kv_sharing": ["per_loop", "first", "last", "mean", "gated"],
+    "kv_sharing": ["per_loop", "first", "natural", "last", "mean", "gated"],
     "kv_gate": ["elementwise", "low_rank", "scalar", "mean", "ema", "last"],
     "kv_gate_rank": [2],
     "prefill_chunk": [None, None, 1, 2, 3],
@@ -67,6 +67,7 @@ def configs(draw) -> dict:
         None,
         "plain",
         "hyper",
+        "damped",
     ):
         fields["loop_connection"] = "inject_add"  # the others would never read the input, as a warning says
     return fields

@@ -1,8 +1,10 @@
 """`looped convert SOURCE TARGET`: make a looped model from a pretrained dense transformer, or from Ouro.
 
 The layers before the core become the prelude, the layers after it the coda, and no weight changes, so that at one loop
-the looped model equals its source. This is measured on the written files before they get their name. Ouro is a looped
-model already: only names change (`ouro.py`), and the tensors are compared instead.
+the looped model equals its source. At more loops it is the training-free blend of the source (`frozen_looped.py`),
+which loses nothing before training; or, where asked for, the plain loop. Both are measured on the written files before
+they get their name. Ouro is a looped model already: only names change (`ouro.py`), and the tensors are compared
+instead.
 """
 
 import copy
@@ -28,7 +30,9 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 from looplab.runs.models import blaming, quietly
 from looplab.runs.writing import whole_folder
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped import looped as training_free
 from modeling_looped.frozen_looped import default_window
+from modeling_looped.initial_looped import SetsInitialValues
 
 from .ouro import check_tokenizer, ouro_config, ouro_generation_settings, ouro_weights
 
@@ -40,6 +44,11 @@ SAME_FIELDS = (
     "max_position_embeddings", "initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+# How a converted model loops -> fields of LoopedConfig. A token of the blend leaves the entries of the source behind.
+STARTS: dict[str, dict[str, str]] = {
+    "damped": {"loop_connection": "damped", "kv_sharing": "natural"},
+    "plain": {"loop_connection": "plain"},
+}
 REMEDY = "take a checkpoint that transformers loads."
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -78,7 +87,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Identity:
-    """How much the logits of a looped model at one loop differ from those of its source.
+    """How much the logits of a looped model differ from those of its source, at one loop or blended.
 
     Args:
         difference: the largest absolute difference over all tokens compared.
@@ -103,6 +112,7 @@ class Conversion:
         num_layers: layers of the source.
         num_loops: default loop count.
         identity: the check at one loop; None for Ouro, whose tensors are compared since its code does not run.
+        blend: (loops, the check against the training-free blend of so many); None for a plain loop.
     """
 
     folder: Path
@@ -110,6 +120,7 @@ class Conversion:
     num_layers: int
     num_loops: int
     identity: Identity | None
+    blend: tuple[int, Identity] | None = None
 
 
 def refuse(field: str, value, reason: str, remedy: str) -> ValueError:
@@ -168,13 +179,16 @@ def check_fields(config: PreTrainedConfig) -> None:
         raise refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], reason, remedy)
 
 
-def looped_config(config: PreTrainedConfig, core: Sequence[int] | None = None, num_loops: int = 1) -> LoopedConfig:
+def looped_config(
+    config: PreTrainedConfig, core: Sequence[int] | None = None, num_loops: int = 1, loop_connection: str = "plain"
+) -> LoopedConfig:
     """The configuration of the looped model that equals the source at one loop.
 
     Args:
         config: the source's, a dense Llama, Mistral, Qwen2 or Qwen3.
         core: first and last layer of the core, both inclusive; `default_window` unless given.
         num_loops: default loop count, >= 1.
+        loop_connection: one of STARTS.
 
     Raises:
         ValueError: a field cannot be mapped exactly, or the core lies outside the source's layers.
@@ -195,6 +209,7 @@ def looped_config(config: PreTrainedConfig, core: Sequence[int] | None = None, n
         num_core_layers=last - first + 1,
         num_coda_layers=config.num_hidden_layers - 1 - last,
         num_loops=num_loops,
+        **STARTS[loop_connection],
     )
 
 
@@ -214,18 +229,21 @@ def looped_name(name: str, core: tuple[int, int]) -> str:
     return ".".join(["model", section, str(index), *rest])
 
 
-def to_looped(model: PreTrainedModel, core: Sequence[int] | None = None, num_loops: int = 1) -> LoopedForCausalLM:
+def to_looped(
+    model: PreTrainedModel, core: Sequence[int] | None = None, num_loops: int = 1, loop_connection: str = "plain"
+) -> LoopedForCausalLM:
     """A looped copy of a loaded causal LM, equal to it at one loop; `model` does not change.
 
     Args:
         model: a dense Llama, Mistral, Qwen2 or Qwen3 causal LM.
         core: first and last layer of the core, both inclusive; `default_window` unless given.
         num_loops: default loop count, >= 1, in the configuration and the generation configuration.
+        loop_connection: `"plain"`, or `"damped"`: at every loop count the training-free blend `looped(model, core)`.
 
     Raises:
         ValueError: a field or tensor cannot be mapped exactly, or the core lies outside the model's layers.
     """
-    config = looped_config(model.config, core, num_loops)
+    config = looped_config(model.config, core, num_loops, loop_connection)
     core = check_core(core, model.config.num_hidden_layers)
     state = model.state_dict()
     weights = {looped_name(name, core): tensor for name, tensor in state.items()}
@@ -242,6 +260,10 @@ def to_looped(model: PreTrainedModel, core: Sequence[int] | None = None, num_loo
     expected = looped.state_dict()
     zeros = FAMILIES[model.config.model_type].zeros
     weights |= {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(zeros)}
+    for module in looped.model.connection.modules():
+        if isinstance(module, SetsInitialValues):
+            module.initialize()
+    weights |= {name: tensor for name, tensor in expected.items() if name.startswith("model.connection.")}
     check_tensors(weights, expected)
     looped.load_state_dict(weights)
     looped.generation_config = generation_settings(model, num_loops)
@@ -283,8 +305,9 @@ def generation_settings(model: PreTrainedModel, num_loops: int) -> GenerationCon
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, looped: LoopedForCausalLM, seed: int = 0) -> Identity:
-    """Compare the logits of the source and of the looped model at one loop, both in float32 on the same device.
+def compare(model: PreTrainedModel, looped: LoopedForCausalLM, num_loops: int = 1, seed: int = 0) -> Identity:
+    """Compare the logits of the source and of the looped model, at one loop unless the source is looped as well. Both
+    are in float32 on the same device.
 
     There are three batch rows of seeded random tokens: plain, with positions spread over all that the model allows
     (which shows a wrong rotary embedding), and left-padded. The tolerance is 1e-4 of the largest |logit|. On
@@ -302,7 +325,7 @@ def compare(model: PreTrainedModel, looped: LoopedForCausalLM, seed: int = 0) ->
     position_ids[1] *= longest // tokens
     batch = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
     expected = model(**batch, use_cache=False).logits[mask.bool()]  # (real tokens, V)
-    actual = looped(**batch, use_cache=False, num_loops=1).logits[mask.bool()]
+    actual = looped(**batch, use_cache=False, num_loops=num_loops).logits[mask.bool()]
     return Identity(float((actual - expected).abs().max()), 1e-4 * float(expected.abs().max()))
 
 
@@ -404,6 +427,7 @@ def convert(
     core: Sequence[int] | None = None,
     num_loops: int | None = None,
     gguf_file: str | None = None,
+    loop_connection: str | None = None,
 ) -> Conversion:
     """Make a looped model from a pretrained dense causal LM or from Ouro, and write it to a folder with its tokenizer;
     transformers loads it with `trust_remote_code=True`.
@@ -414,46 +438,66 @@ def convert(
         core: first and last layer of the core, both inclusive; `default_window` unless given. In Ouro all layers loop.
         num_loops: default loop count, >= 1; unless given it is 1, and for Ouro the loop count it was trained with.
         gguf_file: name of a gguf file in `source`; its tensors are dequantised.
+        loop_connection: how it loops, one of STARTS; `"damped"` unless given. Ouro has its own.
 
     Raises:
-        ValueError: the target exists, a field or tensor cannot be mapped exactly, or the logits at one loop differ.
+        ValueError: the target exists, a field or tensor cannot be mapped exactly, or the logits differ.
         OSError: there is no such source.
     """
     source, target = str(source), Path(target)
     with blaming(source, REMEDY, leave=(ValueError, OSError)):
-        return convert_checked(source, target, core, num_loops, gguf_file)
+        return convert_checked(source, target, core, num_loops, gguf_file, loop_connection)
 
 
 def convert_checked(
-    source: str, target: Path, core: Sequence[int] | None, num_loops: int | None, gguf_file: str | None
+    source: str,
+    target: Path,
+    core: Sequence[int] | None,
+    num_loops: int | None,
+    gguf_file: str | None,
+    loop_connection: str | None,
 ) -> Conversion:
     """`convert`, without the blame of unexpected errors on the source's files."""
     fields = read_fields(source, gguf_file)
     if fields.get("model_type") == "ouro":
-        if core is not None or gguf_file is not None:
+        if (core, gguf_file, loop_connection) != (None, None, None):
             raise ValueError(
-                "an Ouro has no core to choose and is read from safetensors: leave out core and gguf_file."
+                "an Ouro has no core to choose, a loop of its own, and is read from safetensors: leave out core, "
+                "gguf_file and loop_connection."
             )
         return convert_ouro(source, target, fields, num_loops)
+    loop_connection = "damped" if loop_connection is None else loop_connection
+    if loop_connection not in STARTS:
+        raise ValueError(f"loop_connection must be one of {', '.join(STARTS)}, got {loop_connection!r}.")
     config = read_config(fields)
     core = check_core(core, config.num_hidden_layers)
     num_loops = 1 if num_loops is None else num_loops
-    looped_config(config, core, num_loops)  # raises before gigabytes are read
+    looped_config(config, core, num_loops, loop_connection)  # raises before gigabytes are read
 
     tokenizer = load_tokenizer(source, gguf_file=gguf_file)
 
     with whole_folder(target) as partial:
         model = load_source(source, config, gguf_file)
-        to_looped(model, core, num_loops).save_pretrained(partial)
+        to_looped(model, core, num_loops, loop_connection).save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         written = LoopedForCausalLM.from_pretrained(partial, dtype=torch.float32)
-        identity = compare(model.float(), written)
-        if not identity.holds:
-            raise ValueError(
-                f"the looped model does not equal {source} at 1 loop: the largest logit difference is "
-                f"{identity.difference:.2e}, and rounding explains {identity.tolerance:.2e}. Nothing was written. If "
-                "these are numbers, the conversion is wrong for this model: please report it. If they are nan, the "
-                "source itself gives nan."
-            )
-    return Conversion(target, core, config.num_hidden_layers, num_loops, identity)
+        identity, blend = compare(model.float(), written), None
+        must_hold(identity, source, "at 1 loop")
+        if loop_connection == "damped":
+            loops = max(2, num_loops)
+            with training_free(model, core, loops):
+                blend = loops, compare(model, written, loops)
+            must_hold(blend[1], f"the blend of {source}", f"at {loops} loops")
+    return Conversion(target, core, config.num_hidden_layers, num_loops, identity, blend)
+
+
+def must_hold(identity: Identity, source: str, where: str) -> None:
+    """ValueError unless the written model equals its source."""
+    if not identity.holds:
+        raise ValueError(
+            f"the looped model does not equal {source} {where}: the largest logit difference is "
+            f"{identity.difference:.2e}, and rounding explains {identity.tolerance:.2e}. Nothing was written. If "
+            "these are numbers, the conversion is wrong for this model: please report it. If they are nan, the "
+            "source itself gives nan."
+        )

@@ -36,8 +36,10 @@ def test_every_memory_of_a_per_loop_run_is_measured(trained, tmp_path, capsys):
     assert main(["memory", str(run), "--chunks", "1", "0", "--limit", "3"]) == 0
     table = capsys.readouterr().out
     rows = lines(run / "memory.jsonl")
-    assert list(rows) == [("per_loop", 0), ("first", 0), ("last", 1), ("last", 0), ("mean", 1), ("mean", 0)]
-    assert [row["trained"] for row in rows.values()] == [True] + [False] * 5
+    assert list(rows) == [
+        ("per_loop", 0), ("first", 0), ("natural", 0), ("last", 1), ("last", 0), ("mean", 1), ("mean", 0)
+    ]  # fmt: skip
+    assert [row["trained"] for row in rows.values()] == [True] + [False] * 6
     # 2 loops of one layer; keys and values of 32 floats.
     assert {key: row["kv_bytes"] for key, row in rows.items()} == {
         key: 2 * 32 * 4 * (2 if key[0] == "per_loop" else 1) for key in rows

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from dense_sources import FAMILIES, SIZES, logits_of, make_batch, make_source
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -16,16 +17,12 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
     LlamaForSequenceClassification,
     MistralConfig,
-    MistralForCausalLM,
     MixtralConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from data_builders.tokenizers import hop_tokenizer
@@ -36,24 +33,6 @@ from modeling_looped import LoopedForCausalLM
 from modeling_looped.frozen_looped import default_window
 from toys import FP32
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
-}
 HALF = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2
 ROPES = {
     "linear": {"factor": 4.0},
@@ -88,17 +67,6 @@ CASES = {
 }
 
 
-def make_source(family: str = "llama", **fields):
-    """A tiny causal LM in evaluation mode, every tensor random: a bias or norm that is lost must show."""
-    config_class, model_class, own = FAMILIES[family]
-    torch.manual_seed(0)
-    model = model_class(config_class(**{**SIZES, **own, **fields})).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
-    return model
-
-
 def in_float64(model):
     """The model in float64 throughout: the norms of these architectures compute in float32 whatever the dtype."""
     model = copy.deepcopy(model).double()
@@ -108,21 +76,6 @@ def in_float64(model):
             norm.load_state_dict(module.state_dict())
             model.set_submodule(name, norm)
     return model
-
-
-def make_batch(tokens: int = 9) -> dict:
-    """Three rows: plain, spread over positions beyond the configured ones, left-padded."""
-    input_ids = torch.randint(3, SIZES["vocab_size"], (3, tokens), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(input_ids)
-    mask[2, :4] = 0
-    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
-    position_ids[1] *= 11
-    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-
-
-def logits_of(model, batch, **kwargs):
-    with torch.no_grad():
-        return model(**batch, **kwargs).logits[batch["attention_mask"].bool()]
 
 
 @pytest.mark.parametrize("case", CASES)

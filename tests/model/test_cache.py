@@ -19,7 +19,7 @@ from toys import FP32, KV_SHARINGS, make_ids, make_model, open_gates, stepwise
 every_sharing = pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
 every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 every_depth = pytest.mark.parametrize("num_loops", [1, 3, 5])  # below, at and above the configured 3
-exact_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first"])
+exact_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "natural"])
 
 CACHES = {
     "bare": lambda config: DynamicCache(),
@@ -32,8 +32,9 @@ def oracle(model, ids, sizes, num_loops):
     """What kv_sharing means, without any cache class: rows are kept in plain lists.
 
     Tokens come in pieces. A loop's queries see the pieces before through the row their policy left (loop 0 or the
-    last loop, their mean, or the same loop), and their own piece through this loop (`first`: through loop 0). With
-    `gated`, keys and values come from a latent, z h + (1 - z) x.
+    last loop, their mean, or the same loop), and their own piece through this loop (`first`: through loop 0;
+    `natural`: through loop 0, but themselves through this loop). With `gated`, keys and values come from a latent,
+    z h + (1 - z) x.
     """
     config, layers = model.config, model.model.core
     memory, latents = {}, {}
@@ -60,7 +61,8 @@ def oracle(model, ids, sizes, num_loops):
                 q, k = rotate(q), rotate(k)
                 slot = (index, loop) if config.kv_sharing == "per_loop" else index
                 past = memory.get((slot, "past"))
-                if config.kv_sharing != "first" or loop == 0:
+                current = k, v
+                if config.kv_sharing not in ("first", "natural") or loop == 0:
                     memory[slot, "own"] = (k, v)
                 k, v = memory[slot, "own"]
                 memory.setdefault((slot, "all"), []).append((k, v))
@@ -70,7 +72,14 @@ def oracle(model, ids, sizes, num_loops):
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
                 scores = q @ k.transpose(2, 3) * attn.scaling
                 visible = torch.arange(start + size)[None] <= torch.arange(start, start + size)[:, None]
-                out = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
+                if config.kv_sharing == "natural":
+                    own_k, own_v = (t.repeat_interleave(groups, 1) for t in current)
+                    tokens = torch.arange(hidden.shape[1])
+                    scores[..., tokens, start + tokens] = (q * own_k).sum(-1) * attn.scaling
+                shares = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+                out = shares @ v
+                if config.kv_sharing == "natural":
+                    out = out + shares[..., tokens, start + tokens, None] * (own_v - v[:, :, start:])
                 hidden = hidden + attn.o_proj(out.transpose(1, 2).flatten(2))
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         for slot in {key[0] for key in memory if key[1] == "own"}:
@@ -110,7 +119,7 @@ def test_cached_equals_the_naive_twin(kv_sharing, attn, num_loops, kind, sizes):
 @exact_sharing
 @every_attention
 @every_depth
-@pytest.mark.parametrize("connection", ["plain", "inject_add", "inject_concat", "hyper"])
+@pytest.mark.parametrize("connection", ["plain", "inject_add", "inject_concat", "hyper", "damped"])
 def test_cached_equals_uncached(kv_sharing, attn, num_loops, connection):
     model = make_model(
         attn=attn,
@@ -320,7 +329,7 @@ def test_prompt_lookup_and_few_loop_drafts_are_lossless(kv_sharing):
     model = make_model(num_loops=4, kv_sharing=kv_sharing)
     ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
     kwargs = {"max_new_tokens": 8, "do_sample": False}
-    if kv_sharing not in ("per_loop", "first"):
+    if kv_sharing not in ("per_loop", "first", "natural"):
         with pytest.raises(ValueError, match="cannot verify drafted tokens"):
             model.generate(ids, prompt_lookup_num_tokens=2, **kwargs)
         return

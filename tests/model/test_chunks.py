@@ -116,7 +116,7 @@ def test_a_prepared_mask_and_an_engine_are_refused():
         model(make_ids(), attention_mask=torch.ones(3, 1, 7, 7, dtype=torch.bool).tril())
     with pytest.raises(ValueError, match="engine that packs requests"):
         model(make_ids(), block_table=torch.zeros(1))
-    for kv_sharing in ("per_loop", "first"):
+    for kv_sharing in ("per_loop", "first", "natural"):
         with pytest.raises(StrictDataclassError, match="prefill_chunk=3 has no meaning"):
             make_config(kv_sharing=kv_sharing, prefill_chunk=3)
     with pytest.raises(StrictDataclassError, match="prefill_chunk must be an integer >= 1"):

@@ -227,6 +227,8 @@ def assert_other_model(fields, changed):
         ("loop_connection", "inject_add"),
         ("loop_connection", "inject_concat"),
         ("loop_connection", "hyper"),
+        ("loop_connection", "damped"),
+        ("kv_sharing", "natural"),
         ("loop_embedding", "learned"),
         ("loop_embedding", "sinusoidal"),
         ("state_init", "zeros"),
@@ -254,6 +256,11 @@ def test_every_field_changes_the_model(field, value):
 )
 def test_every_field_of_hyper_connections_changes_the_model(field, value):
     assert_other_model({"loop_connection": "hyper"}, {field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("damped_beta", 0.2), ("damped_horizon", 1.5), ("num_loops", 5)])
+def test_every_field_of_the_damped_loop_changes_the_model(field, value):
+    assert_other_model({"loop_connection": "damped"}, {field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), [("exit_loss", "gate"), ("exit_entropy_weight", 0.5)])

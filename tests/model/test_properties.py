@@ -17,6 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 import strategies
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceClassification
+from modeling_looped.connections_looped import CONNECTIONS
 from strategies import TOKENS, VOCABULARY
 
 PAST_FAILURES = Path(__file__).with_name("past_failures.jsonl")
@@ -149,6 +150,8 @@ def halting_is_a_depth(case: Case) -> None:
     assert (halted.loops_used[:, -1] <= most).all()
     if case.config.prefill_chunk is not None:  # every chunk halts for itself
         return
+    if CONNECTIONS[case.config.loop_connection].counts_loops:  # its steps are those of the budget
+        return
     depths = halted.loops_used[:, -1].clone()
     same(halted.logits, case.run(mask=case.mask, num_loops=depths, logits_to_keep=1).logits)
 
@@ -176,7 +179,12 @@ def loops_are_a_stack(case: Case) -> None:
     """A plain loop without embeddings or norms of its own is a deeper model with the same weights again and again."""
     config, loops = case.config, case.depth_of(0) or case.config.num_loops
     own = config.loop_connection != "plain" or config.loop_embedding != "none" or config.state_init != "embeddings"
-    if own or config.norm_between_loops or config.kv_sharing in ("first", "gated") or config.prefill_chunk is not None:
+    if (
+        own
+        or config.norm_between_loops
+        or config.kv_sharing in ("first", "natural", "gated")
+        or config.prefill_chunk is not None
+    ):
         return
     fields = case.config.to_dict() | {"num_core_layers": loops * config.num_core_layers, "num_loops": 1}
     for name in ("num_hidden_layers", "max_num_loops", "transformers_version", "architectures"):
@@ -201,7 +209,7 @@ def loops_are_a_stack(case: Case) -> None:
 def decoding_is_the_uncached_choice(case: Case) -> None:
     """Greedy tokens with any cache are those of whole forward passes, row by row, at depths and rules of their own."""
     settings = {"num_loops": case.num_loops, "halting": case.call.get("halting")}
-    if case.config.kv_sharing not in ("per_loop", "first"):
+    if case.config.kv_sharing not in ("per_loop", "first", "natural"):
         return
     static = {"cache_implementation": "static"} if case.call["cache"] == "static" else {}
     with torch.no_grad():

@@ -10,11 +10,12 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_looped.cache_layers_looped import CACHE_NAME
+from modeling_looped.halting_looped import Rule
 from toys import FP32, count_layer_calls, make_ids, make_model
 
 # All drafts are of three tokens, however unsure.
 FORCED = {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0}
-CONNECTIONS = ["plain", "inject_add", "inject_concat", "hyper"]
+CONNECTIONS = ["plain", "inject_add", "inject_concat", "hyper", "damped"]
 
 
 def both(model, ids, draft_loops, **settings):
@@ -50,8 +51,11 @@ def naive(model, ids, draft_loops, num_loops, new_tokens, num_drafted):
 
 def naive_draft(model, ids, draft_loops, num_loops, verified):
     """Logits after `draft_loops` loops, where the coda sees the first `verified` tokens after all loops."""
+    few = {"num_loops": draft_loops}
+    if model.model.connection.counts_loops:  # the draft is the first loops of so many, which is more than a depth
+        few = {"num_loops": num_loops, "halting": After(draft_loops)}
     if not len(model.model.coda):
-        return model(ids, num_loops=draft_loops).logits
+        return model(ids, **few).logits
     seen = []
     layer = model.model.coda[0]
     with layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
@@ -61,12 +65,23 @@ def naive_draft(model, ids, draft_loops, num_loops, verified):
         return torch.cat([seen[0][:, :verified], args[0][:, verified:]], dim=1), *args[1:]
 
     with layer.register_forward_pre_hook(replace):
-        return model(ids, num_loops=draft_loops).logits
+        return model(ids, **few).logits
+
+
+class After(Rule):
+    """Halt after so many loops."""
+
+    def __init__(self, loops: int):
+        self.loops = loops
+
+    def step(self, memory, state, readout):
+        count = torch.ones(len(state), 1) if memory is None else memory + 1  # (b, 1) loops so far
+        return count, (count >= self.loops).expand(state.shape[:2])
 
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("kv_sharing", ["per_loop", "first"])
+@pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "natural"])
 @pytest.mark.parametrize("connection", CONNECTIONS)
 @pytest.mark.parametrize("sections", [(0, 0), (1, 0), (0, 1), (2, 1)])
 def test_greedy_text_is_that_of_plain_decoding_and_of_the_naive_twin(kv_sharing, connection, sections):
@@ -107,6 +122,7 @@ def test_the_laws_saw_drafts_that_were_accepted_and_drafts_that_were_not():
         {"norm_placement": "sandwich", "norm_between_loops": True, "exit_gate": True},
         {"norm_type": "layernorm", "gated_mlp": False, "qk_norm": True, "num_coda_layers": 2},
         {"kv_sharing": "first", "num_prelude_layers": 1},
+        {"kv_sharing": "natural", "loop_connection": "damped", "num_prelude_layers": 1, "num_coda_layers": 1},
     ],
     ids=lambda fields: "+".join(fields),
 )
@@ -120,7 +136,7 @@ def test_a_padded_prompt_and_every_kind_of_layer(attn, fields):
     assert torch.equal(bare, plain.sequences[:, 3:])
 
 
-@pytest.mark.parametrize("kv_sharing", ["per_loop", "first"])
+@pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "natural"])
 def test_a_cache_goes_on_with_the_whole_text_or_with_new_tokens(kv_sharing):
     model, ids = make_model(kv_sharing=kv_sharing, num_coda_layers=1), make_ids(1, 4)
     more = make_ids(1, 3, seed=5)

@@ -17,7 +17,7 @@ def make_rows(count: int) -> dict:
     return {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
 
 
-@pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "last", "gated", "mean"])
+@pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "natural", "last", "gated", "mean"])
 def test_a_row_is_decoded_as_it_would_be_alone(kv_sharing):
     """Rows that halt leave the batch, whatever a token keeps in the cache."""
     model = make_model(kv_sharing=kv_sharing)

@@ -24,15 +24,23 @@ import threading
 import weakref
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from huggingface_hub.dataclasses import as_validated_field, strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation import GenerationMixin
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file, logging
 
 from .depth_looped import SavedDepth, count_to_save, generation_count, mark_saved_settings
 from .frozen_solvers_looped import METHODS
@@ -43,6 +51,9 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "frozen_looped.FrozenLoopedForCausalLM",
 }
 
+logger = logging.get_logger(__name__)
+
+BASE_FOLDER = "base_model"  # in a saved wrapper that has its base model inside
 LARGEST = 1000  # of beta and step: what is larger overflows float32 somewhere else
 
 
@@ -55,10 +66,12 @@ def at_least_one(value: int):
 @strict
 class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
     r"""
-    How a frozen model is looped; saved, it names the base model and holds no weights.
+    How a frozen model is looped; saved, it names the base model.
 
     Args:
         base_model (`str`): Hub name or folder of the model that is looped.
+        base_path (`str`, *optional*): where that folder is as seen from the folder of the saved wrapper, which comes
+            first: both may be moved together, and a base model inside of the wrapper goes with it.
         base_revision (`str`, *optional*): its commit, so that a published wrapper goes on meaning the same model.
         window (`tuple[int, int]`, *optional*): first and last layer, both inclusive, counted from 0; `(a, a - 1)` is
             the empty window. By default [`default_window`] of the model's depth.
@@ -85,6 +98,7 @@ class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
 
     model_type = "frozen_looped"
     base_model: str = ""
+    base_path: str | None = None
     base_revision: str | None = None
     window: list[int] | tuple[int, ...] | None = None
     num_loops: int = at_least_one(default=3)
@@ -137,18 +151,53 @@ class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
         """Tokens after the prompt that loop; None: all."""
         return {"full": None, "prompt": 0}[self.decode] if isinstance(self.decode, str) else self.decode
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; a base_model among the keywords is another one than the path leads to."""
+        if "base_model" in kwargs:
+            config_dict = config_dict | {"base_path": kwargs.get("base_path")}
+        return super().from_dict(config_dict, **kwargs)
+
+    def check_base(self) -> None:
+        """ValueError where the base model has no name under which it could be loaded."""
+        if not self.base_model:
+            raise ValueError(
+                "base_model is empty: this model was not loaded by name, so a saved wrapper could not find its "
+                "weights. Save it with save_base=True; or save the model itself first and load it from there; or "
+                "detach() and save the whole model."
+            )
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As in transformers.
 
         Raises:
             ValueError: the base model has no name under which it could be loaded.
         """
-        if not self.base_model:
-            raise ValueError(
-                "base_model is empty: this model was not loaded by name, so a saved wrapper could not find its "
-                "weights. Save the model itself first and load it from there, or detach() and save the whole model."
-            )
+        self.check_base()
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    def base_of(self, wrapper: str | os.PathLike, subfolder: str = "", revision: str = "main") -> dict[str, str]:
+        """Where the base model of a saved wrapper is: the name, revision and subfolder of its `from_pretrained`.
+
+        Args:
+            wrapper: folder or Hub name of the wrapper.
+            subfolder, revision: of the wrapper.
+
+        Raises:
+            ValueError: it is a folder, and is not where it was.
+        """
+        here = Path(wrapper, subfolder)
+        if self.base_path is not None and (here / self.base_path / CONFIG_NAME).is_file():
+            return {"name": os.path.abspath(here / self.base_path)}
+        if self.base_path == BASE_FOLDER and not Path(wrapper).is_dir():
+            inside = f"{subfolder}/{BASE_FOLDER}".removeprefix("/")
+            return {"name": str(wrapper), "subfolder": inside, "revision": revision}
+        if self.base_path is not None and not Path(self.base_model).is_dir():
+            raise ValueError(
+                f"the base model of {wrapper} is neither {here / self.base_path} nor {self.base_model}: give its "
+                "folder or Hub name as base_model, or move it back. save_pretrained(save_base=True) puts it inside."
+            )
+        return {"name": self.base_model, "revision": self.base_revision or "main"}
 
 
 class Loop:
@@ -426,17 +475,20 @@ class FrozenLooped:
         base_model: str | None = None,
         base_revision: str | None = None,
         push_to_hub: bool = False,
+        save_base: bool = False,
         **kwargs,
     ) -> None:
-        """Save how the model is looped and which model it is, without weights; `AutoModelForCausalLM` loads it again.
+        """Save how the model is looped, which model it is, and its tokenizer; `AutoModelForCausalLM` loads it again.
 
         Args:
             base_model: Hub name or folder to load the weights from; where the model was loaded from by default.
             base_revision: its commit.
+            save_base: put the base model with its weights into the wrapper, as BASE_FOLDER: then nothing else is
+                needed to load it.
 
         Raises:
-            ValueError: the base model has no name, is no causal LM, or its weights were changed since the loop was
-                attached.
+            ValueError: the base model has no name, or none that others know where it is pushed; it is no causal LM;
+                or its weights were changed since the loop was attached.
         """
         if not self.can_generate():
             raise ValueError(
@@ -449,10 +501,21 @@ class FrozenLooped:
                 "the model, load it from there and loop it again."
             )
         settings = self.loop.config.to_dict()
-        settings |= {"base_model": base_model or settings["base_model"], "base_revision": base_revision}
+        name = base_model or settings["base_model"] or (BASE_FOLDER if save_base else "")
+        own_folder = Path(save_directory).absolute() / BASE_FOLDER
+        local = own_folder if save_base else Path(name).absolute() if name and Path(name).is_dir() else None
+        if push_to_hub and local is not None and not save_base:
+            raise ValueError(
+                f"base_model={name!r} is a folder of this machine, which the Hub does not have: name the base model's "
+                "repository as base_model, or put it into the wrapper with save_base=True."
+            )
+        settings |= {"base_model": name, "base_path": None, "base_revision": base_revision}
+        if local is not None:
+            settings["base_model"] = BASE_FOLDER if save_base else str(local)
+            settings["base_path"] = os.path.relpath(local, Path(save_directory).absolute())
         config = FrozenLoopedConfig(**{name: settings[name] for name in FrozenLoopedConfig.settings()})
         config.architectures = [FrozenLoopedForCausalLM.__name__]
-        config.save_pretrained(save_directory, push_to_hub, **kwargs)
+        config.check_base()  # before anything is written
         # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
         fields = self.generation_config.to_diff_dict()
         count = count_to_save(self.loop.config, self.generation_config)
@@ -460,6 +523,32 @@ class FrozenLooped:
             fields["num_loops"] = count
         fields.pop("_from_model_config", None)
         GenerationConfig(**fields).save_pretrained(save_directory)
+        if save_base:
+            self.base_class.save_pretrained(self, own_folder)
+        tokenizer = tokenizer_beside(self)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(save_directory)
+        config.save_pretrained(save_directory, push_to_hub, **kwargs)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder or repository that a model was loaded from; None where there is none to be had."""
+    if not model.name_or_path:
+        return None
+    commit = vars(model.config).get("_commit_hash")
+    place = {} if commit is None else {"revision": commit}
+    try:
+        found = [
+            cached_file(model.name_or_path, name, _raise_exceptions_for_missing_entries=False, **place)
+            for name in TOKENIZER_FILES
+        ]
+        return AutoTokenizer.from_pretrained(model.name_or_path, **place) if any(found) else None
+    except (OSError, ValueError) as error:  # no connection, or one that needs code of its own
+        logger.warning(f"the tokenizer of {model.name_or_path} is not saved with the wrapper: {error}")
+        return None
 
 
 def weight_versions(model) -> list[int]:
@@ -501,7 +590,8 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
         """Load the base model of a saved wrapper, and loop it.
 
         Args:
-            pretrained_model_name_or_path: the wrapper's folder or Hub name.
+            pretrained_model_name_or_path: the wrapper's folder or Hub name; the base model is found from there, see
+                `FrozenLoopedConfig.base_of`. base_model among the keywords names another place of it.
             config: its configuration, if loaded already; loop settings among the keywords go into it otherwise.
             **kwargs: of the base model's `from_pretrained` (dtype, device_map, quantization_config, ...).
         """
@@ -517,9 +607,11 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
             del kwargs["trust_remote_code"]
         if config._attn_implementation is not None:  # every configuration takes it out of the keywords
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            config.base_model, *args, revision=config.base_revision or "main", **kwargs
-        )
+        place = config.base_of(pretrained_model_name_or_path, **own)
+        name = place.pop("name")
+        # What a wrapper that is saved again names: it cannot name a folder in a repository of the Hub.
+        config.base_model = "" if "subfolder" in place else name
+        loaded = AutoModelForCausalLM.from_pretrained(name, *args, **place, **kwargs)
         model, *loading_info = loaded if isinstance(loaded, tuple) else (loaded,)
         if kwargs.get("generation_config") is None:
             try:

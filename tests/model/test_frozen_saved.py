@@ -1,13 +1,15 @@
 """The saved form of a looped frozen model: settings and the base model's name, no weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from data_builders.tokenizers import hop_tokenizer
 from families import make_frozen, make_tokens
 from modeling_looped.frozen_looped import FrozenLoopedForCausalLM, attach, detach, looped
 from toys import shipped_with
@@ -122,6 +124,83 @@ def test_a_model_that_is_no_causal_lm_is_not_saved_as_one(base, tmp_path):
 def test_the_saved_form_cannot_be_made_without_a_base_model():
     with pytest.raises(TypeError, match="use from_pretrained"):
         FrozenLoopedForCausalLM(None)
+
+
+ELSEWHERE = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+question = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)("e1 r0 r1", return_tensors="pt")
+print(model.generate(**question, max_new_tokens=5, do_sample=False).tolist())
+"""
+
+
+def with_tokenizer(folder):
+    """A base model of relative name with a tokenizer, and what it says."""
+    make_frozen("llama", dtype=torch.float32).save_pretrained(folder)
+    hop_tokenizer(4, 2).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("how", ["wrapper moved", "both moved", "base inside"])
+def test_a_wrapper_that_was_moved_finds_its_base_model_and_has_its_tokenizer(how, tmp_path, monkeypatch):
+    """From any working folder, also where the base model was loaded by a relative name."""
+    place = tmp_path / "here"
+    with_tokenizer(place / "base")
+    monkeypatch.chdir(place)
+    model = attach(AutoModelForCausalLM.from_pretrained("base"), (2, 4), 4)
+    model.save_pretrained("saved", save_base=how == "base inside")
+    ids = AutoTokenizer.from_pretrained("base")("e1 r0 r1", return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    monkeypatch.chdir(tmp_path)
+    if how == "both moved":
+        place.rename(tmp_path / "there")
+    else:
+        (tmp_path / "there").mkdir()
+        (place / "saved").rename(tmp_path / "there" / "saved")
+    if how == "base inside":
+        shutil.rmtree(place)
+    folder = tmp_path / "there" / "saved"
+    assert AutoTokenizer.from_pretrained(folder)("e1 r0 r1")["input_ids"] == ids["input_ids"][0].tolist()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.generate(**ids, max_new_tokens=5, do_sample=False).equal(expected)
+    loaded.save_pretrained(tmp_path / "again", save_base=how == "base inside")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert again.generate(**ids, max_new_tokens=5, do_sample=False).equal(expected)
+    if how == "base inside":
+        environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+        run = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, str(folder)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.strip().splitlines()[-1] == str(expected.tolist())
+
+
+def test_a_base_model_that_is_gone_is_named_with_both_its_places(base, tmp_path):
+    attach(base, (2, 4)).save_pretrained(tmp_path / "saved")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"neither .*saved/\.\./base nor .*base: give its folder"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for kind in (AutoModelForCausalLM, FrozenLoopedForCausalLM):
+        found = kind.from_pretrained(tmp_path / "saved", base_model=str(tmp_path / "elsewhere"))
+        assert found.loop.config.window == [2, 4]
+
+
+def test_a_folder_of_this_machine_is_not_pushed_as_a_base_model(base, tmp_path):
+    with pytest.raises(ValueError, match="is a folder of this machine, which the Hub does not have"):
+        attach(base, (2, 4)).save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_model_without_a_name_can_be_saved_inside_of_its_wrapper(tmp_path):
+    model = attach(make_frozen("llama", dtype=torch.float32), (2, 4), 3)
+    model.save_pretrained(tmp_path / "saved", save_base=True)
+    ids = make_tokens()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits.equal(model(ids).logits)
 
 
 @pytest.mark.slow

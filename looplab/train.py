@@ -4,7 +4,8 @@
     while budget remains:
         batch = task.batches[step]        rows of one length and one loop count; a pure function of (seed, step)
         loss  = model(batch, num_loops)   mean cross-entropy of the labels of all ranks and micro-batches
-        update                            AdamW, or Muon for the matrices of the layers and AdamW for the rest
+        update                            AdamW, or Muon for the matrices of the layers and AdamW for the rest; of all
+                                      weights, of the core's, or of adapters (`train`)
         every check_every steps:          task.check on held-out rows, and task.advance
         every checkpoint_every steps:     save the whole training state
 
@@ -47,6 +48,7 @@ from looplab.training.optimizers import build_optimizers, lr_factor, restart, se
 from looplab.training.provenance import provenance
 from looplab.training.recipe import Recipe, add_recipe, read_recipe
 from looplab.training.run_folder import RunFolder, held
+from looplab.training.trained import TRAINED
 
 
 def main(recipe: Recipe) -> dict:
@@ -87,6 +89,8 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
     # Model: the same weights on every rank; after that each rank has its own dropout.
     set_seed(recipe.seed)
     looped = build_model(recipe, task.tokenizer, task.generation)
+    num_parameters, trained = looped.num_parameters(), TRAINED[recipe.train.what](recipe.train)
+    trained.prepare(looped)
     check_loops = recipe.gate_loops or looped.config.num_loops
     objective = make_objective(recipe, looped, task, accelerator)
     check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": check_loops}, recipe.eval_loops)
@@ -184,7 +188,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
             if task.advance(state):
                 restart(optimizers)
         if state.step in recipe.snapshots and accelerator.is_main_process:
-            run.save_folder(f"snapshots/step-{state.step:09d}", looped, task.tokenizer)
+            run.save_folder(f"snapshots/step-{state.step:09d}", trained.to_save(looped), task.tokenizer)
         if state.step % recipe.checkpoint_every == 0 or state.finished:
             run.save_checkpoint(accelerator, state)
 
@@ -197,14 +201,15 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         "steps": state.step,
         "seconds": state.seconds,
         "tokens": state.tokens,
-        "parameters": looped.num_parameters(),
+        "parameters": num_parameters,
+        "trained_parameters": looped.num_parameters(only_trainable=True),
         **task.summary(looped, state, check_loops),
         "gate_loops": check_loops,
         "trained_loops": {"minimum": int(depth.depths[0]), "maximum": int(depth.depths[-1]), "mean": depth.expected},
         **provenance(accelerator),
     }
     if accelerator.is_main_process:
-        run.save_folder("model", looped, task.tokenizer)
+        run.save_folder("model", trained.to_save(looped), task.tokenizer)
         run.write_summary(summary)
     accelerator.print(f"{run.folder}: {state.step} steps, {task.headline(summary)}")
     accelerator.end_training()

@@ -6,10 +6,10 @@
         trace  = argmax, margin of the gold token, KL to the loop before, entropy, change of the state
 
 A loop does not depend on how many loops follow, so the state after loop t of R is that of a call with t loops (arXiv
-2604.07822). Two kinds of models are exceptions, and their answers come from a forward pass per loop count. A coda runs
-after the last loop only. And a KV policy that rewrites its entries leaves, for the chunks that follow, entries of the
-last loop; the signals of such a model are those of a call with R loops. Legend: R loops, N batch rows, T tokens, D
-hidden size, V vocabulary.
+2604.07822). Three kinds of models are exceptions, and their answers come from a forward pass per loop count. A coda
+runs after the last loop only. A KV policy that rewrites its entries leaves, for the chunks that follow, entries of the
+last loop. And a damped loop takes smaller steps the more of them there are. The signals of such a model are those of a
+call with R loops. Legend: R loops, N batch rows, T tokens, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass, fields
@@ -81,8 +81,8 @@ def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.
         said.append(answer_of(logits, answers))
 
     model(input_ids, num_loops=num_loops, observe=observe, **calls)
-    is_cut = model.model.is_cut(input_ids.shape[1])
-    if model.config.num_coda_layers or (is_cut and model.model.sharing.rewrites):
+    rewrites = model.model.is_cut(input_ids.shape[1]) and model.model.sharing.rewrites
+    if model.config.num_coda_layers or rewrites or model.model.connection.counts_loops:
         runs = (model(input_ids, num_loops=loops, **calls).logits[:, -1] for loops in range(1, num_loops + 1))
         said = [answer_of(logits.float(), answers) for logits in runs]
     prediction, margin = (torch.stack(part).cpu() for part in zip(*said, strict=True))

@@ -11,19 +11,22 @@ from .recipe import Optim
 
 
 def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; or Muon for the matrices of the layers (Jordan et al. 2024) and AdamW for the rest."""
+    """AdamW for all parameters that are trained; or Muon for the matrices of the layers (Jordan et al. 2024), adapters
+    among them, and AdamW for the rest."""
     parts = [model.model.prelude, model.model.core, model.model.coda] if optim.kind == "muon" else []
-    gates = [p for name, p in model.named_parameters() if ".kv_gate." in name and optim.kv_gate_lr is not None]
-    taken = {id(p) for p in gates}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gates = [p for name, p in trained.items() if ".kv_gate." in name and optim.kv_gate_lr is not None]
+    taken = {id(p) for p in gates} | {id(p) for p in model.parameters() if not p.requires_grad}
     matrices = [p for part in parts for p in part.parameters() if p.ndim == 2 and id(p) not in taken]
     taken |= {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken]
+    rest = [p for p in trained.values() if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         {"params": gates, "weight_decay": 0.0, "lr": optim.kv_gate_lr},
     ]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=tuple(optim.betas))]
+    groups = [group for group in groups if group["params"]]
+    optimizers = [torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas))] if groups else []
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay))
     for optimizer in optimizers:

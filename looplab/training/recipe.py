@@ -8,7 +8,8 @@ import difflib
 import logging
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,34 @@ class Distill:
     all_loops: bool = True  # compare what every loop would say; otherwise the last loop
 
 
+@strict
+@dataclass
+class Train:
+    """What of the weights of `init_from` is trained, see `trained.py`. All but `what` is for LoRA, in PEFT's words."""
+
+    what: Literal["full", "core", "lora"] = "full"
+    r: int = number(16, at_least=1)  # rank
+    lora_alpha: int = number(32, at_least=1)  # adapters are scaled by lora_alpha / r
+    lora_dropout: Number = number(0.0, at_least=0, below=1)
+    target_modules: list[str] | None = None  # matrices of a layer that get adapters, such as q_proj; None: all
+    layers: Literal["core", "all"] = "core"  # whose matrices
+
+    def check(self, init_from: str | None) -> None:
+        """Raise ValueError for fields that contradict each other, and for LoRA without its library."""
+        if self.what != "full" and init_from is None:
+            raise ValueError(f"train.what={self.what} leaves weights as they are: name trained ones in init_from.")
+        for item in fields(self):
+            value = vars(self)[item.name]
+            if self.what != "lora" and item.name != "what" and value != item.default:
+                raise ValueError(
+                    f"train.{item.name} is for train.what=lora, got train.what={self.what}: leave it out."
+                )
+        if self.target_modules == []:
+            raise ValueError("train.target_modules is empty: name matrices of a layer, or leave it out for all.")
+        if self.what == "lora" and find_spec("peft") is None:
+            raise ValueError("train.what=lora needs the package peft: pip install 'looped-transformers[lora]'.")
+
+
 # Fields of LoopedConfig that may differ from those the weights of `init_from` were trained with.
 KEEPS_WEIGHTS = frozenset(
     {
@@ -98,6 +127,7 @@ class Recipe:
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
     distill: Distill = field(default_factory=Distill)
+    train: Train = field(default_factory=Train)
     batch_size: int = number(256, at_least=1)  # rows, or molecules, of one update, over all ranks and micro-batches
     accumulation_steps: int = number(1, at_least=1)  # micro-batches an update is split into
     max_steps: int | None = number(at_least=1)
@@ -129,6 +159,7 @@ class Recipe:
             raise ValueError(f"depth: {error}") from error
         self.curriculum.check()
         self.data.check(self.init_from)
+        self.train.check(self.init_from)
         if self.init_from is None:
             from modeling_looped import LoopedConfig
 

@@ -20,6 +20,8 @@ KINDS = [
     {"loop_connection": "inject_concat", "state_init": "normal"},
     {"kv_sharing": "last"},
     {"kv_sharing": "first"},
+    {"kv_sharing": "natural"},
+    {"loop_connection": "damped"},
     # Where a prompt is cut, the chunks before leave entries in the cache that depend on the loop count of the call.
     *(
         {"kv_sharing": name, "prefill_chunk": chunk}

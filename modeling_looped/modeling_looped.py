@@ -182,6 +182,22 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             **{CACHE_NAME: past_key_values},  # pyright: ignore[reportArgumentType]
         )
 
+    def stopped(self, state: torch.Tensor, attention_mask=None, position_ids=None) -> torch.Tensor:
+        """What the head reads in a call without a cache whose last loop left `state`: (B, T, D) -> (B, T, D).
+
+        So a state that `observe` shows gives what a call with fewer loops would give.
+
+        Args:
+            state: of all batch rows, as `observe` shows it.
+            attention_mask, position_ids: of the call.
+        """
+        if self.config.num_coda_layers == 0:
+            return self.readout_norm(state)
+        if position_ids is None:
+            position_ids = make_position_ids(state, attention_mask, None)
+        context = self.open_context(Call(state, attention_mask, position_ids, past_key_values=None, num_loops=1))
+        return self.readout_norm(self.run_section(self.coda, state, context))
+
     def is_cut(self, num_tokens: int) -> bool:
         """Whether a call of so many tokens is run chunk by chunk."""
         return self.config.prefill_chunk is not None and num_tokens > self.config.prefill_chunk

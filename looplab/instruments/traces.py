@@ -5,11 +5,9 @@
         logits = readout(state)                (N, V) at the last position
         trace  = argmax, margin of the gold token, KL to the loop before, entropy, change of the state
 
-A loop does not depend on how many loops follow, so the state after loop t of R is that of a call with t loops (arXiv
-2604.07822). Three kinds of models are exceptions, and their answers come from a forward pass per loop count. A coda
-runs after the last loop only. A KV policy that rewrites its entries leaves, for the chunks that follow, entries of the
-last loop. And a damped loop takes smaller steps the more of them there are. The signals of such a model are those of a
-call with R loops. Legend: R loops, N batch rows, T tokens, D hidden size, V vocabulary.
+The answers are those of `at_loops`, so that a coda is part of them. The signals are what the halting rules see, which
+look at states before the coda; where `at_loops` makes a forward pass per loop count, they are those of the call with R
+loops. Legend: R loops, N batch rows, T tokens, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass, fields
@@ -17,6 +15,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
+
+from .at_loops import at_loops, takes_calls
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ def joined(traces: list[Trace]) -> Trace:
 @torch.inference_mode()
 def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.Tensor, num_loops: int) -> Trace:
     """The trace of one batch, on the CPU; arguments as of `trace`, on the model's device."""
-    calls = {"logits_to_keep": 1, "use_cache": False}
     signals, said = [], []
 
     def observe(rows: torch.Tensor, state: torch.Tensor) -> None:
@@ -76,15 +75,18 @@ def trace_batch(model: PreTrainedModel, input_ids: torch.Tensor, answers: torch.
             stays = F.logsigmoid(-exit_gate(state)[:, -1])
         before = signals[-1] if signals else None
         signals.append(signals_of(state[:, -1].float(), logits.log_softmax(-1), stays, before))
+        said.append(answer_of(logits, answers))
         if before is not None:
             del before["state"], before["log_p"], before["stays"]  # only the next loop needs them
-        said.append(answer_of(logits, answers))
 
-    model(input_ids, num_loops=num_loops, observe=observe, **calls)
-    rewrites = model.model.is_cut(input_ids.shape[1]) and model.model.sharing.rewrites
-    if model.config.num_coda_layers or rewrites or model.model.connection.counts_loops:
-        runs = (model(input_ids, num_loops=loops, **calls).logits[:, -1] for loops in range(1, num_loops + 1))
-        said = [answer_of(logits.float(), answers) for logits in runs]
+    def read(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return answer_of(logits[:, -1].float(), answers)
+
+    # Otherwise the logits that the rules see are those of the answers.
+    apart = model.config.num_coda_layers > 0 or takes_calls(model, input_ids.shape[1])
+    loops = range(1, num_loops + 1) if apart else [num_loops]
+    found = at_loops(model, loops, read, logits_to_keep=1, observe=observe, input_ids=input_ids)
+    said = found.values() if apart else said
     prediction, margin = (torch.stack(part).cpu() for part in zip(*said, strict=True))
     names = [field.name for field in fields(Trace) if field.name not in ("prediction", "margin")]
     stacked = {name: torch.stack([signal[name] for signal in signals]).cpu() for name in names}

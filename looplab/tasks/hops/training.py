@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 
 from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups
+from looplab.instruments.at_loops import at_loops
 from looplab.tasks.training import State, TaskTraining, TrainingRecipe, load_tokenizer
 from modeling_looped import LoopedForCausalLM
 
@@ -81,14 +82,17 @@ class HopTraining(TaskTraining):
     def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """Accuracy of each hop count up to the stage's, also at each of `eval_loops`."""
         hops = [k for k in self.held_out_hops if k <= state.stage]
-        row = {"stage": state.stage} | by_kind(self.accuracy(model, hops, num_loops))
+        accuracy = self.accuracy(model, hops, [num_loops, *self.recipe.eval_loops])
+        row = {"stage": state.stage} | by_kind(accuracy[num_loops])
         state.gate = row["gate"]
         if self.recipe.eval_loops:
-            row["gate_at_loops"] = {str(loops): self.accuracy(model, hops, loops) for loops in self.recipe.eval_loops}
+            row["gate_at_loops"] = {str(loops): accuracy[loops] for loops in self.recipe.eval_loops}
         return row
 
-    def accuracy(self, model: LoopedForCausalLM, hops: Sequence[int], num_loops: int) -> dict[str, float]:
-        return held_out_accuracy(self.accelerator, model, self.held_out, hops, num_loops)
+    def accuracy(
+        self, model: LoopedForCausalLM, hops: Sequence[int], loops: Sequence[int]
+    ) -> dict[int, dict[str, float]]:
+        return held_out_accuracy(self.accelerator, model, self.held_out, hops, loops)
 
     def advance(self, state: State) -> bool:
         """Note a passed stage and begin the next one; after the last one, the run may end."""
@@ -113,7 +117,7 @@ class HopTraining(TaskTraining):
         return {
             "stage": state.stage,
             "learnable_depth": state.learnable_depth,
-            **by_kind(self.accuracy(model, self.held_out_hops, num_loops)),
+            **by_kind(self.accuracy(model, self.held_out_hops, [num_loops])[num_loops]),
             "trained_hops": [k for k in self.train_hops if k <= state.stage],
         }
 
@@ -135,28 +139,34 @@ def held_out_accuracy(
     model: LoopedForCausalLM,
     rows: Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]],
     hops: Sequence[int],
-    num_loops: int,
-) -> dict[str, float]:
-    """Share of rows whose answer is the argmax over the vocabulary at the readout. The ranks divide the rows.
+    loops: Sequence[int],
+) -> dict[int, dict[str, float]]:
+    """Loop count -> share of rows whose answer is the argmax over the vocabulary at the readout. The ranks divide the
+    rows.
 
-    rows: (hops, split_kind) -> (input_ids (N, T), answers (N,)). The result has the keys "2", "3" .. for hop counts
-    and "2 id", "2 ood" .. for their split kinds.
+    rows: (hops, split_kind) -> (input_ids (N, T), answers (N,)). Shares have the keys "2", "3" .. for hop counts and
+    "2 id", "2 ood" .. for their split kinds.
     """
+    counts = sorted(set(loops))
     right, total = Counter(), Counter()
     model.eval()
     for (k, split_kind), group in rows.items():
         if k not in hops:
             continue
-        correct = torch.zeros((), device=accelerator.device)
+        correct = torch.zeros(len(counts), device=accelerator.device)
         share = (part[accelerator.process_index :: accelerator.num_processes].split(CHECKED_ROWS) for part in group)
         for input_ids, answers in zip(*share, strict=True):
             input_ids, answers = input_ids.to(accelerator.device), answers.to(accelerator.device)
-            logits = model(
-                input_ids=input_ids, logits_to_keep=1, num_loops=num_loops, use_cache=False
-            ).logits  # (b, 1, V)
-            correct += (logits[:, -1].argmax(-1) == answers).sum()
+
+            def read(logits: torch.Tensor, answers: torch.Tensor = answers) -> torch.Tensor:  # (b, 1, V)
+                return (logits[:, -1].argmax(-1) == answers).sum()
+
+            said = at_loops(model, counts, read, logits_to_keep=1, input_ids=input_ids)
+            correct += torch.stack(list(said.values()))
+        found = dict(zip(counts, accelerator.reduce(correct).tolist(), strict=True))
         for key in (str(k), f"{k} {split_kind}"):
-            right[key] += accelerator.reduce(correct).item()
             total[key] += len(group[1])
+            for count in counts:
+                right[count, key] += found[count]
     model.train()
-    return {key: right[key] / total[key] for key in total}
+    return {count: {key: right[count, key] / total[key] for key in total} for count in counts}

@@ -1,12 +1,13 @@
 """Training on sequences of tokens in which every token predicts the next: the base of text and molecules."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
 from data_builders import PackedMolecules, TextBlocks
+from looplab.instruments.at_loops import at_loops
 from looplab.tasks.training import State, TaskTraining
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.losses_looped import exit_distribution
@@ -29,10 +30,9 @@ class LanguageTraining(TaskTraining):
 
     def check(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """Nats per token at `num_loops` and each of `eval_loops`; with an exit gate, also `held_out_exits`."""
-        state.gate = {
-            str(loops): held_out_loss(self.accelerator, model, self.held_out_rows(), loops)
-            for loops in dict.fromkeys([num_loops, *self.recipe.eval_loops])
-        }
+        loops = dict.fromkeys([num_loops, *self.recipe.eval_loops])
+        losses = held_out_loss(self.accelerator, model, self.held_out_rows(), loops)
+        state.gate = {str(count): losses[count] for count in loops}
         row = self.measured(state, num_loops)
         if model.config.exit_gate:
             row["exits"] = held_out_exits(self.accelerator, model, self.held_out_rows(), num_loops)
@@ -59,18 +59,24 @@ class LanguageTraining(TaskTraining):
 
 @torch.no_grad()
 def held_out_loss(
-    accelerator: Accelerator, model: LoopedForCausalLM, rows: Iterable[dict[str, torch.Tensor]], num_loops: int
-) -> float:
-    """Mean cross-entropy in nats per token, over the labels of all batches of all ranks."""
-    total, count = torch.zeros((2, 1), dtype=torch.float64, device=accelerator.device)
+    accelerator: Accelerator, model: LoopedForCausalLM, rows: Iterable[dict[str, torch.Tensor]], loops: Collection[int]
+) -> dict[int, float]:
+    """Loop count -> mean cross-entropy in nats per token, over the labels of all batches of all ranks."""
+    counts = sorted(loops)
+    totals = torch.zeros(len(counts), dtype=torch.float64, device=accelerator.device)
+    number = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
     model.eval()
     for batch in rows:
         labels = batch.pop("shift_labels").flatten()
-        logits = model(**batch, num_loops=num_loops, use_cache=False).logits  # (b, T, V)
-        total += F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
-        count += (labels >= 0).sum()
+
+        def read(logits: torch.Tensor, labels: torch.Tensor = labels) -> torch.Tensor:  # (b, T, V)
+            return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+
+        totals += torch.stack(list(at_loops(model, counts, read, **batch).values()))
+        number += (labels >= 0).sum()
     model.train()
-    return (accelerator.reduce(total) / accelerator.reduce(count)).item()
+    means = accelerator.reduce(totals) / accelerator.reduce(number)
+    return dict(zip(counts, means.tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -1,16 +1,19 @@
 """The loss of held-out molecules, in nats per token."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 import datasets
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
 from data_builders.molecule_batches import IGNORED
+from looplab.instruments.at_loops import at_loops
 from looplab.runs.folder import Run
 
 from .data import MoleculeData
@@ -19,16 +22,24 @@ LOSS_MOLECULES = 2_000  # test molecules that `looped eval` measures the loss on
 
 
 @torch.inference_mode()
-def loss_of_molecules(model: PreTrainedModel, molecules: PackedMolecules, num_loops: int, limit: int) -> float:
-    """Nats per token of the first `limit` molecules."""
-    total = count = 0
-    for numbers in torch.arange(min(limit, len(molecules))).split(64):
-        rows = {name: value.to(model.device) for name, value in molecules.rows(numbers).items()}
-        labels = rows.pop("shift_labels").flatten()
-        logits = model(**rows, num_loops=num_loops, use_cache=False).logits.flatten(0, 1).float()
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-        count += int((labels >= 0).sum())
-    return total / count
+def loss_of_molecules(
+    model: PreTrainedModel, molecules: PackedMolecules, loops: Collection[int], limit: int
+) -> dict[int, float]:
+    """Loop count -> nats per token of the first `limit` molecules."""
+    totals, count = Counter(), 0
+    number = min(limit, len(molecules))
+    with tqdm(total=number, desc="loss", unit="molecule", mininterval=1) as bar:
+        for numbers in torch.arange(number).split(64):
+            rows = {name: value.to(model.device) for name, value in molecules.rows(numbers).items()}
+            labels = rows.pop("shift_labels").flatten()
+
+            def read(logits: torch.Tensor, labels: torch.Tensor = labels) -> float:  # (b, T, V)
+                return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum").item()
+
+            totals.update(at_loops(model, loops, read, **rows))
+            count += int((labels >= 0).sum())
+            bar.update(len(numbers))
+    return {num_loops: total / count for num_loops, total in totals.items()}
 
 
 class HeldOut:

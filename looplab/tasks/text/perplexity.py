@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks
 from data_builders.text_batches import spread_blocks
+from looplab.instruments.at_loops import at_loops
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.intervals import bootstrap_intervals
 from looplab.runs.models import count_parameters, load_run_model
@@ -66,24 +67,22 @@ def text_digest(blocks: TextBlocks, numbers: torch.Tensor) -> str:
 def block_losses(
     model: PreTrainedModel, blocks: TextBlocks, numbers: torch.Tensor, loops: Sequence[int]
 ) -> dict[int, torch.Tensor]:
-    """Loop count -> mean cross-entropy (N,) of each block in `numbers` (N,), in nats per token, float64.
-
-    The largest loop count runs first: if the model may not run it, the error comes before any work.
-    """
+    """Loop count -> mean cross-entropy (N,) of each block in `numbers` (N,), in nats per token, float64."""
     num_rows = max(1, TOKENS // blocks.sequence_length)
-    losses = {}
-    with tqdm(total=sum(loops) * len(numbers), desc="evaluating", unit="loop", unit_scale=True, mininterval=1) as bar:
-        for num_loops in sorted(loops, reverse=True):
-            parts = []
-            for chosen in numbers.split(num_rows):
-                rows = {name: value.to(model.device) for name, value in blocks.rows(chosen).items()}
-                logits = model(input_ids=rows["input_ids"], num_loops=num_loops, use_cache=False).logits  # (b, T, V)
-                logits, labels = logits.flatten(0, 1).float(), rows["shift_labels"].flatten()
-                each = F.cross_entropy(logits, labels, reduction="none").view(len(chosen), -1)  # (b, T)
-                parts.append(each.double().mean(1).cpu())
-                bar.update(num_loops * len(chosen))
-            losses[num_loops] = torch.cat(parts)
-    return {num_loops: losses[num_loops] for num_loops in sorted(losses)}
+    losses = {num_loops: [] for num_loops in sorted(loops)}
+    with tqdm(total=len(numbers), desc="evaluating", unit="block", mininterval=1) as bar:
+        for chosen in numbers.split(num_rows):
+            rows = {name: value.to(model.device) for name, value in blocks.rows(chosen).items()}
+            labels = rows["shift_labels"].flatten()
+
+            def read(logits: torch.Tensor, labels: torch.Tensor = labels) -> torch.Tensor:  # (b, T, V)
+                each = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
+                return each.view(len(logits), -1).double().mean(1).cpu()
+
+            for num_loops, each in at_loops(model, loops, read, input_ids=rows["input_ids"]).items():
+                losses[num_loops].append(each)
+            bar.update(len(chosen))
+    return {num_loops: torch.cat(parts) for num_loops, parts in losses.items()}
 
 
 def text_rows(losses: dict[int, torch.Tensor], tokens: int, text: str) -> list[dict]:

@@ -78,7 +78,7 @@ def test_the_decoded_loss_is_that_of_packed_molecules(loaded, rows, test_split):
     decoded = decode(loaded[0], rows, 0, LOOPS, None)
     assert int(decoded.real.sum()) == test_split.num_tokens
     assert len(set(decoded.real.sum(1).tolist())) > 3
-    loss = loss_of_molecules(loaded[0], test_split, LOOPS, len(test_split))
+    loss = loss_of_molecules(loaded[0], test_split, [LOOPS], len(test_split))[LOOPS]
     assert float(decoded.losses[decoded.real].mean()) == pytest.approx(loss, abs=1e-5)
 
 

@@ -175,7 +175,7 @@ def test_tokens_of_molecules_have_the_loss_of_packed_ones(parts):
     molecules = HeldOut(tokenizer, splits["test"]["text"][:], rows=7)
     nats = molecules.nats(model, 3)
     packed = PackedMolecules(splits["test"], tokenizer, 76)
-    assert nats.mean().item() == pytest.approx(loss_of_molecules(model, packed, 3, 1000), abs=1e-5)
+    assert nats.mean().item() == pytest.approx(loss_of_molecules(model, packed, [3], 1000)[3], abs=1e-5)
     assert torch.equal(molecules.owner.bincount(), torch.from_numpy(packed.lengths))
     kinds = token_kinds(tokenizer, molecules.labels)
     assert sum(kinds[name] for name in ("close", "ring", "other")).eq(1).all()
@@ -231,7 +231,7 @@ def test_a_fresh_head_is_at_the_minimum(parts):
             gradients.append(at.grad.norm())
         assert gradients[1] < 0.01 * gradients[0]
         own = F.cross_entropy(F.linear(features, model.lm_head.weight.detach()), labels).item()
-        assert own == pytest.approx(loss_of_molecules(model, packed, count, 1000), abs=1e-5)
+        assert own == pytest.approx(loss_of_molecules(model, packed, [count], 1000)[count], abs=1e-5)
         assert loss < own
 
 

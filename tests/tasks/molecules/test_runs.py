@@ -177,7 +177,7 @@ def test_the_test_loss_is_what_the_model_itself_says(home, loaded):
             count += ids.numel() - 1
         assert row["loss"] == pytest.approx(total / count, abs=1e-5)
     packed = PackedMolecules(splits["test"], tokenizer, 76)
-    assert loss_of_molecules(model, packed, 3, 10_000) == run.read(MOLECULES)[0]["loss"]
+    assert loss_of_molecules(model, packed, [3], 10_000)[3] == run.read(MOLECULES)[0]["loss"]
 
 
 def test_the_frechet_distance_of_gaussians():

@@ -34,6 +34,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
 
 def is_empty(cache: Cache) -> bool:
+    """Whether no token is cached yet."""
     return int(cache.get_seq_length()) == 0
 
 

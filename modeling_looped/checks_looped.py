@@ -54,6 +54,7 @@ def no_engine(kv_sharing: str, trouble: str, engine: str) -> str:
 
 
 def cuts_show(kv_sharing: str) -> str:
+    """What a refusal says of a KV policy whose tokens depend on how a prompt is cut."""
     return f"kv_sharing={kv_sharing!r} gives other tokens where a prompt is cut"
 
 

@@ -140,7 +140,7 @@ class KVSlots:
 @strict
 class LoopedConfig(SavedDepth, PreTrainedConfig):
     r"""
-    Configuration of [`LoopedModel`]. Sizes use the words of `LlamaConfig`; what is new:
+    Configuration of a looped model. Sizes use the words of `LlamaConfig`; what is new:
 
     Args:
         num_prelude_layers (`int`, defaults to 0): layers run once before the loop.

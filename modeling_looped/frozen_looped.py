@@ -22,10 +22,11 @@ import inspect
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import as_validated_field, strict
@@ -54,6 +55,12 @@ AUTO_MAP = {
 logger = logging.get_logger(__name__)
 
 BASE_FOLDER = "base_model"  # in a saved wrapper that has its base model inside
+
+Method = Literal["blend", "euler", "naive", "midpoint", "heun", "rk4"]
+Mode = Literal["block", "layer"]
+Kept = Literal["first", "last"]
+Prefill = Literal["natural", "iterated"]
+
 LARGEST = 1000  # of beta and step: what is larger overflows float32 somewhere else
 
 
@@ -74,7 +81,7 @@ class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
             first: both may be moved together, and a base model inside of the wrapper goes with it.
         base_revision (`str`, *optional*): its commit, so that a published wrapper goes on meaning the same model.
         window (`tuple[int, int]`, *optional*): first and last layer, both inclusive, counted from 0; `(a, a - 1)` is
-            the empty window. By default [`default_window`] of the model's depth.
+            the empty window. By default `default_window` of the model's depth.
         num_loops (`int`): evaluations of the window where the call does not say, >= 1. One loop is the base model.
         method (`str`): `"blend"` (the paper's K-stage method), `"euler"` (the same with beta 0), `"naive"` (re-apply),
             `"midpoint"`, `"heun"`, `"rk4"` (num_loops substeps of 2, 2 and 4 evaluations).
@@ -102,13 +109,13 @@ class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
     base_revision: str | None = None
     window: list[int] | tuple[int, ...] | None = None
     num_loops: int = at_least_one(default=3)
-    method: Literal["blend", "euler", "naive", "midpoint", "heun", "rk4"] = "blend"
+    method: Method = "blend"
     beta: int | float | None = None
     step: int | float | None = None
-    mode: Literal["block", "layer"] | None = None
-    cache: Literal["first", "last"] = "first"
+    mode: Mode | None = None
+    cache: Kept = "first"
     decode: int | str = "full"
-    prefill: Literal["natural", "iterated"] = "natural"
+    prefill: Prefill = "natural"
 
     def __post_init__(self, **kwargs):
         self.window = None if self.window is None else list(self.window)
@@ -200,7 +207,10 @@ class FrozenLoopedConfig(SavedDepth, PreTrainedConfig):
         return {"name": self.base_model, "revision": self.base_revision or "main"}
 
 
-class Loop:
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class Loop(Generic[Model]):
     """A loop over a window of one model's layers. `with` attaches and detaches it; so do the methods.
 
     Args:
@@ -211,7 +221,7 @@ class Loop:
         ValueError: the model cannot be looped, or the window is not in it; nothing was changed.
     """
 
-    def __init__(self, model: PreTrainedModel, config: FrozenLoopedConfig):
+    def __init__(self, model: Model, config: FrozenLoopedConfig):
         layers = decoder_layers(model)
         first, last = config.window = list(config.window or default_window(len(layers)))
         if last >= len(layers):
@@ -237,7 +247,7 @@ class Loop:
                 "take: call model.set_attn_implementation('sdpa'), or choose prefill='iterated'."
             )
 
-    def attach(self) -> PreTrainedModel:
+    def attach(self) -> Model:
         """Loop the model from now on, in place; returns it.
 
         Raises:
@@ -252,7 +262,7 @@ class Loop:
         self.model.loop = self  # pyright: ignore[reportArgumentType]
         return self.model
 
-    def detach(self) -> PreTrainedModel:
+    def detach(self) -> Model:
         """The model as it was; returns it.
 
         Raises:
@@ -269,7 +279,7 @@ class Loop:
         del self.model.loop
         return self.model
 
-    def __enter__(self) -> PreTrainedModel:
+    def __enter__(self) -> Model:
         return self.attach()
 
     def __exit__(self, *error) -> None:
@@ -354,22 +364,22 @@ def check_loops(num_loops: int | None, default: int) -> int:
 
 
 def looped(
-    model: PreTrainedModel,
+    model: Model,
     window: tuple[int, int] | None = None,
     num_loops: int = 3,
-    method: str = "blend",
+    method: Method = "blend",
     beta: float | None = None,
     step: float | None = None,
-    mode: str | None = None,
-    cache: str = "first",
-    decode: str | int = "full",
-    prefill: str = "natural",
-) -> Loop:
+    mode: Mode | None = None,
+    cache: Kept = "first",
+    decode: Literal["full", "prompt"] | int = "full",
+    prefill: Prefill = "natural",
+) -> Loop[Model]:
     """Loop a frozen model: `with looped(model): ...`, or `looped(model).attach()` and later `detach(model)`.
 
     The model's `forward` and `generate` then take `num_loops` (int, also a field of the generation config), and
     `forward` takes `num_looped_tokens`: so many first tokens of a batch row, padding included, loop. The other
-    arguments are those of [`FrozenLoopedConfig`].
+    arguments are those of `FrozenLoopedConfig`.
 
     Raises:
         ValueError: a setting has the wrong type or range, or the model cannot be looped; the text says why.
@@ -393,12 +403,23 @@ def looped(
     return Loop(model, config)
 
 
-def attach(model: PreTrainedModel, *args, **settings) -> PreTrainedModel:
+def attach(
+    model: Model,
+    window: tuple[int, int] | None = None,
+    num_loops: int = 3,
+    method: Method = "blend",
+    beta: float | None = None,
+    step: float | None = None,
+    mode: Mode | None = None,
+    cache: Kept = "first",
+    decode: Literal["full", "prompt"] | int = "full",
+    prefill: Prefill = "natural",
+) -> Model:
     """`looped(model, ...)`, attached; returns the model."""
-    return looped(model, *args, **settings).attach()
+    return looped(model, window, num_loops, method, beta, step, mode, cache, decode, prefill).attach()
 
 
-def detach(model: PreTrainedModel) -> PreTrainedModel:
+def detach(model: Model) -> Model:
     """The model as it was before `attach`; returns it.
 
     Raises:
@@ -416,6 +437,12 @@ class FrozenLooped:
     loop: Loop
 
     def forward(self, *args, num_loops: int | None = None, num_looped_tokens: int | None = None, **kwargs):
+        """`forward` of the base model, looped.
+
+        Args:
+            num_loops: evaluations of the window, >= 1, for all rows; those of the loop by default.
+            num_looped_tokens: so many first tokens of a row loop, padding included; by default what `decode` says.
+        """
         for name in set(kwargs) - set(inspect.signature(type(self).forward).parameters):
             near = difflib.get_close_matches(name, ("num_loops", "num_looped_tokens"), n=1, cutoff=0.7)
             if near:
@@ -424,8 +451,17 @@ class FrozenLooped:
         with self.loop.during(num_loops, num_looped_tokens):
             return forward(*args, **kwargs)
 
-    def generate(self, inputs=None, *args, **kwargs):
-        """`GenerationMixin.generate` with `num_loops`, also read from the generation config."""
+    def generate(
+        self, inputs=None, *args, num_loops: int | None = None, num_looped_tokens: int | None = None, **kwargs
+    ):
+        """`generate` of the base model, looped.
+
+        Args:
+            num_loops: evaluations of the window, >= 1, for all rows; also read from the generation config.
+            num_looped_tokens: so many first tokens of a row loop, padding included; by default what `decode` says.
+        """
+        own = {"num_loops": num_loops, "num_looped_tokens": num_looped_tokens}
+        kwargs |= {name: value for name, value in own.items() if value is not None}
         after_prompt = self.loop.config.tokens_after_prompt
         if after_prompt is not None and kwargs.get("num_looped_tokens") is None:
             given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
@@ -557,21 +593,31 @@ def weight_versions(model) -> list[int]:
 
 
 def frozen_looped_class(base: type) -> type:
-    """`base` with [`FrozenLooped`] before it, under the same name: transformers looks classes up by name."""
+    """`base` with `FrozenLooped` before it, under the same name: transformers looks classes up by name."""
 
     def forward(self, *args, **kwargs):
         attached = isinstance(self, FrozenLooped)  # what wraps this function, as accelerate does, outlives the loop
         return (FrozenLooped if attached else base).forward(self, *args, **kwargs)
 
-    signature = inspect.signature(base.forward)
-    own = inspect.signature(FrozenLooped.forward).parameters
+    def generate(self, *args, **kwargs):
+        return FrozenLooped.generate(self, *args, **kwargs)
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    methods = {"forward": forward} | ({"generate": generate} if issubclass(base, GenerationMixin) else {})
+    for name, method in methods.items():
+        show(method, getattr(base, name), getattr(FrozenLooped, name))
+    return type(base.__name__, (FrozenLooped, base), {**names, **methods, "base_class": base})
+
+
+def show(method: Callable, of_base: Callable, of_loop: Callable) -> None:
+    """Let `help`, and whoever reads signatures, see the arguments of the base model's method and of the loop's."""
+    signature, own = inspect.signature(of_base), inspect.signature(of_loop).parameters
     *named, last = signature.parameters.values()
     swallow = [last] if last.kind is inspect.Parameter.VAR_KEYWORD else []
     named += [] if swallow else [last]
     added = [own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in ("num_loops", "num_looped_tokens")]
-    forward.__signature__ = signature.replace(parameters=[*named, *added, *swallow])  # pyright: ignore
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (FrozenLooped, base), {**names, "forward": forward, "base_class": base})
+    method.__signature__ = signature.replace(parameters=[*named, *added, *swallow])  # pyright: ignore
+    method.__doc__ = of_loop.__doc__
 
 
 class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -586,15 +632,29 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
         raise TypeError("FrozenLoopedForCausalLM has no weights of its own: use from_pretrained, or looped(model).")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args,
+        config: FrozenLoopedConfig | None = None,
+        num_loops: int | None = None,
+        **kwargs,
+    ):
         """Load the base model of a saved wrapper, and loop it.
 
         Args:
             pretrained_model_name_or_path: the wrapper's folder or Hub name; the base model is found from there, see
                 `FrozenLoopedConfig.base_of`. base_model among the keywords names another place of it.
             config: its configuration, if loaded already; loop settings among the keywords go into it otherwise.
-            **kwargs: of the base model's `from_pretrained` (dtype, device_map, quantization_config, ...).
+            num_loops: evaluations of the window where a call does not say; those saved by default.
+            **kwargs: other fields of `FrozenLoopedConfig`, and those of the base model's `from_pretrained` (dtype,
+                device_map, quantization_config, ...).
+
+        Raises:
+            OSError: there is no such folder or Hub name, or no such base model.
         """
+        if num_loops is not None:
+            kwargs["num_loops"] = num_loops
         own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         shared = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         if config is None:

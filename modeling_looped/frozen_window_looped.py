@@ -131,6 +131,7 @@ class Layer:
 
 
 def first_of(output):
+    """The hidden states in the output of a layer, which may be a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -252,10 +253,12 @@ class IteratedContext(LayerCache):
 
     @staticmethod
     def mask(mask: torch.Tensor | None, columns: torch.Tensor, num_keys: int) -> torch.Tensor | None:
+        """The layer's mask, as it is: current keys stand where natural ones stood."""
         return mask
 
     @staticmethod
     def attention(config: PreTrainedConfig, num_tokens: int, masks: Iterable[torch.Tensor | None]):
+        """The extra passes attend as the natural pass does."""
         return nullcontext()
 
 
@@ -267,6 +270,7 @@ class LastPass(LayerCache):
         self.num_tokens = num_tokens
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """(B, H, T, d) of this call -> (B, H, S, d), with the entries of the looped tokens overwritten."""
         return self.layer.natural.rewrite(self.num_tokens, key_states, value_states)
 
 

@@ -34,6 +34,7 @@ Section = Literal["prelude", "core", "coda"]
 
 
 def make_norm(config: PreTrainedConfig, size: int | None = None) -> nn.Module:
+    """The norm that `norm_type` names, over `size` features, `hidden_size` by default."""
     norm = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(size or config.hidden_size, eps=config.norm_eps)
 
@@ -44,10 +45,12 @@ def as_is(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def make_dropout(probability: float) -> Callable:
+    """Dropout, or nothing at all where the probability is 0."""
     return nn.Dropout(probability) if probability else as_is
 
 
 def make_outer_norm(config: PreTrainedConfig) -> Callable:
+    """What `norm_placement` puts behind a sublayer: a norm, or nothing."""
     return as_is if config.norm_placement == "pre" else make_norm(config)
 
 

@@ -192,6 +192,7 @@ class Text:
 
     @property
     def length(self) -> int:
+        """Tokens of the text so far, the prompt included."""
         return self.ids.shape[1]
 
     def recorded(self) -> dict:
@@ -226,6 +227,7 @@ class Draft:
 
     @property
     def confidence(self) -> float:
+        """The probability that the draft gave to the token."""
         return float(self.probabilities[0, self.token[0, 0]])
 
 
@@ -457,22 +459,22 @@ def prefill(model, input_ids, num_loops, chunk_size, model_kwargs) -> torch.Tens
     return outputs.logits[:, -1]
 
 
-def self_speculation(model, call: dict, settings: dict) -> SelfSpeculation | None:
-    """The decoding method that a call of `generate` asks for, or None; `draft_loops` is taken out of its settings.
+def self_speculation(model, draft_loops: int | None, call: dict, settings: dict) -> SelfSpeculation | None:
+    """The decoding method that a call of `generate` asks for, or None.
 
     Args:
-        call: named arguments of `generate`, without its `**kwargs`.
-        settings: these; where they do not say, the generation config of the call does, then that of the model.
+        draft_loops: of the call; where it is None, the generation config of the call decides, then that of the model.
+        call: the other arguments of `generate` that are named as in transformers.
+        settings: what else it was called with.
 
     Raises:
         ValueError: it asks for another way of decoding as well.
     """
     configs = [call.get("generation_config"), model.generation_config]
     stored = [config.to_dict().get("draft_loops") for config in configs if config is not None]
-    asked = [value for value in (settings.pop("draft_loops", None), *stored) if value is not None]
-    if not asked:
+    draft_loops = next((value for value in (draft_loops, *stored) if value is not None), None)
+    if draft_loops is None:
         return None
-    draft_loops = asked[0]
     if isinstance(draft_loops, bool) or not isinstance(draft_loops, int):
         raise ValueError(f"draft_loops must be an int: loops of the draft, or 0 for none, got {draft_loops!r}.")
     if draft_loops == 0:

@@ -1,0 +1,79 @@
+"""What `data_builders` exports: __init__.py reads the names here, and so do editors and type checkers."""
+
+from .builders import export_parquet as export_parquet
+from .builders import load_molecules as load_molecules
+from .builders import load_task as load_task
+from .builders import load_text as load_text
+from .builders import task_builder as task_builder
+from .collator import LoopCollator as LoopCollator
+from .collator import LoopCollatorCallback as LoopCollatorCallback
+from .collator import stack_rows as stack_rows
+from .composition import Composition as Composition
+from .composition import CompositionConfig as CompositionConfig
+from .depth import DepthSampler as DepthSampler
+from .hop_batches import HopBatches as HopBatches
+from .hop_batches import encode_groups as encode_groups
+from .hop_batches import encode_hops as encode_hops
+from .hop_batches import encode_rows as encode_rows
+from .khop import Khop as Khop
+from .khop import KhopConfig as KhopConfig
+from .molecule_batches import MoleculeBatches as MoleculeBatches
+from .molecule_batches import PackedMolecules as PackedMolecules
+from .molecules import Molecules as Molecules
+from .molecules import MoleculesConfig as MoleculesConfig
+from .molecules import augment as augment
+from .molecules import canonical_smiles as canonical_smiles
+from .molecules import random_smiles as random_smiles
+from .multiple_choice import MultipleChoice as MultipleChoice
+from .multiple_choice import MultipleChoiceConfig as MultipleChoiceConfig
+from .text import Text as Text
+from .text import TextConfig as TextConfig
+from .text_batches import TextBatches as TextBatches
+from .text_batches import TextBlocks as TextBlocks
+from .text_batches import encode_text as encode_text
+from .tokenizers import dataset_byte_bpe as dataset_byte_bpe
+from .tokenizers import dataset_smiles_tokenizer as dataset_smiles_tokenizer
+from .tokenizers import dataset_tokenizer as dataset_tokenizer
+from .tokenizers import hop_tokenizer as hop_tokenizer
+from .tokenizers import smiles_tokenizer as smiles_tokenizer
+from .tokenizers import train_byte_bpe as train_byte_bpe
+
+__all__ = [
+    "Composition",
+    "CompositionConfig",
+    "DepthSampler",
+    "HopBatches",
+    "Khop",
+    "KhopConfig",
+    "LoopCollator",
+    "LoopCollatorCallback",
+    "MoleculeBatches",
+    "Molecules",
+    "MoleculesConfig",
+    "MultipleChoice",
+    "MultipleChoiceConfig",
+    "PackedMolecules",
+    "Text",
+    "TextBatches",
+    "TextBlocks",
+    "TextConfig",
+    "augment",
+    "canonical_smiles",
+    "dataset_byte_bpe",
+    "dataset_smiles_tokenizer",
+    "dataset_tokenizer",
+    "encode_groups",
+    "encode_hops",
+    "encode_rows",
+    "encode_text",
+    "export_parquet",
+    "hop_tokenizer",
+    "load_molecules",
+    "load_task",
+    "load_text",
+    "random_smiles",
+    "smiles_tokenizer",
+    "stack_rows",
+    "task_builder",
+    "train_byte_bpe",
+]

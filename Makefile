@@ -1,4 +1,5 @@
 # make quickstart: from nothing to a trained model, its accuracy grid and its pictures.
+# make docs:       the API reference, in docs/api/html.
 # make test:       from nothing to a tested checkout; CI runs this. A process per core, one thread each.
 # make test-fast:  the tests that are not marked slow, in the environment there is: under two minutes on two cores.
 # make test-oldest, make test-newest: the tests on the oldest versions that pyproject.toml admits, and on the newest
@@ -12,7 +13,7 @@ BIN    := .venv/bin
 # Each process takes about 1 GB; one that is idle takes over half of what another has left.
 PYTEST := -m pytest -n $(CORES) --maxprocesses 8 --dist worksteal
 
-.PHONY: quickstart test test-fast fuzz test-oldest test-newest lint bench
+.PHONY: quickstart docs test test-fast fuzz test-oldest test-newest lint bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +26,9 @@ quickstart: .venv/installed
 	$(BIN)/looped eval $(RUN) --loops 1 2 4 6 8 10 12 14 16 20 24 --max-loops 24
 	$(BIN)/looped plot $(RUN)
 	$(BIN)/looped ask $(RUN)
+
+docs: .venv/installed
+	$(BIN)/python docs/api/build.py docs/api/html
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ def groups_folder(runs: Sequence[Run], groups: Sequence[SeedGroup], output: str 
 
 
 def all_have(runs: Sequence[Run], record: RecordFile) -> bool:
+    """Whether every run has been measured so."""
     return all(run.has(record) for run in runs)
 
 
@@ -34,6 +35,7 @@ FRAME = "#d55e00"  # vermilion of Okabe and Ito, apart from every colour of civi
 
 
 def save(figure: Figure, path: Path) -> Path:
+    """Write a figure whole; returns its path."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=160)
     return write_whole(path, picture.getvalue())
@@ -54,6 +56,7 @@ def band_words(groups: Sequence[SeedGroup], alone: str = "95 % Wilson interval o
 
 
 def tidy(axes, ylabel: str, xlabel: str) -> None:
+    """Name the axes, and leave out the frame's upper and right line."""
     axes.set_ylabel(ylabel)
     axes.set_xlabel(xlabel)
     axes.spines[["top", "right"]].set_visible(False)
@@ -76,6 +79,7 @@ NAN = math.nan
 
 
 def call_of(row: dict) -> tuple[str, int, int]:
+    """The layer call that a row of a measurement is of: (section, loop, layer)."""
     return row["section"], row["loop"], row["layer"]
 
 
@@ -103,6 +107,7 @@ def ordered(values) -> list:
 
 
 def share(value: float) -> str:
+    """A share in per cent."""
     return f"{100 * value:.0f} %"
 
 

@@ -23,9 +23,11 @@ class HaltingSetting:
 
     @property
     def rule(self) -> str:
+        """Name of the halting rule."""
         return self.halting["rule"] if self.halting else "fixed"
 
     def row(self) -> dict:
+        """The setting as fields of a measurement's row."""
         return {"num_loops": self.num_loops, **(self.halting or {"rule": "fixed"})}
 
 

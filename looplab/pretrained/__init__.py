@@ -1,4 +1,4 @@
-"""`looped fetch`, `looped score` and `looped frozen`: fetch models, benchmarks and texts, and loop a frozen model.
+"""`looped fetch`, `looped harness` and `looped frozen`: fetch models, benchmarks and texts, and loop a frozen model.
 
 It may import instruments and what lies below. It knows no task.
 """

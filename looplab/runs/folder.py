@@ -53,6 +53,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The name of the folder."""
         return self.folder.name
 
     @property
@@ -66,6 +67,7 @@ class Run:
         return not (self.folder / "recipe.yaml").is_file() and (self.folder / ORIGIN).is_file()
 
     def recipe(self) -> dict:
+        """`recipe.yaml`, as the run was trained; ValueError where it is missing or damaged."""
         parse = partial(parse_yaml, where="as YAML")
         return self._parse("recipe.yaml", parse, "was it written by train.py?", RECIPE)
 
@@ -82,6 +84,7 @@ class Run:
         return data["task"]
 
     def summary(self) -> dict:
+        """`summary.json`, which a finished training writes; ValueError where it is missing or damaged."""
         missing = UNFINISHED if self.given is None else "it was saved without the records of its training."
         return self._parse("summary.json", json.loads, missing, SUMMARY)
 
@@ -91,6 +94,7 @@ class Run:
             raise ValueError(f"{self}/model does not hold the weights that summary.json describes: {AGAIN}")
 
     def metrics(self) -> list[dict]:
+        """The lines of `metrics.jsonl`; ValueError where it is missing or damaged."""
         return self._parse("metrics.jsonl", json_lines, "nothing was trained here; run train.py.", METRICS)
 
     def read(self, record: "RecordFile"):
@@ -104,9 +108,11 @@ class Run:
         return found
 
     def has(self, record: "RecordFile") -> bool:
+        """Whether something was measured, and is on file."""
         return (self.folder / record.name).is_file()
 
     def model_folder(self) -> Path:
+        """The folder `model/`; ValueError where nothing was saved."""
         folder = self.folder / "model"
         if not (folder / "config.json").is_file():
             raise ValueError(f"{self} has no model/config.json: {UNFINISHED}")
@@ -274,6 +280,7 @@ def checked_record(value, shape, path: str, remedy: str):
 
 
 def shape_name(kind) -> str:
+    """How a sentence calls a value of this type."""
     names = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
     return names.get(kind, "a number")
 
@@ -348,6 +355,7 @@ def rows_so_far(path: Path) -> list[dict]:
 
 
 def to_json_lines(rows: Iterable[dict]) -> str:
+    """The text of a .jsonl file."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

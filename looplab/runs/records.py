@@ -174,6 +174,7 @@ def read_object(path: Path, remedy: str) -> dict:
 
 
 def to_json(value) -> str:
+    """The text of a .json file."""
     return json.dumps(value, indent=1) + "\n"
 
 
@@ -244,7 +245,7 @@ def note_records(run: Path, entries: Mapping[str, dict]) -> None:
 
 
 def records_or_none(run: Path) -> dict:
-    # A damaged index is replaced: its files count as unknown and are measured again.
+    """As `read_records`; a damaged index is replaced: its files count as unknown and are measured again."""
     try:
         return read_records(run)
     except ValueError:

@@ -26,7 +26,7 @@ SHARED = {
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Name of the group -> its runs, in the order given. A group has the shortest name of its runs without `_seedN`.
+    """Name of the group -> its runs, in the order given. A group has the shortest name of its runs without "_seedN".
 
     Raises:
         ValueError: a run is given twice, or two groups have the same name.

@@ -25,6 +25,7 @@ class CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML keeps them in the class)
 
     def compose_node(self, parent, index):
+        """Refuse aliases and tags."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             refuse(event, f"*{event.anchor} is an alias: write out what it stands for")
@@ -35,6 +36,7 @@ class CoreLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
+        """Refuse keys that are no text, and keys that come twice."""
         lines = {}
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
@@ -45,6 +47,7 @@ class CoreLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_whole(self, node) -> int:
+        """A whole number, also in octal and hexadecimal digits."""
         text = self.construct_scalar(node)
         try:
             return int(text, 0 if text.startswith(("0o", "0x")) else 10)
@@ -56,6 +59,7 @@ class CoreDumper(yaml.SafeDumper):
     """PyYAML's dumper for `CoreLoader`: no aliases, and quotes around text that is not text in YAML 1.1 or 1.2."""
 
     def ignore_aliases(self, data) -> bool:
+        """Write out what comes twice."""
         return True
 
 

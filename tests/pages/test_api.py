@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import keyword
 import re
+import tomllib
 
 import datasets
 import huggingface_hub
@@ -52,6 +53,7 @@ OF_LIBRARIES = frozenset(
     {*dir(builtins), *keyword.kwlist, "true", *dir(torch), *dir(transformers), *dir(datasets), *dir(huggingface_hub)}
     | {*dir(GenerationConfig()), *signature_names(TrainingArguments)}
     | signature_names(GenerationMixin.generate) | signature_names(PreTrainedModel.from_pretrained)
+    | set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     | {"torch", "transformers", "datasets", "attn_implementation", "device_map", "quantization_config"}
 )  # fmt: skip
 VERBS = {verb for action in parser()._actions if isinstance(action.choices, dict) for verb in action.choices}

@@ -50,6 +50,7 @@ def refuse_engine(kv_sharing: str, trouble: str, cache, kwargs: dict) -> None:
 
 
 def no_engine(kv_sharing: str, trouble: str, engine: str) -> str:
+    """What a refusal says of a KV policy that an engine cannot run."""
     return f"kv_sharing={kv_sharing!r} {trouble.format(engine)}: use generate, or kv_sharing='per_loop' or 'first'."
 
 

@@ -535,6 +535,7 @@ class DampedAt:
         self.read, self.steps, self.num_loops = connection.read, connection.steps, num_loops
 
     def write(self, state, carry, output, loop):
+        """As `Connection.write`, with steps that are as long as each row's loop count wants."""
         return self.steps(state, output, loop, self.num_loops)
 
 

@@ -561,7 +561,7 @@ class FrozenLooped:
         GenerationConfig(**fields).save_pretrained(save_directory)
         if save_base:
             self.base_class.save_pretrained(self, own_folder)
-        tokenizer = tokenizer_beside(self)
+        tokenizer = tokenizer_beside(self)  # pyright: ignore[reportArgumentType]
         if tokenizer is not None:
             tokenizer.save_pretrained(save_directory)
         config.save_pretrained(save_directory, push_to_hub, **kwargs)

@@ -35,15 +35,25 @@ from typing import ClassVar, final
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from torch.nn import functional as F
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from .cache_layers_looped import (
     LastEntries,
     MeanEntries,
+    RewindingDynamicLayer,
+    RewindingStaticLayer,
     RewritingDynamicLayer,
     RewritingLayer,
     RewritingStaticLayer,
     blank_like,
+    count_dropped,
     is_empty,
     readable,
     recent_entries,
@@ -273,6 +283,7 @@ class PerLoopSharing(Sharing):
     def _fill(self, cache: Cache, slot: int, num_tokens: int) -> None:
         keys, values = recent_entries(readable(cache, self.previous(slot)), num_tokens)
         cache.update(keys.clone(), values.clone(), slot)
+        count_dropped(cache.layers[slot], num_tokens - keys.shape[-2])
 
     def previous(self, slot: int) -> int:
         return slot - self.slots.num_core_layers
@@ -322,8 +333,12 @@ class OneEntrySharing(Sharing):
 
     def layer_like(self, layer: DynamicLayer | StaticLayer) -> RewritingLayer:
         """An empty layer of this policy, of the kind and length of an empty stock one."""
+        if isinstance(layer, StaticSlidingWindowLayer):
+            return RewindingStaticLayer(layer, self.stays())
         if isinstance(layer, StaticLayer):
             return RewritingStaticLayer(layer, self.stays())
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            return RewindingDynamicLayer(layer, self.stays())
         return RewritingDynamicLayer(self.stays())
 
     def previous(self, slot: int) -> int:
@@ -440,8 +455,9 @@ class ActiveCache:
 
     def update(self, key_states, value_states, slot: int, *args, **kwargs):
         """Write T entries (b, K, T, d) of the active batch rows; returns their keys and values (b, K, S, d)."""
-        before = readable(self.cache, self.sharing.previous(slot))
-        keys, values = (entries.clone() for entries in recent_entries(before, key_states.shape[-2]))
+        before = recent_entries(readable(self.cache, self.sharing.previous(slot)), key_states.shape[-2])
+        dropped = key_states.shape[-2] - before[0].shape[-2]  # by a sliding layer: batch rows that halted read none
+        keys, values = (F.pad(entries, (0, 0, dropped, 0)) for entries in before)
         keys[self.active], values[self.active] = key_states, value_states
         keys, values = self.cache.update(keys, values, slot, rows=self.active)
         return keys[self.active], values[self.active]

@@ -20,6 +20,7 @@ from typing import final
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache_looped import ActiveCache, KeySource, Sharing
@@ -317,6 +318,16 @@ class LoopStates:
 def in_graph(state: torch.Tensor) -> torch.Tensor:
     """The state, with a gradient: where no input has one, `use_reentrant=True` gives the weights none either."""
     return state.detach().requires_grad_() if torch.is_grad_enabled() and not state.requires_grad else state
+
+
+def make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, slot: int | None = None):
+    """The mask of a call as the attention of `config` takes it: all earlier tokens, or those in its sliding window.
+
+    Args:
+        slot: the cache layer that says how many tokens are seen; None where all of them say the same.
+    """
+    create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+    return create(config, inputs_embeds, attention_mask, past_key_values, position_ids, layer_idx=slot)
 
 
 def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:

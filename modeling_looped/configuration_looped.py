@@ -61,6 +61,13 @@ def optional_positive_int(value: int | None):
 
 
 @as_validated_field
+def optional_window(value: int | None):
+    # The sliding layers of transformers' caches keep all but the newest token of a window; of 1 that would be none.
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+        raise ValueError(f"must be an integer >= 2, which counts the token itself, or None, got {value!r}")
+
+
+@as_validated_field
 def non_negative_int(value: int):
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"must be an integer >= 0, got {value!r}")
@@ -154,6 +161,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` if true, else `down(act(up(x)))`.
         qk_norm (`bool`): normalise queries and keys per head before the rotary embedding.
         position_embedding (`"rope"` | `"learned"` | `"none"`).
+        sliding_window (`int`, *optional*): in every layer and loop a token sees itself and the `sliding_window - 1`
+            tokens before it, as in Mistral, and caches keep no more than these; >= 2. None: all earlier tokens.
         residual_init (`"zero"` | `"normal"`): zero makes every layer start as the identity (Fixup; arXiv 2604.07822).
         embedding_init_std (`float`, *optional*): defaults to `initializer_range`.
         loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"` | `"hyper"` | `"damped"`): how a loop reads and
@@ -227,6 +236,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     position_embedding: str = name_in(POSITIONS)(default="rope")
     rope_parameters: RopeParameters | dict | None = None
+    sliding_window: int | None = optional_window(default=None)
 
     residual_init: Literal["zero", "normal"] = "normal"
     initializer_range: int | float = scale(default=0.02)

@@ -97,6 +97,7 @@ class SlotAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.sliding_window  # paged attention and engines look for it here
 
     def forward(
         self,
@@ -125,6 +126,7 @@ class SlotAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
 

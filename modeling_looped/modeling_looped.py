@@ -25,7 +25,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -40,7 +39,16 @@ from transformers.utils.output_capturing import capture_outputs
 from .base_looped import LoopedPreTrainedModel
 from .cache_layers_looped import CACHE_NAME, one_cache
 from .cache_looped import OWN_KEYS, SHARINGS
-from .calls_looped import ActiveBatch, Call, CallContext, Decision, LoopStates, Observer, make_position_ids
+from .calls_looped import (
+    ActiveBatch,
+    Call,
+    CallContext,
+    Decision,
+    LoopStates,
+    Observer,
+    make_causal_mask,
+    make_position_ids,
+)
 from .checks_looped import check_grad_loops, check_inputs, check_loops, leave_graph, refuse_engine, refuse_unknown
 from .chunks_looped import Chunks
 from .configuration_looped import LoopedConfig
@@ -241,7 +249,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         """What the layers of a call share: the mask, the rotary angles, and the cache with its slots open."""
         self.sharing.check_attention()
         cache, position_ids = call.past_key_values, call.position_ids
-        mask = create_causal_mask(self.config, call.embeds, call.attention_mask, cache, position_ids)
+        mask = make_causal_mask(self.config, call.embeds, call.attention_mask, cache, position_ids)
         angles = self.positions(call.embeds, position_ids)
         context = CallContext(mask, angles, position_ids, cache, OWN_KEYS, call.num_loops)
         if call.rows_may_halt:

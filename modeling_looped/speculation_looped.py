@@ -28,11 +28,10 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.masking_utils import create_causal_mask
 
 from .cache_layers_looped import CACHE_NAME, CACHE_NAMES, RewritingLayer, one_cache
 from .cache_looped import OWN_KEYS, KeySource
-from .calls_looped import CallContext
+from .calls_looped import CallContext, make_causal_mask
 from .depth_looped import check_loops_of_rows
 
 
@@ -90,6 +89,7 @@ class Halves:
         self.slots = self.body.sharing.slots
         self.length = int(cache.get_seq_length())  # tokens that both halves have seen, and that are to stay
         self.layer_calls = 0
+        cache.activate_past_recording()  # sliding layers keep what a cropped draft had pushed out
 
     def first(self, token: torch.Tensor, ahead: int) -> Halfway:
         """Run the prelude and the first `draft_loops` loops on one token (1, 1).
@@ -150,7 +150,7 @@ class Halves:
         if mask is not None:
             mask = F.pad(mask, (0, length - mask.shape[1]), value=1)
         slot = self.slots.slot("core", 0, loop)
-        causal_mask = create_causal_mask(self.model.config, embeds, mask, self.cache, position_ids, layer_idx=slot)
+        causal_mask = make_causal_mask(self.model.config, embeds, mask, self.cache, position_ids, slot)
         angles = self.body.positions(embeds, position_ids)
         return CallContext(causal_mask, angles, position_ids, self.cache, key_source, self.num_loops)
 
@@ -378,6 +378,11 @@ class SelfSpeculation:
                 f"kv_sharing={sharing!r} cannot verify drafted tokens: in one call they see other entries than "
                 "in successive calls, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'",
+            ),
+            (
+                sharing == "natural" and config.sliding_window is not None,
+                f"kv_sharing='natural' reads the entries of all drafted tokens from the newest, which sliding_window="
+                f"{config.sliding_window} does not show it: use prompt_lookup_num_tokens",
             ),
             (
                 input_ids.shape[0] != 1,

@@ -27,8 +27,14 @@ SIZES = {
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral_window": (MistralConfig, MistralForCausalLM, {"sliding_window": 3}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3_window": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+    ),
 }
 
 

@@ -35,6 +35,7 @@ CHOICES = {
     "kv_gate": ["elementwise", "low_rank", "scalar", "mean", "ema", "last"],
     "kv_gate_rank": [2],
     "prefill_chunk": [None, None, 1, 2, 3],
+    "sliding_window": [None, None, 2, 3, 5],
     "exit_gate": [False, False, True],
     "exit_loss": ["expected", "gate"],
 }

@@ -162,14 +162,11 @@ def check_fields(config: PreTrainedConfig) -> None:
     if config.is_heterogeneous:
         reason, remedy = "its layers differ in size", "take a model whose layers are alike"
         raise refuse("per_layer_config", config.to_dict()["per_layer_config"], reason, remedy)
-    reason = "a looped model attends to all earlier tokens"
     layer_types = values.get("layer_types") or []
-    if set(layer_types) - {"full_attention"}:
+    if len(set(layer_types)) > 1 or set(layer_types) - {"full_attention", "sliding_attention"}:
+        reason = "in a looped model all layers have the same sliding window, or none"
         remedy = "if no sequence is longer than the window, make all 'full_attention' in the source's config.json"
         raise refuse("layer_types", layer_types, reason, remedy)
-    if config.model_type == "mistral" and config.sliding_window is not None:
-        remedy = "if no sequence is longer than the window, make it null in the source's config.json"
-        raise refuse("sliding_window", config.sliding_window, reason, remedy)
     rope = config.rope_parameters
     if rope.get("rope_type") not in ROPE_TYPES:
         remedy = f"take a model with one of {', '.join(ROPE_TYPES)}"
@@ -177,6 +174,13 @@ def check_fields(config: PreTrainedConfig) -> None:
     if rope.get("partial_rotary_factor", 1) != 1:
         reason, remedy = "a looped model rotates whole heads", "take a model that does so"
         raise refuse("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], reason, remedy)
+
+
+def window_of(config: PreTrainedConfig) -> int | None:
+    """The sliding window of all layers of a source that `check_fields` has passed, or None."""
+    values = vars(config)
+    slides = "full_attention" not in (values.get("layer_types") or [])
+    return values.get("sliding_window") if slides else None
 
 
 def looped_config(
@@ -205,6 +209,7 @@ def looped_config(
         attention_dropout=config.attention_dropout or 0.0,  # Llama's may be None
         tie_word_embeddings=config.tie_word_embeddings,
         rope_parameters=rope,
+        sliding_window=window_of(config),
         num_prelude_layers=first,
         num_core_layers=last - first + 1,
         num_coda_layers=config.num_hidden_layers - 1 - last,

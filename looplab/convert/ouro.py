@@ -78,8 +78,8 @@ def check_fields(fields: dict) -> None:
     for name, is_refused in refused.items():
         if is_refused:
             raise ValueError(
-                f"{name}={fields[name]!r} cannot be converted exactly: a looped model attends to all earlier tokens, "
-                "rotates by one base and reads plain tensors; take the checkpoint as it was published."
+                f"{name}={fields[name]!r} cannot be converted exactly: a converted Ouro attends to all earlier "
+                "tokens, rotates by one base and reads plain tensors; take the checkpoint as it was published."
             )
 
 

@@ -13,12 +13,13 @@ from transformers import (
     StaticCache,
 )
 
-from modeling_looped.cache_layers_looped import CACHE_NAME, RewritingDynamicLayer
+from modeling_looped.cache_layers_looped import CACHE_NAME, RewritingLayer
 from toys import FP32, KV_SHARINGS, make_ids, make_model, open_gates, stepwise
 
 every_sharing = pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
 every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
 every_depth = pytest.mark.parametrize("num_loops", [1, 3, 5])  # below, at and above the configured 3
+every_window = pytest.mark.parametrize("sliding_window", [None, 3])
 exact_sharing = pytest.mark.parametrize("kv_sharing", ["per_loop", "first", "natural"])
 
 CACHES = {
@@ -71,7 +72,8 @@ def oracle(model, ids, sizes, num_loops):
                 groups = attn.num_key_value_groups
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
                 scores = q @ k.transpose(2, 3) * attn.scaling
-                visible = torch.arange(start + size)[None] <= torch.arange(start, start + size)[:, None]
+                back = torch.arange(start, start + size)[:, None] - torch.arange(start + size)[None]
+                visible = (back >= 0) & (back < (config.sliding_window or back.max() + 1))
                 if config.kv_sharing == "natural":
                     own_k, own_v = (t.repeat_interleave(groups, 1) for t in current)
                     tokens = torch.arange(hidden.shape[1])
@@ -103,9 +105,10 @@ def half_turn(x):
 @every_depth
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (2, 3, 2)])
-def test_cached_equals_the_naive_twin(kv_sharing, attn, num_loops, kind, sizes):
+@every_window
+def test_cached_equals_the_naive_twin(kv_sharing, attn, num_loops, kind, sizes, sliding_window):
     """A stock layer in a shared slot appends every loop, silently wrong under sdpa only: hence both backends."""
-    model = open_gates(make_model(attn=attn, kv_sharing=kv_sharing))
+    model = open_gates(make_model(attn=attn, kv_sharing=kv_sharing, sliding_window=sliding_window))
     ids = make_ids()
     cache = CACHES[kind](model.config)
     logits = stepwise(model, ids, sizes, cache, num_loops=num_loops)
@@ -173,9 +176,10 @@ def test_left_padded_generation_equals_single_rows(kv_sharing, attn):
 @torch.no_grad()
 @every_sharing
 @every_depth
-def test_generate_is_the_same_through_every_cache(kv_sharing, num_loops):
+@every_window
+def test_generate_is_the_same_through_every_cache(kv_sharing, num_loops, sliding_window):
     """Ouro swaps a static cache for its own, and breaks on the one generate makes (traps 12, 13)."""
-    model = open_gates(make_model(kv_sharing=kv_sharing))
+    model = open_gates(make_model(kv_sharing=kv_sharing, sliding_window=sliding_window))
     ids = make_ids()
     kwargs = {"num_loops": num_loops, "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids, **kwargs)
@@ -190,22 +194,24 @@ def test_generate_is_the_same_through_every_cache(kv_sharing, num_loops):
 @torch.no_grad()
 @exact_sharing
 @pytest.mark.parametrize("num_loops", [1, 5])
-def test_beams_with_cache_equal_beams_without(kv_sharing, num_loops):
+@every_window
+def test_beams_with_cache_equal_beams_without(kv_sharing, num_loops, sliding_window):
     """Beam reorder must reach every slot of every loop."""
-    model = make_model(kv_sharing=kv_sharing)
+    model = make_model(kv_sharing=kv_sharing, sliding_window=sliding_window)
     kwargs = {"num_loops": num_loops, "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
     assert model.generate(make_ids(), **kwargs).equal(model.generate(make_ids(), use_cache=False, **kwargs))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kv_sharing", ["last", "mean", "gated"])
-def test_beams_of_a_rewritten_cache_are_reordered(kv_sharing):
-    model = make_model(kv_sharing=kv_sharing)
+@every_window
+def test_beams_of_a_rewritten_cache_are_reordered(kv_sharing, sliding_window):
+    model = make_model(kv_sharing=kv_sharing, sliding_window=sliding_window)
     cache = model(make_ids(), use_cache=True).past_key_values
     before = [layer.keys.clone() for layer in cache.layers]
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     for layer, keys in zip(cache.layers, before, strict=True):
-        assert isinstance(layer, RewritingDynamicLayer)
+        assert isinstance(layer, RewritingLayer)
         assert layer.keys.equal(keys[[2, 0, 0]])
 
 
@@ -220,10 +226,13 @@ def test_sampling_with_cache_equals_sampling_without():
 
 @torch.no_grad()
 @every_sharing
-def test_a_cropped_cache_continues_as_a_fresh_one(kv_sharing):
-    model = open_gates(make_model(kv_sharing=kv_sharing))
+@every_window
+def test_a_cropped_cache_continues_as_a_fresh_one(kv_sharing, sliding_window):
+    """A sliding layer that is to be cropped has to be told so before, as by assisted decoding."""
+    model = open_gates(make_model(kv_sharing=kv_sharing, sliding_window=sliding_window))
     ids, other = make_ids(), make_ids(seed=9)
     cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
     stepwise(model, ids, (4, 3), cache, num_loops=5)
     cache.crop(-3)
     continued = model(other[:, :2], past_key_values=cache, num_loops=5).logits
@@ -234,9 +243,10 @@ def test_a_cropped_cache_continues_as_a_fresh_one(kv_sharing):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("turns", [(2, 4), (4, 2, 4), (1, 5, 3)])
-def test_a_token_that_ran_fewer_loops_is_seen_through_its_last_one(kind, turns):
+@every_window
+def test_a_token_that_ran_fewer_loops_is_seen_through_its_last_one(kind, turns, sliding_window):
     """The fill policy, against a cache built by hand: missing slots hold the rows of the deepest loop computed."""
-    model = make_model()
+    model = make_model(sliding_window=sliding_window)
     ids = make_ids(2, 2 * len(turns))
     cache, twin = CACHES[kind](model.config), {}
     deepest = max(turns)
@@ -310,8 +320,9 @@ def test_forward_takes_the_cache_by_both_its_names():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inside inductor
 @every_sharing
-def test_compiled_static_generation_equals_eager(kv_sharing):
-    model = open_gates(make_model(kv_sharing=kv_sharing))
+@every_window
+def test_compiled_static_generation_equals_eager(kv_sharing, sliding_window):
+    model = open_gates(make_model(kv_sharing=kv_sharing, sliding_window=sliding_window))
     ids = make_ids()
     compile_config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
     compile_config._compile_all_devices = True  # generate compiles on accelerators only, unless told
@@ -324,9 +335,10 @@ def test_compiled_static_generation_equals_eager(kv_sharing):
 
 @torch.no_grad()
 @every_sharing
-def test_prompt_lookup_and_few_loop_drafts_are_lossless(kv_sharing):
+@every_window
+def test_prompt_lookup_and_few_loop_drafts_are_lossless(kv_sharing, sliding_window):
     """Assisted decoding crops rejected rows in every slot; drafting with fewer loops needs no second model."""
-    model = make_model(num_loops=4, kv_sharing=kv_sharing)
+    model = make_model(num_loops=4, kv_sharing=kv_sharing, sliding_window=sliding_window)
     ids = torch.tensor([[3, 4, 5, 3, 4, 5, 3, 4]])
     kwargs = {"max_new_tokens": 8, "do_sample": False}
     if kv_sharing not in ("per_loop", "first", "natural"):
@@ -382,9 +394,11 @@ def test_generation_from_embeddings_equals_generation_from_ids(static):
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kv_sharing", ["per_loop", "first"])
-def test_continuous_batching_finds_the_slot_of_every_loop(kv_sharing):
+@every_window
+def test_continuous_batching_finds_the_slot_of_every_loop(kv_sharing, sliding_window):
     """Paged attention finds the slot by attention.layer_idx (trap 15)."""
-    model = make_model(attn="sdpa", num_loops=3, eos_token_id=49, kv_sharing=kv_sharing)
+    fields = {"kv_sharing": kv_sharing, "sliding_window": sliding_window}
+    model = make_model(attn="sdpa", num_loops=3, eos_token_id=49, **fields)
     ids = make_ids(2, 6)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)[:, 6:]
     outputs = model.generate_batch(

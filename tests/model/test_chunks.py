@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 from toys import FP32, as_policy, count_layer_calls, make_config, make_ids, make_melt, make_model, open_gates, stepwise
 
 every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])
+every_window = pytest.mark.parametrize("sliding_window", [None, 3])
 rewriting = pytest.mark.parametrize("kv_sharing", ["last", "mean", "gated"])
 
 
@@ -35,9 +36,11 @@ def gradients(model, ids, **kwargs):
 @every_attention
 @pytest.mark.parametrize("num_loops", [1, 3, 5])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 9])
-def test_chunks_are_calls(kv_sharing, attn, num_loops, chunk):
+@every_window
+def test_chunks_are_calls(kv_sharing, attn, num_loops, chunk, sliding_window):
     """With a cache or without, borders where prefill_chunk puts them: chunk 1 is decoding, one chunk is one call."""
-    whole = open_gates(make_model(attn=attn, kv_sharing=kv_sharing, num_prelude_layers=1, num_coda_layers=1))
+    sizes = {"num_prelude_layers": 1, "num_coda_layers": 1, "sliding_window": sliding_window}
+    whole = open_gates(make_model(attn=attn, kv_sharing=kv_sharing, **sizes))
     model = as_policy(whole, prefill_chunk=chunk)
     ids = make_ids()
     sizes = [min(chunk, 7 - start) for start in range(0, 7, chunk)]
@@ -80,9 +83,11 @@ def test_no_token_sees_a_later_one(kv_sharing, chunk):
 @every_attention
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("chunk", [2, 3])
-def test_left_padding_does_not_move_the_borders(kv_sharing, attn, static, chunk):
+@every_window
+def test_left_padding_does_not_move_the_borders(kv_sharing, attn, static, chunk, sliding_window):
     """Chunks counted over columns would cut a padded row at other tokens than the same row alone."""
-    model = open_gates(make_model(attn=attn, kv_sharing=kv_sharing, prefill_chunk=chunk))
+    fields = {"kv_sharing": kv_sharing, "sliding_window": sliding_window, "num_prelude_layers": 1}
+    model = open_gates(make_model(attn=attn, prefill_chunk=chunk, **fields))
     ids = make_ids()
     padded, mask = ids.clone(), torch.ones_like(ids)
     padded[1, :3], mask[1, :3] = 0, 0
@@ -241,9 +246,11 @@ def test_rows_that_left_do_no_work_in_any_chunk():
 
 @rewriting
 @pytest.mark.parametrize("chunk", [2, 3])
-def test_gradients_go_through_the_rows_of_earlier_chunks_unless_cut(kv_sharing, chunk):
+@every_window
+def test_gradients_go_through_the_rows_of_earlier_chunks_unless_cut(kv_sharing, chunk, sliding_window):
     """Against a stepwise run whose cache is kept in the graph, and one whose cache is detached between calls."""
-    model = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=chunk)).train()
+    fields = {"kv_sharing": kv_sharing, "sliding_window": sliding_window}
+    model = open_gates(make_model(prefill_chunk=chunk, **fields)).train()
     whole = as_policy(model, prefill_chunk=None).train()
     ids = make_ids()
     sizes = [min(chunk, 7 - start) for start in range(0, 7, chunk)]
@@ -267,9 +274,11 @@ def test_gradients_go_through_the_rows_of_earlier_chunks_unless_cut(kv_sharing, 
 @pytest.mark.parametrize("exit_gate", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputed_chunks_have_the_same_gradients(kv_sharing, exit_gate, cut, reentrant):
+@every_window
+def test_recomputed_chunks_have_the_same_gradients(kv_sharing, exit_gate, cut, reentrant, sliding_window):
     """transformers takes the cache away from checkpointed layers, which would make every chunk forget the others."""
-    model = open_gates(make_model(kv_sharing=kv_sharing, prefill_chunk=3, exit_gate=exit_gate)).train()
+    fields = {"kv_sharing": kv_sharing, "exit_gate": exit_gate, "sliding_window": sliding_window}
+    model = open_gates(make_model(prefill_chunk=3, **fields)).train()
     loss, expected = gradients(model, make_ids(), cut_chunks=cut)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     calls = count_layer_calls(model)

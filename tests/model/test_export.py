@@ -56,10 +56,11 @@ def test_variants_export(fields):
 # Layers of shared rows take the place of stock ones in the cache, and the tracer says that it saw that.
 @pytest.mark.filterwarnings("ignore:While (compiling|exporting), we found certain side effects:UserWarning")
 @pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
-def test_a_decoding_step_exports_with_its_static_cache(kv_sharing):
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_a_decoding_step_exports_with_its_static_cache(kv_sharing, sliding_window):
     """The exported step, run token by token, is decoding: every loop has found its slots in the graph. A graph cannot
     look into a cache, which had to be empty for rows that loops share."""
-    model = open_gates(make_model(num_loops=2, kv_sharing=kv_sharing))
+    model = open_gates(make_model(num_loops=2, kv_sharing=kv_sharing, sliding_window=sliding_window))
     model.generation_config = GenerationConfig(
         use_cache=True,
         cache_implementation="static",

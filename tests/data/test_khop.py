@@ -2,6 +2,7 @@
 
 import doctest
 import hashlib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -101,6 +102,24 @@ def test_few_programs_leave_three_quarters_to_train(quickstart):
     assert rows_per_hop(quickstart["train"]) == {1: 80, 2: 240, 3: 960}
     held_out = {2: 40, 3: 160} | dict.fromkeys(range(4, 9), 375)
     assert rows_per_hop(quickstart["validation"]) == rows_per_hop(quickstart["test"]) == held_out
+
+
+@pytest.mark.parametrize(("far_hops", "beyond"), [(0, []), (8, []), (16, [16]), (30, [16, 24])])
+def test_far_hops_are_test_rows_beside_the_same_others(cache, quickstart, far_hops, beyond):
+    """Every eighth hop count, in test alone; a run that goes further is trained and tested on the same other rows."""
+    far = load_task("khop", "quickstart", cache_dir=cache, far_hops=far_hops, **SMALL)
+    assert far["train"]["text"][:] == quickstart["train"]["text"][:]
+    assert far["validation"]["text"][:] == quickstart["validation"]["text"][:]
+    rows, near = far["test"].to_list(), quickstart["test"].to_list()
+    assert rows[: len(near)] == near
+    rows = rows[len(near) :]
+    assert Counter(row["hops"] for row in rows) == dict.fromkeys(beyond, 375)
+    facts = facts_of(quickstart)
+    for row in rows[::50]:
+        place, *relations = row["text"].split()
+        for relation in relations:
+            place = facts[place, relation]
+        assert (place, "ood", len(relations)) == (row["answer"], row["split_kind"], row["hops"])
 
 
 def test_split_kind_says_what_train_holds(quickstart):

@@ -147,7 +147,7 @@ def test_drafts_change_no_token(kv_sharing, sections, tokens):
 
 def test_drafts_of_natural_keys_are_refused():
     model = make_model(kv_sharing="natural", sliding_window=3, loop_connection="damped")
-    with pytest.raises(ValueError, match="draft_loops=1: kv_sharing='natural' .* sliding_window=3 .* prompt_lookup"):
+    with pytest.raises(ValueError, match=r"draft_loops=1: kv_sharing='natural' .* sliding_window=3 .* prompt_lookup"):
         model.generate(make_ids(1), draft_loops=1, max_new_tokens=4)
 
 

@@ -30,16 +30,15 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, get_int_from_env, set_seed
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from looplab.mistakes import Parser, run_command
-from looplab.runs.sections import flatten
 from looplab.tasks.registry import TASKS
 from looplab.tasks.training import State
 from looplab.training.model import build_model, check_max_loops, may_lack_gradients
@@ -48,6 +47,7 @@ from looplab.training.optimizers import build_optimizers, lr_factor, restart, se
 from looplab.training.provenance import provenance
 from looplab.training.recipe import Recipe, add_recipe, read_recipe
 from looplab.training.run_folder import RunFolder, held
+from looplab.training.trackers import Trackers, check_trackers, closed_trackers
 from looplab.training.trained import TRAINED
 
 
@@ -58,6 +58,7 @@ def main(recipe: Recipe) -> dict:
         ValueError: a recipe that cannot run.
         FloatingPointError: the loss is no longer finite.
     """
+    check_trackers(recipe.trackers)
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=recipe.trackers or None,
@@ -74,7 +75,10 @@ def main(recipe: Recipe) -> dict:
         if run.complete:
             accelerator.print(f"{run.final}: finished, and its checkpoints are gone: it is left as it is")
             return run.summary()
-        return fit(recipe, accelerator, run)
+        with closed_trackers(accelerator):
+            summary = fit(recipe, accelerator, run)
+        accelerator.end_training()
+        return summary
 
 
 def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
@@ -112,13 +116,12 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         state.finished = False
         if state.step % recipe.check_every == 0 and task.advance(state):
             restart(optimizers)
-    accelerator.project_configuration.logging_dir = run.folder
-    accelerator.init_trackers("tracker", config={k: str(v) for k, v in flatten(asdict(recipe)).items()})
+    trackers = Trackers(recipe, accelerator, run, state)
     progress_bar = tqdm(
         total=recipe.max_steps,
         initial=state.step,
         disable=not accelerator.is_main_process,
-        unit="step",
+        unit="update",
         mininterval=1.0,
     )
 
@@ -126,7 +129,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         if accelerator.is_main_process:
             with run.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        accelerator.log(flatten({k: v for k, v in row.items() if k != "step"}), step=row["step"])
+        trackers.log(row)
 
     # The row of step 0 says what the model of `init_from` had reached.
     if recipe.init_from is not None and state.step == 0:
@@ -164,21 +167,24 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
                 f"loss is {loss} at step {state.step + 1}; that update was not made. Lower the learning rate or set "
                 f"optim.clip under another --name. The checkpoints before it are in {run.checkpoints}."
             )
-        if recipe.optim.clip is not None:
-            accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
         state.step += 1
         state.tokens += num_tokens
         state.seconds = seconds
         state.finished = over(recipe, state)
+        logs = state.step % recipe.log_every == 0 or state.finished
+        if recipe.optim.clip is not None or logs:
+            # With an infinite bound the gradients stay as they are.
+            norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip or math.inf)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         progress_bar.update()
 
         # Rows, checks, snapshots and checkpoints, each at its own pace and all of them at the end.
-        if state.step % recipe.log_every == 0 or state.finished:
+        if logs:
             write_row(
                 {"step": state.step, "loss": loss, "lr": recipe.optim.lr * factor, "num_loops": batch["num_loops"]}
+                | {"grad_norm": number_of(norm)}
                 | task.describe(batch, state)
                 | {"seconds": seconds, "tokens": state.tokens}
             )
@@ -212,13 +218,19 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         run.save_folder("model", trained.to_save(looped), task.tokenizer)
         run.write_summary(summary)
     accelerator.print(f"{run.folder}: {state.step} steps, {task.headline(summary)}")
-    accelerator.end_training()
     return summary
 
 
 def over(recipe: Recipe, state: State) -> bool:
     """Whether the budget is spent."""
     return state.step >= (recipe.max_steps or math.inf) or state.seconds >= (recipe.max_seconds or math.inf)
+
+
+def number_of(norm: torch.Tensor | None) -> float | None:
+    """The norm of the gradients before they were clipped; None where the launcher clips by itself and keeps it."""
+    if isinstance(norm, DTensor):  # sharded
+        norm = norm.full_tensor()
+    return None if norm is None else float(norm)
 
 
 def split(batch: dict, number: int, device: torch.device) -> list[dict[str, torch.Tensor]]:

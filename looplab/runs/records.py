@@ -36,7 +36,8 @@ OWNED = (
     *(f"checkpoints/{folder}/{name}" for folder in ("step-?????????", "partial") for name in CHECKPOINT_FILES),
     "checkpoints/*/pytorch_model_*/*", "checkpoints/*/optimizer_*/*", "checkpoints/*/.state.json.*.partial",
     "records/index.json", "records/lock", "records/.*.partial", "records/commit*/*.json*",
-    "tracker/events.out.tfevents.*", "tracker/*/events.out.tfevents.*", "tracker/hparams.yml",
+    *(f"tracker/{place}events.out.tfevents.*" for place in ("", "*/", "*/*/")), "tracker/hparams.yml",
+    "tracker/*/hparams.yml",
 )  # fmt: skip
 OLD = ".replaced"  # ending of a folder's name while another folder takes its place
 

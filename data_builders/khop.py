@@ -69,7 +69,7 @@ class Khop(datasets.ArrowBasedBuilder):
         KhopConfig(name="paper", description="The paper's sizes: 200 entities, 10 relations, hops to 40."),
         KhopConfig(
             name="cpu",
-            description="A laptop's evening: 50 entities, 6 relations, trained to 6 hops, tested to 16.",
+            description="Small: 50 entities, 6 relations, trained to 6 hops, tested to 16.",
             num_entities=50,
             num_relations=6,
             train_hops=6,
@@ -77,7 +77,7 @@ class Khop(datasets.ArrowBasedBuilder):
         ),
         KhopConfig(
             name="quickstart",
-            description="Three minutes on two cores: 20 entities, 4 relations, trained to 8 hops, tested to 24.",
+            description="Smaller: 20 entities, 4 relations, trained to 8 hops, tested to 24.",
             num_entities=20,
             num_relations=4,
             train_hops=8,

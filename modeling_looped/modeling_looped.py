@@ -297,9 +297,12 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
 class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
     """A looped transformer that predicts the next token, with `generate`.
 
-        model = LoopedForCausalLM(LoopedConfig(vocab_size=100, hidden_size=64, num_attention_heads=4))
-        model(ids, num_loops=8).logits                              # (B, T, V)
-        model.generate(ids, num_loops=8, max_new_tokens=20)         # (B, T + 20)
+    >>> model = LoopedForCausalLM(LoopedConfig(vocab_size=100, hidden_size=64, num_attention_heads=4)).eval()
+    >>> ids = torch.tensor([[5, 3, 8]])
+    >>> model(ids, num_loops=8).logits.shape
+    torch.Size([1, 3, 100])
+    >>> model.generate(ids, num_loops=8, max_new_tokens=4).shape
+    torch.Size([1, 7])
 
     Args:
         config: sizes, and how the loop reads, writes, caches and starts.

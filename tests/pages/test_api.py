@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import doctest
 import importlib.util
 import inspect
 import keyword
@@ -16,6 +17,7 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 from transformers.generation import GenerationMixin
 
+import modeling_looped
 from looplab.cli import parser
 from toys import ROOT
 
@@ -142,6 +144,13 @@ def silent_names(holder, page: str):
 def test_every_public_name_says_what_it_is():
     pages = build.load()
     assert [name for page in pages for name in silent_names(importlib.import_module(page), page)] == []
+
+
+@pytest.mark.parametrize("name", modeling_looped.__all__)
+def test_the_examples_of_a_docstring_print_what_they_say(name):
+    names = vars(modeling_looped) | {"torch": torch}
+    for example in doctest.DocTestFinder(recurse=False).find(getattr(modeling_looped, name), name, globs=names):
+        assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_the_table_of_public_names_is_that_of_the_code():

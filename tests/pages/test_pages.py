@@ -4,16 +4,17 @@ A page with Python is in RUNS, with what a reader has made before its first bloc
 runs it where it needs more than this machine has. Nothing that a reader would type is changed.
 """
 
+import ast
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
@@ -98,10 +99,6 @@ def a_run_on_chains() -> dict:
 def a_run_on_compositions() -> dict:
     sizes = {"num_entities": 12, "num_relations": 4, "out_degree": 4, "ood_share": 0.3, "phi": 1.0}
     return a_run_on("composition", "composition", "cpu", **sizes, id_holdout=0.2, pair_holdout=0.0)
-
-
-def a_model_and_rows() -> dict:
-    return a_model_of_chains() | {"dataset": Dataset.from_list([{"text": f"e{n} r1 r2 e3"} for n in range(16)])}
 
 
 def a_dense_model() -> dict:
@@ -210,7 +207,7 @@ RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "docs/design/forward_pass.md": (nothing, check_slots),
     "docs/guides/add_a_system.md": (nothing, check_new_rule),
     "docs/guides/add_a_task.md": (nothing, check_new_task),
-    "docs/guides/clients.md": (a_model_and_rows, check_clients),
+    "docs/guides/clients.md": (a_model_of_chains, check_clients),
     "docs/guides/demo.md": (a_run_on_chains, check_space),
     "docs/guides/mechanism.md": (a_run_on_compositions, check_inside),
     "docs/guides/train_your_own_data.md": (own_files, check_own_data),
@@ -244,7 +241,6 @@ def test_a_page_with_python_is_run_or_says_where(page):
     "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in RUNS]
 )
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     before, check = RUNS[page]
@@ -253,6 +249,67 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     for block in blocks_of(page, "python"):
         exec(compile(block, page, "exec"), names)
     check(names, capsys.readouterr().out)
+
+
+def loads_of(block: str):
+    """Calls in a block that load what lies in a folder or on the Hub, with that place where it is written out."""
+    tree = ast.parse(block)
+    values = {
+        node.targets[0].id: node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and hasattr(node.targets[0], "id")
+    }
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        places = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "model")]
+        if re.fullmatch(r"Auto\w+\.from_pretrained|pipeline", name):
+            written = [getattr(place, "value", values.get(getattr(place, "id", None))) for place in places]
+            yield call, [place for place in written if isinstance(place, str)]
+
+
+@every_page
+def test_code_that_is_copied_alone_loads_our_models(page):
+    """A reader may copy one block into a Python that has never imported this package."""
+    for block in blocks_of(page, "python"):
+        if "import modeling_looped" in block or "from modeling_looped" in block:
+            continue
+        for call, places in loads_of(block):
+            if any(re.match(r"runs/|user/|models/", place) for place in places):
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                given = "".join(value for name, value in keywords.items() if name is None)
+                assert keywords.get("trust_remote_code") == "True" or ("trust_remote_code" in block and given), block
+
+
+PIP_INSTALLS = re.compile(r"pip install ((?:-c \S+ |-\w+ )*)(?:\\?['\"])?([\w./-]+)(?:\\?\[([\w,]+)\\?\])?")
+ON_PYPI = {"gguf"}  # beside this project, which pip finds where it is installed already, and its folder
+
+
+def test_what_is_to_be_installed_exists():
+    """In pages, messages and cards. No other name: anybody may register one on PyPI that a page has invented."""
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    found = 0
+    for path in FILES:
+        if path.suffix not in (".py", ".md", ".yaml", ".txt", ".ipynb") or path.is_relative_to(ROOT / "tests"):
+            continue
+        for _, name, extras in PIP_INSTALLS.findall(path.read_text(encoding="utf-8")):
+            found += 1
+            name = name.rstrip(".") or "."  # of a sentence
+            assert name in (".", project["name"], "requirements.txt") or name in ON_PYPI, (path, name)
+            for extra in extras.split(",") if extras and "{" not in extras else []:
+                assert extra in project["optional-dependencies"], (path, extra)
+    assert found > 8
+
+
+def test_the_time_of_the_quickstart_stands_in_one_place():
+    """Of all that readers see but the log and the changes; three places had three times."""
+    told = []
+    for path in FILES:
+        if path.suffix in (".md", ".yaml", ".py") and not path.is_relative_to(ROOT / "tests"):
+            for paragraph in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
+                if re.search(r"quickstart", paragraph) and re.search(r"\bminutes?\b", paragraph):
+                    told.append((path.name, paragraph))
+    assert {name for name, _ in told} - {"LOG.md", "CHANGELOG.md"} <= {"README.md"}, told
+    assert len([name for name, _ in told if name == "README.md"]) <= 1, told
 
 
 # ---- commands

@@ -428,16 +428,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--trust-remote-code", **trust)
     command.set_defaults(call=run_frozen)
 
-    command = commands.add_parser("ask", help="print a model's answer at several loop counts")
+    command = commands.add_parser("ask", help="print a model's answer, or what it writes, at several loop counts")
     add_run(command, "ask")
     command.add_argument(
         "question",
         type=str,
         metavar="QUESTION",
         nargs="?",
-        help='an entity and relations, such as "e3 r1 r2" (default: a test question beyond the trained hops)',
+        help='hops: an entity and relations, such as "e3 r1 r2" (default: a test question beyond the trained hops); '
+        "text, molecules: a beginning, which is written on (default: the first words of a test text; nothing)",
     )
     command.add_argument("--loops", type=LOOPS, nargs="+", metavar="R", help=f"loop counts {help_of('ask', 'loops')}")
+    add_arguments(command, "ask")
     command.set_defaults(call=run_ask)
 
     command = commands.add_parser("demo", help="show a page with a loop slider on this machine (needs the extra demo)")

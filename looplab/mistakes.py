@@ -15,6 +15,7 @@ be repeated to get it. `--debug` shows the traceback of a mistake, too.
 import argparse
 import difflib
 import logging
+import math
 import os
 import re
 import sys
@@ -88,6 +89,26 @@ class Whole:
             kind = "an integer" if self.step == 1 else f"a multiple of {self.step}"
             raise argparse.ArgumentTypeError(f"must be {kind} from {self.lowest} to {self.highest}, got {text!r}")
         return value
+
+
+@dataclass(frozen=True)
+class Real:
+    """The type of an option that takes a number from `lowest` to `highest`, both inclusive."""
+
+    lowest: float
+    highest: float
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not self.lowest <= value <= self.highest:
+            raise argparse.ArgumentTypeError(f"must be {self}, got {text!r}")
+        return value
+
+    def __str__(self) -> str:
+        return f"a number from {self.lowest} to {self.highest}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -64,7 +64,7 @@ class Run:
     @property
     def bare(self) -> bool:
         """Whether there is only a model, without the recipe of its training."""
-        return not (self.folder / "recipe.yaml").is_file() and (self.folder / ORIGIN).is_file()
+        return not (self.folder / "recipe.yaml").is_file()
 
     def recipe(self) -> dict:
         """`recipe.yaml`, as the run was trained; ValueError where it is missing or damaged."""
@@ -73,7 +73,7 @@ class Run:
 
     def task(self) -> str:
         """Name of the task in the recipe."""
-        if self.bare or (self.given is not None and not (self.folder / "recipe.yaml").is_file()):
+        if self.bare:
             raise ValueError(
                 f"{self} is a model without run/recipe.yaml, which says what it was trained on: name the run, or a "
                 "model that `looped publish` has published."

@@ -6,7 +6,7 @@ loads with the classes of `modeling_looped`, not with the copy of them beside it
 its own code runs only with --trust-remote-code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 from looplab.mistakes import sentence
 from modeling_looped import LoopedForCausalLM  # this import registers the looped classes
 from modeling_looped.depth_looped import too_many_loops
+from modeling_looped.frozen_looped import FrozenLooped
 
 from .digests import sha256_of
 from .folder import Run
@@ -63,6 +64,20 @@ def load_model(
             GenerationConfig.from_pretrained(folder)  # transformers ignores a file that it cannot read
         # Even for a stock tokenizer, AutoTokenizer reads the model's config first.
         return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_any_looped(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_run_model`, and a frozen model that is looped is loaded, too."""
+    model, tokenizer = load_model(run.model_folder(), run.again)
+    if not isinstance(model, FrozenLooped):
+        check_loops(model, run.model_folder(), *loops)
+    return model, tokenizer
+
+
+def loops_to_try(model: PreTrainedModel, loops: Sequence[int]) -> list[int]:
+    """Those of `loops` that the model may run; some models have a largest count."""
+    most = None if isinstance(model, FrozenLooped) else model.config.max_num_loops
+    return [count for count in loops if most is None or count <= most]
 
 
 def check_loops(model: PreTrainedModel, folder: Path, *loops: int | None) -> None:

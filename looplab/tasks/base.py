@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from looplab.mistakes import Whole
+from looplab.mistakes import Real, Whole
 from looplab.runs.folder import NUMBER, RecordFile, Run
 
 from .data import Curriculum, Data
@@ -89,7 +89,7 @@ class Argument:
 
     help: str
     metavar: str
-    type: Whole | None = None
+    type: Whole | Real | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from .hops.task import Composition, Khop
 from .molecules.task import MoleculeTask
 from .text.task import TextTask
 
+# Verbs that need no data: of a model without the recipe of its training, they are those of the task text.
+ANY_MODEL = ("ask", "lens", "demo")
 TASKS: dict[str, Task] = {task.name: task for task in (Khop(), Composition(), TextTask(), MoleculeTask())}
 
 
@@ -36,6 +38,8 @@ def task_for(verb: str, runs: Sequence[Run], *options: str) -> Task:
     Raises:
         ValueError: as `task_of`, or the task lacks the verb or an option.
     """
+    if verb in ANY_MODEL and all(run.bare for run in runs):
+        return TASKS["text"]
     task = task_of(runs)
     run_on = f"{runs[0]} is a run on {task.name}, and looped {verb}"
     if task.options(verb) is None:

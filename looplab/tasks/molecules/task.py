@@ -1,12 +1,14 @@
 """The task molecules, see `tasks.base.Task`."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from looplab.mistakes import Whole
 from looplab.runs.folder import Run
 from looplab.tasks.base import Argument, Drafting, Figure, Task
+from looplab.tasks.language.options import ASKING, ASKING_DEFAULTS
 
 from .data import MoleculeData
 from .records import HALTING, RECORDS
@@ -39,6 +41,7 @@ class MoleculeTask(Task):
     files = ("samples/model.json", "samples/*-loops*.jsonl")
     arguments: ClassVar = {
         ("eval", "masked"): Argument("also N samples whose every prefix can become a molecule", "N", Whole()),
+        **ASKING,
     }
     defaults: ClassVar = {
         "eval --limit": "10,000 samples",
@@ -46,6 +49,7 @@ class MoleculeTask(Task):
         "eval --loops": "1 to twice the model's own",
         "halting --max-loops": "the model's own loops",
         "lens --limit": "300 molecules",
+        **ASKING_DEFAULTS,
     }
     demo_requirements = ("rdkit>=2026.3",)
     drafting = Drafting(texts=16, prompt=5, drawn=SAMPLINGS[0].arguments(), ends=True)
@@ -109,6 +113,32 @@ class MoleculeTask(Task):
         limit = 300 if limit is None else limit
         paths = [] if no_probes else [probe_run(run, loops, limit)]
         return [*paths, ablate_run(run, loops, limit, self.sizes), read_run(run, loops, limit, self.sizes)]
+
+    def ask(
+        self,
+        run: Run,
+        question: str | None,
+        *,
+        loops: Sequence[int] | None = None,
+        new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Print what `language.ask` writes after the beginning of a SMILES, which may be empty, and whether it is a
+        molecule."""
+        from looplab.runs.models import load_run_model
+        from looplab.tasks.language.ask import ask
+
+        from .smiles import canonical_or_none
+
+        model, tokenizer = load_run_model(run, *(loops or ()))
+        start = question or ""
+
+        def verdict(written: str) -> str:
+            return "a molecule" if canonical_or_none(start + written) else "no molecule"
+
+        checked = verdict if find_spec("rdkit") else None
+        ask(model, tokenizer, start, loops, new_tokens, temperature, seed, checked)
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
         """`<bos>` and the first tokens of test molecules."""

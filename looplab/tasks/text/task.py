@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from looplab.runs.folder import Run
 from looplab.tasks.base import Drafting, Figure, Task
+from looplab.tasks.language.options import ASKING, ASKING_DEFAULTS
 
 from .data import TextData
 from .records import HALTING, RECORDS
@@ -29,7 +30,9 @@ class TextTask(Task):
         "eval --loops": "the model's own and the recipe's eval_loops",
         "halting --limit": "64 blocks",
         "halting --max-loops": "the model's own loops",
+        **ASKING_DEFAULTS,
     }
+    arguments: ClassVar = ASKING
     measured = "perplexity"
     drafting = Drafting(texts=4, prompt=16, drawn={}, ends=False)
 
@@ -70,6 +73,25 @@ class TextTask(Task):
         path, rows = halting_run(run, max_loops, limit), run.read(HALTING)
         text = exits_text(rows)
         return path, f"{text}\n\n{save_best(run, rows)}" if save else text
+
+    def ask(
+        self,
+        run: Run,
+        question: str | None,
+        *,
+        loops: Sequence[int] | None = None,
+        new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Print what `language.ask` writes after `question`; unless given, after the first words of a test text."""
+        from looplab.runs.models import load_any_looped
+        from looplab.tasks.language.ask import ask
+
+        from .perplexity import first_words
+
+        question = first_words(run) if question is None else question
+        ask(*load_any_looped(run, *(loops or ())), question, loops, new_tokens, temperature, seed)
 
     def measure(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int | None):
         from .perplexity import TextMeasure

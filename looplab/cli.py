@@ -517,9 +517,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--calibration-rows",
         type=COUNT,
-        default=128,
         metavar="N",
-        help="blocks of training text (default: %(default)s)",
+        help="rows of training data: blocks of text, questions, molecules (default: 128, or all)",
     )
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     add_to(command)

@@ -30,17 +30,17 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from data_builders import TextBlocks
 from looplab.runs.digests import weights_of
 from looplab.runs.folder import Run
-from looplab.runs.models import load_run_model
+from looplab.runs.models import load_run_model, loops_to_try
 from looplab.runs.records import owned, replaced_folder
 from looplab.runs.writing import below
 from looplab.tasks.base import QUANTIZATION
+from looplab.tasks.quantizing import Quantizing
 from looplab.tasks.registry import task_for
 
 DAMPING = 0.01  # this share of the mean diagonal of H is added to the diagonal (GPTQ, section 3.3, step 3)
-TOKENS_AT_ONCE = 2048  # tokens in one call of the model
+CALIBRATION_ROWS = 128
 Method = Literal["gptq", "nearest"]
 
 
@@ -279,18 +279,23 @@ def count_bytes(model: PreTrainedModel, bits: int, group: int) -> dict[str, int]
     }
 
 
-def calibration_blocks(blocks: TextBlocks, count: int, seed: int) -> torch.Tensor:
-    """`count` different block numbers (count,), drawn by `seed`.
+def calibration_rows_of(data: Quantizing, count: int, seed: int) -> torch.Tensor:
+    """`count` different row numbers (count,), drawn by `seed`.
 
     Raises:
-        ValueError: there are fewer blocks.
+        ValueError: there are fewer rows.
     """
-    if not 1 <= count <= len(blocks):
+    if not 1 <= count <= len(data):
         raise ValueError(
-            f"calibration_rows must be from 1 to {len(blocks)}, the blocks of the training text, got {count}: "
-            "give fewer, or more text."
+            f"calibration_rows must be from 1 to {len(data)}, {data.rows}, got {count}: give fewer, or more data."
         )
-    return torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def counts_around(model: PreTrainedModel, num_loops: int) -> list[int]:
+    """Loop counts to measure at: 1, 2, 4 .. up to twice `num_loops`, and itself, as far as the model may run them."""
+    doubled = [2**power for power in range((2 * num_loops).bit_length()) if 2**power <= 2 * num_loops]
+    return loops_to_try(model, sorted({*doubled, num_loops}))
 
 
 def quantize_run(
@@ -299,40 +304,43 @@ def quantize_run(
     bits: int = 4,
     group: int = 128,
     method: Method = "gptq",
-    calibration_rows: int = 128,
+    calibration_rows: int | None = None,
     num_loops: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Quantise the model of a run: write RUN/model_int<bits>/ and RUN/quantization.json, and return the latter.
 
-    Perplexity is measured on the run's test split; calibration blocks come from its training split. After several
-    quantisations, quantization.json describes the last and names its folder.
+    Losses are measured on the run's test split, at several loop counts; calibration rows come from its training split.
+    After several quantisations, quantization.json describes the last and names its folder.
 
     Args:
-        run: a finished one, of a task with `blocks`.
+        run: a finished one, of a task with `quantizing`.
         bits, group, method: see `quantize_model`.
-        calibration_rows: number of calibration blocks; a block has the recipe's sequence_length tokens.
-        num_loops: loop count of calibration and perplexity; the model's own unless given.
-        seed: of the choice of calibration blocks.
+        calibration_rows: number of calibration rows: blocks of text, questions or molecules; 128 unless given, or all.
+        num_loops: loop count of calibration and of the main measure; the model's own unless given.
+        seed: of the choice of calibration rows.
 
     Raises:
-        ValueError: the run has not finished, its task has no `blocks`, or a setting is out of range.
+        ValueError: the run has not finished, its task has no `quantizing`, or a setting is out of range.
     """
     check_settings(bits, group, method)
     task = task_for("quantize", [run])
     target = below(run.folder, f"model_int{bits}")
     model, tokenizer = load_run_model(run, num_loops)
     num_loops = model.config.num_loops if num_loops is None else num_loops
-    blocks = task.blocks(run, tokenizer)
-    chosen = calibration_blocks(blocks["train"], calibration_rows, seed)
-    rows_at_once = max(1, TOKENS_AT_ONCE // blocks["train"].sequence_length)
-    batches = [blocks["train"].rows(numbers)["input_ids"] for numbers in chosen.split(rows_at_once)]
+    data = task.quantizing(run, tokenizer)
+    calibration_rows = min(CALIBRATION_ROWS, len(data)) if calibration_rows is None else calibration_rows
+    batches = data.calibration(calibration_rows_of(data, calibration_rows, seed))
 
-    measure = task.measure(run, tokenizer, None)
-    found = {"before": measure(model, num_loops)}
+    def measured() -> tuple[dict, dict]:
+        losses = data.losses(model, counts)
+        return data.measure(model, num_loops, losses[num_loops]), losses
+
+    counts = counts_around(model, num_loops)
+    found = {"before": measured()}
     settings = {"bits": bits, "group": group, "method": method}
     linears = quantize_model(model, batches, num_loops, **settings)
-    found["after"] = measure(model, num_loops)
+    found["after"] = measured()
     with replaced_folder(target, lambda path: owned(f"{target.name}/{path.name}")) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -343,25 +351,39 @@ def quantize_run(
         "loops": num_loops,
         "seed": seed,
         "calibration_rows": calibration_rows,
-        "calibration_tokens": calibration_rows * blocks["train"].sequence_length,
-        "test_tokens": len(blocks["test"]) * blocks["test"].sequence_length,
-        "perplexity": {when: values["perplexity"] for when, values in found.items()},
+        "calibration_tokens": sum(ids.numel() for ids in batches),
+        "test_tokens": data.test_tokens,
+        "unit": data.unit,
+        "losses": [
+            {"loops": count} | {when: losses[count].mean().item() for when, (_, losses) in found.items()}
+            for count in counts
+        ],
         "bytes": count_bytes(model, bits, group),
         "linears": linears,
-        "block_losses": {when: values["block_losses"] for when, values in found.items()},
+        **{name: {when: measures[name] for when, (measures, _) in found.items()} for name in found["before"][0]},
     }
     weights = {"model": run.weights, target.name: weights_of(target)}
     return run.write({QUANTIZATION.name: json.dumps(report, indent=1) + "\n"}, weights)
 
 
+MEASURES = {"perplexity": (1, 3, ""), "accuracy": (100, 1, " %"), "loss": (1, 4, " nats")}  # times, digits, unit
+
+
 def quantization_text(report: dict) -> str:
-    """RUN/quantization.json as four lines of text."""
-    perplexity, size, linears = report["perplexity"], report["bytes"], report["linears"]
+    """RUN/quantization.json as text, with a line per loop count."""
+    size, linears = report["bytes"], report["linears"]
     worst = max(linears, key=lambda name: linears[name]["relative_error"])
+    name, (times, digits, unit) = next((name, shown) for name, shown in MEASURES.items() if name in report)
+    before, after = (f"{times * report[name][when]:.{digits}f}{unit}" for when in ("before", "after"))
     lines = [
         f"{report['method']}, {report['bits']} bits, groups of {report['group']}, over {report['loops']} loops and "
         f"{report['calibration_tokens']:,} training tokens",
-        f"perplexity {perplexity['before']:.3f} -> {perplexity['after']:.3f} on {report['test_tokens']:,} test tokens",
+        f"{name} {before} -> {after} on {report['test_tokens']:,} test tokens",
+    ]
+    if "losses" in report:  # reports of older versions have none
+        lines.append(f"{'loops':>7}{'nats per ' + report['unit']:>18}{'quantized':>12}")
+        lines += [f"{row['loops']:>7}{row['before']:>18.4f}{row['after']:>12.4f}" for row in report["losses"]]
+    lines += [
         f"weights of the layers {size['linears_before']:,} -> {size['linears_after']:,} bytes, packed",
         f"largest relative error of an output: {linears[worst]['relative_error']:.3f}, {worst}",
     ]

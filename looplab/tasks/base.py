@@ -6,7 +6,7 @@
     looped table, plot         table, plot                  a Markdown table; figures
     looped halting, lens, ask  halting, lens, ask           measurements; an answer
     looped memory              measure                      the quality of a model under another KV policy
-    looped quantize            blocks                       blocks of tokens to calibrate and measure on
+    looped quantize            quantizing                   rows to calibrate and measure on
     looped bench --run         prompts or time_halting      drafts, or halting, on a trained run
     looped publish             card; data_licence           a page of the Hub
     looped demo                demo_part                    a tab of the page with the loop slider
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .card import Card
+    from .quantizing import Quantizing
     from .training import TaskTraining
 
 # Verb of `looped` -> methods; a task has the verb if it has one of them.
@@ -45,7 +46,7 @@ METHODS = {
     "lens": ("lens",),
     "ask": ("ask",),
     "memory": ("measure",),
-    "quantize": ("blocks",),
+    "quantize": ("quantizing",),
     "bench": ("prompts", "time_halting"),
     "publish": ("card",),
     "demo": ("demo_part",),
@@ -58,7 +59,14 @@ MEMORY = RecordFile(
     {"kv_sharing": str, "chunk": int, "kv_bytes": int, "interval": [NUMBER], "trained": bool},
 )
 QUANTIZATION = RecordFile(
-    "quantization.json", "quantize", {"perplexity": {"before": NUMBER, "after": NUMBER}, "bytes": {}, "linears": {}}
+    "quantization.json",
+    "quantize",
+    {
+        **{name: {"before": NUMBER, "after": NUMBER} for name in ("perplexity", "accuracy", "loss")},
+        "bytes": {},
+        "linears": {},
+        "losses": [{"loops": int, "before": NUMBER, "after": NUMBER}],
+    },
 )
 
 
@@ -197,9 +205,8 @@ class Task(ABC):
         """
         raise NotImplementedError
 
-    def blocks(self, run: Run, tokenizer: "PreTrainedTokenizerBase") -> dict:
-        """`data_builders.TextBlocks` of the splits train and test. The task's `measure` finds `perplexity` and
-        `block_losses`."""
+    def quantizing(self, run: Run, tokenizer: "PreTrainedTokenizerBase") -> "Quantizing":
+        """Rows of the run's data, see `tasks.quantizing.Quantizing`."""
         raise NotImplementedError
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":

@@ -230,10 +230,10 @@ WRONG = [
     *((["lens", MOLECULES, option, value], option) for option, value in (("--snapshot", "all"), ("--hops", "2"))),
     (["table", HOPS, "--against", "x"], "--against"),
     # runs of another task
-    *((["ask", run], f"{run} is a run on") for run in (TEXT, MOLECULES)),
+    *((["ask", run, "--loops", "5"], "max_num_loops=4") for run in (TEXT,)),
+    (["ask", HOPS, "--temperature", "1"], "--temperature is not for khop"),
     (["lens", TEXT], "{runs}/text is a run on text"),
     (["memory", MOLECULES], "{runs}/molecules is a run on molecules"),
-    *((["quantize", run], f"{run} is") for run in (HOPS, MOLECULES)),
     (["demo", TEXT], "{runs}/text is a run on text"),
     (["demo", HOPS, HOPS], "{runs}/hops is a second run"),
     *(([verb, HOPS, TEXT], "read them apart") for verb in ("plot", "table")),

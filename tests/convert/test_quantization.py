@@ -28,6 +28,8 @@ from looplab.convert.quantization import (
 from looplab.instruments.recorder import record
 from looplab.runs.folder import open_run
 from looplab.tasks.base import QUANTIZATION
+from looplab.tasks.hops.rows import load_run_task
+from looplab.tasks.molecules.held_out import run_molecules
 from toys import FP32, make_ids, make_model
 
 LOOPS = 4  # not the 3 of the toys' configuration
@@ -390,11 +392,44 @@ def test_too_many_calibration_rows_are_one_sentence_and_leave_the_old_report(run
     assert (run / "quantization.json").read_text() == before
 
 
-def test_a_run_of_another_task_is_one_sentence(tmp_path, capfd):
-    (tmp_path / "recipe.yaml").write_text("data: {task: khop}")
-    assert main(["quantize", str(tmp_path)]) == 2
-    expected = f"looped quantize: {tmp_path} is a run on khop, and looped quantize is not for hops: it is for text"
-    assert capfd.readouterr().err.startswith(expected)
+@pytest.mark.parametrize("task", ["hops", "molecules"])
+def test_every_task_is_quantised_and_measured_by_loops(trained, tmp_path, capsys, task):
+    run = trained.copy(tmp_path, task)
+    tokens = {"hops": 5, "molecules": 3}[task]
+    assert main(["quantize", str(run), "--calibration-rows", str(tokens), "--bits", "8"]) == 0
+    said, report = capsys.readouterr().out, open_run(run).read(QUANTIZATION)
+    loops = loaded(run / "model").config.num_loops
+    assert [row["loops"] for row in report["losses"]] == [n for n in (1, 2, 3, 4, 6, 8) if n <= 2 * loops and (
+        n == loops or n & (n - 1) == 0)]  # fmt: skip
+    for when, name in {"before": "model", "after": "model_int8"}.items():
+        model, tokenizer = loaded(run / name), AutoTokenizer.from_pretrained(run / name, trust_remote_code=True)
+        losses = naive_losses(task, run, model, tokenizer, loops)
+        row = next(row for row in report["losses"] if row["loops"] == loops)
+        assert row[when] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        assert f"{row[when]:.4f}" in said
+    assert report["losses"][0]["before"] != report["losses"][0]["after"]
+    seen = {row["samples"] for name, row in report["linears"].items() if name.startswith("core")}
+    assert seen == {report["calibration_tokens"] * loops}
+
+
+def naive_losses(task: str, run: Path, model, tokenizer, loops: int) -> list[float]:
+    """The loss of every test row, one by one."""
+    losses = []
+    if task == "hops":
+        trained = open_run(run).summary()["trained_hops"]
+        rows = [row for row in load_run_task(open_run(run))["test"] if row["hops"] in trained]
+    else:
+        rows = run_molecules(open_run(run))["test"]
+    for row in rows:
+        ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(ids, num_loops=loops).logits[0]
+        if task == "hops":
+            logits, labels = logits[-1:], torch.tensor(tokenizer.convert_tokens_to_ids([row["answer"]]))
+        else:
+            labels = torch.cat([ids[0, 1:], torch.tensor([tokenizer.eos_token_id])])
+        losses.append(torch.nn.functional.cross_entropy(logits, labels).item())
+    return losses
 
 
 def test_an_unquantised_run_names_the_command(tmp_path):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import group_runs, span, to_markdown
+from looplab.tasks.quantizing import quantized_cells
 
 from .records import HALTING, LOOPS
 
@@ -217,5 +218,6 @@ def markdown_table(runs: Sequence[Run]) -> str:
                 cells[f"{rule}: loops saved %"] = span((fact[rule]["saved"] for fact in halted), 0, 100)
                 cells[f"{rule}: speed"] = span((fact[rule]["time"][1] for fact in halted), 2)
                 cells[f"{rule}: most points lost"] = span((fact[rule]["largest_loss"] for fact in halted), 1, 100)
+        cells |= quantized_cells(members, "accuracy", 100, 1)
         rows.append(cells)
     return to_markdown(rows)

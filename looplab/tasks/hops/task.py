@@ -122,6 +122,11 @@ class HopTask(Task):
 
         return HopMeasure(run, tokenizer, limit)
 
+    def quantizing(self, run: Run, tokenizer: "PreTrainedTokenizerBase"):
+        from .quantizing import HopQuantizing
+
+        return HopQuantizing(run, tokenizer)
+
     def time_halting(self, run: Run, number: int, rounds: int) -> list[dict]:
         from .halting import halting_rows
 

@@ -1,6 +1,7 @@
 """Files with measurements on molecules."""
 
 from looplab.runs.folder import NUMBER, RecordFile
+from looplab.tasks.base import QUANTIZATION
 
 EVALUATION = RecordFile(
     "evaluation.json", "eval", {"num_loops": int, "parameters": {"all": int}, "settings": [{}], "speed": {}}
@@ -11,4 +12,4 @@ PROBES = RecordFile("probes.jsonl", "lens")
 ABLATIONS = RecordFile("ablations.jsonl", "lens")
 READOUTS = RecordFile("readouts.jsonl", "lens")
 
-RECORDS = (EVALUATION, MOLECULES, HALTING, PROBES, ABLATIONS, READOUTS)
+RECORDS = (EVALUATION, MOLECULES, HALTING, PROBES, ABLATIONS, READOUTS, QUANTIZATION)

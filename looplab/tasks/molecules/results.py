@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import by_seeds, groups_against, interval, span, to_markdown
+from looplab.tasks.quantizing import quantized_cells
 
 from .records import EVALUATION, MOLECULES
 from .smiles import EXCLUSIVE, LABELS
@@ -83,7 +84,11 @@ def markdown_table(runs: Sequence[Run], against: str | None = None) -> str:
     groups = groups_against(runs, against)
     rows = []
     for name, members in groups.items():
-        cells = {"runs": name, "seeds": str(len(members))} | measured_cells(members)
+        cells = (
+            {"runs": name, "seeds": str(len(members))}
+            | measured_cells(members)
+            | quantized_cells(members, "loss", 1, 4)
+        )
         if against is not None and name != against:
             cells |= difference_cells(groups[against], members, against)
         rows.append(cells)

@@ -140,6 +140,11 @@ class MoleculeTask(Task):
         checked = verdict if find_spec("rdkit") else None
         ask(model, tokenizer, start, loops, new_tokens, temperature, seed, checked)
 
+    def quantizing(self, run: Run, tokenizer: "PreTrainedTokenizerBase"):
+        from .quantizing import MoleculeQuantizing
+
+        return MoleculeQuantizing(run, tokenizer)
+
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
         """`<bos>` and the first tokens of test molecules."""
         import torch

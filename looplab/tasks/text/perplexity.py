@@ -28,6 +28,7 @@ from looplab.instruments.at_loops import at_loops
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.intervals import bootstrap_intervals
 from looplab.runs.models import count_parameters, load_run_model
+from looplab.tasks.quantizing import Quantizing
 
 from .data import TextData
 from .records import EVALUATION, PERPLEXITY
@@ -145,3 +146,27 @@ class TextMeasure:
         losses = block_losses(model, self.blocks, self.numbers, [num_loops])
         (row,) = text_rows(losses, len(self.numbers) * self.blocks.sequence_length, "")
         return {name: row[name] for name in ("loss", "perplexity", "interval", "block_losses")}
+
+
+class TextQuantizing(Quantizing):
+    """Blocks of the training text, and all blocks of the test text."""
+
+    rows, unit = "the blocks of the training text", "token"
+
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase):
+        self.blocks = run_blocks(run, tokenizer)
+        self.test_tokens = len(self.blocks["test"]) * self.blocks["test"].sequence_length
+
+    def __len__(self) -> int:
+        return len(self.blocks["train"])
+
+    def calibration(self, numbers: torch.Tensor) -> list[torch.Tensor]:
+        rows = max(1, TOKENS // self.blocks["train"].sequence_length)
+        return [self.blocks["train"].rows(chosen)["input_ids"] for chosen in numbers.split(rows)]
+
+    def losses(self, model: PreTrainedModel, loops: Sequence[int]) -> dict[int, torch.Tensor]:
+        test = self.blocks["test"]
+        return block_losses(model, test, torch.arange(len(test)), loops)
+
+    def measure(self, model: PreTrainedModel, num_loops: int, losses: torch.Tensor) -> dict:
+        return {"perplexity": perplexity(losses.mean().item()), "block_losses": losses.tolist()}

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import by_seeds, groups_against, interval, span, to_markdown
-from looplab.tasks.base import QUANTIZATION
+from looplab.tasks.quantizing import quantized_cells
 
 from .records import EVALUATION, PERPLEXITY
 
@@ -68,7 +68,11 @@ def markdown_table(runs: Sequence[Run], against: str | None = None) -> str:
     groups = groups_against(runs, against)
     rows = []
     for name, members in groups.items():
-        cells = {"runs": name, "seeds": str(len(members))} | measured_cells(members) | quantized_cells(members)
+        cells = (
+            {"runs": name, "seeds": str(len(members))}
+            | measured_cells(members)
+            | quantized_cells(members, "perplexity", 1, 2)
+        )
         if against is not None and name != against:
             cells |= difference_cells(groups[against], members, against)
         rows.append(cells)
@@ -88,22 +92,6 @@ def measured_cells(runs: Sequence[Run]) -> dict[str, str]:
         "95 % t-interval": interval(perplexities, ",.2f"),
         "training tokens": span(summary["tokens"] for summary in summaries),
         "tokens/s": span(summary["tokens"] / summary["seconds"] for summary in summaries),
-    }
-
-
-def quantized_cells(runs: Sequence[Run]) -> dict[str, str]:
-    """The cells with perplexity before and after quantization, if all runs of the group were quantized.
-
-    Raises ValueError if they were quantized in different ways.
-    """
-    if not all(run.has(QUANTIZATION) for run in runs):
-        return {}
-    found = [run.read(QUANTIZATION) for run in runs]
-    ways = sorted({f"{facts['method']} INT{facts['bits']}" for facts in found})
-    if len(ways) > 1:
-        raise ValueError(f"the runs of {runs[0]}'s group were quantized as {' and '.join(ways)}: choose one.")
-    return {
-        f"{ways[0]}: {when}": span((facts["perplexity"][when] for facts in found), 2) for when in ("before", "after")
     }
 
 

@@ -98,15 +98,17 @@ class TextTask(Task):
 
         return TextMeasure(run, tokenizer, limit)
 
-    def blocks(self, run: Run, tokenizer: "PreTrainedTokenizerBase") -> dict:
-        from .perplexity import run_blocks
+    def quantizing(self, run: Run, tokenizer: "PreTrainedTokenizerBase"):
+        from .perplexity import TextQuantizing
 
-        return run_blocks(run, tokenizer)
+        return TextQuantizing(run, tokenizer)
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
         from data_builders.text_batches import spread_blocks
 
-        blocks = self.blocks(run, tokenizer)["test"]
+        from .perplexity import run_blocks
+
+        blocks = run_blocks(run, tokenizer)["test"]
         return blocks.rows(spread_blocks(len(blocks), count))["input_ids"][:, :length]
 
     def card(self):

@@ -1,0 +1,60 @@
+"""`looped quantize` on molecules: training molecules to calibrate on, test molecules to measure on."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import PackedMolecules
+from looplab.runs.folder import Run
+from looplab.tasks.quantizing import Quantizing
+
+from .data import MoleculeData
+from .held_out import LOSS_MOLECULES, run_molecules
+
+BATCH = 64  # molecules that go through the model at once
+
+
+class MoleculeQuantizing(Quantizing):
+    """Molecules, in batches of one length."""
+
+    rows, unit = "the training molecules", "token"
+
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase):
+        splits, length = run_molecules(run), MoleculeData.of(run).sequence_length
+        self.bos = tokenizer.bos_token_id
+        self.train, test = (PackedMolecules(splits[split], tokenizer, length) for split in ("train", "test"))
+        self.test = [batch for batch in self.batches(test, range(min(len(test), LOSS_MOLECULES)))]
+        self.test_tokens = sum(labels.numel() for _, labels in self.test)
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def batches(self, molecules: PackedMolecules, numbers: Iterable[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(ids, labels) (b, T) of the molecules, which begin with <bos> and end with <eos>."""
+        by_length = defaultdict(list)
+        for number in numbers:
+            tokens = molecules.tokens(number)
+            by_length[len(tokens)].append(torch.tensor([self.bos, *tokens.tolist()]))
+        rows = [part for _, same in sorted(by_length.items()) for part in torch.stack(same).split(BATCH)]
+        return [(part[:, :-1], part[:, 1:]) for part in rows]
+
+    def calibration(self, numbers: torch.Tensor) -> list[torch.Tensor]:
+        return [ids for ids, _ in self.batches(self.train, numbers.tolist())]
+
+    @torch.inference_mode()
+    def losses(self, model: PreTrainedModel, loops: Sequence[int]) -> dict[int, torch.Tensor]:
+        found = {}
+        for num_loops in loops:
+            parts = []
+            for ids, labels in self.test:
+                logits = model(ids.to(model.device), num_loops=num_loops, use_cache=False).logits.float().cpu()
+                each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+                parts.append(each.view_as(labels).double().mean(1))
+            found[num_loops] = torch.cat(parts)
+        return found
+
+    def measure(self, model: PreTrainedModel, num_loops: int, losses: torch.Tensor) -> dict:
+        return {"loss": losses.mean().item()}

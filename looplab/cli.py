@@ -219,7 +219,7 @@ def run_memory(arguments) -> None:
 
 def run_quantize(arguments) -> None:
     from looplab.convert.quantization import quantization_text, quantize_run
-    from looplab.tasks.base import QUANTIZATION
+    from looplab.tasks.quantizing import QUANTIZATION
 
     with opened("quantize", arguments.run, arguments, to=arguments.to) as ([run], *_):
         refuse_unkept(run, "looped quantize")

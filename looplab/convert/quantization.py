@@ -35,8 +35,7 @@ from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model, loops_to_try
 from looplab.runs.records import owned, replaced_folder
 from looplab.runs.writing import below
-from looplab.tasks.base import QUANTIZATION
-from looplab.tasks.quantizing import Quantizing
+from looplab.tasks.quantizing import QUANTIZATION, Quantizing
 from looplab.tasks.registry import task_for
 
 DAMPING = 0.01  # this share of the mean diagonal of H is added to the diagonal (GPTQ, section 3.3, step 3)

@@ -52,21 +52,11 @@ METHODS = {
     "demo": ("demo_part",),
 }
 
-# Files that `looped memory` and `looped quantize` write, whatever the task.
+# What `looped memory` writes, whatever the task.
 MEMORY = RecordFile(
     "memory.jsonl",
     "memory",
     {"kv_sharing": str, "chunk": int, "kv_bytes": int, "interval": [NUMBER], "trained": bool},
-)
-QUANTIZATION = RecordFile(
-    "quantization.json",
-    "quantize",
-    {
-        **{name: {"before": NUMBER, "after": NUMBER} for name in ("perplexity", "accuracy", "loss")},
-        "bytes": {},
-        "linears": {},
-        "losses": [{"loops": int, "before": NUMBER, "after": NUMBER}],
-    },
 )
 
 

@@ -4,13 +4,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from looplab.runs.folder import Run
-
-from .base import QUANTIZATION
+from looplab.runs.folder import NUMBER, RecordFile, Run
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+QUANTIZATION = RecordFile(
+    "quantization.json",
+    "quantize",
+    {
+        **{name: {"before": NUMBER, "after": NUMBER} for name in ("perplexity", "accuracy", "loss")},
+        "bytes": {},
+        "linears": {},
+        "losses": [{"loops": int, "before": NUMBER, "after": NUMBER}],
+    },
+)
 
 
 class Quantizing(ABC):

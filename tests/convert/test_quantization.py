@@ -27,9 +27,9 @@ from looplab.convert.quantization import (
 )
 from looplab.instruments.recorder import record
 from looplab.runs.folder import open_run
-from looplab.tasks.base import QUANTIZATION
 from looplab.tasks.hops.rows import load_run_task
 from looplab.tasks.molecules.held_out import run_molecules
+from looplab.tasks.quantizing import QUANTIZATION
 from toys import FP32, make_ids, make_model
 
 LOOPS = 4  # not the 3 of the toys' configuration

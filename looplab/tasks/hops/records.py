@@ -1,7 +1,8 @@
 """Files with measurements on hops."""
 
 from looplab.runs.folder import NUMBER, SHARE, RecordFile
-from looplab.tasks.base import MEMORY, QUANTIZATION
+from looplab.tasks.base import MEMORY
+from looplab.tasks.quantizing import QUANTIZATION
 
 EVALUATION = RecordFile("evaluation.json", "eval", {"chance": SHARE})
 GRID = RecordFile(

@@ -1,7 +1,7 @@
 """Files with measurements on molecules."""
 
 from looplab.runs.folder import NUMBER, RecordFile
-from looplab.tasks.base import QUANTIZATION
+from looplab.tasks.quantizing import QUANTIZATION
 
 EVALUATION = RecordFile(
     "evaluation.json", "eval", {"num_loops": int, "parameters": {"all": int}, "settings": [{}], "speed": {}}

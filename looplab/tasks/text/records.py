@@ -1,7 +1,8 @@
 """Files with measurements on text."""
 
 from looplab.runs.folder import NUMBER, RecordFile
-from looplab.tasks.base import MEMORY, QUANTIZATION
+from looplab.tasks.base import MEMORY
+from looplab.tasks.quantizing import QUANTIZATION
 
 EVALUATION = RecordFile("evaluation.json", "eval", {"num_loops": int, "parameters": {"all": int}})
 PERPLEXITY = RecordFile(

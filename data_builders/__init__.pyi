@@ -5,6 +5,8 @@ from .builders import load_molecules as load_molecules
 from .builders import load_task as load_task
 from .builders import load_text as load_text
 from .builders import task_builder as task_builder
+from .chats import ChatBlocks as ChatBlocks
+from .chats import encode_chats as encode_chats
 from .collator import LoopCollator as LoopCollator
 from .collator import LoopCollatorCallback as LoopCollatorCallback
 from .collator import stack_rows as stack_rows

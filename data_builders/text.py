@@ -1,7 +1,7 @@
 """Plain text for language modelling: files, or a dataset of texts, cut into documents that are dealt to the splits.
 
-    file        .txt or .md, or either with .gz; UTF-8
-    document    whole paragraphs of one file, `document_characters` characters or a little more
+    file        .txt or .md, or either with .gz; UTF-8. With `messages`, .jsonl with conversations, see `chats.py`
+    document    whole paragraphs of one file, `document_characters` characters or a little more; or a conversation
     split       by a seeded hash of the document's text: test_share to test, validation_share to validation
 
 Equal documents go to the same split, so that the splits are disjoint; copies of a document are dropped.
@@ -17,6 +17,7 @@ from pathlib import Path
 import datasets
 from huggingface_hub.constants import HF_HOME
 
+from . import chats
 from .fields import check_fields, number
 from .files import expand_home, find_files, read_text
 from .seeding import source_hash
@@ -37,6 +38,7 @@ class TextConfig(datasets.BuilderConfig):
     files: list[str] = field(default_factory=list)  # paths and globs; `**` is any number of folders
     dataset: dict = field(default_factory=dict)  # arguments of `datasets.load_dataset`, `path` and `split` among them
     column: str = "text"  # the column of `dataset` that holds the text
+    messages: bool = False  # the rows are conversations
     document_characters: int = number(4_000, at_least=1, whole=True)  # a file is cut at the next blank line
     validation_share: int | float = number(0.01, above=0, below=0.5)  # share of the documents
     test_share: int | float = number(0.01, above=0, below=0.5)
@@ -62,7 +64,8 @@ class TextConfig(datasets.BuilderConfig):
 
         Raises ValueError as `find_files`.
         """
-        paths = find_files("files", self.files, SUFFIXES, CORPUS, "looped fetch corpus")
+        suffixes = chats.SUFFIXES if self.messages else SUFFIXES
+        paths = find_files("files", self.files, suffixes, CORPUS, "looped fetch corpus")
         shared = os.path.commonpath([path.parent for path in paths]) if paths else ""
         return {path.relative_to(shared).as_posix(): path for path in paths}
 
@@ -100,6 +103,23 @@ class TextConfig(datasets.BuilderConfig):
                 raise ValueError(f"{place}: {text!r} is no text: write it as one, or take the row out.")
             yield str(row), text
 
+    def documents(self) -> Iterator[dict]:
+        """Every document of every file, or of every row of `dataset`: its text and source; of a conversation, which is
+        JSON, also its line."""
+        if not self.messages:
+            for source, text in self.texts():
+                for document in documents(text, self.document_characters):
+                    yield {"text": document, "source": source}
+            return
+        for source, path in self.sources().items():
+            for line, document in chats.read_chats(path):
+                yield {"text": document, "source": source, "line": line}
+        rows = self.rows().select_columns(self.column) if self.dataset else []
+        for row in range(len(rows)):
+            place = f"row {row} (the first is 0), column {self.column} of dataset {self.dataset}"
+            document = chats.conversation(rows[row][self.column], place)
+            yield {"text": document, "source": str(row), "line": row}
+
     def split_of(self, digest: bytes) -> str:
         """The split of a document, from the hash of its text, read as a number in [0, 1)."""
         place = int.from_bytes(digest[:8], "big") / 2**64
@@ -114,6 +134,7 @@ class Text(datasets.GeneratorBasedBuilder):
     Configs: `corpus` (the text that `looped fetch corpus` wrote: 56 MB of English books, manuals, dictionaries and
     standards) and `files`, where you name the text: `files=["books/*.txt", "notes.md.gz"]`, or `dataset={"path":
     "json", "data_files": "texts.jsonl", "split": "train"}`. `source` is the file, or the row number in the dataset.
+    `chats` has conversations, see `chats.py`: `files=["chats.jsonl"]`, or a dataset with a column of messages.
     The documents of one long file may go to different splits: held-out text is then unseen text of a known author.
 
     One example:
@@ -138,13 +159,21 @@ class Text(datasets.GeneratorBasedBuilder):
             files=[str(CORPUS / "**" / "*.txt")],
         ),
         TextConfig(name="files", description="Text files, or a dataset, that the user names."),
+        TextConfig(
+            name="chats",
+            description="Conversations, in .jsonl files or a dataset, that the user names.",
+            column="messages",
+            messages=True,
+        ),
     ]
 
     def __init__(self, *args, hash: str | None = None, **kwargs):
-        super().__init__(*args, hash=hash or source_hash(__file__), **kwargs)
+        super().__init__(*args, hash=hash or source_hash(__file__, chats.__file__), **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
         features = datasets.Features({"text": datasets.Value("string"), "source": datasets.Value("string")})
+        if self.config.messages:
+            features["line"] = datasets.Value("int64")
         return datasets.DatasetInfo(features=features, description=self.config.description)
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
@@ -152,13 +181,12 @@ class Text(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str):
         seen, total = set(), 0
-        for source, text in self.config.texts():
-            for document in documents(text, self.config.document_characters):
-                digest = hashlib.sha256(f"{self.config.seed}\n{document}".encode()).digest()
-                total += 1
-                if self.config.split_of(digest) == split and digest not in seen:
-                    seen.add(digest)
-                    yield len(seen), {"text": document, "source": source}
+        for document in self.config.documents():
+            digest = hashlib.sha256(f"{self.config.seed}\n{document['text']}".encode()).digest()
+            total += 1
+            if self.config.split_of(digest) == split and digest not in seen:
+                seen.add(digest)
+                yield len(seen), document
         if not seen:
             raise ValueError(
                 f"the split {split} has no documents and needs one at least (there are {total}, with validation_share "

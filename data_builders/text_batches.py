@@ -2,8 +2,10 @@
 
 import functools
 import json
+from typing import Self
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, List, Value
@@ -95,7 +97,16 @@ class TokenStream:
     """
 
     def __init__(self, split: Dataset, tokenizer: PreTrainedTokenizerBase):
-        column = encode_text(split, tokenizer).with_format("arrow")[:]["input_ids"]
+        self._take(encode_text(split, tokenizer).with_format("arrow")[:]["input_ids"])
+
+    @classmethod
+    def of_column(cls, column: pa.ChunkedArray) -> Self:
+        """The stream of documents that are tokens already, a list each."""
+        stream = cls.__new__(cls)
+        stream._take(column)
+        return stream
+
+    def _take(self, column: pa.ChunkedArray) -> None:
         lengths = [pc.list_value_length(chunk).to_numpy() for chunk in column.chunks]
         self.starts = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
         # Views of the file, not copies: the tokens of an Arrow chunk are contiguous in it.
@@ -125,13 +136,18 @@ class TextBlocks:
     def __init__(self, split: Dataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be >= 1, got {sequence_length}.")
-        self._stream = TokenStream(split, tokenizer)
-        self.sequence_length, self.num_tokens = sequence_length, len(self._stream)
+        self.sequence_length = sequence_length
+        self._stream = self.read(split, tokenizer)
+        self.num_tokens = len(self._stream)
         if len(self) < 1:
             raise ValueError(
                 f"the split {split.split} has {self.num_tokens} tokens, too few for a block of {sequence_length} and "
                 "the token after it: add text, give the split a larger share, or lower sequence_length."
             )
+
+    def read(self, split: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+        """The tokens that blocks are cut from."""
+        return TokenStream(split, tokenizer)
 
     def __len__(self) -> int:
         return max(0, self.num_tokens - 1) // self.sequence_length
@@ -143,6 +159,14 @@ class TextBlocks:
 
     def rows(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         """The blocks `numbers` (N,) as {"input_ids": (N, T) long, "shift_labels": (N, T) long}."""
+        return self.all_rows(numbers)
+
+    def num_labels(self, numbers: torch.Tensor) -> int:
+        """Labels of the blocks `numbers` (N,), of which `rows` says -100 for the others."""
+        return len(numbers) * self.sequence_length
+
+    def all_rows(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `rows`, where every next token is a label."""
         length = self.sequence_length
         blocks = [self._stream.between(at, at + length + 1) for at in (numbers * length).tolist()]
         tokens = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (N, T + 1)
@@ -152,19 +176,20 @@ class TextBlocks:
 class TextBatches(torch.utils.data.Dataset):
     """Batches of blocks of text with one loop count; item `step` is this rank's share of the *global* batch `step`:
 
-        {"input_ids": (b, T) long, "shift_labels": (b, T) long, "num_loops": int}
+        {"input_ids": (b, T) long, "shift_labels": (b, T) long, "num_loops": int, "num_labels": int}
 
-    An item is a pure function of (seed, step), as in `HopBatches`: a resumed training sees the same batches, every
+    `num_labels` counts the labels of the global batch. An item is a pure function of (seed, step), as in `HopBatches`:
+    a resumed training sees the same batches, every
     rank has the same loop count, and `world` ranks together see the batches that one would. Blocks come in shuffled
     epochs, each block once per epoch. There is no last item.
 
-    split: rows with the column text, see `TextBlocks`. batch_size: blocks of the global batch. depth: draws
+    split: rows with the column text, see `TextBlocks`; or blocks. batch_size: blocks of the global batch. depth: draws
     `num_loops`. Raises ValueError for a batch size that does not divide, or text that is too short for one block.
     """
 
     def __init__(
         self,
-        split: Dataset,
+        split: Dataset | TextBlocks,
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
         batch_size: int,
@@ -174,7 +199,7 @@ class TextBatches(torch.utils.data.Dataset):
         world: int = 1,
     ):
         check_share(batch_size, rank, world)
-        self.blocks = TextBlocks(split, tokenizer, sequence_length)
+        self.blocks = split if isinstance(split, TextBlocks) else TextBlocks(split, tokenizer, sequence_length)
         self.batch_size, self.depth, self.rank, self.world = batch_size, depth, rank, world
         self._epochs = ShuffledEpochs(len(self.blocks), batch_size, seed, "blocks of epochs")
 
@@ -182,5 +207,6 @@ class TextBatches(torch.utils.data.Dataset):
         if step < 0:
             raise IndexError(f"step must be >= 0, got {step}.")
         share = self.batch_size // self.world
-        chosen = self._epochs.between(step * self.batch_size + self.rank * share, share)
-        return self.blocks.rows(chosen) | {"num_loops": self.depth(step)}
+        chosen = self._epochs.between(step * self.batch_size, self.batch_size)
+        rows = self.blocks.rows(chosen[self.rank * share : (self.rank + 1) * share])
+        return rows | {"num_loops": self.depth(step), "num_labels": self.blocks.num_labels(chosen)}

@@ -116,4 +116,4 @@ class DistillationLoss(Objective):
         # Head and teacher run outside of the model's forward: in the same precision.
         with memory, self.accelerator.autocast():
             loss = self.distillation(model, rows, num_loops, **self.settings)
-        return loss * labels.numel()
+        return loss * (labels != -100).sum()

@@ -36,7 +36,7 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
     numbers = spread_blocks(len(blocks), 64 if limit is None else limit)
     if len(numbers) < max(BATCHES):
         raise ValueError(f"there are {len(numbers)} rows of test text, and a batch takes {max(BATCHES)}: allow more.")
-    rows = {name: value[:, : PROMPT + DECODED].to(model.device) for name, value in blocks.rows(numbers).items()}
+    rows = {name: value[:, : PROMPT + DECODED].to(model.device) for name, value in blocks.all_rows(numbers).items()}
     num_loops = model.config.num_loops if num_loops is None else num_loops
     results = exit_rows(model, rows, PROMPT, num_loops, exit_settings(model.config, num_loops, "decoded"), rounds)
     return run.write({HALTING.name: to_json_lines(results)})

@@ -1,7 +1,7 @@
 """`looped eval` on text: perplexity of a trained run at several loop counts.
 
     block        of the split test, which shares no document with train and validation, by the run's tokenizer
-    block loss   mean cross-entropy of a block's tokens, in nats
+    block loss   mean cross-entropy of a block's labels, in nats: its tokens, or of conversations what assistants wrote
     loss         mean of the block losses, in nats per token; perplexity = exp(loss)
     interval     95 % bootstrap interval of the perplexity, over blocks
 
@@ -33,6 +33,7 @@ from looplab.tasks.quantizing import Quantizing
 from .data import TextData
 from .records import EVALUATION, PERPLEXITY
 
+IGNORED = -100  # the label that torch's cross-entropy leaves out
 TOKENS = 2048  # tokens in one forward pass; its logits have this many times the vocabulary numbers
 
 
@@ -46,7 +47,7 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBl
     data = TextData.of(run)
     splits = data.load()
     trained_on = run.summary()["train_tokens"]
-    blocks = {split: TextBlocks(splits[split], tokenizer, data.sequence_length) for split in ("train", "test")}
+    blocks = {split: data.blocks(splits[split], tokenizer) for split in ("train", "test")}
     found = blocks["train"].num_tokens
     if found != trained_on:
         raise ValueError(
@@ -81,11 +82,12 @@ def block_losses(
     with tqdm(total=len(numbers), desc="evaluating", unit="block", mininterval=1) as bar:
         for chosen in numbers.split(num_rows):
             rows = {name: value.to(model.device) for name, value in blocks.rows(chosen).items()}
-            labels = rows["shift_labels"].flatten()
+            labels = rows["shift_labels"]  # (b, T)
 
             def read(logits: torch.Tensor, labels: torch.Tensor = labels) -> torch.Tensor:  # (b, T, V)
-                each = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none")
-                return each.view(len(logits), -1).double().mean(1).cpu()
+                each = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+                # Of a conversation some tokens are no labels.
+                return (each.view(len(logits), -1).double().sum(1) / (labels != IGNORED).sum(1)).cpu()
 
             for num_loops, each in at_loops(model, loops, read, input_ids=rows["input_ids"]).items():
                 losses[num_loops].append(each)
@@ -130,7 +132,7 @@ def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None
     numbers = spread_blocks(len(blocks), limit)
     own = model.config.num_loops
     losses = block_losses(model, blocks, numbers, sorted(set(loops or [own, *run.recipe()["eval_loops"]])))
-    rows = text_rows(losses, len(numbers) * blocks.sequence_length, text_digest(blocks, numbers))
+    rows = text_rows(losses, blocks.num_labels(numbers), text_digest(blocks, numbers))
     facts = {"limit": limit, "num_loops": own, "parameters": count_parameters(model)}
     return run.write({EVALUATION.name: json.dumps(facts, indent=1) + "\n", PERPLEXITY.name: to_json_lines(rows)})
 
@@ -144,7 +146,7 @@ class TextMeasure:
 
     def __call__(self, model: PreTrainedModel, num_loops: int) -> dict:
         losses = block_losses(model, self.blocks, self.numbers, [num_loops])
-        (row,) = text_rows(losses, len(self.numbers) * self.blocks.sequence_length, "")
+        (row,) = text_rows(losses, self.blocks.num_labels(self.numbers), "")
         return {name: row[name] for name in ("loss", "perplexity", "interval", "block_losses")}
 
 

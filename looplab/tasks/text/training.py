@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_builders import DepthSampler, TextBatches, TextBlocks, dataset_byte_bpe
+from data_builders import DepthSampler, TextBatches, dataset_byte_bpe
 from looplab.runs.models import blaming
 from looplab.tasks.language.training import LanguageTraining
 from looplab.tasks.training import State, TrainingRecipe, load_tokenizer
@@ -31,15 +31,19 @@ class TextTraining(LanguageTraining):
         with accelerator.main_process_first():
             self.tokenizer = find_tokenizer(recipe, splits, kept_tokenizer)
             self.batches = TextBatches(
-                splits["train"], self.tokenizer, length, recipe.batch_size, recipe.seed, depth,
+                recipe.data.blocks(splits["train"], self.tokenizer),
+                self.tokenizer, length, recipe.batch_size, recipe.seed, depth,
                 rank=accelerator.process_index, world=accelerator.num_processes,
             )  # fmt: skip
-            self.held_out = TextBlocks(splits["validation"], self.tokenizer, length)
+            self.held_out = recipe.data.blocks(splits["validation"], self.tokenizer)
             # `looped eval` needs a block of the split test: raise now, not when the training is done.
-            TextBlocks(splits["test"], self.tokenizer, length)
+            recipe.data.blocks(splits["test"], self.tokenizer)
         self.num_held_out = len(self.held_out)
         if recipe.data.validation_tokens is not None:
             self.num_held_out = min(self.num_held_out, max(1, recipe.data.validation_tokens // length))
+
+    def sizes(self, batch: dict) -> tuple[int, int]:
+        return batch["num_labels"], batch["input_ids"].numel() * self.accelerator.num_processes
 
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """The result of the last check, after the last update, and the numbers of tokens."""

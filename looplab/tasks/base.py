@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from looplab.mistakes import Real, Whole
 from looplab.runs.folder import NUMBER, RecordFile, Run
 
 from .data import Curriculum, Data
@@ -82,12 +81,12 @@ class Argument:
     Args:
         help: what it does.
         metavar: what stands for its value in the help.
-        type: the range of a number; None for a name.
+        type: `Whole` or `Real` for the range of a number, str for a text, None for a name.
     """
 
     help: str
     metavar: str
-    type: Whole | Real | None = None
+    type: Callable[[str], object] | None = None
 
 
 @dataclass(frozen=True)

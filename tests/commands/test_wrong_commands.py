@@ -232,7 +232,9 @@ WRONG = [
     # runs of another task
     *((["ask", run, "--loops", "5"], "max_num_loops=4") for run in (TEXT,)),
     (["ask", HOPS, "--temperature", "1"], "--temperature is not for khop"),
-    (["lens", TEXT], "{runs}/text is a run on text"),
+    (["lens", TEXT, "--no-probes"], "--no-probes is not for text"),
+    (["lens", HOPS, "--text", "a"], "--text is not for khop"),
+    (["lens", TEXT, "--loops", "5"], "max_num_loops=4"),
     (["memory", MOLECULES], "{runs}/molecules is a run on molecules"),
     (["demo", TEXT], "{runs}/text is a run on text"),
     (["demo", HOPS, HOPS], "{runs}/hops is a second run"),

@@ -15,4 +15,6 @@ PERPLEXITY = RecordFile(
 )  # fmt: skip
 HALTING = RecordFile("halting.jsonl", "halting", {"measure": str, "rule": str})
 
-RECORDS = (EVALUATION, PERPLEXITY, HALTING, MEMORY, QUANTIZATION)
+LENS = RecordFile("lens.jsonl", "lens", {"measure": str, "loops": int})
+
+RECORDS = (EVALUATION, PERPLEXITY, HALTING, MEMORY, LENS, QUANTIZATION)

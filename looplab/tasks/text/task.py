@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from looplab.runs.folder import Run
-from looplab.tasks.base import Drafting, Figure, Task
+from looplab.tasks.base import Argument, Drafting, Figure, Task
 from looplab.tasks.language.options import ASKING, ASKING_DEFAULTS
 
 from .data import TextData
@@ -24,15 +24,17 @@ class TextTask(Task):
     records = RECORDS
     figures: ClassVar = {
         "perplexity": Figure("Perplexity on unseen documents, by loops"),
+        "lens": Figure("Likeliest next token after every loop, and how far each loop is from the last", "lens"),
         "training": Figure("Training: loss and held-out measure over time"),
     }
     defaults: ClassVar = {
         "eval --loops": "the model's own and the recipe's eval_loops",
         "halting --limit": "64 blocks",
         "halting --max-loops": "the model's own loops",
+        "lens --limit": "32 blocks",
         **ASKING_DEFAULTS,
     }
-    arguments: ClassVar = ASKING
+    arguments: ClassVar = ASKING | {("lens", "text"): Argument("look at this text, not at test rows", "TEXT", str)}
     measured = "perplexity"
     drafting = Drafting(texts=4, prompt=16, drawn={}, ends=False)
 
@@ -73,6 +75,14 @@ class TextTask(Task):
         path, rows = halting_run(run, max_loops, limit), run.read(HALTING)
         text = exits_text(rows)
         return path, f"{text}\n\n{save_best(run, rows)}" if save else text
+
+    def lens(
+        self, run: Run, *, loops: int | None = None, limit: int | None = None, text: str | None = None
+    ) -> list[Path]:
+        """Write and draw what `lens.lens_run` measures."""
+        from .lens import lens_run
+
+        return lens_run(run, text, loops, limit)
 
     def ask(
         self,

@@ -5,8 +5,8 @@ The class of a section is the annotation of its field, unless `own` gives anothe
 
 import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import MappingProxyType
 
 from huggingface_hub.dataclasses import type_validator
@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import type_validator
 from data_builders.files import expand_home
 
 ANNOTATED: Mapping[str, type] = MappingProxyType({})  # `own` where the annotations hold for all sections
+LIKE = 1.3  # two names that together are less alike, of at most 2, have nothing to do with each other
 
 
 def check_name(name: str):
@@ -47,28 +48,46 @@ def field_names(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str 
     return [prefix + name for name in types] + inner
 
 
-def defaults(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "") -> dict:
-    """Dotted name -> default for the fields of a section and its inner sections; None for a field without one."""
+def leaves(section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "") -> dict[str, Field]:
+    """Dotted name -> field, of the fields of a section and of its inner sections that are no sections."""
     flat, types = {}, field_types(section, own, prefix)
     for item in fields(section):
         name = prefix + item.name
-        if is_dataclass(types[item.name]):
-            flat |= defaults(types[item.name], own, f"{name}.")
-        elif item.default_factory is not MISSING:
-            flat[name] = item.default_factory()
-        else:
-            flat[name] = None if item.default is MISSING else item.default
+        flat |= leaves(types[item.name], own, f"{name}.") if is_dataclass(types[item.name]) else {name: item}
     return flat
 
 
+def defaults(section: type, own: Mapping[str, type] = ANNOTATED) -> dict:
+    """Dotted name -> default for the fields of a section and its inner sections; None for a field without one."""
+    return {name: default_of(item) for name, item in leaves(section, own).items()}
+
+
+def default_of(item: Field):
+    """The default of a field; None if it has none."""
+    if item.default_factory is not MISSING:
+        return item.default_factory()
+    return None if item.default is MISSING else item.default
+
+
+def suggestion(name: str, near: str | None) -> str:
+    """The end of a sentence about a wrong name. near: the field that is most like it, see `nearest`."""
+    return f"; did you mean {near}?" if near else "."
+
+
 def build(
-    values: dict, section: type, own: Mapping[str, type] = ANNOTATED, prefix: str = "", root: type | None = None
+    values: dict,
+    section: type,
+    own: Mapping[str, type] = ANNOTATED,
+    prefix: str = "",
+    root: type | None = None,
+    answer: Callable[[str, str | None], str] = suggestion,
 ):
     """Build a section from nested plain values.
 
     Args:
         prefix: what stands before the names of this section, such as "data.".
         root: the outermost section; `section` itself unless given.
+        answer: (a wrong name, without its section; the field that is most like it) -> the end of the message.
 
     Raises:
         ValueError: a field is unknown (with the nearest name in `root`), missing, or of a wrong type.
@@ -80,9 +99,10 @@ def build(
     built = {}
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"{prefix}{name} is not a recipe field; did you mean {nearest(prefix, name, root, own)}?")
+            end = answer(name, nearest(prefix, name, root, own))
+            raise ValueError(f"{prefix}{name} is not a recipe field{end}")
         if is_dataclass(types[name]) and isinstance(value, dict):
-            value = build(value, types[name], own, f"{prefix}{name}.", root)
+            value = build(value, types[name], own, f"{prefix}{name}.", root, answer)
         try:
             type_validator(name, value, types[name])
         except TypeError as error:
@@ -97,10 +117,18 @@ def build(
         raise ValueError(f"the recipe lacks a field: {error}") from error
 
 
-def nearest(prefix: str, name: str, root: type, own: Mapping[str, type]) -> str:
-    """The field whose dotted name, and last part of it, are most like a wrong name: `lr` finds `optim.lr`."""
-    pairs = {known: [(f"{prefix}{name}", known), (name, known.split(".")[-1])] for known in field_names(root, own)}
-    return max(pairs, key=lambda known: sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs[known]))
+def nearest(prefix: str, name: str, root: type, own: Mapping[str, type]) -> str | None:
+    """The field whose dotted name, and last part of it, are most like a wrong name: `lr` finds `optim.lr`.
+
+    None if no field is like it, or one that deletes: who follows a suggestion may not lose anything.
+    """
+    alike = {}
+    for known in field_names(root, own):
+        pairs = (f"{prefix}{name}", known), (name, known.split(".")[-1])
+        alike[known] = sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+    deleting = {item.name for item in fields(root) if item.metadata.get("deletes")}
+    found = max(alike, key=alike.__getitem__)
+    return found if alike[found] >= LIKE and found not in deleting else None
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

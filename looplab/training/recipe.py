@@ -7,7 +7,7 @@ when a recipe is made, not with this module: tables of results read no recipe.
 import difflib
 import logging
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +19,13 @@ from huggingface_hub.errors import StrictDataclassError
 from data_builders.fields import MOST_LOOPS, Number, check_fields, number, numbers, path
 from data_builders.files import expand_home
 from looplab.mistakes import sentence
-from looplab.runs.sections import build, check_name, defaults, expand_paths, field_names
+from looplab.runs.sections import build, check_name, defaults, expand_paths, field_names, flatten, leaves, suggestion
 from looplab.runs.yaml_text import parse_yaml, read_yaml
 from looplab.shipped import find_recipe
 from looplab.tasks.data import Curriculum, Data
 from looplab.tasks.registry import TASKS
+
+from . import names
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ class Recipe:
     curriculum: Curriculum
     init_from: str | None = path()  # a saved model's folder: its weights, config and tokenizer; see KEEPS_WEIGHTS
     output_dir: str = path("runs")
-    overwrite: bool = False  # delete an existing run of this name
+    overwrite: bool = field(default=False, metadata={"deletes": True})  # delete an existing run of this name
     seed: int = number(0, at_least=0, below=2**32)
     depth: Depth = field(default_factory=Depth)
     optim: Optim = field(default_factory=Optim)
@@ -222,7 +224,21 @@ def build_recipe(values: dict) -> Recipe:
     for section in own_sections(task):
         if isinstance(values[section], dict):
             values[section] = of_task(values[section], section, task)
-    return build(values, Recipe, own_sections(task))
+    return build(values, Recipe, own_sections(task), answer=answer)
+
+
+def answer(name: str, near: str | None) -> str:
+    """The end of a sentence about a name that is no field where it stands: how to say it, or what is most like it."""
+    said = names.answer(name)
+    if said is not None:
+        return f": {said}."
+    if near is not None:
+        return suggestion(name, near)
+    from modeling_looped import LoopedConfig
+
+    if name in {item.name for item in fields(LoopedConfig)}:
+        return suggestion(name, f"model.{name}")
+    return "; `looped train --help` lists them."
 
 
 def of_task(values: dict, section: str, task: str) -> dict:
@@ -255,9 +271,54 @@ def move_check_every(values: dict) -> bool:
     return True
 
 
+def switches() -> set[str]:
+    """Dotted names of the fields that are true or false. A flag without a value makes one true, but none that deletes:
+    that has to be written out."""
+    kinds = [kind for task in TASKS for kind in leaves(Recipe, own_sections(task)).items()]
+    return {name for name, item in kinds if item.type is bool and not item.metadata.get("deletes")}
+
+
+def read_flags(flags: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """(name, value) of flags `--section.field value`, `--section.field=value`, and `--field` for true; a name may have
+    hyphens.
+
+    Raises:
+        ValueError: an argument is no flag, or its value cannot be read as YAML.
+    """
+    flags = list(flags)
+    while flags:
+        flag = flags.pop(0)
+        spelt, equals, text = flag.partition("=")
+        name = names.plain(spelt.removeprefix("--"))
+        if not equals and not (flags and not flags[0].startswith("--")):
+            text = "true" if name in switches() or names.is_switch(name) else None
+        elif not equals:
+            text = flags.pop(0)
+        if not spelt.startswith("--") or text is None:
+            raise ValueError(f"cannot read the argument {flag!r}: expected --section.field value.")
+        yield name, parse_yaml(text, f"the argument {spelt}")
+
+
+def given(name: str, value) -> set[str]:
+    """Dotted names of the fields that a value gives, those of a section one by one."""
+    return set(flatten({name: value})) if isinstance(value, dict) else {name}
+
+
+def put(values: dict, name: str, value, spelt: str) -> None:
+    """Put a value at a dotted name among nested values. Raises ValueError, with `spelt`, if it is below a value."""
+    *sections, leaf = name.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ValueError(f"{spelt}: {section} is a value, it has no fields.")
+    place[leaf] = value
+
+
 def read_recipe(path: str | Path, flags: Sequence[str] = ()) -> Recipe:
-    """Recipe in the YAML file `path`, or of that name (see `find_recipe`), with flags put over it: `--section.field
-    value` or `--section.field=value`.
+    """Recipe in the YAML file `path`, or of that name (see `find_recipe`), with flags put over it, see `read_flags`.
+
+    A name of names.ALIASES may stand for its field, in the file and as a flag.
 
     Raises:
         ValueError: what is wrong and where, of a file or a flag that cannot be read and a recipe that cannot be run.
@@ -270,20 +331,28 @@ def read_recipe(path: str | Path, flags: Sequence[str] = ()) -> Recipe:
     moved = move_check_every(values)
     if moved and twice:
         raise ValueError(f"{path}: check_every and curriculum.check_every name the same thing: leave the second out.")
-    flags = iter(flags)
-    for flag in flags:
-        name, equals, text = flag.partition("=")
-        text = text if equals else next(flags, None)
-        if not name.startswith("--") or text is None:
-            raise ValueError(f"cannot read the argument {flag!r}: expected --section.field value.")
-        *sections, leaf = name.removeprefix("--").split(".")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"{name}: {section} is a value, it has no fields.")
-        place[leaf] = parse_yaml(text, f"the argument {name}")
+    written: dict[str, str] = {}  # field -> what was written for it
+    for name, value in list(values.items()):
+        field_name, value = names.meaning(name, value, f"{path}: {name}")
+        if field_name != name:
+            del values[name]
+            other = written.get(field_name, field_name)
+            if field_name in written or names.find(values, field_name) is not None:
+                raise ValueError(f"{path}: {other} and {name} name the same field: leave one of them out.")
+            put(values, field_name, value, f"{path}: {name}")
+            written[field_name] = name
+    by_flag: dict[str, str] = {}  # field -> the flag for it
+    for name, value in read_flags(flags):
+        field_name, value = names.meaning(name, value, f"--{name}")
+        for known in given(field_name, value):
+            other = by_flag.setdefault(known, name)
+            if other != name and (other in names.ALIASES or name in names.ALIASES):
+                raise ValueError(f"--{other} and --{name} name the same field: leave one of them out.")
+        put(values, field_name, value, f"--{name}")
+        written[field_name] = name
         moved |= move_check_every(values)
     if moved:
         logger.warning("curriculum.check_every is now check_every: write it beside log_every.")
-    return build_recipe(values)
+    recipe = build_recipe(values)
+    names.check_meaning(written, flatten(asdict(recipe)))
+    return recipe

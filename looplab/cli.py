@@ -150,6 +150,12 @@ def run_frozen(arguments) -> None:
     print(f"{path.read_text(encoding='utf-8')}\nwritten to {path}")
 
 
+def frozen_help() -> str:
+    from looplab.pretrained.study import recipe_help
+
+    return recipe_help()
+
+
 def run_ask(arguments) -> None:
     with opened("ask", arguments.run, arguments, "loops") as ([run], task, given):
         task.ask(run, arguments.question, **given)
@@ -335,6 +341,7 @@ def parser() -> argparse.ArgumentParser:
         help="write the rule with the fewest loops at no loss of quality into RUN/model, for generate(halting=True)",
     )
     add_to(command)
+    command.unsuggested = frozenset({"--save"})  # it replaces the rule that is there
     command.set_defaults(call=run_halting)
 
     command = commands.add_parser(
@@ -397,7 +404,7 @@ def parser() -> argparse.ArgumentParser:
         "fetch",
         help="download a pretrained model, benchmarks, molecules or a text corpus, and print the folder",
     )
-    command.add_argument("name", choices=["smollm2", "benchmarks", "moses", "corpus"])
+    command.add_argument("name", choices=["smollm2", "benchmarks", "moses", "corpus"], help="what to download")
     command.add_argument("--output", metavar="FOLDER", help="default: looped/ in the cache of huggingface_hub")
     command.set_defaults(call=run_fetch)
 
@@ -405,11 +412,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL", help=f"{MODELS}; any causal language model")
     command.add_argument("--task", required=True, metavar="NAME", help="the benchmark, such as arc_easy")
     command.add_argument(
-        "--split", choices=["validation", "test"], default="validation", help="default: %(default)s, for decisions"
+        "--split", choices=["validation", "test"], default="validation", help="the items: validation for decisions"
     )
     command.add_argument("--limit", type=COUNT, metavar="N", help="the first N items; their order is random")
     command.add_argument(
-        "--batch-size", type=Whole(highest=4096), default=8, metavar="N", help="default: %(default)s choices"
+        "--batch-size", type=Whole(highest=4096), default=8, metavar="N", help="choices that are scored at once"
     )
     command.add_argument("--output", metavar="FILE", help="a .jsonl file with a line per item, to compare models")
     trust = {"action": "store_true", "help": "run the Python code in the model's folder, if you trust its author"}
@@ -417,7 +424,10 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_harness)
 
     command = commands.add_parser("frozen", help="study the training-free looping of a pretrained model")
-    command.add_argument("recipe", metavar="RECIPE", help="such as recipes/frozen/smollm2.yaml")
+    command.add_argument(
+        "recipe", metavar="RECIPE", help="such as recipes/frozen/smollm2.yaml, or a name of `looped recipes`"
+    )
+    command.more = frozen_help
     command.add_argument(
         "--stages",
         nargs="+",
@@ -450,11 +460,11 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_demo)
 
     command = commands.add_parser("bench", help="measure speed and memory against a Llama, to OUTPUT/bench.jsonl")
-    command.add_argument("--output", default="runs/bench", metavar="FOLDER", help="default: %(default)s")
-    command.add_argument("--widths", type=Whole(64, 65_536, 64), nargs="+", default=[64, 256, 512], metavar="D")
+    command.add_argument("--output", default="runs/bench", metavar="FOLDER", help="of the measurements")
     command.add_argument(
-        "--rounds", type=Whole(highest=10_000), default=7, metavar="N", help="interleaved pairs (default: %(default)s)"
+        "--widths", type=Whole(64, 65_536, 64), nargs="+", default=[64, 256, 512], metavar="D", help="hidden sizes"
     )
+    command.add_argument("--rounds", type=Whole(highest=10_000), default=7, metavar="N", help="interleaved pairs")
     command.add_argument(
         "--run",
         metavar="RUN",
@@ -505,14 +515,10 @@ def parser() -> argparse.ArgumentParser:
         "quantize", help="quantize the weights, to RUN/model_int4/ and RUN/quantization.json"
     )
     add_run(command, "quantize")
+    command.add_argument("--bits", type=Whole(2, 16), default=4, metavar="N", help="bits per weight")
+    command.add_argument("--group", type=COUNT, default=128, metavar="N", help="weights that share a scale")
     command.add_argument(
-        "--bits", type=Whole(2, 16), default=4, metavar="N", help="bits per weight, 2 to 16 (default: %(default)s)"
-    )
-    command.add_argument(
-        "--group", type=COUNT, default=128, metavar="N", help="weights that share a scale (default: %(default)s)"
-    )
-    command.add_argument(
-        "--method", choices=("gptq", "nearest"), default="gptq", help="default: %(default)s, calibrated over all loops"
+        "--method", choices=("gptq", "nearest"), default="gptq", help="gptq is calibrated over all loops"
     )
     command.add_argument(
         "--calibration-rows",
@@ -552,15 +558,13 @@ def parser() -> argparse.ArgumentParser:
         type=Whole(0, 65_535),
         default=8000,
         metavar="N",
-        help="default: %(default)s; 0 takes a free port",
+        help="0 takes a free port",
     )
     command.add_argument("--device", metavar="NAME", help="such as cpu (default: the accelerator, if there is one)")
     for name, what in LIMITS.items():
         default = Limits.__dataclass_fields__[name].default
         kind = Whole(0 if name == "grace_seconds" else 1, 2**40)
-        command.add_argument(
-            option(name), type=kind, default=default, metavar="N", help=f"{what} (default: {default})"
-        )
+        command.add_argument(option(name), type=kind, default=default, metavar="N", help=what)
     command.set_defaults(call=run_serve)
 
     for command in commands.choices.values():

@@ -86,9 +86,25 @@ class Whole:
         except ValueError:
             value = self.lowest - 1
         if not self.lowest <= value <= self.highest or value % self.step:
-            kind = "an integer" if self.step == 1 else f"a multiple of {self.step}"
-            raise argparse.ArgumentTypeError(f"must be {kind} from {self.lowest} to {self.highest}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {self}, got {text!r}")
         return value
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.step == 1 else f"a multiple of {self.step}"
+        return f"{kind} from {self.lowest} to {self.highest}"
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds to the line of an argument the range of its number, and its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.help or ""
+        kind = f"; {action.type}" if isinstance(action.type, Whole) else ""
+        default = action.default if action.option_strings and action.nargs != 0 else None
+        if isinstance(default, Sequence) and not isinstance(default, str):
+            default = " ".join(map(str, default)) or None
+        shown = "" if default in (None, argparse.SUPPRESS) or "default:" in said else f" (default: {default})"
+        return f"{said}{kind}{shown}"
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,21 @@ class Real:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that tells an error on one line, without the usage."""
+    """A parser that tells an error on one line, without the usage.
+
+    Attributes:
+        more: makes the text that comes after the help of the arguments.
+        unsuggested: options that no message proposes, since they replace something.
+    """
+
+    more: Callable[[], str] | None = None
+    unsuggested: frozenset[str] = frozenset()
+
+    def __init__(self, *args, formatter_class=HelpFormatter, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.more()}" if self.more else "")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see `{self.prog} --help`.\n")
@@ -120,7 +150,8 @@ class Parser(argparse.ArgumentParser):
     def refuse_unknown(self, unknown: Sequence[str]) -> None:
         """Exit if arguments are left that no option took; the message suggests the nearest option."""
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            known = [option for option in self._option_string_actions if option not in self.unsuggested]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
             self.error(f"unknown argument {unknown[0]!r}{f' (did you mean {near[0]}?)' if near else ''}")
 
 

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_builders import TextBlocks, load_task
 from data_builders.fields import Range, check_fields, number, numbers, path
 from data_builders.files import expand_home
+from looplab.runs.field_help import Group, fields_help
 from looplab.runs.folder import to_json_lines
 from looplab.runs.models import load_model
 from looplab.runs.sections import build, check_name, expand_paths
@@ -87,7 +88,7 @@ BASE = LoopSetting(num_loops=1)
 class Cost:
     """The work of the stage cost."""
 
-    loops: list[int] = numbers([2, 3, 6], at_least=2, distinct=True)
+    loops: list[int] = numbers([2, 3, 6], at_least=2, distinct=True)  # loop counts that are timed
     prompt: int = number(256, at_least=1)  # tokens
     new_tokens: int = number(32, at_least=1)  # tokens
     rounds: int = number(7, at_least=1)  # interleaved pairs of each ratio
@@ -98,18 +99,18 @@ class Cost:
 class FrozenRecipe:
     """The recipe of a study."""
 
-    name: str
+    name: str  # folder of the study, below output_dir
     model: str = field(metadata={"path": True})  # folder or Hub name; smollm2 is the folder of `looped fetch smollm2`
     sweep: dict[str, int] = field(metadata={"range": Range(at_least=1)})  # rows per benchmark, and blocks of `text`
     confirm: dict[str, int] = field(metadata={"range": Range(at_least=1)})  # the same
     grid: list[dict]  # fields of LoopSetting -> a value or a list of values: all combinations are measured
     controls: list[dict] = field(default_factory=list)  # settings that `confirm` measures in any case
-    cost: Cost = field(default_factory=Cost)
+    cost: Cost = field(default_factory=Cost)  # what is timed
     text: dict = field(default_factory=dict)  # fields of the text builder; the text of `looped fetch corpus` if empty
     benchmarks: str | None = path()  # folder; the one of `looped fetch benchmarks` unless given
-    sequence_length: int = number(256, at_least=1)
-    batch_size: int = number(16, at_least=1)
-    output_dir: str = path("runs")
+    sequence_length: int = number(256, at_least=1)  # tokens of a block of text
+    batch_size: int = number(16, at_least=1)  # answers that are scored at once
+    output_dir: str = path("runs")  # folder of runs
 
     def __post_init__(self):
         check_fields(self)
@@ -158,6 +159,12 @@ def make_setting(values: dict) -> LoopSetting:
         raise ValueError(
             f"{values} is not a setting ({error}): its fields are {list(LoopSetting.__annotations__)}."
         ) from error
+
+
+def recipe_help() -> str:
+    """The fields of a recipe of a study, as text."""
+    whole = Group("fields of a recipe of `looped frozen`", FrozenRecipe, flags=False)
+    return fields_help([whole, Group("cost", Cost, "cost.", flags=False)])
 
 
 def read_recipe(path: str | Path) -> FrozenRecipe:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Data:
     """The fields of `data` that every task has."""
 
-    task: str
-    seed: int = number(0, at_least=0)
+    task: str = "khop"  # what the run is trained and measured on; its choices are below
+    seed: int = number(0, at_least=0)  # of what the builder draws
     overrides: dict = field(default_factory=dict)  # fields of the builder's config
 
     @classmethod

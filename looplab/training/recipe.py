@@ -6,9 +6,8 @@ when a recipe is made, not with this module: tables of results read no recipe.
 
 import difflib
 import logging
-from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -18,8 +17,19 @@ from huggingface_hub.errors import StrictDataclassError
 
 from data_builders.fields import MOST_LOOPS, Number, check_fields, number, numbers, path
 from data_builders.files import expand_home
-from looplab.mistakes import sentence
-from looplab.runs.sections import build, check_name, defaults, expand_paths, field_names, flatten, leaves, suggestion
+from looplab.mistakes import Parser, sentence
+from looplab.runs.field_help import Group, fields_help
+from looplab.runs.sections import (
+    build,
+    check_name,
+    defaults,
+    expand_paths,
+    field_names,
+    field_types,
+    flatten,
+    leaves,
+    suggestion,
+)
 from looplab.runs.yaml_text import parse_yaml, read_yaml
 from looplab.shipped import find_recipe
 from looplab.tasks.data import Curriculum, Data
@@ -35,12 +45,12 @@ logger = logging.getLogger(__name__)
 class Depth:
     """Loops per training batch, see `data_builders.DepthSampler`."""
 
-    kind: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "poisson"
-    rate: Number | None = number(above=0, at_most=MOST_LOOPS)
-    mean: Number | None = number(at_least=1, at_most=MOST_LOOPS)
-    minimum: int | None = number(at_least=1, at_most=MOST_LOOPS)
-    maximum: int | None = number(at_least=1, at_most=MOST_LOOPS)
-    sigma: Number | None = number(above=0)
+    kind: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "poisson"  # the distribution
+    rate: Number | None = number(above=0, at_most=MOST_LOOPS)  # of the Poisson draw, before clipping
+    mean: Number | None = number(at_least=1, at_most=MOST_LOOPS)  # of the loops: instead of `rate`, and of kind fixed
+    minimum: int | None = number(at_least=1, at_most=MOST_LOOPS)  # fewest loops; not of kind fixed
+    maximum: int | None = number(at_least=1, at_most=MOST_LOOPS)  # most loops; not of kind fixed
+    sigma: Number | None = number(above=0)  # of kind lognormal_poisson: sd of the logarithm of the rate
 
     def sampler(self, seed: int):
         """The `DepthSampler`; ValueError for fields that do not go together."""
@@ -52,14 +62,16 @@ class Depth:
 @strict
 @dataclass
 class Optim:
-    kind: Literal["adamw", "muon"] = "adamw"
-    lr: Number = number(1e-3, at_least=0)  # of AdamW
-    muon_lr: Number = number(0.02, at_least=0)
+    """The optimizer and its learning rates, see `optimizers.py`."""
+
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers, and AdamW for the rest
+    lr: Number = number(1e-3, at_least=0)  # learning rate of AdamW
+    muon_lr: Number = number(0.02, at_least=0)  # learning rate of Muon
     kv_gate_lr: Number | None = number(at_least=0)  # AdamW's, of the gates of kv_sharing="gated"; None: as any matrix
-    betas: list[Number] = numbers([0.9, 0.999], at_least=0, below=1)
+    betas: list[Number] = numbers([0.9, 0.999], at_least=0, below=1)  # decay of AdamW's two means
     weight_decay: Number = number(0.0, at_least=0)  # of matrices and embeddings; norms and biases have none
-    warmup_steps: int = number(0, at_least=0)  # may be more than the run has
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup_steps: int = number(0, at_least=0)  # updates of linear warm-up; may be more than the run has
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"  # shape of the rates after the warm-up
     final_share: Number = number(0.0, at_least=0, below=1)  # of the learning rate, where a schedule that falls ends
     label_smoothing: Number = number(0.0, at_least=0, below=1)  # of the cross-entropy, over the vocabulary
     clip: Number | None = number(above=0)  # largest norm of the gradient
@@ -71,7 +83,7 @@ class Distill:
     """Learn from a model with a KV entry per loop to do with one entry per token (MELT), see `distillation.py`."""
 
     teacher: str | None = path()  # a saved model's folder; None: learn from the labels
-    phase: Literal["interpolation", "alignment"] = "alignment"
+    phase: Literal["interpolation", "alignment"] = "alignment"  # of the distillation
     alignment: Number = number(0.1, at_least=0)  # weight of the attention outputs' distance, in the phase alignment
     all_loops: bool = True  # compare what every loop would say; otherwise the last loop
 
@@ -118,33 +130,33 @@ KEEPS_WEIGHTS = frozenset(
 class Recipe:
     """Every number of a run. `model` holds fields of LoopedConfig; vocabulary and token ids come from the task."""
 
-    name: str
-    model: dict
+    name: str  # folder of the run, below output_dir
+    model: dict  # fields of LoopedConfig, such as --model.num_loops
     data: Data  # the task's own, as is `curriculum`
-    curriculum: Curriculum
+    curriculum: Curriculum  # stages of training, of tasks that have them
     init_from: str | None = path()  # a saved model's folder: its weights, config and tokenizer; see KEEPS_WEIGHTS
-    output_dir: str = path("runs")
+    output_dir: str = path("runs")  # folder of runs
     overwrite: bool = field(default=False, metadata={"deletes": True})  # delete an existing run of this name
-    seed: int = number(0, at_least=0, below=2**32)
-    depth: Depth = field(default_factory=Depth)
-    optim: Optim = field(default_factory=Optim)
-    distill: Distill = field(default_factory=Distill)
-    train: Train = field(default_factory=Train)
+    seed: int = number(0, at_least=0, below=2**32)  # of weights, batches and loop counts
+    depth: Depth = field(default_factory=Depth)  # loops of a training batch
+    optim: Optim = field(default_factory=Optim)  # optimizer and learning rates
+    distill: Distill = field(default_factory=Distill)  # a teacher
+    train: Train = field(default_factory=Train)  # which weights are trained
     batch_size: int = number(256, at_least=1)  # rows, or molecules, of one update, over all ranks and micro-batches
     accumulation_steps: int = number(1, at_least=1)  # micro-batches an update is split into
-    max_steps: int | None = number(at_least=1)
+    max_steps: int | None = number(at_least=1)  # updates of the run; this, max_seconds or both
     max_seconds: Number | None = number(above=0)  # of the training loop, counted across resumes
     num_grad_loops: int | None = number(at_least=1)  # back-propagate through the last loops only
     cut_chunks: bool = False  # with model.prefill_chunk: no gradient through the KV entries of earlier chunks
-    precision: Literal["fp32", "bf16"] = "fp32"
-    gradient_checkpointing: bool = False
-    compile: bool = False  # layer by layer, so that the number of loops may vary
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the computation; weights are float32
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass, to save memory
+    compile: bool = False  # torch.compile, layer by layer, so that the number of loops may vary
     gate_loops: int | None = number(at_least=1)  # loops of the held-out check; the model's num_loops by default
     eval_loops: list[int] = numbers(at_least=1, distinct=True)  # more loop counts of the held-out check
-    log_every: int = number(10, at_least=1)  # steps, as in the next three fields
-    check_every: int = number(200, at_least=1)  # measure held-out rows
-    checkpoint_every: int = number(500, at_least=1)
-    snapshots: list[int] = numbers(at_least=1, distinct=True)  # steps at which to keep the model, for `looped lens`
+    log_every: int = number(10, at_least=1)  # updates between records of metrics.jsonl
+    check_every: int = number(200, at_least=1)  # updates between held-out checks
+    checkpoint_every: int = number(500, at_least=1)  # updates between savings of the whole state
+    snapshots: list[int] = numbers(at_least=1, distinct=True)  # updates at which to keep the model, for `looped lens`
     trackers: list[str] = field(default_factory=list)  # of accelerate: tensorboard, trackio, wandb, ...
 
     def __post_init__(self):
@@ -187,17 +199,25 @@ def own_sections(task: str) -> dict[str, type]:
     return {"data": TASKS[task].Data, "curriculum": TASKS[task].Curriculum}
 
 
-def recipe_fields() -> list[str]:
-    """Dotted names of the fields of all tasks' recipes."""
-    return list(dict.fromkeys(name for task in TASKS for name in field_names(Recipe, own_sections(task))))
-
-
-def add_recipe(parser: ArgumentParser) -> None:
-    """The argument of a command that trains. Its flags are what the parser leaves; the help names them."""
+def add_recipe(parser: Parser) -> None:
+    """The argument of a command that trains. Its flags are what the parser leaves; the help has them, too."""
     parser.add_argument(
         "recipe", metavar="RECIPE", help="YAML file of the fields below, or a name of `looped recipes`"
     )
-    parser.epilog = "fields: " + " ".join(f"--{name}" for name in recipe_fields())
+    parser.more = recipe_help
+
+
+def recipe_help() -> str:
+    """The fields of all tasks' recipes, as text."""
+    shared = {"data": Data, "curriculum": Curriculum}  # and what a task has beyond it
+    groups = [Group("fields of a recipe, as flags: --FIELD VALUE or --FIELD=VALUE", Recipe)]
+    for name, form in field_types(Recipe, shared).items():
+        if is_dataclass(form):
+            groups.append(Group(name, form, f"{name}."))
+            owners = {own_sections(task)[name]: TASKS[task].kind for task in TASKS if name in shared}
+            owners.pop(form, None)
+            groups += [Group(f"{name}, {kind}", own, f"{name}.", beyond=form) for own, kind in owners.items()]
+    return fields_help(groups)
 
 
 def recipe_defaults(task: str) -> dict:
@@ -217,7 +237,7 @@ def build_recipe(values: dict) -> Recipe:
     if not isinstance(values, dict):
         raise ValueError(f"expected fields and values, got {values!r}.")
     values = {"data": {}, "curriculum": {}} | values
-    task = values["data"].get("task", "khop") if isinstance(values["data"], dict) else "khop"
+    task = values["data"].get("task", Data.task) if isinstance(values["data"], dict) else Data.task
     if not isinstance(task, str) or task not in TASKS:
         near = difflib.get_close_matches(str(task), TASKS, n=1, cutoff=0)[0]
         raise ValueError(f"data.task must be one of {', '.join(TASKS)}, got {task!r}; did you mean {near}?")

@@ -12,7 +12,9 @@ from looplab.tasks.data import Curriculum, Data
 @strict
 @dataclass
 class HopData(Data):
-    task: Literal["khop", "composition"] = "khop"
+    """Chains of hops through a graph that the builder draws."""
+
+    task: Literal["khop", "composition"] = "khop"  # chains of any length, or of two facts
     config: str = "cpu"  # preset of the builder
     weighting: Literal["rows", "uniform"] = "rows"  # draw hop counts in proportion to their rows, or all alike
     readout: Literal["token", "last"] = "token"  # where the answer is read: an appended token, or the last relation
@@ -29,8 +31,8 @@ class HopCurriculum(Curriculum):
     """Stage k trains on 1 .. k hops together until k hops pass the held-out check. Both ends are the deepest hop count
     in the data unless given."""
 
-    start_hops: int | None = number(at_least=1)
-    stop_hops: int | None = number(at_least=1)
+    start_hops: int | None = number(at_least=1)  # hops of the first stage
+    stop_hops: int | None = number(at_least=1)  # hops of the last stage
     threshold: Number = number(0.95, at_least=0, below=1)  # share of right answers above which a stage is passed
     min_steps: int = number(0, at_least=0)  # fewest updates of a stage
     after_last: Literal["stop", "continue"] = "continue"  # when stop_hops has passed and budget remains

@@ -14,7 +14,7 @@ from looplab.tasks.language.data import LanguageData
 class MoleculeData(LanguageData):
     """`files` are .csv or .smi. Molecules are packed into sequences of `sequence_length` tokens."""
 
-    task: Literal["molecules"] = "molecules"
+    task: Literal["molecules"] = "molecules"  # SMILES
     config: str = "cpu"  # preset of the builder, if no files are named
     spellings: int | None = number(at_least=1)  # random SMILES of each molecule; every epoch trains on another one
 

@@ -26,7 +26,7 @@ class TextData(LanguageData):
     The tokenizer comes from exactly one of `init_from`, `tokenizer` and `vocab_size`.
     """
 
-    task: Literal["text"] = "text"
+    task: Literal["text"] = "text"  # plain text
     tokenizer: str | None = path()  # folder of a tokenizer
     vocab_size: int | None = number(at_least=1)  # learn a byte-level BPE of this size from the training text
     assistant_only_loss: bool | None = None  # of conversations: learn what assistants wrote alone; so unless given

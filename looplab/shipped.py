@@ -1,16 +1,23 @@
-"""The recipes and templates that come with this package: folders of the repository, within looplab/ in the wheel."""
+"""Recipes, templates and pages that come with this package: folders of a checkout, within looplab/ in the wheel."""
 
 import difflib
+import glob
 from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
 
 
 def shipped(name: str) -> Path:
-    """The folder recipes/ or hub_cards/: that of the wheel, or else that of the checkout."""
+    """The folder recipes/, hub_cards/ or docs/: that of the wheel, or else that of the checkout."""
     here = Path(__file__).parent
     within = here / name
     return within if within.is_dir() else here.parent / name
+
+
+def own_files(pattern: str) -> str:
+    """`pattern`, a path or a glob; or, of `docs/...` that nothing here matches, that of this package."""
+    rest = pattern.removeprefix("docs/")
+    return pattern if rest == pattern or glob.glob(pattern, recursive=True) else str(shipped("docs") / rest)
 
 
 def recipe_files() -> dict[str, Path]:

@@ -30,14 +30,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks, load_task
 from data_builders.fields import Range, check_fields, number, numbers, path
-from data_builders.files import expand_home
 from looplab.runs.field_help import Group, fields_help
 from looplab.runs.folder import to_json_lines
 from looplab.runs.models import load_model
+from looplab.runs.recipes import FROZEN, read_recipe_file
 from looplab.runs.sections import build, check_name, expand_paths
 from looplab.runs.writing import below, write_whole
 from looplab.runs.yaml_text import read_yaml, to_yaml
-from looplab.shipped import find_recipe
 from modeling_looped import FrozenLoopedConfig, default_window, looped
 from modeling_looped.frozen_window_looped import decoder_layers
 
@@ -173,8 +172,7 @@ def read_recipe(path: str | Path) -> FrozenRecipe:
     Raises ValueError for a recipe that does not exist, and a field that is unknown, missing, of wrong type or out of
     range.
     """
-    path = find_recipe(expand_home("the recipe", str(path)))
-    values = read_yaml(path)
+    path, values = read_recipe_file(path, FROZEN)
     try:
         return build(values, FrozenRecipe)
     except ValueError as error:

@@ -16,22 +16,20 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from data_builders.fields import MOST_LOOPS, Number, check_fields, number, numbers, path
-from data_builders.files import expand_home
 from looplab.mistakes import Parser, sentence
 from looplab.runs.field_help import Group, fields_help
+from looplab.runs.recipes import TRAIN, read_recipe_file
 from looplab.runs.sections import (
     build,
     check_name,
     defaults,
     expand_paths,
-    field_names,
     field_types,
     flatten,
     leaves,
     suggestion,
 )
-from looplab.runs.yaml_text import parse_yaml, read_yaml
-from looplab.shipped import find_recipe
+from looplab.runs.yaml_text import parse_yaml
 from looplab.tasks.data import Curriculum, Data
 from looplab.tasks.registry import TASKS
 
@@ -336,17 +334,14 @@ def put(values: dict, name: str, value, spelt: str) -> None:
 
 
 def read_recipe(path: str | Path, flags: Sequence[str] = ()) -> Recipe:
-    """Recipe in the YAML file `path`, or of that name (see `find_recipe`), with flags put over it, see `read_flags`.
+    """Recipe in the YAML file `path`, or of that name, with flags put over it, see `read_flags`.
 
     A name of names.ALIASES may stand for its field, in the file and as a flag.
 
     Raises:
         ValueError: what is wrong and where, of a file or a flag that cannot be read and a recipe that cannot be run.
     """
-    path = find_recipe(expand_home("the recipe", str(path)))
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a recipe: expected fields and values, got {values!r}.")
+    path, values = read_recipe_file(path, TRAIN)
     twice = "check_every" in values
     moved = move_check_every(values)
     if moved and twice:

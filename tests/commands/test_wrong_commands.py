@@ -19,6 +19,7 @@ from command_lines import READ, VERBS, arguments_of, command, readable
 from looplab import mistakes
 from looplab.cli import Whole, main
 from looplab.mistakes import run_command
+from looplab.shipped import recipe_files
 from toy_runs import edit_json
 from toys import ROOT
 
@@ -116,6 +117,29 @@ def test_a_recipe_or_a_field_that_there_is_not(refused):
     refused(["train", "quikstart"], "no recipe quikstart", "did you mean quickstart?")
     refused(["train", "zzz"], "no recipe zzz", "`looped recipes`")
     refused(["train", "recipes/zzz.yaml"], "recipes/zzz.yaml cannot be read")
+
+
+@pytest.mark.parametrize("name", recipe_files())
+def test_a_recipe_of_another_command(refused, name):
+    """By its name and by its file; the message says what it is."""
+    verb, other = ("train", "frozen") if name.startswith("frozen/") else ("frozen", "train")
+    for spelt in (name, str(recipe_files()[name])):
+        refused([verb, spelt], f"a recipe of `looped {other}`", f"a recipe of `looped {verb}` is expected")
+
+
+@pytest.mark.parametrize("verb", ["train", "frozen"])
+def test_something_else_than_a_recipe(refused, toy_runs, tmp_path, verb):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "list.yaml").write_text("[1, 2]", encoding="utf-8")
+    (tmp_path / "empty.yaml").write_text("# nothing", encoding="utf-8")
+    refused([verb, "{runs}/hops"], "{runs}/hops is a run", "{runs}/hops/recipe.yaml")
+    refused([verb, "{tmp}/folder"], "{tmp}/folder is a folder", "`looped recipes`")
+    refused([verb, "{runs}/hops/model"], "{runs}/hops/model is a folder")
+    refused([verb, "{runs}/hops/model/config.json"], "is the configuration of a model")
+    refused([verb, str(ROOT / "recipes" / "accelerate" / "ddp.yaml")], "a configuration of `accelerate launch")
+    refused([verb, "{runs}/hops/model/model.safetensors"], "model.safetensors cannot be read as text")
+    for name in ("list", "empty"):
+        refused([verb, f"{{tmp}}/{name}.yaml"], f"{name}.yaml is not a recipe")
 
 
 def test_a_command_that_there_is_not(refused):

@@ -1,5 +1,6 @@
 """Every recipe can be run: its fields, its model, its depths and its data exist, and the paper's have its sizes."""
 
+import glob
 import json
 import os
 import subprocess
@@ -38,6 +39,22 @@ PARAMETERS = {"composition": 30_051_840, "khop": 28_519_680, "composition_l8": 5
 
 def sampler(recipe: Recipe) -> DepthSampler:
     return DepthSampler(**{name: value for name, value in vars(recipe.depth).items() if value is not None})
+
+
+def test_the_files_that_a_recipe_names_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Those of this package, unless the folder has its own."""
+    monkeypatch.chdir(tmp_path)
+    data = {file.stem: read_recipe(file).data for file in FILES}
+    named = {name: each for name, each in data.items() if vars(each).get("files")}
+    assert {"smoke_text", "smoke_molecules"} <= set(named)
+    for name, each in named.items():
+        found = [glob.glob(pattern, recursive=True) for pattern in each.preset()[1]["files"]]
+        assert all(found), name
+        assert all(Path(path).is_relative_to(ROOT) for paths in found for path in paths)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "own.md").write_text("own", encoding="utf-8")
+    assert data["smoke_text"].preset()[1]["files"] == ["docs/**/*.md"]
+    assert glob.glob("docs/**/*.md", recursive=True) == ["docs/own.md"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RECIPES)))

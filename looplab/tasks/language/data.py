@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from huggingface_hub.dataclasses import strict
 
 from data_builders.fields import number, path
+from looplab.shipped import own_files
 from looplab.tasks.data import Data
 
 
@@ -17,7 +18,8 @@ class LanguageData(Data):
 
     def of_files(self, otherwise: str) -> tuple[str, dict]:
         """`preset` for files or a data set that the recipe names; the preset `otherwise` if it names neither."""
-        fields = {"seed": self.seed} | ({} if self.files is None else {"files": self.files}) | self.overrides
+        files = {} if self.files is None else {"files": [own_files(pattern) for pattern in self.files]}
+        fields = {"seed": self.seed} | files | self.overrides
         named = self.files is not None or "dataset" in self.overrides
         return "files" if named else otherwise, fields
 

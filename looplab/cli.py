@@ -79,11 +79,15 @@ def run_eval(arguments) -> None:
 
 
 def run_halting(arguments) -> None:
-    names = ("limit", "max_loops", "save")
+    from looplab.instruments.halting_settings import save_rule
+
+    names = ("limit", "max_loops")
     with opened("halting", arguments.run, arguments, *names, to=arguments.to) as ([run], task, given):
         if arguments.save:
             refuse_unkept(run, "--save")
         path, text = task.halting(run, **given)
+        if arguments.save:
+            text += f"\n\n{save_rule(run, *task.best_rule(run))}"
         report(run, f"\n{run}\n{text}", path)
 
 
@@ -337,7 +341,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--save",
         action="store_true",
-        default=None,
         help="write the rule with the fewest loops at no loss of quality into RUN/model, for generate(halting=True)",
     )
     add_to(command)

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
 from looplab.runs.folder import Run
 from modeling_looped import LoopedConfig
+from modeling_looped.generation_looped import CALIBRATED
 from modeling_looped.halting_looped import RULES, Effort
 
 SETTING_FIELDS = ("num_loops", *dict.fromkeys(name for rule in RULES.values() for name in rule.thresholds()))
@@ -67,6 +70,17 @@ def setting_of(row: dict) -> HaltingSetting:
     return HaltingSetting({"rule": row["rule"], **thresholds}, row["num_loops"])
 
 
+def saved_setting(model: PreTrainedModel, num_loops: int) -> HaltingSetting | None:
+    """The setting that `generate(num_loops=num_loops, halting=True)` runs; None if no rule is saved with the model."""
+    rule = model.generation_config.to_dict().get(CALIBRATED)
+    return None if rule is None else HaltingSetting(rule, num_loops)
+
+
+def saved_text(row: Mapping, found: str) -> str:
+    """A setting in a line of text. row: as from `HaltingSetting.row`. found: what was measured."""
+    return f"saved rule {setting_of(row).halting}, at most {row['num_loops']} loops: {found}"
+
+
 def save_rule(run: Run, best: Mapping | None, criterion: str) -> str:
     """Write a rule as `calibrated_halting` of the run's generation config, where `halting=True` finds it.
 
@@ -85,7 +99,7 @@ def save_rule(run: Run, best: Mapping | None, criterion: str) -> str:
             f"no halting rule is saved for {run}: none {criterion}. See its halting.jsonl for those measured."
         )
     setting = setting_of(best)
-    path = run.save_generation_settings(calibrated_halting=setting.halting)
+    path = run.save_generation_settings(**{CALIBRATED: setting.halting})
     return (
         f"saved in {path}: {setting.halting}\n"
         f"It is the rule with the fewest loops that {criterion}; it was measured as "

@@ -177,6 +177,11 @@ class Task(ABC):
         """Measure what halting rules save; returns the file and its text."""
         raise NotImplementedError
 
+    def best_rule(self, run: Run) -> tuple[Mapping | None, str]:
+        """Of a task that has `halting`: the record of the rule that `--save` writes, None if no rule is good enough;
+        and what a rule has to do for that, the end of a sentence about it."""
+        raise NotImplementedError
+
     def lens(self, run: Run) -> list[Path]:
         """Look inside the model; returns the paths of the files that were written."""
         raise NotImplementedError

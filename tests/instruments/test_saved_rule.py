@@ -7,11 +7,16 @@ import shutil
 import pytest
 import torch
 
-from looplab.instruments.halting_settings import save_rule
+from looplab.cli import main
+from looplab.instruments.halting_settings import save_rule, setting_of
 from looplab.runs.digests import sha256_of
 from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
-from looplab.tasks.language.exits import SLACK, save_best
+from looplab.tasks.hops.records import GRID
+from looplab.tasks.language.exits import SLACK, best_rule
+from looplab.tasks.molecules.sizes import Sizes
+from looplab.tasks.registry import TASKS
+from looplab.tasks.text.records import HALTING
 
 RULES = [
     {"rule": "kl", "kl_threshold": 0.5},
@@ -106,9 +111,74 @@ def test_the_fewest_loops_at_no_loss_are_saved_and_nothing_that_loses(run, costs
     before = contents(run)
     if chosen is None:
         with pytest.raises(ValueError, match="no halting rule is saved"):
-            save_best(run, rows)
+            save_rule(run, *best_rule(rows))
         assert contents(run) == before
     else:
-        assert f"costs at most {SLACK} nats" in save_best(run, rows)
+        assert f"costs at most {SLACK} nats" in save_rule(run, *best_rule(rows))
         saved = json.loads((run.folder / "model" / "generation_config.json").read_text())
         assert saved["calibrated_halting"] == RULES[chosen]
+
+
+# Through the commands
+
+LONG = {"text": ["--data.sequence_length=64"], "molecules": [], "hops": []}
+SMALL = Sizes(batch=8, max_tokens=8, reference=0, decoded=(1, 2), timed=(1,), thresholds=1)
+EVAL = {"text": ["--limit", "4"], "molecules": ["--limit", "8"], "hops": ["--max-loops", "2"]}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A few tokens of each text, and a few molecules: the commands are the real ones."""
+    monkeypatch.setattr("looplab.tasks.text.exits.PROMPT", 2)
+    monkeypatch.setattr("looplab.tasks.text.exits.DECODED", 2)
+    monkeypatch.setattr(TASKS["molecules"], "sizes", SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("task", ["text", "molecules"])
+def test_the_command_saves_the_best_rule_and_eval_reports_it(task, trained, tmp_path, capsys):
+    run = Run(trained.copy(tmp_path, task, *LONG[task]))
+    assert main(["halting", str(run.folder), "--limit", "16", "--max-loops", "2", "--save"]) == 0
+    rule = json.loads((run.folder / "model" / "generation_config.json").read_text())["calibrated_halting"]
+    (best, _) = best_rule(run.read(HALTING))
+    assert {name: best[name] for name in rule} == rule
+    assert f"saved in {run.folder / 'model' / 'generation_config.json'}: {{'rule':" in capsys.readouterr().out
+    assert main(["eval", str(run.folder), "--loops", "1", "2", *EVAL[task]]) == 0
+    most = {"text": 2, "molecules": 3}[task]  # molecules are measured at the model's own loops in any case
+    assert f"saved rule {setting_of(best).halting}, at most {most} loops: " in capsys.readouterr().out
+    found = json.loads((run.folder / "evaluation.json").read_text())["halting"]
+    assert {name: found[name] for name in rule} == rule
+    assert 1 <= found["loops"] <= most
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("task", ["hops", "text", "molecules"])
+def test_what_eval_reports_is_what_true_does(task, trained, tmp_path, capsys):
+    """A threshold that halts after one loop gives what one loop gives, one that is never met what all loops give."""
+    folder = trained.copy(tmp_path, task, *LONG[task])
+    found = {}
+    for threshold in (1e9, 0.0):
+        save_rule(Run(folder), {"rule": "kl", "kl_threshold": threshold, "num_loops": 3}, "is tried")
+        assert main(["eval", str(folder), "--loops", "1", "3", *EVAL[task]]) == 0
+        found[threshold] = json.loads((folder / "evaluation.json").read_text())["halting"]
+    printed = capsys.readouterr().out
+    rows = {threshold: row.get("lines", [row]) for threshold, row in found.items()}
+    assert {line["loops"] for line in rows[0.0]} == {3}
+    assert all(1 <= line["loops"] < 3 for line in rows[1e9])
+    if task == "hops":
+        grid = {(r["split_kind"], r["hops"], r["loops"]): r["accuracy"] for r in Run(folder).read(GRID)}
+        for threshold, lines in rows.items():
+            assert all(f"{100 * line['accuracy']:.1f} in {line['loops']:.1f}" in printed for line in lines)
+            for line in lines:
+                if line["loops"] in (1, 3):
+                    assert line["accuracy"] == pytest.approx(grid[line["split_kind"], line["hops"], line["loops"]])
+            assert len({(line["split_kind"], line["hops"]) for line in lines}) == len(lines) == 7, threshold
+    if task == "text":
+        assert rows[0.0][0]["loss"] == pytest.approx(rows[0.0][0]["full_loss"])
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_a_task_that_measures_halting_names_its_best_rule(task):
+    assert task.has("halting") == task.has("best_rule")

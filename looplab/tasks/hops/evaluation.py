@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from looplab.instruments.halting_settings import HaltingSetting, saved_setting, saved_text
 from looplab.instruments.traces import Trace, joined, trace
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.intervals import wilson_interval
@@ -92,6 +93,18 @@ def loop_rows(split: str, group: RowGroup, traced: Trace) -> list[dict]:
     ]
 
 
+def halted_lines(model: PreTrainedModel, setting: HaltingSetting, groups: Sequence[RowGroup]) -> dict:
+    """What a halting setting does to groups of rows, by running it: its own fields, and `lines`, for each group
+    split_kind, hops, accuracy and mean loops."""
+    lines = []
+    for group in groups:
+        arguments = {"num_loops": setting.num_loops, "halting": setting.halting}
+        right, used = answered(model, group.input_ids, group.answers, **arguments)
+        line = {"split_kind": group.split_kind, "hops": group.hops}
+        lines.append(line | {"accuracy": float(right.double().mean()), "loops": float(used.double().mean())})
+    return setting.row() | {"lines": lines}
+
+
 def evaluate_run(
     run: Run,
     loops: Sequence[int] | None = None,
@@ -99,7 +112,9 @@ def evaluate_run(
     max_loops: int | None = None,
     max_hops: int | None = None,
 ) -> Path:
-    """Write RUN/grid.jsonl (`accuracy_grid`), RUN/loops.jsonl (`loop_rows`) and RUN/evaluation.json (chance, limit).
+    """Write RUN/grid.jsonl (`accuracy_grid`), RUN/loops.jsonl (`loop_rows`) and RUN/evaluation.json.
+
+    The last has chance and limit, and for a halting rule that is saved with the model `halting`, see `halted_lines`.
 
     Args:
         run: a finished one.
@@ -130,14 +145,22 @@ def evaluate_run(
         if split != "train"
     ]
     facts = {"chance": 1 / len(set(task["train"]["answer"][:])), "limit": limit}
+    if setting := saved_setting(model, loops[-1]):
+        facts["halting"] = halted_lines(model, setting, [group for split, group in plan if split == "test"])
     rows = {LOOPS.name: to_json_lines(every_loop), GRID.name: to_json_lines(grid)}
     return run.write({EVALUATION.name: json.dumps(facts, indent=1) + "\n"} | rows)
 
 
-def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, int]) -> str:
+def grid_table(
+    rows: Sequence[dict], chance: float, trained_loops: tuple[int, int], halting: dict | None = None
+) -> str:
     """The grid as text, in %: a line per (split kind, hops), a column per loop count.
 
-    The last column is the Wilson interval at the loop count with the best mean over the held-out lines.
+    The next column is the Wilson interval at the loop count with the best mean over the held-out lines; then comes
+    the saved rule.
+
+    Args:
+        halting: of `halted_lines`; None if no rule is saved.
     """
     loops = sorted({row["loops"] for row in rows})
     cells = {(row["split_kind"], row["hops"], row["loops"]): row for row in rows}
@@ -145,25 +168,34 @@ def grid_table(rows: Sequence[dict], chance: float, trained_loops: tuple[int, in
     held_out = [line for line in lines if line[0] not in ("atomic", "train")] or lines
     best = max(loops, key=lambda count: sum(cells[(*line, count)]["accuracy"] for line in held_out))
     low, high = trained_loops
+    halted = {(line["split_kind"], line["hops"]): line for line in halting["lines"]} if halting else {}
+    column = " | saved rule in mean loops" if halting else ""
     header = "".join(f"{f'[{count}]' if low <= count <= high else count:>6}" for count in loops)
     text = [
         f"Accuracy in % (chance {100 * chance:.1f}); a column is a loop count; [ ] and * mark trained loops and hops.",
-        f"{'split':<11}{'hops':>5} {'n':>6} |{header} | 95 % interval at {best} loops",
+        f"{'split':<11}{'hops':>5} {'n':>6} |{header} | {f'95 % interval at {best} loops':<26}{column}".rstrip(),
     ]
     for line in lines:
         row = cells[(*line, best)]
         values = "".join(f"{100 * cells[(*line, count)]['accuracy']:6.1f}" for count in loops)
         interval = " - ".join(f"{100 * bound:.1f}" for bound in wilson_interval(row["accuracy"], row["n"]))
-        text.append(f"{line[0]:<11}{line[1]:>4}{'*' if row['trained'] else ' '} {row['n']:>6} |{values} | {interval}")
+        said = f" |{100 * halted[line]['accuracy']:8.1f} in {halted[line]['loops']:.1f}" if line in halted else ""
+        name = f"{line[0]:<11}{line[1]:>4}{'*' if row['trained'] else ' '}"
+        text.append(f"{name} {row['n']:>6} |{values} | {interval:<26}{said}".rstrip())
     for threshold in THRESHOLDS:
         values = "".join(f"{hops_solved(rows, count, threshold):>6}" for count in loops)
         text.append(f"{f'hops at >= {100 * threshold:.0f} %':<23} |{values} |")
+    if halting:
+        lines = [halted[line] for line in held_out if line in halted]
+        accuracy, used = (sum(line[name] for line in lines) / len(lines) for name in ("accuracy", "loops"))
+        text.append(saved_text(halting, f"{100 * accuracy:.1f} % of the held-out questions in {used:.1f} loops"))
     return "\n".join(text)
 
 
 def grid_text(run: Run) -> str:
     """The grid of an evaluated run."""
-    return grid_table(run.read(GRID), run.read(EVALUATION)["chance"], run.trained_loops())
+    facts = run.read(EVALUATION)
+    return grid_table(run.read(GRID), facts["chance"], run.trained_loops(), facts.get("halting"))
 
 
 class HopMeasure:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from looplab.instruments.halting_settings import HaltingSetting, rules_to_try, save_rule
+from looplab.instruments.halting_settings import HaltingSetting, rules_to_try
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of
 from looplab.instruments.traces import Trace
 from looplab.runs.folder import Run, to_json_lines
@@ -30,7 +30,7 @@ from modeling_looped.halting_looped import FixedRule, entropy_bound, halting_rul
 
 from .evaluation import MAX_LOOPS, trace_groups
 from .records import HALTING
-from .results import CRITERION, ROUNDING, best_loops, fewest_near_best
+from .results import ROUNDING, best_loops, fewest_near_best
 from .rows import RowGroup, answered, groups_of, load_run_task
 
 POINT = 0.01  # accuracy that a setting may lose at any hop count
@@ -222,12 +222,6 @@ def halting_run(
     if loss == 0:
         rows.append({"measure": "best", **setting.row(), "loops": used})
     return run.write({HALTING.name: to_json_lines(rows)})
-
-
-def save_best(run: Run) -> str:
-    """Save the rule of measure best for `halting=True`, see `save_rule`."""
-    best = next((row for row in run.read(HALTING) if row["measure"] == "best"), None)
-    return save_rule(run, best, CRITERION)
 
 
 def timed_rows(test, lines: Sequence[tuple[str, int]]) -> list[int]:

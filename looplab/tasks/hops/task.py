@@ -1,6 +1,6 @@
 """The tasks khop and composition, see `tasks.base.Task`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -87,15 +87,17 @@ class HopTask(Task):
 
         return plot_runs(runs, output)
 
-    def halting(
-        self, run: Run, *, limit: int | None = None, max_loops: int | None = None, save: bool = False
-    ) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `halting.halting_run`; save: and the best rule, by `halting.save_best`."""
-        from .halting import halting_run, save_best
+    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `halting.halting_run`."""
+        from .halting import halting_run
         from .results import halting_text
 
-        path, text = halting_run(run, max_loops, None, limit), halting_text(run.read(HALTING))
-        return path, f"{text}\n\n{save_best(run)}" if save else text
+        return halting_run(run, max_loops, None, limit), halting_text(run.read(HALTING))
+
+    def best_rule(self, run: Run) -> tuple[Mapping | None, str]:
+        from .results import CRITERION
+
+        return next((row for row in run.read(HALTING) if row["measure"] == "best"), None), CRITERION
 
     def lens(
         self,
@@ -181,13 +183,11 @@ class Khop(HopTask):
         limit: int | None = None,
         max_loops: int | None = None,
         max_hops: int | None = None,
-        save: bool = False,
     ) -> tuple[Path, str]:
-        from .halting import halting_run, save_best
+        from .halting import halting_run
         from .results import halting_text
 
-        path, text = halting_run(run, max_loops, max_hops, limit), halting_text(run.read(HALTING))
-        return path, f"{text}\n\n{save_best(run)}" if save else text
+        return halting_run(run, max_loops, max_hops, limit), halting_text(run.read(HALTING))
 
 
 class Composition(HopTask):

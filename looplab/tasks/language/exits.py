@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from data_builders.molecule_batches import IGNORED
-from looplab.instruments.halting_settings import HaltingSetting, save_rule, threshold_text
+from looplab.instruments.halting_settings import HaltingSetting, saved_text, threshold_text
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
-from looplab.runs.folder import Run
 
 PROMPT, DECODED = 32, 32  # tokens of each text: prompt, then decoded
 BATCHES = (1, 16)  # batch sizes that are timed
@@ -82,6 +81,23 @@ def quality_of(decoded: Decoded, full: Decoded, chosen: torch.Tensor) -> dict:
         "loops": float(decoded.loops[chosen].double().mean()),
         "tokens": int(chosen.sum()),
     }
+
+
+def halted_loss(model: PreTrainedModel, rows: dict, prompt: int, setting: HaltingSetting) -> dict:
+    """What a halting setting does to held-out sequences: its own fields, and those of `quality_of`.
+
+    rows, prompt: as for `decode`; at most DECODED tokens are decoded.
+    """
+    some = {name: values[:, : prompt + DECODED].to(model.device) for name, values in rows.items()}
+    full = decode(model, some, prompt, setting.num_loops, None)
+    halted = decode(model, some, prompt, setting.num_loops, setting.halting)
+    return setting.row() | quality_of(halted, full, full.real)
+
+
+def halted_text(row: dict) -> str:
+    """The record of `halted_loss` as a line of text."""
+    found = f"{row['loss']:.4f} nats per token in {row['loops']:.2f} loops, {row['full_loss']:.4f} in all"
+    return saved_text(row, f"{found} ({row['tokens']:,} tokens decoded)")
 
 
 def exit_rows(
@@ -161,15 +177,15 @@ def cheapest(rows: Sequence[dict]) -> list[dict]:
     return [min((row for row in rows if row["rule"] == name), key=lambda row: cost(row, rows)) for name in names]
 
 
-def save_best(run: Run, rows: Sequence[dict]) -> str:
-    """Save the rule with the lowest `cost` for `halting=True`, see `save_rule`; it may not cost more than SLACK.
+def best_rule(rows: Sequence[dict]) -> tuple[dict | None, str]:
+    """See `Task.best_rule`: the rule with the lowest `cost`; it may not cost more than SLACK.
 
     rows: the records of halting.jsonl.
     """
     rows = [row for row in rows if row["measure"] == "exit"]
     best = min(cheapest(rows), key=lambda row: cost(row, rows), default=None)
     best = best if best is not None and cost(best, rows)[0] == 0 else None
-    return save_rule(run, best, f"costs at most {SLACK} nats per token more than the best fixed loop count")
+    return best, f"costs at most {SLACK} nats per token more than the best fixed loop count"
 
 
 def between_counts(fixed: dict[int, float], loops: float) -> float:

@@ -7,7 +7,8 @@
 
     samples/SETTING-loopsR.jsonl  a line per sample: smiles, finished (it wrote `<eos>`); resumed batch by batch
     molecules.jsonl               a line per setting and loop count, see `measure`
-    evaluation.json               samples, num_loops (the model's own), parameters, and what the KV cache saves
+    evaluation.json               samples, num_loops (the model's own), parameters, and what the KV cache saves; for a
+                                  halting rule that is saved with the model `halting`, see `exits.sample_row`
 
 valid        finished, and rdkit reads it as at least one atom
 uniqueness   distinct canonical SMILES over valid samples
@@ -31,11 +32,13 @@ from transformers import LogitsProcessorList
 
 from data_builders import PackedMolecules
 from data_builders.molecules import rdkit_chem
+from looplab.instruments.halting_settings import saved_setting
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import count_parameters, load_run_model
 
 from .chemnet import reference_statistics
 from .data import MoleculeData
+from .exits import sample_row
 from .held_out import LOSS_MOLECULES, loss_of_molecules, run_molecules
 from .masking import ValidPrefix
 from .measures import measure
@@ -107,4 +110,6 @@ def evaluate_run(
         "seed": seed,
         "speed": cache_speed(model, tokenizer, own, sizes.max_tokens),
     }
+    if setting := saved_setting(model, counts[-1]):
+        facts["halting"] = sample_row(model, tokenizer, setting, min(count, LOOP_SAMPLES), None, sizes)
     return run.write({EVALUATION.name: json.dumps(facts, indent=1) + "\n", MOLECULES.name: to_json_lines(rows)})

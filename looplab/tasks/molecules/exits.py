@@ -45,7 +45,7 @@ from data_builders import PackedMolecules
 from data_builders.molecule_batches import IGNORED
 from data_builders.molecules import rdkit_chem
 from data_builders.text_batches import spread_blocks
-from looplab.instruments.halting_settings import HaltingSetting, exit_settings, setting_of, threshold_text
+from looplab.instruments.halting_settings import HaltingSetting, exit_settings, saved_text, setting_of, threshold_text
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
@@ -56,6 +56,7 @@ from .data import MoleculeData
 from .held_out import run_molecules
 from .measures import share
 from .records import HALTING
+from .results import percent
 from .samples import batch_seed, samples_of, write_tokens
 from .sizes import SAMPLINGS, Sizes
 from .smiles import KINDS, canonical_or_none, token_kinds
@@ -140,6 +141,12 @@ def sample_row(
         "loops": float(loops.double().mean()),
         "tokens": len(loops),
     }
+
+
+def sampled_text(row: dict) -> str:
+    """The record of `sample_row` as a line of text."""
+    found = f"{percent(row['validity'])} % of {row['n']:,} samples are valid, in {row['loops']:.2f} loops"
+    return saved_text(row, found)
 
 
 def distance_to(reference: Statistics | None, smiles: Sequence[str]) -> float | None:

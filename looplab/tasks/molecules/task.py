@@ -1,6 +1,6 @@
 """The task molecules, see `tasks.base.Task`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -11,7 +11,7 @@ from looplab.tasks.base import Argument, Drafting, Figure, Task
 from looplab.tasks.language.options import ASKING, ASKING_DEFAULTS
 
 from .data import MoleculeData
-from .records import HALTING, RECORDS
+from .records import EVALUATION, HALTING, RECORDS
 from .sizes import SAMPLINGS, Sizes
 
 if TYPE_CHECKING:
@@ -76,9 +76,11 @@ class MoleculeTask(Task):
         return evaluate_run(run, loops, limit, masked, sizes=self.sizes)
 
     def show(self, run: Run) -> str:
+        from .exits import sampled_text
         from .results import samples_text
 
-        return samples_text(run)
+        halting = run.read(EVALUATION).get("halting")
+        return samples_text(run) if halting is None else f"{samples_text(run)}\n{sampled_text(halting)}"
 
     def table(self, runs: Sequence[Run], *, against: str | None = None) -> str:
         from .results import markdown_table
@@ -90,17 +92,16 @@ class MoleculeTask(Task):
 
         return plot_runs(runs, output)
 
-    def halting(
-        self, run: Run, *, limit: int | None = None, max_loops: int | None = None, save: bool = False
-    ) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `exits.halting_run`; save: and the best rule, by `language.exits.save_best`."""
-        from looplab.tasks.language.exits import save_best
-
+    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `exits.halting_run`."""
         from .exits import halting_run, halting_text
 
-        path, rows = halting_run(run, max_loops, limit, sizes=self.sizes), run.read(HALTING)
-        text = halting_text(rows)
-        return path, f"{text}\n\n{save_best(run, rows)}" if save else text
+        return halting_run(run, max_loops, limit, sizes=self.sizes), halting_text(run.read(HALTING))
+
+    def best_rule(self, run: Run) -> tuple[Mapping | None, str]:
+        from looplab.tasks.language.exits import best_rule
+
+        return best_rule(run.read(HALTING))
 
     def lens(
         self, run: Run, *, loops: int | None = None, limit: int | None = None, no_probes: bool = False

@@ -7,7 +7,8 @@
 
     text.jsonl       a line per loop count: loops, loss, perplexity, interval, tokens, text (digest of the blocks), and
                      block_losses; runs with the same digest can be compared block by block
-    evaluation.json  limit, num_loops (the model's own) and parameters, see `count_parameters`
+    evaluation.json  limit, num_loops (the model's own) and parameters, see `count_parameters`; for a halting rule that
+                     is saved with the model `halting`, see `language.exits.halted_loss`
 
 The model is the published one, RUN/model.
 """
@@ -25,15 +26,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_builders import TextBlocks
 from data_builders.text_batches import spread_blocks
 from looplab.instruments.at_loops import at_loops
+from looplab.instruments.halting_settings import saved_setting
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.intervals import bootstrap_intervals
 from looplab.runs.models import count_parameters, load_run_model
+from looplab.tasks.language.exits import PROMPT, halted_loss
 from looplab.tasks.quantizing import Quantizing
 
 from .data import TextData
 from .records import EVALUATION, PERPLEXITY
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+HALTED = 64  # most blocks that are decoded with a saved halting rule
 TOKENS = 2048  # tokens in one forward pass; its logits have this many times the vocabulary numbers
 
 
@@ -134,6 +138,9 @@ def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None
     losses = block_losses(model, blocks, numbers, sorted(set(loops or [own, *run.recipe()["eval_loops"]])))
     rows = text_rows(losses, blocks.num_labels(numbers), text_digest(blocks, numbers))
     facts = {"limit": limit, "num_loops": own, "parameters": count_parameters(model)}
+    if setting := saved_setting(model, rows[-1]["loops"]):
+        few = blocks.rows(spread_blocks(len(blocks), min(limit or HALTED, HALTED)))
+        facts["halting"] = halted_loss(model, few, min(PROMPT, blocks.sequence_length // 2), setting)
     return run.write({EVALUATION.name: json.dumps(facts, indent=1) + "\n", PERPLEXITY.name: to_json_lines(rows)})
 
 

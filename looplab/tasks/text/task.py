@@ -1,6 +1,6 @@
 """The task text, see `tasks.base.Task`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -9,7 +9,7 @@ from looplab.tasks.base import Argument, Drafting, Figure, Task
 from looplab.tasks.language.options import ASKING, ASKING_DEFAULTS
 
 from .data import TextData
-from .records import HALTING, RECORDS
+from .records import EVALUATION, HALTING, RECORDS
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +50,12 @@ class TextTask(Task):
         return evaluate_run(run, loops, limit)
 
     def show(self, run: Run) -> str:
+        from looplab.tasks.language.exits import halted_text
+
         from .results import loops_text
 
-        return loops_text(run)
+        halting = run.read(EVALUATION).get("halting")
+        return loops_text(run) if halting is None else f"{loops_text(run)}\n{halted_text(halting)}"
 
     def table(self, runs: Sequence[Run], *, against: str | None = None) -> str:
         from .results import markdown_table
@@ -64,17 +67,18 @@ class TextTask(Task):
 
         return plot_runs(runs, output)
 
-    def halting(
-        self, run: Run, *, limit: int | None = None, max_loops: int | None = None, save: bool = False
-    ) -> tuple[Path, str]:
-        """Write RUN/halting.jsonl by `exits.halting_run`; save: and the best rule, by `language.exits.save_best`."""
-        from looplab.tasks.language.exits import exits_text, save_best
+    def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
+        """Write RUN/halting.jsonl by `exits.halting_run`."""
+        from looplab.tasks.language.exits import exits_text
 
         from .exits import halting_run
 
-        path, rows = halting_run(run, max_loops, limit), run.read(HALTING)
-        text = exits_text(rows)
-        return path, f"{text}\n\n{save_best(run, rows)}" if save else text
+        return halting_run(run, max_loops, limit), exits_text(run.read(HALTING))
+
+    def best_rule(self, run: Run) -> tuple[Mapping | None, str]:
+        from looplab.tasks.language.exits import best_rule
+
+        return best_rule(run.read(HALTING))
 
     def lens(
         self, run: Run, *, loops: int | None = None, limit: int | None = None, text: str | None = None

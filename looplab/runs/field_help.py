@@ -91,7 +91,7 @@ def group_help(group: Group) -> str:
     doc = " ".join(inspect.getdoc(group.form).partition("\n\n")[0].split())
     shown, said = parser.add_argument_group(group.title, doc), comments(group.form)
     for item in group.fields():
-        words = words_of(item, said[item.name]).replace("%", "%%")
+        words = words_of(item, said.get(item.name, "")).replace("%", "%%")
         name, value = f"{group.prefix}{item.name}", value_of(item)
         spelt, shape = (f"--{name}", value) if group.flags else (name, f"{name}: {value}")
         shown.add_argument(spelt, metavar=shape, help=words)

@@ -35,9 +35,14 @@ def clipped(value):
     return None if value == 0 and value is not False else value
 
 
+def several(value):
+    """A name, or a list of them."""
+    return value if isinstance(value, list) else [value]
+
+
 def listed(value):
     """`report_to`: a name, or a list of them; none is no tracker."""
-    names = value if isinstance(value, list) else [value]
+    names = several(value)
     if "all" in names:
         raise ValueError("must name the trackers one by one, such as [tensorboard, wandb], got all")
     return [name for name in names if name not in ("none", None)]
@@ -83,6 +88,11 @@ ALIASES: dict[str, Alias] = {
     "torch_compile": Alias("compile", switch=True),
     "report_to": Alias("trackers", listed),
     "block_size": Alias("data.sequence_length"),
+    "use_peft": Alias("train.what", choice({True: "lora", False: "full"}), switch=True),
+    "lora_r": Alias("train.r"),
+    "lora_alpha": Alias("train.lora_alpha"),
+    "lora_dropout": Alias("train.lora_dropout"),
+    "lora_target_modules": Alias("train.target_modules", several),
 }
 
 HUB = "train first, then publish the run by `looped publish RUN --repo-id USER/NAME`"
@@ -211,9 +221,8 @@ ANSWERED: dict[str, tuple[str, ...]] = {
     FILES: ("train_file", "train_data_file", "train_dir"),
     ROWS: ("max_train_samples", "max_eval_samples", "max_predict_samples"),
     LENGTH: ("max_seq_length", "max_length", "truncation_mode"),
-    "none is like it; PEFT trains adapters of a looped model, see docs/guides/clients.md": (
-        "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters",
-        "lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora",
+    "none is like it; `train` has rank, alpha, dropout and target_modules of LoRA": (
+        "lora_target_parameters", "lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora",
     ),
     "none is like it; `looped quantize RUN` quantizes a run after its training": (
         "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant",

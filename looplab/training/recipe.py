@@ -91,10 +91,10 @@ class Distill:
 class Train:
     """What of the weights of `init_from` is trained, see `trained.py`. All but `what` is for LoRA, in PEFT's words."""
 
-    what: Literal["full", "core", "lora"] = "full"
+    what: Literal["full", "core", "lora"] = "full"  # all weights, those that loop, or adapters by PEFT
     r: int = number(16, at_least=1)  # rank
     lora_alpha: int = number(32, at_least=1)  # adapters are scaled by lora_alpha / r
-    lora_dropout: Number = number(0.0, at_least=0, below=1)
+    lora_dropout: Number = number(0.0, at_least=0, below=1)  # of what the adapters read
     target_modules: list[str] | None = None  # matrices of a layer that get adapters, such as q_proj; None: all
     layers: Literal["core", "all"] = "core"  # whose matrices
 

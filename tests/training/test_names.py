@@ -14,12 +14,13 @@ from looplab.cli import main
 from looplab.pretrained import study
 from looplab.runs.sections import field_names, flatten, leaves
 from looplab.runs.yaml_text import parse_yaml, to_yaml
-from looplab.training.names import ALIASES, ANSWERS, choice, clipped, listed
+from looplab.training.names import ALIASES, ANSWERS, choice, clipped, listed, several
 from looplab.training.recipe import Recipe, own_sections, read_recipe
 from toys import ROOT
 
 SMOKE = ROOT / "recipes" / "smoke.yaml"
 TEXT = ROOT / "recipes" / "smoke_text.yaml"
+LORA = {"name": "r", "model": {}, "init_from": "a", "max_steps": 1, "depth": {"kind": "fixed", "mean": 2}}
 OURS = {name: item for task in ("khop", "text") for name, item in leaves(Recipe, own_sections(task)).items()}
 # Arguments of run_clm.py, run_clm_no_trainer.py and others of transformers, in any version.
 SCRIPTS = [
@@ -55,6 +56,8 @@ def theirs(name: str) -> list[tuple]:
     if convert.__qualname__.startswith(choice.__name__):
         values = convert.__closure__[0].cell_contents
         return list(values.items())
+    if convert is several:
+        return [("q_proj", ["q_proj"]), (["q_proj", "k_proj"], ["q_proj", "k_proj"])]
     if item.type is bool:
         return [(True, True), (False, False)]
     return [(24, 24)] if item.type is int or item.type == int | None else [(0.25, 0.25)]
@@ -89,19 +92,21 @@ def test_a_name_that_people_know_is_ours_or_an_alias_or_answered(name, tmp_path)
 @pytest.mark.parametrize("name", ALIASES)
 def test_an_alias_means_its_field_in_every_spelling(name, tmp_path):
     field = ALIASES[name].field
-    path = TEXT if field.startswith("data.") else SMOKE
-    adamw = ["--optim.kind=adamw"] * (field != "optim.kind")
+    (tmp_path / "lora.yaml").write_text(to_yaml(LORA), encoding="utf-8")
+    path = {"data": TEXT, "train": tmp_path / "lora.yaml"}.get(field.split(".")[0], SMOKE)
+    needed = {"optim.lr": ["--optim.kind=adamw"], "train.what": []}
+    needed = needed.get(field, ["--train.what=lora"] if field.startswith("train.") else [])
     for written, value in theirs(name):
         text = to_yaml({name: written}).partition(": ")[2].strip() if not isinstance(written, list) else str(written)
         hyphens = name.replace("_", "-")
         for flags in ([f"--{name}", text], [f"--{name}={text}"], [f"--{hyphens}", text], [f"--{hyphens}={text}"]):
-            assert value_of(read_recipe(path, [*adamw, *flags]), field) == value
+            assert value_of(read_recipe(path, [*needed, *flags]), field) == value
         values = without(parse_yaml(path.read_text(encoding="utf-8"), "here"), field)
         (tmp_path / "r.yaml").write_text(to_yaml(values | {name: written}), encoding="utf-8")
-        assert value_of(read_recipe(tmp_path / "r.yaml", adamw), field) == value
-        assert value_of(read_recipe(tmp_path / "r.yaml", [*adamw, f"--{field}={plain(value)}"]), field) == value
+        assert value_of(read_recipe(tmp_path / "r.yaml", needed), field) == value
+        assert value_of(read_recipe(tmp_path / "r.yaml", [*needed, f"--{field}={plain(value)}"]), field) == value
     if ALIASES[name].switch:
-        assert value_of(read_recipe(path, [f"--{name}", *adamw]), field) == theirs(name)[0][1]
+        assert value_of(read_recipe(path, [f"--{name}", *needed]), field) == theirs(name)[0][1]
 
 
 def plain(value) -> str:

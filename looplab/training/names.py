@@ -88,6 +88,7 @@ ALIASES: dict[str, Alias] = {
     "torch_compile": Alias("compile", switch=True),
     "report_to": Alias("trackers", listed),
     "block_size": Alias("data.sequence_length"),
+    "assistant_only_loss": Alias("data.assistant_only_loss", switch=True),
     "use_peft": Alias("train.what", choice({True: "lora", False: "full"}), switch=True),
     "lora_r": Alias("train.r"),
     "lora_alpha": Alias("train.lora_alpha"),
@@ -197,7 +198,7 @@ ANSWERED: dict[str, tuple[str, ...]] = {
     BUILDER: (
         "remove_unused_columns", "label_names", "dataset_text_field", "text_column", "text_column_name",
         "summary_column", "dataset_kwargs", "preprocessing_num_workers", "dataset_num_proc", "overwrite_cache",
-        "keep_linebreaks", "completion_only_loss", "assistant_only_loss",
+        "keep_linebreaks", "completion_only_loss",
     ),
     "none is like it; `looped bench` measures memory and speed": ("skip_memory_metrics",),
     VERBS: ("do_train", "do_eval", "do_predict"),

@@ -293,7 +293,7 @@ def switches() -> set[str]:
     """Dotted names of the fields that are true or false. A flag without a value makes one true, but none that deletes:
     that has to be written out."""
     kinds = [kind for task in TASKS for kind in leaves(Recipe, own_sections(task)).items()]
-    return {name for name, item in kinds if item.type is bool and not item.metadata.get("deletes")}
+    return {name for name, item in kinds if item.type in (bool, bool | None) and not item.metadata.get("deletes")}
 
 
 def read_flags(flags: Sequence[str]) -> Iterator[tuple[str, object]]:

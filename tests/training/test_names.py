@@ -21,6 +21,7 @@ from toys import ROOT
 SMOKE = ROOT / "recipes" / "smoke.yaml"
 TEXT = ROOT / "recipes" / "smoke_text.yaml"
 LORA = {"name": "r", "model": {}, "init_from": "a", "max_steps": 1, "depth": {"kind": "fixed", "mean": 2}}
+CHAT = {"task": "text", "files": ["a.jsonl"], "sequence_length": 8, "tokenizer": "a"}
 OURS = {name: item for task in ("khop", "text") for name, item in leaves(Recipe, own_sections(task)).items()}
 # Arguments of run_clm.py, run_clm_no_trainer.py and others of transformers, in any version.
 SCRIPTS = [
@@ -58,7 +59,7 @@ def theirs(name: str) -> list[tuple]:
         return list(values.items())
     if convert is several:
         return [("q_proj", ["q_proj"]), (["q_proj", "k_proj"], ["q_proj", "k_proj"])]
-    if item.type is bool:
+    if item.type in (bool, bool | None):
         return [(True, True), (False, False)]
     return [(24, 24)] if item.type is int or item.type == int | None else [(0.25, 0.25)]
 
@@ -93,7 +94,9 @@ def test_a_name_that_people_know_is_ours_or_an_alias_or_answered(name, tmp_path)
 def test_an_alias_means_its_field_in_every_spelling(name, tmp_path):
     field = ALIASES[name].field
     (tmp_path / "lora.yaml").write_text(to_yaml(LORA), encoding="utf-8")
+    (tmp_path / "chat.yaml").write_text(to_yaml(LORA | {"init_from": None, "data": CHAT}), encoding="utf-8")
     path = {"data": TEXT, "train": tmp_path / "lora.yaml"}.get(field.split(".")[0], SMOKE)
+    path = tmp_path / "chat.yaml" if name == "assistant_only_loss" else path
     needed = {"optim.lr": ["--optim.kind=adamw"], "train.what": []}
     needed = needed.get(field, ["--train.what=lora"] if field.startswith("train.") else [])
     for written, value in theirs(name):

@@ -1,6 +1,6 @@
 """Trackers: where a run reports beside metrics.jsonl, through accelerate's `log_with`.
 
-    project    the recipe's name without `_seedN`, so that the seeds of one recipe lie in one project
+    project    the recipe's name without "_seedN", so that the seeds of one recipe lie in one project
     run        the recipe's name; a run that is resumed goes on in the same one, where the tracker allows it
 
 A tracker gets every row of metrics.jsonl, nested fields as `gate.2`, and with the training rows tokens and updates per

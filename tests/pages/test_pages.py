@@ -281,7 +281,7 @@ def test_code_that_is_copied_alone_loads_our_models(page):
 
 
 PIP_INSTALLS = re.compile(r"pip install ((?:-c \S+ |-\w+ )*)(?:\\?['\"])?([\w./-]+)(?:\\?\[([\w,]+)\\?\])?")
-ON_PYPI = {"gguf"}  # beside this project, which pip finds where it is installed already, and its folder
+ON_PYPI = {"gguf", "trackio"}  # beside this project, which pip finds where it is installed already, and its folder
 
 
 def test_what_is_to_be_installed_exists():

@@ -6,12 +6,13 @@ from dense_sources import FAMILIES, logits_of, make_batch, make_source
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from looplab.cli import main
-from looplab.convert.conversion import convert, to_looped
+from looplab.convert.conversion import convert, looped_name, to_looped
 from modeling_looped import LoopedForCausalLM, looped
 from toys import FP32, as_policy, stepwise
 
 COUNTS = (1, 2, 3, 4, 8)
 CORES = [(2, 3), (0, 5), (0, 0), (5, 5), (1, 4)]  # with and without prelude and coda
+SOURCES = {name: (name, {}) for name in FAMILIES} | {"mistral-sliding": ("mistral", {"sliding_window": 3})}
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
@@ -21,10 +22,11 @@ def blend_of(source, core, num_loops, batch, **settings):
 
 
 @pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOURCES)
 def test_at_every_loop_count_it_is_the_training_free_blend(family, core):
     """Also where every loop has its own keys, which is the paper's prefill; at one loop it is the source."""
-    source, batch = make_source(family), make_batch()
+    name, fields = SOURCES[family]
+    source, batch = make_source(name, **fields), make_batch()
     damped = to_looped(source, core, loop_connection="damped")
     policies = {"natural": damped, "iterated": as_policy(damped, kv_sharing="per_loop")}
     blends = {}
@@ -129,6 +131,19 @@ def test_gradients_are_the_same_when_layers_are_run_again(kv_sharing, reentrant)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5)
     assert (plain["model.connection.steps.weights"] != 0).all()  # both are learnt
+
+
+@pytest.mark.parametrize(("kv_sharing", "prefill"), [("natural", "natural"), ("per_loop", "iterated")])
+def test_gradients_are_those_of_the_training_free_blend(kv_sharing, prefill):
+    """Of every weight, also through the keys that the first loop leaves to later ones."""
+    source, ids = make_source(), make_batch()["input_ids"]
+    damped = as_policy(to_looped(source, (2, 3), 3, "damped"), kv_sharing=kv_sharing)
+    damped(ids, labels=ids, use_cache=False).loss.backward()
+    with looped(source, (2, 3), 3, prefill=prefill):
+        source(ids, labels=ids, use_cache=False).loss.backward()
+    ours = {name: parameter.grad for name, parameter in damped.named_parameters()}
+    for name, parameter in source.named_parameters():
+        torch.testing.assert_close(ours[looped_name(name, (2, 3))], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_an_attention_without_such_masks_is_refused():

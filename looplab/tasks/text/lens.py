@@ -125,7 +125,7 @@ def lens_run(run: Run, text: str | None = None, num_loops: int | None = None, li
     if text is None:
         blocks = run_blocks(run, tokenizer)["test"]
         numbers = spread_blocks(len(blocks), LIMIT if limit is None else limit)
-        load, digest = blocks.rows, text_digest(blocks, numbers)
+        load, digest = blocks.all_rows, text_digest(blocks, numbers)
     else:
         load, numbers, digest = partial(rows_of_text, tokenizer, text), torch.arange(1), text
     facts = {"weights": run.weights, "last": num_loops, "text": digest}

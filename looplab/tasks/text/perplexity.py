@@ -164,7 +164,8 @@ class TextQuantizing(Quantizing):
 
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase):
         self.blocks = run_blocks(run, tokenizer)
-        self.test_tokens = len(self.blocks["test"]) * self.blocks["test"].sequence_length
+        test = self.blocks["test"]
+        self.test_tokens = test.num_labels(torch.arange(len(test)))
 
     def __len__(self) -> int:
         return len(self.blocks["train"])

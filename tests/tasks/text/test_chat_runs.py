@@ -1,5 +1,6 @@
 """A run on conversations: it learns what assistants wrote, resumes, and is measured on that."""
 
+import math
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from data_builders import ChatBlocks, load_task
 from looplab.cli import main as looped
 from looplab.runs.folder import open_run
+from looplab.tasks.text.perplexity import TextQuantizing
 from modeling_looped import LoopedForCausalLM
 from toy_runs import measured, rows_of
 from toys import ROOT
@@ -71,6 +73,9 @@ def test_a_run_on_conversations_resumes_and_is_measured_on_what_assistants_wrote
             means = [sum(block) / len(block) for block in losses]
             assert row["block_losses"] == pytest.approx(means, rel=1e-4)
             assert row["tokens"] == sum(map(len, losses))
+            assert TextQuantizing(open_run(tmp_path / "whole"), tokenizer).test_tokens == row["tokens"]
+    assert looped(["lens", str(tmp_path / "whole"), "--limit", "1"]) == 0  # of all tokens
+    assert all(math.isfinite(row["next"]) for row in rows_of(tmp_path / "whole" / "lens.jsonl"))
 
 
 def test_a_bad_row_stops_a_run_before_it_begins(flags, tmp_path):

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from looplab.publish.limits import LIMITS, Limits, option
 from looplab.shipped import list_recipes
@@ -245,10 +246,17 @@ def run_quantize(arguments) -> None:
 
 
 def run_publish(arguments) -> None:
-    from looplab.publish.publishing import publish
+    from looplab.publish.publishing import publish, write_folder
     from looplab.runs.sources import opened_runs
 
+    of_the_hub = ("dataset", "space", "private", "dry_run", "dataset_license")
+    given = [f"--{name.replace('_', '-')}" for name in of_the_hub if getattr(arguments, name)]
+    if arguments.folder is not None and given:
+        raise ValueError(f"--folder writes the files of the model alone: leave {' and '.join(given)} out.")
     with opened_runs([arguments.run], copied=True) as [run]:
+        if arguments.folder is not None:
+            write_folder(run, Path(arguments.folder), arguments.license, arguments.base_model)
+            return
         publish(
             run,
             arguments.repo_id,
@@ -535,7 +543,9 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("publish", help="put a run on the Hugging Face Hub, with a card and its records")
     command.add_argument("run", metavar="RUN", help=f"{MODELS}, that `looped eval` has measured")
-    command.add_argument("--repo-id", required=True, metavar="USER/NAME", help="of the model, its data and its page")
+    place = command.add_mutually_exclusive_group(required=True)
+    place.add_argument("--repo-id", metavar="USER/NAME", help="of the model, its data and its page")
+    place.add_argument("--folder", metavar="FOLDER", help="write the model, its card and its records to a new folder")
     command.add_argument("--dataset", action="store_true", help="also publish the data of the run")
     command.add_argument("--space", action="store_true", help="also publish the page of `looped demo`")
     command.add_argument("--private", action="store_true", help="visible to USER only")

@@ -1,4 +1,4 @@
-"""Recipes, templates and pages that come with this package: folders of a checkout, within looplab/ in the wheel."""
+"""Recipes, templates, models and pages of this package: folders of a checkout, within looplab/ in the wheel."""
 
 import difflib
 import glob

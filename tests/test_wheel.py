@@ -14,7 +14,7 @@ from toys import ROOT
 
 pytestmark = pytest.mark.slow
 PACKAGES = {"modeling_looped", "data_builders", "looplab"}
-FOLDERS = {"recipes", "hub_cards", "docs"}  # of the repository, which the wheel has in looplab/
+FOLDERS = {"recipes", "hub_cards", "models", "docs"}  # of the repository, which the wheel has in looplab/
 LAUNCH = "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no -m"
 COMMANDS = [
     "looped train smoke",

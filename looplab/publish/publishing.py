@@ -1,5 +1,7 @@
 """`looped publish RUN --repo-id USER/NAME [--dataset] [--space]`: put a run on the Hugging Face Hub.
 
+`looped publish RUN --folder FOLDER` writes the files of the model to a folder instead.
+
     model      USER/NAME           model/, the records of the run below run/, figures/, and a card
     dataset    datasets/USER/NAME  with --dataset: the run's data as parquet, and a card; loading needs no code of ours
     Space      spaces/USER/NAME    with --space: the page with the loop slider (demo.py)
@@ -36,6 +38,7 @@ from data_builders.builders import BUILDERS
 from looplab.runs.digests import sha256_of
 from looplab.runs.folder import TRAINED, Run
 from looplab.runs.models import blaming, load_run_model
+from looplab.runs.writing import whole_folder, write_whole
 from looplab.tasks.card import Names
 from looplab.tasks.registry import task_for, task_of
 
@@ -168,6 +171,20 @@ def publish(
     return commits
 
 
+def write_folder(run: Run, folder: Path, licence: str | None = None, base_model: str | None = None) -> None:
+    """Write what `publish` would send of the model to a new folder, whose card loads it from there.
+
+    Arguments and errors are those of `publish`, and ValueError where there is a `folder`. The models that come with
+    this package are made so.
+    """
+    names = names_of(run, folder.as_posix(), False, False, licence, None, base_model)
+    upload = model_upload(run, names, pinned=False)
+    with whole_folder(folder) as place:
+        for path, content in upload.files.items():
+            write_whole(place / path, content if isinstance(content, bytes) else content.read_bytes())
+    print(f"{folder}: {sum(upload.sizes().values()):,} bytes in {len(upload.files)} files")
+
+
 def user_of(repo_id: str, option: str = "--repo-id") -> str:
     """USER of "USER/NAME". Raises ValueError, with the option, if there is none."""
     validate_repo_id(repo_id)
@@ -243,11 +260,14 @@ def check_private(api: HfApi, repo_id: str, kind: str) -> None:
         )
 
 
-def model_upload(run: Run, names: Names) -> Upload:
-    """The model repository. Raises ValueError if the run has not finished, or was not evaluated."""
+def model_upload(run: Run, names: Names, pinned: bool = True) -> Upload:
+    """The model repository. Raises ValueError if the run has not finished, or was not evaluated.
+
+    pinned: the card loads the revision that the commit gets as a tag.
+    """
     with blaming(run.model_folder(), run.again, leave=(ValueError, OSError)):
         files = {path.name: path for path in model_files(run.model_folder())}
-    names = replace(names, revision=revision_of(files.values()))
+    names = replace(names, revision=revision_of(files.values()) if pinned else None)
     card = model_card(run, names)
     check_measured(run)
     task = task_of([run])

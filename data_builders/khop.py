@@ -20,8 +20,8 @@ from .seeding import source_hash, stream
 
 VERSION = datasets.Version("1.0.0")
 
-# Where a hop count has few programs, validation and test get at most this share each; train gets three quarters.
-HELD_OUT_SHARE = 1 / 8
+# Where a hop count has few programs, validation and test get at most one in so many each; train gets three quarters.
+HELD_OUT = 8
 
 FAR_STEP = 8  # between the hop counts beyond max_hops
 
@@ -136,7 +136,7 @@ class Khop(datasets.ArrowBasedBuilder):
             return starts, relations[:, None]
         # All splits are drawn together, whichever is asked for: each program goes to one split only.
         total = config.num_entities * base**hops
-        cap = int(total * HELD_OUT_SHARE)
+        cap = total // HELD_OUT
         num_test, num_validation = min(config.test_per_hop, cap), min(config.gate_per_hop, cap)
         num_train = min(config.train_per_hop, total - num_test - num_validation)
         rng = stream(config.seed, "khop programs", hops)

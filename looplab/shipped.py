@@ -8,7 +8,7 @@ from textwrap import shorten
 
 
 def shipped(name: str) -> Path:
-    """The folder recipes/, hub_cards/ or docs/: that of the wheel, or else that of the checkout."""
+    """The folder recipes/, hub_cards/, models/ or docs/: that of the wheel, or else that of the checkout."""
     here = Path(__file__).parent
     within = here / name
     return within if within.is_dir() else here.parent / name

@@ -174,7 +174,7 @@ def test_a_changed_generator_does_not_reuse_old_data(tmp_path):
     source = tmp_path / "khop.py"
     source.write_text(Path(khop.__file__).read_text())
     assert source_hash(str(source)) == source_hash(khop.__file__)
-    source.write_text(source.read_text().replace("1 / 8", "1 / 4"))
+    source.write_text(source.read_text().replace("HELD_OUT = 8", "HELD_OUT = 4"))
     assert source_hash(str(source)) != source_hash(khop.__file__)
     builder = Khop(config_name="quickstart", cache_dir=tmp_path, **SMALL)
     assert source_hash(khop.__file__, hop_rows.__file__) in Path(builder.cache_dir).parts

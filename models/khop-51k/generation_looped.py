@@ -1,0 +1,228 @@
+"""`generate` of a looped model: its three more settings, and where transformers' decoding has to know of loops."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
+
+from .checks_looped import cuts_show, is_row_mask, no_engine
+from .depth_looped import asked_count, generation_count
+from .halting_looped import Rule, calibrated_rule, halting_rule
+from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
+
+LOOP_SETTINGS = ("num_loops", "halting")
+CALIBRATED = "calibrated_halting"  # the rule that `halting=True` stands for; alone it changes nothing
+GENERATION_SETTINGS = (*LOOP_SETTINGS, CALIBRATED, "draft_loops")  # of a generation config, beside transformers' own
+
+
+@dataclass
+class LoopedGenerateOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` plus the loops run.
+
+    Args:
+        loops_used (`torch.LongTensor` of shape `(batch_size, new_tokens)`): loops of the call that made each token.
+    """
+
+    loops_used: torch.Tensor | None = None
+
+
+class LoopedGenerationMixin(GenerationMixin):
+    """`GenerationMixin` with `num_loops`, `halting` and `draft_loops`."""
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        streamer: BaseStreamer | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        custom_generate: str | Callable | None = None,
+        *,
+        num_loops: int | torch.Tensor | None = None,
+        halting: str | dict | Rule | Literal[True] | None = None,
+        draft_loops: int | None = None,
+        **kwargs,
+    ) -> GenerateOutput | torch.LongTensor:
+        """Write tokens after a prompt. `num_loops`, `halting` and `draft_loops` are also read from the generation
+        config; everything else is that of `GenerationMixin.generate`.
+
+        Args:
+            inputs: (B, T) tokens of the prompt, padded on the left; or `input_ids=`, or `inputs_embeds=`.
+            generation_config: settings that the call does not have itself; the model's by default.
+            logits_processor: changes the scores, after the processors that the settings make.
+            stopping_criteria: ends the text, beside those that the settings make.
+            prefix_allowed_tokens_fn: which tokens may follow a prefix.
+            synced_gpus: go on while another process does.
+            assistant_model: another model, which drafts tokens.
+            streamer: is given tokens as soon as they are certain.
+            negative_prompt_ids, negative_prompt_attention_mask: (B, T), for `guidance_scale`.
+            custom_generate: another decoding method.
+            num_loops: loops per token, >= 1, or a (B,) LongTensor with one count per batch row.
+            halting: rule by which a token stops looping earlier, see `forward`. True is the rule in
+                `generation_config.calibrated_halting`, which `looped halting RUN --save` chooses for a model; it is
+                used only where `halting=True` asks for it.
+            draft_loops: so many loops draft tokens, and all loops verify them, for a batch of one text; 0 for no
+                drafts. See `speculation_looped.py`. `num_assistant_tokens` and `assistant_confidence_threshold` say
+                how far a draft goes, as in assisted decoding.
+            **kwargs: settings of a generation config (`max_new_tokens`, `do_sample`, `temperature`, ...) and arguments
+                of `forward` (`attention_mask`, `past_key_values`, `generator`, ...).
+
+        Returns:
+            (B, T + new tokens). With `return_dict_in_generate=True` an output of transformers. After sampling and
+            greedy search it also has `loops_used`, a (B, new tokens) LongTensor, and with `draft_loops` the fields of
+            `SpeculativeGenerateOutput`.
+
+        Raises:
+            ValueError: a setting has the wrong value, or two settings exclude each other; True as `halting` where no
+                rule was calibrated.
+        """
+        call = {
+            "inputs": inputs,
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "synced_gpus": synced_gpus,
+            "assistant_model": assistant_model,
+            "streamer": streamer,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "custom_generate": custom_generate,
+        }
+        asked = {"num_loops": num_loops, "halting": halting}
+        settings = kwargs | {name: value for name, value in asked.items() if value is not None}
+        speculation = self_speculation(self, draft_loops, call, settings)
+        if speculation is not None:
+            call["custom_generate"] = speculation
+        return super().generate(**call, **settings)
+
+    def _sample(self, *args, **kwargs):
+        return with_loops_used(super()._sample, *args, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        return with_loops_used(super()._assisted_decoding, *args, **kwargs)
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        """Loop settings are model arguments: a generation config that knows them must not swallow the call's own.
+
+        Raises:
+            ValueError: the prompt is to be cut where cuts show (`kv_sharing`), or the halting rule is none.
+        """
+        asked = {name: kwargs.pop(name, None) for name in LOOP_SETTINGS}
+        given = generation_config
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        cut = generation_config.prefill_chunk_size
+        if cut is not None and self.model.sharing.rewrites and self.config.prefill_chunk != 1:
+            raise ValueError(
+                f"prefill_chunk_size={cut}: {cuts_show(self.config.kv_sharing)}. Leave it out; the model's own cuts "
+                "are config.prefill_chunk, which bounds memory too."
+            )
+        if cut is not None and calls_are_prepared(self):
+            raise ValueError(f"prefill_chunk_size={cut}: {CALLS_ARE_PREPARED}: leave it out.")
+        stored = {
+            "num_loops": generation_count(self.config, given, self.generation_config),
+            "halting": generation_config.to_dict().get("halting"),
+        }
+        calibrated = generation_config.to_dict().get(CALIBRATED)
+        for name, value in asked.items():
+            value = stored[name] if value is None else value
+            if value is not None:
+                model_kwargs[name] = value
+        halting = calibrated_rule(model_kwargs.pop("halting", None), calibrated)
+        rule = halting_rule(halting)  # built once: raises before any work, not per token
+        if rule is not None:
+            model_kwargs["halting"] = rule
+        return generation_config, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, loops_of_calls=None, tokenizer=None, **kwargs
+    ):
+        # generate accepts inputs_embeds only if it finds them in this signature. It hands the tokenizer, which stop
+        # strings need, and loops_of_calls on to this method; the model takes neither.
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        if self.model.is_cut(tokens.shape[1]) and not is_row_mask(inputs.get("attention_mask")):
+            inputs["attention_mask"] = kwargs.get("attention_mask")  # chunks cannot be cut from a prepared mask
+        return inputs
+
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        """As in transformers. Every request runs `config.num_loops` loops, since the paged cache is sized by them.
+
+        Raises:
+            ValueError: the generation config asks for another loop count, or for a halting rule; or the KV policy
+                cannot be run by an engine (`kv_sharing`).
+        """
+        sharing = self.model.sharing
+        if not sharing.takes_engines:
+            raise ValueError(no_engine(self.config.kv_sharing, sharing.engine_trouble, "continuous batching"))
+        num_loops = asked_count(generation_config, self.generation_config)
+        settings = (self.generation_config if generation_config is None else generation_config).to_dict()
+        halting = calibrated_rule(settings.get("halting"), settings.get(CALIBRATED))
+        other = num_loops is not None and (isinstance(num_loops, torch.Tensor) or num_loops != self.config.num_loops)
+        if other or halting_rule(halting) is not None:
+            raise ValueError(
+                f"continuous batching runs config.num_loops={self.config.num_loops} for every token, but the "
+                f"generation config asks for num_loops={num_loops}, halting={halting!r}: load the model with "
+                "from_pretrained(..., num_loops=...) and leave both out of the generation config."
+            )
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
+
+    def _get_candidate_generator(self, generation_config, *args, model_kwargs, assistant_model=None, **kwargs):
+        """Assisted decoding. Another draft model uses its own loop count. When this model drafts for itself by early
+        exit, it runs fewer loops, even if the call asks for more.
+
+        Raises:
+            ValueError: drafts cannot be verified (`kv_sharing`), or a library prepares the calls of this model.
+        """
+        if self.model.sharing.rewrites:
+            raise ValueError(
+                f"kv_sharing={self.config.kv_sharing!r} cannot verify drafted tokens: several tokens in one call see "
+                "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "
+                "'first'."
+            )
+        if calls_are_prepared(self):
+            raise ValueError(f"drafts of {type(self).__name__}: {CALLS_ARE_PREPARED}: decode without.")
+        if assistant_model is not None:
+            own = (*LOOP_SETTINGS, "generator", "loops_of_calls")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        candidates = super()._get_candidate_generator(
+            generation_config, *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+        if generation_config.assistant_early_exit is not None:
+            candidates.assistant_kwargs["num_loops"] = self.config.loops_of(generation_config.assistant_early_exit)
+        elif assistant_model is not None:
+            for name in (*LOOP_SETTINGS, CALIBRATED):  # the draft model reads them in its own generation config
+                vars(candidates.generation_config).pop(name, None)
+        return candidates
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *, num_new_tokens=1, **kwargs):
+        if "loops_of_calls" in model_kwargs:  # decoding loops of other libraries call this as well
+            # A call that verifies a draft makes several tokens, all with the same loop count.
+            model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:].expand(-1, num_new_tokens))
+        return super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+        )
+
+
+def with_loops_used(decode: Callable, *args, **kwargs):
+    """The output of a decoding method of transformers, with the loops of its calls.
+
+    The list `loops_of_calls` is added here, and only `_update_model_kwargs_for_generation` reads it: `generate` would
+    refuse it as a keyword that the model, or the library that wraps it, does not have.
+    """
+    calls = []
+    # A model that drafts for itself calls generate again: give the inner call its own list.
+    outputs = decode(*args, **kwargs | {"loops_of_calls": calls})
+    if type(outputs) is not GenerateDecoderOnlyOutput or any(len(call) != len(outputs.sequences) for call in calls):
+        return outputs
+    return LoopedGenerateOutput(**outputs, loops_used=torch.cat(calls, dim=1))

@@ -25,7 +25,10 @@ except ImportError:  # molecules are shown as text
     Chem = None
 
 MOLECULES = 12  # that a click writes
-MAX_TEXT = 1000  # characters of a question
+MAX_TEXT = 1000  # characters of a question, or of a text's beginning
+NEW_TOKENS = 200  # most tokens of a text
+MANY, VERY_MANY = 9, 24  # columns: from here on their names stand upright, or are numbers
+BEGINNING = "Once upon a time"
 TEMPERATURE, TOP_K = 0.8, 40
 ON_A_CLICK = {"show_progress": "hidden", "trigger_mode": "always_last"}
 
@@ -47,6 +50,12 @@ CSS = """
                          white-space: nowrap; overflow: hidden; border: 0; }
 .looped thead th { height: 34px; vertical-align: bottom; }
 .looped .many thead th + th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; }
+.looped .crowd thead th { font-size: 10px; overflow: visible; } .looped .crowd { border-spacing: 0; }
+.looped .crowd td { border-radius: 0; }
+.looped .text { font-size: 16px; line-height: 2.3; white-space: pre-wrap; overflow-wrap: anywhere; }
+.looped .token { border-radius: 3px; position: relative; }
+.looped .token sub { position: absolute; left: 0; right: 0; top: 1.6em; text-align: center; font-size: 9px;
+                     opacity: 0.6; line-height: 1; white-space: nowrap; }
 .looped .loop { width: 26px; text-align: right; padding-right: 6px; }
 .looped tbody .loop { font-size: 12px; }
 .looped .says { width: 44px; }
@@ -287,11 +296,19 @@ def lens_html(result: Answer, trained: int) -> str:
                 for entity, share in zip(result.columns, probability, strict=True)
             )
         )
-    head = "".join(f'<th scope="col">{escape(entity)}</th>' for entity in result.columns)
-    kind = "lens many" if len(result.columns) > 9 else "lens"
+    number = len(result.columns)
+    crowd = number > VERY_MANY  # 60 names side by side cannot be read: hops 10, 20 .. are counted, cells have names
+    names = ["" if hop % 10 else str(hop) for hop in range(1, number + 1)] if crowd else result.columns
+    head = "".join(
+        f'<th scope="col" title="{escape(entity)}">{escape(name)}</th>'
+        for entity, name in zip(result.columns, names, strict=True)
+    )
+    kind = "lens crowd" if crowd else "lens many" if number > MANY else "lens"
+    counted = " The numbers count relations; a cell tells its entity under the mouse." if crowd else ""
     return (
         '<div class="looped"><p><b>Inside: how far along the path</b></p>'
-        '<p class="dim caption">A column per relation: how sure the model is there of the entity reached.</p>'
+        '<p class="dim caption">A column per relation: how sure the model is there of the entity reached.'
+        f"{counted}</p>"
         f"{table_html(head, rows, result, trained, len(result.columns), kind)}</div>"
     )
 
@@ -462,6 +479,174 @@ def molecules_tab(molecules: Molecules) -> None:
     new.click(write, loops, shown, api_name="write")
 
 
+# ---- text
+
+
+@dataclass(frozen=True)
+class Text:
+    """The section of demo.json about a model of text; the fields are explained in `Hops`.
+
+    halting: a rule and its thresholds; `halting_info` says where they come from.
+    """
+
+    model: str
+    text: str
+    trained_loops: tuple[int, int]
+    max_loops: int
+    halting: dict
+    halting_info: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text: its T pieces, for each the probability and the loops of its token, and what is said of drafts."""
+
+    pieces: list[str]
+    sure: list[float]
+    used: list[int]
+    num_loops: int
+    drafts: str
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
+    """The text that each token adds; a token that begins a character of several adds nothing."""
+    pieces, shown = [], ""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if text.endswith("\ufffd") and end < len(tokens):
+            pieces.append("")
+            continue
+        pieces.append(text[len(shown) :])
+        shown = text
+    return pieces
+
+
+@torch.inference_mode()
+def write_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    beginning: str,
+    num_loops: int,
+    new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    halting: dict | None = None,
+    drafts: bool = False,
+) -> Written:
+    """What the model writes after `beginning`. Raises ValueError for no or too long a beginning, or for halting and
+    drafts together."""
+    if len(beginning or "") > MAX_TEXT:
+        raise ValueError(f"Write at most {MAX_TEXT} characters, got {len(beginning)}.")
+    start = tokenizer(beginning or "", return_tensors="pt").to(model.device)
+    length, positions = start["input_ids"].shape[1], model.config.max_position_embeddings
+    if not 0 < length < positions:
+        raise ValueError(f"Write a beginning of 1 to {positions - 1} tokens, got {length}.")
+    if halting and drafts:
+        raise ValueError("Halting ends loops early, and drafts are verified by all of them: choose one of the two.")
+    if drafts and num_loops == 1:
+        raise ValueError("A draft takes fewer loops than the text: choose two loops or more.")
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    extra = {"draft_loops": max(1, num_loops // 4)} if drafts else {"halting": halting} if halting else {}
+    torch.manual_seed(seed)
+    output = model.generate(
+        input_ids=start["input_ids"],
+        attention_mask=start["attention_mask"],
+        num_loops=num_loops,
+        max_new_tokens=min(new_tokens, positions - length),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_logits=not drafts,
+        **drawn,
+        **extra,
+    )
+    tokens = output.sequences[0, length:]
+    if drafts:  # the tokens are those of all loops, and so are their probabilities
+        logits = model(output.sequences, num_loops=num_loops, use_cache=False).logits[0, length - 1 : -1]
+        said = f"{int(output.accepted.sum())} of {int(output.drafted.sum())} drafted tokens were right"
+        said += f": {extra['draft_loops']} of {num_loops} loops guess, all of them verify several tokens at once."
+    else:
+        logits, said = torch.stack(output.logits)[:, 0], ""
+    sure = logits.float().softmax(-1).gather(1, tokens[:, None])[:, 0]
+    pieces = pieces_of(tokenizer, tokens.tolist())
+    return Written(pieces, sure.tolist(), output.loops_used[0].tolist(), num_loops, said)
+
+
+def text_html(beginning: str, written: Written) -> str:
+    tokens = "".join(
+        f'<span class="token" style="background: color-mix(in srgb, var(--ink) {70 * share:.0f}%, transparent)" '
+        f'title="{percent(share)} sure, {used} of {written.num_loops} loops">{escape(piece)}<sub>{used}</sub></span>'
+        for piece, share, used in zip(written.pieces, written.sure, written.used, strict=True)
+        if piece
+    )
+    mean = sum(written.used) / max(len(written.used), 1)
+    spent = f"{len(written.used)} tokens, {mean:.1f} of {written.num_loops} loops each on average."
+    return (
+        f'<div class="looped"><p class="text"><span class="dim">{escape(beginning)}</span>{tokens}</p>'
+        f'<p class="dim">{spent} {escape(written.drafts)} The darker a token, the surer the model was of it; below it '
+        "stand the loops that it took.</p></div>"
+    )
+
+
+def text_tab(text: Text) -> None:
+    model, tokenizer = load(text.model)
+    trained = text.trained_loops[1]
+
+    def write(beginning, loops, tokens, temperature, seed, halt, drafts):
+        try:
+            count, number = whole("Loops", loops, text.max_loops), whole("Tokens", tokens, NEW_TOKENS)
+            if not isinstance(temperature, int | float) or not 0 <= temperature <= 2:
+                raise ValueError(f"The temperature goes from 0 to 2, got {str(temperature)[:20]}.")
+            if not isinstance(seed, int | float) or not 0 <= seed < 2**31:
+                raise ValueError(f"The seed goes from 0 to 2,147,483,647, got {str(seed)[:20]}.")
+            halting = text.halting if halt else None
+            written = write_text(
+                model, tokenizer, beginning, count, number, float(temperature), int(seed), halting, bool(drafts)
+            )
+        except ValueError as error:  # the page or the model refuses
+            return problem_html(str(error))
+        return text_html(beginning, written)
+
+    gr.Markdown(text.text)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            beginning = gr.Textbox(BEGINNING, label="Go on from this beginning", max_lines=6, max_length=MAX_TEXT)
+            new = gr.Button("Write", variant="primary")
+            loops = gr.Slider(
+                1,
+                text.max_loops,
+                trained,
+                step=1,
+                label="Loops per token: how long it thinks",
+                info=f"The model's own are {trained}; beyond, the same weights run on.",
+                buttons=[],
+            )
+            tokens = gr.Slider(1, NEW_TOKENS, 60, step=1, label="Tokens to write", buttons=[])
+            temperature = gr.Slider(
+                0, 2, 0, step=0.1, label="Temperature", info="0 takes the likeliest token.", buttons=[]
+            )
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            halt = gr.Checkbox(False, label="Halt a token when it has settled", info=text.halting_info)
+            drafts = gr.Checkbox(
+                False,
+                label="Drafts",
+                info="A quarter of the loops guess, all loops verify: the same text.",
+            )
+        with gr.Column(scale=3, min_width=300):
+            shown = html()
+    given = [beginning, loops, tokens, temperature, seed, halt, drafts]
+    events = [
+        new.click,
+        beginning.submit,
+        loops.release,
+        tokens.release,
+        temperature.release,
+        halt.input,
+        drafts.input,
+    ]
+    gr.on(events, write, given, shown, api_name="go_on", trigger_mode="always_last")
+
+
 # ---- the page
 
 
@@ -476,6 +661,10 @@ def make_page(folder: Path) -> gr.Blocks:
         if "molecules" in settings:
             with gr.Tab("Molecules"):
                 molecules_tab(Molecules(**settings["molecules"]))
+        if "text" in settings:
+            with gr.Tab("Text"):
+                text_tab(Text(**settings["text"]))
+        gr.Markdown(settings["project"])
     return page
 
 

@@ -22,7 +22,9 @@ from looplab.runs.folder import AGAIN, Run
 from looplab.runs.models import load_model, load_run_model
 from looplab.runs.writing import write_whole
 from looplab.shipped import shipped
-from looplab.tasks.registry import task_for, task_of
+from looplab.tasks.registry import task_for
+
+from .cards import project_links
 
 TEMPLATES = shipped("hub_cards") / "space"
 GRADIO = "6.31.0"  # the version that the page is tested with, and that a Space installs
@@ -39,8 +41,8 @@ def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
         ValueError: a run has not finished, the page cannot show its task, or there are two runs of a kind.
     """
     parts = demo_parts(runs, models)
-    settings = {"title": "Move the loop slider", **parts}
-    needed = [line for run in runs for line in task_of([run]).demo_requirements]
+    settings = {"title": "Move the loop slider", "project": project_line(), **parts}
+    needed = [line for run in runs for line in task_for("demo", [run]).demo_requirements]
     card = SpaceCardData(
         title=settings["title"],
         emoji="\N{CLOCKWISE RIGHTWARDS AND LEFTWARDS OPEN CIRCLE ARROWS}",
@@ -64,6 +66,12 @@ def space_files(runs: Sequence[Run], models: Sequence[str]) -> dict[str, str]:
     }
 
 
+def project_line() -> str:
+    """The line at the foot of the page, in Markdown: the project, and the pages that its package links to."""
+    links = "".join(f" [{name}]({url})" for name, url in project_links().items())
+    return f"Made with **looped-transformers**: `looped demo`, described in `docs/guides/demo.md`.{links}"
+
+
 def demo_parts(runs: Sequence[Run], models: Sequence[str]) -> dict[str, dict]:
     """Kind of task -> the section of demo.json about its run. Arguments and errors are those of `space_files`."""
     parts = {}
@@ -71,8 +79,8 @@ def demo_parts(runs: Sequence[Run], models: Sequence[str]) -> dict[str, dict]:
         task = task_for("demo", [run])
         if task.kind in parts:
             raise ValueError(f"{run} is a second run on {task.kind}: the page shows one.")
-        low, high = run.trained_loops()
         config = json.loads((run.model_folder() / "config.json").read_text(encoding="utf-8"))
+        low, high = (config["num_loops"],) * 2 if run.bare else run.trained_loops()
         part = {"model": model, "trained_loops": [low, high]}
         part["max_loops"] = min(2 * high, config.get("max_num_loops") or 2 * high)  # a gate per loop sets a limit
         parts[task.kind] = part | task.demo_part(run, config)

@@ -260,7 +260,7 @@ WRONG = [
     (["lens", HOPS, "--text", "a"], "--text is not for khop"),
     (["lens", TEXT, "--loops", "5"], "max_num_loops=4"),
     (["memory", MOLECULES], "{runs}/molecules is a run on molecules"),
-    (["demo", TEXT], "{runs}/text is a run on text"),
+    (["demo", TEXT, TEXT], "{runs}/text is a second run"),
     (["demo", HOPS, HOPS], "{runs}/hops is a second run"),
     *(([verb, HOPS, TEXT], "read them apart") for verb in ("plot", "table")),
     # values that the run decides about

@@ -19,7 +19,7 @@ from huggingface_hub import SpaceCard
 from playwright.sync_api import Page, expect, sync_playwright
 
 from data_builders import dataset_tokenizer, load_task
-from data_builders.tokenizers import smiles_tokenizer
+from data_builders.tokenizers import smiles_tokenizer, train_byte_bpe
 from looplab.cli import main
 from looplab.publish import demo
 from looplab.runs.folder import open_run
@@ -143,7 +143,7 @@ def test_the_app_needs_no_more_than_its_requirements(runs):
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
-        (["text"], "looped demo is not for text: it is for hops, molecules"),
+        (["text", "text"], "is a second run on text"),
         (["khop", "composition"], "is a second run on hops"),
         (["none"], "there is no run folder"),
     ],
@@ -342,6 +342,85 @@ def test_molecules_are_written_at_any_loop_count(runs):
     assert not any("<" in smiles for smiles in one)
 
 
+@pytest.fixture(scope="module")
+def writer():
+    """A model of text that is sure of nothing, and its tokenizer."""
+    tokenizer = train_byte_bpe(["the cat and the dog, the cat"] * 3, 270)
+    sizes = {"num_core_layers": 1, "residual_init": "normal", "initializer_range": 0.4, "max_num_loops": 8}
+    return make_model(**sizes, loop_connection="hyper", num_streams=2, vocab_size=len(tokenizer)).eval(), tokenizer
+
+
+@pytest.mark.parametrize("loops", [1, 4, 8])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 1.5, "seed": 3}, {"halting": {"rule": "kl", "kl_threshold": 0.1}}]
+)
+def test_a_text_is_what_generate_writes(writer, loops, how):
+    model, tokenizer = writer
+    written = app.write_text(model, tokenizer, "the cat", loops, 12, **how)
+    start = tokenizer("the cat", return_tensors="pt")
+    extra = {"do_sample": True, "temperature": 1.5, "top_k": 0} if "seed" in how else {"do_sample": False}
+    extra |= {"halting": how["halting"]} if "halting" in how else {}
+    torch.manual_seed(how.get("seed", 0))
+    tokens = {"max_new_tokens": 12, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    output = model.generate(**start, num_loops=loops, **tokens, return_dict_in_generate=True, **extra)
+    text = tokenizer.decode(output.sequences[0, start["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "".join(written.pieces) == text
+    assert written.used == output.loops_used[0].tolist()
+    assert all(0 < share <= 1 for share in written.sure)
+    page = app.text_html("the <cat>", written)
+    assert "the &lt;cat&gt;" in page
+    assert page.count('class="token"') == sum(bool(piece) for piece in written.pieces)
+
+
+@pytest.mark.parametrize("loops", [2, 4, 8])
+def test_drafts_write_the_same_text_with_the_same_probabilities(writer, loops):
+    model, tokenizer = writer
+    plain, drafted = (app.write_text(model, tokenizer, "the", loops, 20, drafts=drafts) for drafts in (False, True))
+    assert plain.pieces == drafted.pieces
+    assert plain.sure == pytest.approx(drafted.sure, abs=1e-4)
+    assert "drafted tokens were right" in drafted.drafts
+
+
+def test_what_cannot_be_written_is_said(writer):
+    model, tokenizer = writer
+    for problem, arguments in (
+        ("Write a beginning of 1 to", ("", 4, 5)),
+        ("Write a beginning of 1 to", ("the " * 240, 4, 5)),
+        ("at most 1000 characters", ("t" * 1001, 4, 5)),
+        ("choose one of the two", ("the", 4, 5, 0.0, 0, {"rule": "kl", "kl_threshold": 0.1}, True)),
+        ("two loops or more", ("the", 1, 5, 0.0, 0, None, True)),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            app.write_text(model, tokenizer, *arguments)
+
+
+def test_the_page_has_a_tab_for_text_and_names_the_project(runs, tmp_path):
+    files = demo.space_files([open_run(runs / name) for name in ("khop", "text")], ["user/hops", "user/text"])
+    settings = json.loads(files["demo.json"])
+    assert "looped-transformers" in settings["project"]
+    assert "{" not in settings["project"]
+    text = app.Text(**settings["text"])
+    assert (text.max_loops, tuple(text.trained_loops)) == (8, (1, 4))
+    assert "not calibrated" in text.halting_info
+    run = Path(shutil.copytree(runs / "text", tmp_path / "text"))
+    open_run(run).save_generation_settings(calibrated_halting={"rule": "kl", "kl_threshold": 0.25})
+    part = demo.demo_parts([open_run(run)], ["user/text"])["text"]
+    assert part["halting"] == {"rule": "kl", "kl_threshold": 0.25}
+    assert "looped halting --save" in part["halting_info"]
+
+
+@pytest.mark.parametrize("hops", [3, 12, 24, 60])
+def test_no_head_of_many_hops_is_wider_than_its_column(hops):
+    """Above 24 columns, every tenth has a number; every cell still tells its entity."""
+    names = [f"e{number}" for number in range(hops)]
+    result = app.Answer(["e0", *names], ["e0"] * 3, [0.5] * 3, names, [[0.5] * hops] * 3, 3)
+    page = app.lens_html(result, 3)
+    heads = re.findall(r'<th scope="col" title="e\d+">(.*?)</th>', page)
+    assert heads == (names if hops <= 24 else ["" if hop % 10 else str(hop) for hop in range(1, hops + 1)])
+    assert page.count("<td style=") == 3 * hops
+    assert page.count('title="e59: 50 %"') == (3 if hops == 60 else 0)
+
+
 def test_a_molecule_is_drawn_and_another_text_is_not():
     page = app.molecules_html(["CCO", "C(", "", "c1ccccc1"])
     assert "2 of 4 are valid molecules" in page
@@ -363,7 +442,7 @@ def test_without_rdkit_molecules_are_text(monkeypatch):
 def served(runs, tmp_path_factory):
     """The address of the page, run as the Hub runs it: `python app.py` in a folder of four files."""
     folder = tmp_path_factory.mktemp("space")
-    demo.write_space([open_run(runs / "khop"), open_run(runs / "molecules")], folder)
+    demo.write_space([open_run(runs / name) for name in ("khop", "molecules", "text")], folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -116,6 +116,8 @@ def hops_part(run: Run, config: dict) -> dict:
     facts = facts_of_task(task)
     answers = {answer for known in facts.values() for answer in known.values()}
     number = sum(len(known) for known in facts.values())
+    deepest = max(task["test"]["hops"][:])
+    loops = max(2 * run.trained_loops()[1], deepest + deepest // 4)  # a hop takes a loop in models that reach far
     entity, known = next(iter(facts.items()))
     relation, other = next(iter(known.items()))
     return {
@@ -123,7 +125,8 @@ def hops_part(run: Run, config: dict) -> dict:
         f"{entity} {relation} &rarr; {other}. Asked to follow several in a row, it thinks as many loops as you say.",
         "facts": facts,
         "trained_hops": [min(summary["trained_hops"]), max(summary["trained_hops"])],
-        "max_hops": max(task["test"]["hops"][:]),
+        "max_hops": deepest,
+        "max_loops": min(loops, config.get("max_num_loops") or loops),  # a gate per loop sets a limit
         "chance": 1 / len(answers),
         "halting": halting_of(run, config["vocab_size"]),
     }

@@ -129,3 +129,8 @@ class TextTask(Task):
         from .card import TextCard
 
         return TextCard()
+
+    def demo_part(self, run: Run, config: dict) -> dict:
+        from .card import text_part
+
+        return text_part(run)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from looplab.publish.limits import LIMITS, Limits, option
+from looplab.runs.records import PICTURES
 from looplab.shipped import list_recipes
 from looplab.tasks.registry import arguments_of, files_of, having, help_of, spelt
 from looplab.training.recipe import add_recipe
@@ -93,11 +94,11 @@ def run_halting(arguments) -> None:
 
 
 def run_plot(arguments) -> None:
-    with opened("plot", arguments.runs, arguments) as (runs, task, _):
+    with opened("plot", arguments.runs, arguments, "format") as (runs, task, given):
         for run in runs if arguments.output is None else ():
             if run.given is not None:
                 raise ValueError(f"{run} is not a run: name a folder for its figures by --output.")
-        for path in task.plot(runs, arguments.output):
+        for path in task.plot(runs, arguments.output, **given):
             print(path)
 
 
@@ -107,7 +108,7 @@ def run_table(arguments) -> None:
 
 
 def run_lens(arguments) -> None:
-    names = ("loops", "limit", "no_probes")
+    names = ("loops", "limit", "no_probes", "format")
     with opened("lens", arguments.run, arguments, *names, to=arguments.to) as ([run], task, given):
         refuse_unkept(run, "looped lens")
         for path in task.lens(run, **given):
@@ -151,7 +152,7 @@ def run_harness(arguments) -> None:
 def run_frozen(arguments) -> None:
     from looplab.pretrained.study import study
 
-    path = study(arguments.recipe, arguments.stages, arguments.trust_remote_code)
+    path = study(arguments.recipe, arguments.stages, arguments.trust_remote_code, arguments.format or "png")
     print(f"{path.read_text(encoding='utf-8')}\nwritten to {path}")
 
 
@@ -283,6 +284,7 @@ def parser() -> argparse.ArgumentParser:
     debug = {"action": "store_true", "help": "show the traceback of a mistake, too"}
     main_parser.add_argument("--debug", **debug)
     main_parser.add_argument("--version", action="version", version=f"looped-transformers {__version__}")
+    formats = {"choices": PICTURES, "help": "of the figures (default: png)"}
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def files(verb: str) -> str:
@@ -382,6 +384,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the figures of one run (default: RUN/figures), or of groups (default: figures/NAMES beside the first "
         "run)",
     )
+    command.add_argument("--format", **formats)
     command.set_defaults(call=run_plot)
 
     command = commands.add_parser(
@@ -409,6 +412,7 @@ def parser() -> argparse.ArgumentParser:
         "--no-probes", action="store_true", default=None, help="skip the linear probes, which take most of the time"
     )
     add_to(command)
+    command.add_argument("--format", **formats)
     command.set_defaults(call=run_lens)
 
     command = commands.add_parser(
@@ -447,6 +451,7 @@ def parser() -> argparse.ArgumentParser:
         help="default: all that are not on file yet",
     )
     command.add_argument("--trust-remote-code", **trust)
+    command.add_argument("--format", **formats)
     command.set_defaults(call=run_frozen)
 
     command = commands.add_parser("ask", help="print a model's answer, or what it writes, at several loop counts")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from looplab.runs.folder import RecordFile, Run
@@ -34,11 +35,36 @@ COLOURS = "cividis"
 FRAME = "#d55e00"  # vermilion of Okabe and Ito, apart from every colour of cividis
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure whole; returns its path."""
+PAGE_WIDTH = 800  # pixels that a page gives a picture, however wide it is
+
+
+def save(figure: Figure, path: Path, format: str = "png") -> Path:
+    """Write a figure whole, in one of the formats `PICTURES`, which its ending becomes; returns its path.
+
+    The same figure gives the same bytes.
+    """
+    return write_whole(path.with_suffix(f".{format}"), picture_of(figure, format))
+
+
+def picture_of(figure: Figure, format: str) -> bytes:
+    """The figure in a format."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=160)
-    return write_whole(path, picture.getvalue())
+    undated = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[format]
+    with rc_context({"svg.hashsalt": "looped"}):  # names in an SVG are random otherwise
+        figure.savefig(picture, format=format, dpi=160, metadata=undated)
+    return picture.getvalue()
+
+
+def points(figure: Figure, pixels: float) -> float:
+    """Size of a font that is so many pixels high where a page shows the figure, and at least 6.5 points."""
+    return max(6.5, pixels * 72 * figure.get_figwidth() / PAGE_WIDTH)
+
+
+def spread(values: Sequence, most: int) -> list:
+    """At most `most` of the values, evenly spread from the first to the last."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
 
 
 # Okabe and Ito, without the yellow that does not show on white and the vermilion that marks the training.
@@ -126,17 +152,18 @@ def shade(axes, values: Sequence[Sequence[float]], numbers: bool = True):
     percent = [[100 * value for value in across] for across in values]
     image = axes.imshow(percent, cmap=COLOURS, vmin=0, vmax=100, origin="lower", aspect="auto")
     axes.tick_params(length=0)
+    size = points(axes.figure, 8)
     for y, across in enumerate(percent):
         for x, value in enumerate(across):
             if numbers and not math.isnan(value):
                 colour = "white" if value < 55 else "black"
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=6.5)
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=size)
     return image
 
 
 def name_lines(across, name: str, labels: Sequence[str]) -> None:
     """Write `name` and the `labels` of its layer calls beside the left panel of `across`, and none on the others."""
-    across[0].set_yticks(range(len(labels)), labels, fontsize=7.5)
-    across[0].set_ylabel(name, fontsize=9)
+    across[0].set_yticks(range(len(labels)), labels, fontsize=points(across[0].figure, 8))
+    across[0].set_ylabel(name, fontsize=points(across[0].figure, 9))
     for axes in across[1:]:
         axes.set_yticks([])

@@ -448,12 +448,15 @@ def report(recipe: FrozenRecipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-def study(path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: bool = False) -> Path:
+def study(
+    path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: bool = False, format: str = "png"
+) -> Path:
     """Run the stages of a recipe that are not on file yet, draw the figures, and return the path of the report.
 
     Args:
         path: of the recipe.
         trust_remote_code: run the model's own code, see `load_model`.
+        format: of the figures, see `drawing.save`.
 
     Raises:
         ValueError: the recipe is not valid, its folder holds the study of another recipe, or a part was not fetched.
@@ -481,7 +484,7 @@ def study(path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: b
         runs[stage](recipe, model, tokenizer)
     profile, sweep = (read_rows(recipe.folder / f"{stage}.jsonl") for stage in ("profile", "sweep"))
     if profile:
-        save(profile_figure(profile), figures / "profile.png")
+        save(profile_figure(profile), figures / "profile.png", format)
     for task in {row["task"] for row in sweep if row["name"] != str(BASE)}:
-        save(sweep_figure(gains(sweep, task), task), figures / f"sweep_{task}.png")
+        save(sweep_figure(gains(sweep, task), task), figures / f"sweep_{task}.png", format)
     return write_whole(recipe.folder / "report.md", report(recipe))

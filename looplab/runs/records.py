@@ -39,6 +39,7 @@ OWNED = (
     *(f"tracker/{place}events.out.tfevents.*" for place in ("", "*/", "*/*/")), "tracker/hparams.yml",
     "tracker/*/hparams.yml",
 )  # fmt: skip
+PICTURES = ("png", "pdf", "svg")  # formats of figures
 OLD = ".replaced"  # ending of a folder's name while another folder takes its place
 
 

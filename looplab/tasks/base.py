@@ -61,7 +61,7 @@ MEMORY = RecordFile(
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of one run, figures/NAME.png.
+    """A figure of one run, figures/NAME.png, or another format.
 
     Args:
         caption: on the card.
@@ -164,12 +164,13 @@ class Task(ABC):
         """A Markdown table with a line per group of seeds. The keyword `against` names the baseline."""
         raise NotImplementedError
 
-    def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:
+    def plot(self, runs: Sequence[Run], output: str | Path | None, *, format: str = "png") -> list[Path]:
         """Draw the runs, and groups of seeds if there are several runs; returns the paths of the figures.
 
         Args:
             output: folder for the figures of a single run, or of groups; unless given, RUN/figures for a run, and
                 `figures/<groups>` beside the first run for groups.
+            format: of the figures, see `drawing.save`.
         """
         raise NotImplementedError
 

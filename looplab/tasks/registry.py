@@ -7,6 +7,7 @@ raises, with one sentence, if the task lacks the verb or an option. Nothing here
 from collections.abc import Callable, Sequence
 
 from looplab.runs.folder import Run
+from looplab.runs.records import PICTURES
 
 from .base import Argument, Task
 from .hops.task import Composition, Khop
@@ -102,9 +103,8 @@ def written_files() -> list[str]:
     for task in TASKS.values():
         patterns += [pattern for record in task.records for pattern in record.patterns()]
         for name, figure in task.figures.items():
-            patterns.append(f"figures/{name}.png")
-            if figure.of_snapshots:
-                patterns.append(f"figures/{name}_step-*.png")
+            names = [name, f"{name}_step-*"] if figure.of_snapshots else [name]
+            patterns += [f"figures/{each}.{format}" for each in names for format in PICTURES]
         patterns += task.files
     return list(dict.fromkeys(patterns))
 

@@ -9,13 +9,36 @@
 Figures count loops and layers from 1, records count from 0. Later layer calls are higher up.
 """
 
+import re
 from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 
-from looplab.instruments.drawing import NAN, call_labels, call_of, name_lines, ordered, panel_grid, shade, share
+from looplab.instruments.drawing import (
+    NAN,
+    call_labels,
+    call_of,
+    name_lines,
+    ordered,
+    panel_grid,
+    points,
+    shade,
+    share,
+)
 
 from .rows import KIND_WORDS
+
+
+def words_of(at: str) -> str:
+    """How figures name the words of a position, since relations of the graph are called r0, r1, .. as well.
+
+    h -> start, r2 -> relation 2, r1+r2 -> relations 1+2, r1..r4 -> relations 1..4; a readout token keeps its name.
+    """
+    found = re.fullmatch(r"r(\d+)(?:(\+|\.\.)r(\d+))?", at)
+    if found is None:
+        return "start" if at == "h" else at
+    first, joint, last = found.groups()
+    return f"relation {first}" if joint is None else f"relations {first}{joint}{last}"
 
 
 def kind_title(row: dict) -> str:
@@ -51,7 +74,7 @@ def lens_figures(rows: Sequence[dict]) -> dict[str, Figure]:
 
     plan = {
         "lens": (lens, "top1", entity_word, answers, "states that read out the entity (%)"),
-        "patch": (by_measure["patch"], "recovered", lambda row: f"{row['changed']} changed", to_recover,
+        "patch": (by_measure["patch"], "recovered", lambda row: f"{words_of(row['changed'])} changed", to_recover,
                   "clean answer restored (%)"),
         "swap": (by_measure["swap"], "swapped", lambda row: f"{entity_word(row)} exchanged", random_step,
                  "answer follows the other bridge (%)"),
@@ -87,11 +110,11 @@ def heat_maps(
             own = [row for row in rows if line(row) == name and row["split_kind"] == kind]
             cells = {(call_of(row), row["at"]): row[value] for row in own}
             image = shade(axes, [[cells.get((call, word), NAN) for word in words] for call in calls])
-            axes.set_xticks(range(len(words)), words, fontsize=7.5, rotation=90 if max(map(len, words)) > 5 else 0)
-            axes.set_title(f"{kind_title(own[0])}\n{note(own)}", fontsize=8)
+            axes.set_xticks(range(len(words)), map(words_of, words), fontsize=points(figure, 8), rotation=90)
+            axes.set_title(f"{kind_title(own[0])}\n{note(own)}", fontsize=points(figure, 8))
         name_lines(across, name, call_labels(calls))
-    figure.colorbar(image, ax=list(panels.flat), aspect=30).set_label(scale, fontsize=8.5)
-    figure.suptitle(title, fontsize=11)
+    figure.colorbar(image, ax=list(panels.flat), aspect=30).set_label(scale, fontsize=points(figure, 9))
+    figure.suptitle(f"{title}: states by position and layer call", fontsize=points(figure, 10))
     return figure
 
 
@@ -108,10 +131,10 @@ def stages_figure(rows: Sequence[dict]) -> Figure:
     readout = [row for row in measured if row["measure"] == "lens"][-1]["at"]
     relations = [row for row in measured if row["measure"] == "swap"][-1]["at"]
     lines = {
-        "bridge read\nout at r1": ("lens", "r1", {"hop": 1}, "top1"),
-        f"answer read\nout at {readout}": ("lens", readout, {"hop": hops}, "top1"),
-        f"clean {relations}\nput back": ("patch", relations, {}, "recovered"),
-        f"bridge swapped\nat {relations}": ("swap", relations, {}, "swapped"),
+        "bridge read out\nat relation 1": ("lens", "r1", {"hop": 1}, "top1"),
+        f"answer read out\nat {words_of(readout)}": ("lens", readout, {"hop": hops}, "top1"),
+        f"clean {words_of(relations)}\nput back": ("patch", relations, {}, "recovered"),
+        f"bridge swapped at\n{words_of(relations)}": ("swap", relations, {}, "swapped"),
     }
     figure, panels = panel_grid(["accuracy", *lines], kinds, 0.9 + 0.3 * max(len(steps), 5), 0.6 + 0.2 * len(calls))
     for column, kind in enumerate(kinds):
@@ -120,7 +143,7 @@ def stages_figure(rows: Sequence[dict]) -> Figure:
         axes = panels[0, column]
         axes.plot(range(len(steps)), [reached[step] for step in steps], "o-", color="black", markersize=3)
         axes.set(ylim=(-5, 105), xlim=(-0.5, len(steps) - 0.5), xticks=[])
-        axes.set_title(kind_title(own[0]), fontsize=9)
+        axes.set_title(kind_title(own[0]), fontsize=points(figure, 9))
         for (measure, word, where, value), across in zip(lines.values(), panels[1:], strict=True):
             cells = {
                 (call_of(row), row["step"]): row[value]
@@ -130,13 +153,16 @@ def stages_figure(rows: Sequence[dict]) -> Figure:
             table = [[cells[call, step] for step in steps] for call in calls]
             image = shade(across[column], table, numbers=len(steps) <= 15)
             across[column].set_xticks([])
-        panels[-1, column].set_xticks(range(len(steps)), [f"{step:,}" for step in steps], fontsize=7, rotation=90)
-        panels[-1, column].set_xlabel("training step", fontsize=9)
-    panels[0, 0].set_ylabel("accuracy (%)", fontsize=9)
+        panels[-1, column].set_xticks(range(len(steps)), [f"{step:,}" for step in steps], rotation=90)
+        panels[-1, column].tick_params(axis="x", labelsize=points(figure, 8))
+        panels[-1, column].set_xlabel("updates of the training", fontsize=points(figure, 9))
+    panels[0, 0].set_ylabel("accuracy (%)", fontsize=points(figure, 9))
     for axes in panels[0, 1:]:
         axes.set_yticks([])
     for name, across in zip(lines, panels[1:], strict=True):
         name_lines(across, name, call_labels(calls))
-    figure.colorbar(image, ax=list(panels[1:].flat), aspect=30).set_label("share of chains (%)", fontsize=9)
-    figure.suptitle(rows[0]["run"], fontsize=11)
+    figure.colorbar(image, ax=list(panels[1:].flat), aspect=30).set_label(
+        "share of chains (%)", fontsize=points(figure, 9)
+    )
+    figure.suptitle(f"{rows[0]['run']}: what states say and cause, over training", fontsize=points(figure, 10))
     return figure

@@ -41,6 +41,7 @@ def lens_run(
     num_loops: int | None = None,
     limit: int | None = None,
     probes: bool = True,
+    format: str = "png",
 ) -> list[Path]:
     """Measure RUN/model, one snapshot or all snapshots; write the numbers and draw them.
 
@@ -50,6 +51,7 @@ def lens_run(
         num_loops: loop count; the model's own unless given.
         limit: most chains per split kind, `LIMIT` unless given.
         probes: also fit the probes, which take most of the time; "all" never fits them.
+        format: of the figures, see `drawing.save`.
 
     Returns:
         The paths written, numbers first.
@@ -75,7 +77,7 @@ def lens_run(
             measured = stage_rows(model, tokenizer, task, hops, num_loops, limit)
             rows += [facts | row for row in measured]
         written = run.write({STAGES.name: to_json_lines(rows)}, weights)
-        return [written, *run.drew([save(stages_figure(rows), figures / "stages.png")], weights)]
+        return [written, *run.drew([save(stages_figure(rows), figures / "stages.png", format)], weights)]
 
     weights = {path.relative_to(run.folder).as_posix(): weights_of(path)}
     model, tokenizer = load_checked(path, num_loops)
@@ -83,7 +85,7 @@ def lens_run(
     rows = [facts | row for row in all_rows(model, tokenizer, task, hops, num_loops, limit, probes)]
     suffix = f"_{snapshot}" if snapshot else ""
     written = run.write({f"lens{suffix}.jsonl": to_json_lines(rows)}, weights)
-    drawn = [save(figure, figures / f"{name}{suffix}.png") for name, figure in lens_figures(rows).items()]
+    drawn = [save(figure, figures / f"{name}{suffix}.png", format) for name, figure in lens_figures(rows).items()]
     return [written, *run.drew(drawn, weights)]
 
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from looplab.instruments.drawing import FRAME, MARKS, PALETTE, STYLES, SeedGroup, band_words, tidy
+from looplab.instruments.drawing import FRAME, MARKS, PALETTE, STYLES, SeedGroup, band_words, spread, tidy
 from looplab.runs.folder import Run
 from looplab.runs.intervals import t_interval, wilson_interval
 
@@ -64,8 +65,10 @@ def hops_figure(groups: Sequence[SeedGroup]) -> Figure:
             errors = [[m - lo for m, lo in zip(middle, low, strict=True)],
                       [hi - m for m, hi in zip(middle, high, strict=True)]]  # fmt: skip
             axes.errorbar([p + aside for p in x], middle, errors, fmt=mark, capsize=3, color=colour, label=label)
+    words = f"{', '.join(f'{100 * threshold:.0f}' for threshold in THRESHOLDS)} %"
     for threshold in THRESHOLDS if deep else ():
-        axes.axhline(100 * threshold, color="0.75", linestyle="--", linewidth=0.8, zorder=0)
+        axes.axhline(100 * threshold, color="0.75", linestyle="--", linewidth=0.8, zorder=0, label=words)
+        words = None
     chance_line(axes, [run for _, runs in groups for run in runs])
     if deep:
         trained = {max(run.summary()["trained_hops"]) for _, runs in groups for run in runs}
@@ -79,16 +82,9 @@ def hops_figure(groups: Sequence[SeedGroup]) -> Figure:
         axes.set_xlim(-0.6, len(lines) - 0.4)
     axes.set_ylim(-3, 103)
     tidy(axes, "accuracy (%)", "hops" if deep else "split of the two-hop questions")
-    axes.set_title(band_words(groups), fontsize=9, color="0.3", loc="left")
+    axes.set_title(f"test questions; {band_words(groups)}", fontsize=9, color="0.3", loc="left")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
-
-
-def spread_lines(lines: Sequence, most: int = MOST_LINES) -> list:
-    """At most `most` of the lines, evenly spread from the first to the last."""
-    if len(lines) <= most:
-        return list(lines)
-    return [lines[round(index * (len(lines) - 1) / (most - 1))] for index in range(most)]
 
 
 def loops_figure(group: SeedGroup) -> Figure:
@@ -99,7 +95,7 @@ def loops_figure(group: SeedGroup) -> Figure:
     figure = Figure(figsize=(8, 6.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     lines = list(lines_of(rows[0], "test"))
-    shown = spread_lines(lines)
+    shown = spread(lines, MOST_LINES)
     deep = len({hops for _, hops in lines}) > 1
     for index, (kind, hops) in enumerate(shown):
         colour = PALETTE[index]
@@ -111,7 +107,9 @@ def loops_figure(group: SeedGroup) -> Figure:
             if field == "accuracy":
                 low, high = [max(0.0, value) for value in low], [min(1.0, value) for value in high]
             x = range(1, len(middle) + 1)
-            axes.plot(x, [scale * value for value in middle], style, color=colour, linewidth=1.8, label=label)
+            # Marks at places of its own show each of several lines that coincide.
+            marks = {"marker": MARKS[index], "markersize": 5, "markevery": mark_places(len(x), index, len(shown))}
+            axes.plot(x, [scale * value for value in middle], style, color=colour, linewidth=1.8, label=label, **marks)
             if len(runs) > 1:
                 axes.fill_between(x, [scale * v for v in low], [scale * v for v in high], color=colour, alpha=0.15,
                                   linewidth=0)  # fmt: skip
@@ -126,11 +124,21 @@ def loops_figure(group: SeedGroup) -> Figure:
     tidy(upper, "accuracy (%)", "")
     tidy(lower, "mean margin of the answer (logits)", "loops at inference")
     bands = f"; {band_words([group])}" if len(runs) > 1 else ""
-    upper.set_title(f"{name}{bands}", fontsize=9, color="0.3", loc="left")
+    upper.set_title(f"{name}: the test questions after every loop{bands}", fontsize=9, color="0.3", loc="left")
     handles, labels = upper.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
+    styles = {handle.get_linestyle() for handle in handles if isinstance(handle, Line2D)}
+    if "--" in styles:
+        words = {"-": "solid: hops in training", "--": "dashed: more hops"}
+        unique |= {words[s]: Line2D([], [], color="0.4", linestyle=s) for s in words if s in styles}
     figure.legend(unique.values(), unique.keys(), loc="outside right center", frameon=False, fontsize=9)
     return figure
+
+
+def mark_places(length: int, index: int, lines: int) -> list[int]:
+    """Places of the marks of line `index` of `lines` with so many points, apart from those of the other lines."""
+    step = max(1, length // 4)
+    return list(range(index * step // lines, length, step))
 
 
 def halting_figure(group: SeedGroup) -> Figure:
@@ -173,7 +181,8 @@ def halting_figure(group: SeedGroup) -> Figure:
     trained = {max(run.summary()["trained_hops"]) for run in runs}
     right.axvspan(min(own) - 0.5, min(trained) + 0.5, color=FRAME, alpha=0.08, linewidth=0, label="hops in training")
     left.set_xscale("log", base=2)
-    left.set_xticks([1, 2, 4, 8, 16, 32], [1, 2, 4, 8, 16, 32])
+    counts = [2**power for power in range(11) if 2**power <= len(middle)]
+    left.set_xticks(counts, counts)
     left.set_ylim(-3, 103)
     right.set_ylim(bottom=0)
     right.xaxis.get_major_locator().set_params(integer=True)

@@ -82,10 +82,10 @@ class HopTask(Task):
 
         return markdown_table(runs)
 
-    def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:
+    def plot(self, runs: Sequence[Run], output: str | Path | None, *, format: str = "png") -> list[Path]:
         from .figures import plot_runs
 
-        return plot_runs(runs, output)
+        return plot_runs(runs, output, format)
 
     def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
         """Write RUN/halting.jsonl by `halting.halting_run`."""
@@ -108,11 +108,14 @@ class HopTask(Task):
         loops: int | None = None,
         limit: int | None = None,
         no_probes: bool = False,
+        format: str = "png",
     ) -> list[Path]:
         """Write and draw what `mechanism.lens_run` measures."""
         from .mechanism import lens_run
 
-        return lens_run(run, snapshot=snapshot, hops=hops, num_loops=loops, limit=limit, probes=not no_probes)
+        return lens_run(
+            run, snapshot=snapshot, hops=hops, num_loops=loops, limit=limit, probes=not no_probes, format=format
+        )
 
     def ask(self, run: Run, question: str | None, *, loops: Sequence[int] | None = None) -> None:
         from .ask import ask

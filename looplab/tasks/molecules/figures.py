@@ -8,11 +8,13 @@ ablations.png   the change when the output of one attention head is replaced, by
 readouts.png    each loop read by the model's own head and by a head fitted for it (single runs)
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.ticker import NullLocator
 
 from data_builders.molecules import rdkit_chem
@@ -28,6 +30,8 @@ from looplab.instruments.drawing import (
     ordered,
     own_folder,
     panel_grid,
+    picture_of,
+    points,
     save,
     tidy,
 )
@@ -142,6 +146,7 @@ def ablations_figure(rows: Sequence[dict], name: str) -> Figure:
     heads = sorted({row["head"] for row in rows})
     calls, cells = ordered(cell_of(row)[:3] for row in rows), {cell_of(row): row for row in rows}
     figure, panels = panel_grid(list(SHOWN), VALUES, 0.8 + 0.52 * len(calls), 0.55 + 0.3 * len(heads))
+    size = points(figure, 7)
     for (title, shown), across in zip(SHOWN.items(), panels, strict=True):
         changes = {cell: shown(row)[0]["change"] * shown(row)[1] for cell, row in cells.items()}
         largest = max(map(abs, changes.values())) or 1.0
@@ -155,13 +160,14 @@ def ablations_figure(rows: Sequence[dict], name: str) -> Figure:
                 for x, change in enumerate(line):
                     colour = "white" if abs(norm(change) - 0.5) > 0.37 else "black"
                     text = f"{change:+.1f}" if largest > 20 else f"{change:+.3f}"
-                    axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=6.5)
-            axes.set_xticks(range(len(calls)), call_labels(calls), fontsize=7, rotation=90 if len(calls) > 12 else 0)
-            axes.set_title(f"{title}, by {value}", fontsize=8)
+                    axes.text(x, y, text, ha="center", va="center", color=colour, fontsize=size)
+            axes.set_xticks(range(len(calls)), call_labels(calls), fontsize=points(figure, 8),
+                            rotation=90 if len(calls) > 8 else 0)  # fmt: skip
+            axes.set_title(f"{title}, by {value}", fontsize=points(figure, 8))
         name_lines(across, "head", [str(head + 1) for head in heads])
     figure.suptitle(
         f"{name}: change with the output of one attention head replaced; the scale of colours is logarithmic",
-        fontsize=10,
+        fontsize=points(figure, 9),
     )
     return figure
 
@@ -185,8 +191,8 @@ def readouts_figure(rows: Sequence[dict], name: str) -> Figure:
     return figure
 
 
-def molecules_picture(run: Run) -> bytes:
-    """PNG of the first valid samples at the model's own loop count, with their SMILES."""
+def molecules_picture(run: Run, format: str = "png") -> bytes:
+    """Picture of the first valid samples at the model's own loop count, with their SMILES."""
     rdkit_chem()
     from rdkit import Chem
     from rdkit.Chem.Draw import rdMolDraw2D
@@ -204,14 +210,20 @@ def molecules_picture(run: Run) -> bytes:
             break
     columns, side = 5, 260
     size = (columns * side, max(1, -(-len(valid) // columns)) * side)
-    drawing = rdMolDraw2D.MolDraw2DCairo(*size, side, side)
+    canvas = rdMolDraw2D.MolDraw2DSVG if format == "svg" else rdMolDraw2D.MolDraw2DCairo
+    drawing = canvas(*size, side, side)
     drawing.drawOptions().legendFontSize = 14
     drawing.DrawMolecules([Chem.MolFromSmiles(smiles) for smiles in valid], legends=valid)
     drawing.FinishDrawing()
-    return drawing.GetDrawingText()
+    drawn = drawing.GetDrawingText()
+    if format != "pdf":
+        return drawn.encode() if format == "svg" else drawn
+    figure = Figure(figsize=(size[0] / 160, size[1] / 160))  # rdkit draws no PDF
+    figure.figimage(imread(io.BytesIO(drawn)))
+    return picture_of(figure, format)
 
 
-def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
+def plot_runs(runs: Sequence[Run], output: str | Path | None = None, format: str = "png") -> list[Path]:
     """`Task.plot`. A figure is left out if its file was not measured.
 
     Raises:
@@ -220,30 +232,30 @@ def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Pat
     paths = []
     for run in runs:
         figures = own_folder(run, runs, output)
-        own = [save(training_figure(run), figures / "training.png")]
+        own = [save(training_figure(run), figures / "training.png", format)]
         if all_have([run], MOLECULES):
-            own += draw_molecules([(run.name, [run])], figures)
-            own.append(write_whole(figures / "molecules.png", molecules_picture(run)))
+            own += draw_molecules([(run.name, [run])], figures, format)
+            own.append(write_whole(figures / f"molecules.{format}", molecules_picture(run, format)))
         if all_have([run], HALTING):
-            own.append(save(exits_figure(run), figures / "exits.png"))
+            own.append(save(exits_figure(run), figures / "exits.png", format))
         if all_have([run], ABLATIONS):
-            own.append(save(ablations_figure(run.read(ABLATIONS), run.name), figures / "ablations.png"))
+            own.append(save(ablations_figure(run.read(ABLATIONS), run.name), figures / "ablations.png", format))
         if all_have([run], READOUTS):
-            own.append(save(readouts_figure(run.read(READOUTS), run.name), figures / "readouts.png"))
+            own.append(save(readouts_figure(run.read(READOUTS), run.name), figures / "readouts.png", format))
         paths += run.drew(own)
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)
-        paths.append(save(held_out_figure(groups), folder / "held_out.png"))
+        paths.append(save(held_out_figure(groups), folder / "held_out.png", format))
         if all_have(runs, MOLECULES):
-            paths += draw_molecules(groups, folder)
+            paths += draw_molecules(groups, folder, format)
     return paths
 
 
-def draw_molecules(groups: Sequence[SeedGroup], folder: Path) -> list[Path]:
+def draw_molecules(groups: Sequence[SeedGroup], folder: Path, format: str) -> list[Path]:
     """Save validity.png, and faults.png for each group, with its name if there are several."""
-    paths = [save(validity_figure(groups), folder / "validity.png")]
+    paths = [save(validity_figure(groups), folder / "validity.png", format)]
     for name, members in groups:
         file = f"faults_{name}.png" if len(groups) > 1 else "faults.png"
-        paths.append(save(faults_figure(members, name), folder / file))
+        paths.append(save(faults_figure(members, name), folder / file, format))
     return paths

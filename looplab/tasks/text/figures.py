@@ -29,7 +29,7 @@ from looplab.tasks.language.figures import held_out_figure, training_figure
 from .records import PERPLEXITY
 
 
-def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Path]:
+def plot_runs(runs: Sequence[Run], output: str | Path | None = None, format: str = "png") -> list[Path]:
     """`Task.plot`. Runs that were not evaluated, or at one loop count only, get no perplexity.png.
 
     Raises:
@@ -37,20 +37,23 @@ def plot_runs(runs: Sequence[Run], output: str | Path | None = None) -> list[Pat
     """
     paths = []
     for run in runs:
-        own = [save(training_figure(run), own_folder(run, runs, output) / "training.png")]
-        paths += run.drew(own + draw_perplexity([(run.name, [run])], own_folder(run, runs, output)))
+        own = [save(training_figure(run), own_folder(run, runs, output) / "training.png", format)]
+        paths += run.drew(own + draw_perplexity([(run.name, [run])], own_folder(run, runs, output), format))
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
         folder = groups_folder(runs, groups, output)
-        paths += [save(held_out_figure(groups), folder / "held_out.png"), *draw_perplexity(groups, folder)]
+        paths += [
+            save(held_out_figure(groups), folder / "held_out.png", format),
+            *draw_perplexity(groups, folder, format),
+        ]
     return paths
 
 
-def draw_perplexity(groups: Sequence[SeedGroup], folder: Path) -> list[Path]:
+def draw_perplexity(groups: Sequence[SeedGroup], folder: Path, format: str) -> list[Path]:
     """Save perplexity.png in `folder`, if all runs were evaluated, and at more than one loop count."""
     evaluated = all_have([run for _, members in groups for run in members], PERPLEXITY)
     figure = perplexity_figure(groups) if evaluated else None
-    return [] if figure is None else [save(figure, folder / "perplexity.png")]
+    return [] if figure is None else [save(figure, folder / "perplexity.png", format)]
 
 
 def loop_points(runs: Sequence[Run]) -> dict[int, tuple[float, float, float]]:

@@ -62,10 +62,10 @@ class TextTask(Task):
 
         return markdown_table(runs, against)
 
-    def plot(self, runs: Sequence[Run], output: str | Path | None) -> list[Path]:
+    def plot(self, runs: Sequence[Run], output: str | Path | None, *, format: str = "png") -> list[Path]:
         from .figures import plot_runs
 
-        return plot_runs(runs, output)
+        return plot_runs(runs, output, format)
 
     def halting(self, run: Run, *, limit: int | None = None, max_loops: int | None = None) -> tuple[Path, str]:
         """Write RUN/halting.jsonl by `exits.halting_run`."""

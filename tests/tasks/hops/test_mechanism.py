@@ -100,7 +100,10 @@ def numbers(axes):
 def test_a_heat_map_shows_every_row_at_its_word_and_layer_call(run):
     rows = rows_of(run / f"lens_{STEP}.jsonl")
     figure = lens_figures(rows)["lens"]
-    panels, words = figure.axes[:6], ["h", "r1", "r2", "<ans>"]  # bridge and answer x three kinds, by lines
+    panels, words = (
+        figure.axes[:6],
+        ["h", "r1", "r2", "<ans>"],
+    )  # bridge and answer x three kinds, by lines
     assert [axes.get_title().split("\n")[0] for axes in panels[:3]] == [
         "training rows",
         "held out",
@@ -108,7 +111,12 @@ def test_a_heat_map_shows_every_row_at_its_word_and_layer_call(run):
     ]
     assert [axes.get_ylabel() for axes in (panels[0], panels[3])] == ["bridge", "answer"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["loop 1", "loop 2"]
-    assert [label.get_text() for label in panels[0].get_xticklabels()] == words
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == [
+        "start",
+        "relation 1",
+        "relation 2",
+        "<ans>",
+    ]
     for axes, (hop, kind) in zip((panels[1], panels[5]), ((1, "id"), (2, "ood")), strict=True):
         own = [row for row in rows if row["measure"] == "lens" and row["hop"] == hop and row["split_kind"] == kind]
         assert numbers(axes) == {(words.index(row["at"]), row["loop"]): f"{100 * row['top1']:.0f}" for row in own}
@@ -126,8 +134,8 @@ def test_the_stages_figure_has_a_line_per_question_and_a_cell_per_step(run):
     rows = rows_of(run / "lens_stages.jsonl")
     axes = stages_figure(rows).axes
     assert [a.get_ylabel() for a in axes[:15:3]] == [
-        "accuracy (%)", "bridge read\nout at r1", "answer read\nout at <ans>", "clean r1+r2\nput back",
-        "bridge swapped\nat r1+r2",
+        "accuracy (%)", "bridge read out\nat relation 1", "answer read out\nat <ans>",
+        "clean relations 1+2\nput back", "bridge swapped at\nrelations 1+2",
     ]  # fmt: skip
     assert [label.get_text() for label in axes[12].get_xticklabels()] == ["20", "100"]
     reached = [row["accuracy"] for row in rows if row["measure"] == "accuracy" and row["split_kind"] == "id"]

@@ -94,7 +94,7 @@ def test_several_runs_are_drawn_as_mean_and_lowest(make_run):
     axes = heat_map([open_run(run) for run in runs]).axes[0]
     at_2_loops_2_hops = [text for text in axes.texts if tuple(map(round, text.get_position())) == (1, 1)]
     assert [text.get_text() for text in at_2_loops_2_hops if text.get_text().isdigit()] == ["40", "30"]  # of 50 and 30
-    assert axes.get_title() == "mean (small: lowest) of ab, ab_seed1"
+    assert axes.get_title() == "accuracy in %, mean (small: lowest) of ab, ab_seed1"
 
 
 def test_runs_on_different_grids_cannot_be_averaged(make_run):

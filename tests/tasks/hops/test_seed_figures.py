@@ -2,11 +2,13 @@
 
 import pytest
 
+from looplab.instruments.drawing import spread
 from looplab.runs.intervals import t_interval
-from looplab.tasks.hops.seed_figures import halting_figure, hops_figure, learning_figure, loops_figure, spread_lines
+from looplab.tasks.hops.seed_figures import halting_figure, hops_figure, learning_figure, loops_figure
 from toy_runs import written_run
 
 CHANCE = 0.125
+STYLES = ["solid: hops in training", "dashed: more hops"]
 
 
 def accuracy(hops, loops, shift):
@@ -69,10 +71,10 @@ def test_accuracy_by_hops_is_at_the_chosen_loops_with_thresholds_chance_and_trai
     # 4 loops are best, for all three hop counts in every run.
     expected = [100 * sum(accuracy(hops, 4, shift) for shift in (0, 0.1, 0.2)) / 3 for hops in (2, 3, 4)]
     assert line(axes, "toy at 4 loops") == ([2, 3, 4], pytest.approx(expected))
-    assert labels(figure) == ["toy at 4 loops", "chance, 12.5", "hops in training"]
+    assert labels(figure) == ["toy at 4 loops", "60, 90, 95 %", "chance, 12.5", "hops in training"]
     heights = [artist.get_ydata()[0] for artist in axes.lines if len(set(artist.get_ydata())) == 1]
     assert {60, 90, 95, 12.5} <= {round(height, 6) for height in heights}
-    assert axes.get_title(loc="left") == "band: 95 % t-interval over 3 seeds"
+    assert axes.get_title(loc="left") == "test questions; band: 95 % t-interval over 3 seeds"
 
 
 def test_the_band_is_the_t_interval_cut_to_what_an_accuracy_can_be(make_run):
@@ -91,7 +93,7 @@ def test_split_kinds_of_one_hop_count_are_named_and_groups_stand_side_by_side(ma
     assert [label.get_text() for label in axes.get_xticklabels()] == ["held out", "out of distribution"]
     places = [list(container.lines[0].get_xdata()) for container in axes.containers]
     assert places == [pytest.approx([-0.06, 0.94]), pytest.approx([0.06, 1.06])]
-    assert axes.get_title(loc="left") == "band: 95 % Wilson interval of one run's rows"
+    assert axes.get_title(loc="left") == "test questions; band: 95 % Wilson interval of one run's rows"
 
 
 def test_loops_are_drawn_for_every_hop_count_with_those_of_the_training_marked(make_run):
@@ -102,14 +104,14 @@ def test_loops_are_drawn_for_every_hop_count_with_those_of_the_training_marked(m
     assert line(lower, "4 hops") == ([1, 2, 3, 4], pytest.approx([0.9, 1.9, 2.9, 3.9]))
     styles = {artist.get_label(): artist.get_linestyle() for artist in upper.lines}
     assert (styles["3 hops"], styles["4 hops"]) == ("-", "--")
-    assert labels(figure) == ["2 hops", "3 hops", "4 hops", "loops in training", "chance, 12.5"]
+    assert labels(figure) == ["2 hops", "3 hops", "4 hops", "loops in training", "chance, 12.5", *STYLES]
     (span,) = upper.patches
     assert (span.get_x(), span.get_x() + span.get_width()) == (1.5, 3.5)
 
 
 def test_at_most_six_hop_counts_are_drawn_the_first_and_last_among_them():
-    assert spread_lines([1, 2, 3]) == [1, 2, 3]
-    assert spread_lines(list(range(20))) == [0, 4, 8, 11, 15, 19]
+    assert spread([1, 2, 3], 6) == [1, 2, 3]
+    assert spread(list(range(20)), 6) == [0, 4, 8, 11, 15, 19]
 
 
 def test_the_halting_figure_has_the_means_of_the_chosen_settings_and_the_baselines(make_run):

@@ -62,7 +62,7 @@ def test_an_option_that_a_task_lacks_is_refused_in_one_sentence(task, verb, acti
     takes = [other for other in TASKS.values() if action.dest in (other.options(verb) or ())]
     if not takes or task.options(verb) is None or task in takes:
         return
-    value = [] if action.nargs == 0 else ["1"]
+    value = [] if action.nargs == 0 else [action.choices[0] if action.choices else "1"]
     assert main([verb, str(run.folder), action.option_strings[0], *value]) == 2
     said = capfd.readouterr().err.strip()
     assert f"looped {verb} {action.option_strings[0]} is not for {task.name}: it is for " in said

@@ -42,15 +42,15 @@ def trace_groups(
         num_loops: loop count of each group.
         batch_size: rows of a forward pass.
     """
-    total = sum(loops * len(group.answers) for loops, group in zip(num_loops, groups, strict=True))
     traces = []
-    with tqdm(total=total, desc="evaluating", unit="loop", unit_scale=True, mininterval=1) as bar:
+    total = sum(len(group.answers) for group in groups)
+    with tqdm(total=total, desc="evaluating", unit="question", mininterval=1) as bar:
         for loops, group in zip(num_loops, groups, strict=True):
             parts = []
             batches = zip(group.input_ids.split(batch_size), group.answers.split(batch_size), strict=True)
             for input_ids, answers in batches:
                 parts.append(trace(model, input_ids, answers, loops))
-                bar.update(loops * len(answers))
+                bar.update(len(answers))
             traces.append(joined(parts))
     return traces
 

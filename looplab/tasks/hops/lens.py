@@ -54,6 +54,11 @@ class Chains:
         for rows in torch.arange(len(self.path)).split(size):
             yield self.keep(rows)
 
+    @property
+    def batches(self) -> int:
+        """How many `split` gives."""
+        return -(-len(self.path) // BATCH)
+
     def labels(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """A word for each position: h, r1, r2, ..., and the readout token if there is one."""
         words = ["h", *(f"r{hop}" for hop in range(1, self.hops + 1))]
@@ -145,7 +150,7 @@ def recordings(
     model: PreTrainedModel, chains: Chains, num_loops: int | None, task: str
 ) -> Iterator[tuple[Chains, Recording]]:
     """The chains batch by batch, and the recording of the model on each batch. task: for the progress bar."""
-    with tqdm(total=len(chains.path), desc=f"{task}, {chains.split_kind}", unit="row") as bar:
+    with tqdm(total=len(chains.path), desc=f"{task}, {chains.split_kind}", unit="chain") as bar:
         for batch in chains.split():
             yield batch, record(model, batch.input_ids, num_loops)
             bar.update(len(batch.path))
@@ -216,7 +221,9 @@ def patch(model: PreTrainedModel, source: Chains, target: Chains, num_loops: int
 
     at_source, at_target = torch.zeros(2, 2, dtype=torch.float64)
     patched = torch.zeros(len(calls), len(sets), 2, dtype=torch.float64)
-    with tqdm(total=num_rows * patched[..., 0].numel(), desc=f"patching, {source.split_kind}", unit="row") as bar:
+    with tqdm(
+        total=patched[..., 0].numel() * source.batches, desc=f"patching, {source.split_kind}", unit="state"
+    ) as bar:
         for given, run in zip(source.split(), target.split(), strict=True):
             answers = given.answers, run.answers
             states = record(model, given.input_ids, num_loops)
@@ -227,7 +234,7 @@ def patch(model: PreTrainedModel, source: Chains, target: Chains, num_loops: int
                     state = states.states[call][:, positions]
                     with edit(model, call, lambda _, state=state: state, positions):
                         patched[i, j] += outcome(record(model, run.input_ids, num_loops).logits, *answers)
-                    bar.update(len(given.path))
+                    bar.update()
     gain = at_source[1] - at_target[1]
     return [
         {
@@ -321,7 +328,9 @@ def swap_bridge(
     calls, sets, num_rows = layer_calls(model.config, num_loops), position_sets(chains), len(chains.path)
     generator = torch.Generator().manual_seed(seed)
     counts = torch.zeros(len(calls), len(sets), 4, dtype=torch.long)
-    with tqdm(total=num_rows * counts[..., 0].numel(), desc=f"bridge swap, {chains.split_kind}", unit="row") as bar:
+    with tqdm(
+        total=counts[..., 0].numel() * chains.batches, desc=f"bridge swap, {chains.split_kind}", unit="state"
+    ) as bar:
         for before, after in zip(chains.split(), redirected.split(), strict=True):
             swap = exchange(directions[before.path[:, hop]], directions[after.path[:, hop]])
             for i, call in enumerate(calls):
@@ -331,7 +340,7 @@ def swap_bridge(
                             answers = record(model, before.input_ids, num_loops).logits[:, -1].argmax(-1).cpu()
                         counts[i, j, 2 * k] += (answers == after.answers).sum()
                         counts[i, j, 2 * k + 1] += (answers == before.answers).sum()
-                    bar.update(len(before.path))
+                    bar.update()
     names = ("swapped", "kept", "random_swapped", "random_kept")
     return [
         {**call._asdict(), "positions": positions, "hop": hop}

@@ -5,18 +5,21 @@ lens_step-N.jsonl    the same for RUN/snapshots/step-N                 figures/l
 lens_stages.jsonl    measurements that tell stages of training apart   figures/stages.png
 
 Every record has its `measure` (accuracy, lens, patch, swap, probe), the snapshot and its step, `hops`, `split_kind`,
-and `at`, the words of its positions. lens.py and probes.py explain the other fields.
+and `at`, the words of its positions. lens.py and probes.py explain the other fields. `weights`, `loops` and `limit`
+say what was looked at: records are written as they are measured, and a lens that was interrupted goes on from them.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from looplab.instruments.drawing import save
 from looplab.runs.digests import weights_of
-from looplab.runs.folder import Run, to_json_lines
+from looplab.runs.folder import Run, rows_so_far, to_json_lines
 from looplab.runs.models import check_loops, load_model
 from looplab.runs.writing import below
 
@@ -68,25 +71,70 @@ def lens_run(
     hops = min(max(task["train"]["hops"][:]), DEEPEST) if hops is None else hops
     figures = below(run.folder, "figures")
     if snapshot == "all":
-        rows = []
-        weights = {}
+        weights = {f"snapshots/{path.name}": weights_of(path) for path in folders.values()}
+        kept = Kept(run, STAGES.name, weights)
         for step, path in tqdm(folders.items(), desc="snapshots", unit="snapshot"):
-            weights[f"snapshots/{path.name}"] = weights_of(path)
             model, tokenizer = load_checked(path, num_loops)
-            facts = {"run": run.name, "snapshot": path.name, "step": step}
-            measured = stage_rows(model, tokenizer, task, hops, num_loops, limit)
-            rows += [facts | row for row in measured]
-        written = run.write({STAGES.name: to_json_lines(rows)}, weights)
-        return [written, *run.drew([save(stages_figure(rows), figures / "stages.png", format)], weights)]
+            facts = facts_about(run, path, step, weights, model, num_loops, limit)
+            kept.measure(facts, stage_parts(model, tokenizer, task, hops, num_loops, limit))
+        drawn = [save(stages_figure(kept.rows), figures / "stages.png", format)]
+        return [kept.finish(), *run.drew(drawn, weights)]
 
     weights = {path.relative_to(run.folder).as_posix(): weights_of(path)}
     model, tokenizer = load_checked(path, num_loops)
-    facts = {"run": run.name, "snapshot": path.name, "step": step_of(path) if snapshot else None}
-    rows = [facts | row for row in all_rows(model, tokenizer, task, hops, num_loops, limit, probes)]
     suffix = f"_{snapshot}" if snapshot else ""
-    written = run.write({f"lens{suffix}.jsonl": to_json_lines(rows)}, weights)
-    drawn = [save(figure, figures / f"{name}{suffix}.png", format) for name, figure in lens_figures(rows).items()]
+    kept = Kept(run, f"lens{suffix}.jsonl", weights)
+    facts = facts_about(run, path, step_of(path) if snapshot else None, weights, model, num_loops, limit)
+    kept.measure(facts, all_parts(model, tokenizer, task, hops, num_loops, limit, probes))
+    written = kept.finish()
+    drawn = [save(figure, figures / f"{name}{suffix}.png", format) for name, figure in lens_figures(kept.rows).items()]
     return [written, *run.drew(drawn, weights)]
+
+
+# The fields that all records of a part have, and what measures the part.
+Part = tuple[dict, Callable[[], list[dict]]]
+
+
+class Kept:
+    """A file of records that is written part by part, and goes on from the parts that a killed command left.
+
+    Args:
+        name: of the file in the run.
+        weights: folder in the run -> digest of its weights, of all that are measured.
+
+    Attributes:
+        rows: the records so far, in the order in which they were asked for.
+    """
+
+    def __init__(self, run: Run, name: str, weights: dict[str, str]):
+        self.run, self.name, self.weights = run, name, weights
+        self.left, self.rows = rows_so_far(run.folder / name), []
+
+    def measure(self, facts: dict, parts: Iterable[Part]) -> None:
+        """Add the records of the parts, each with `facts`; those that are on file with the same facts are kept."""
+        for fields, measured in parts:
+            wanted = facts | fields
+            found = [row for row in self.left if wanted.items() <= row.items()]
+            if not found:
+                found = [facts | row for row in measured()]
+                self.rows += found
+                self.finish()
+            else:
+                self.rows += found
+
+    def finish(self) -> Path:
+        """Write the records so far; returns the path."""
+        return self.run.write({self.name: to_json_lines(self.rows)}, self.weights)
+
+
+def facts_about(
+    run: Run, path: Path, step: int | None, weights: dict[str, str], model, num_loops: int | None, limit: int
+) -> dict:
+    """What the records of one model have in common: which weights, and how they were looked at."""
+    digest = weights[path.relative_to(run.folder).as_posix()]
+    loops = model.config.num_loops if num_loops is None else num_loops
+    facts = {"run": run.name, "snapshot": path.name, "step": step}
+    return facts | {"weights": digest, "loops": loops, "limit": limit}
 
 
 def load_checked(path: Path, num_loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -148,40 +196,52 @@ def labelled(
     return [kind | words(row) | row for row in rows]
 
 
-def accuracy_row(model: PreTrainedModel, chains: Chains, num_loops: int | None) -> dict:
-    kind = {"measure": "accuracy", "hops": chains.hops, "split_kind": chains.split_kind}
-    return kind | {"accuracy": accuracy(model, chains, num_loops), "n": len(chains.path)}
+def parts_of(
+    model,
+    tokenizer,
+    chains: Chains,
+    facts: torch.Tensor,
+    num_loops: int | None,
+    changed: Iterable[int],
+    swapped: Iterable[int],
+) -> Iterator[Part]:
+    """Accuracy, lens, patching after each word of `changed`, and the swap of each bridge of `swapped`."""
+    kind = {"hops": chains.hops, "split_kind": chains.split_kind}
+    reached = {"measure": "accuracy"} | kind
+    yield reached, lambda: [reached | {"accuracy": accuracy(model, chains, num_loops), "n": len(chains.path)}]
+
+    def part(measure: str, rows: Callable[[], list[dict]], **fields) -> Part:
+        found = {"measure": measure} | kind | fields
+        known = {name: value for name, value in fields.items() if name != "hop"}
+        return found, lambda: labelled(measure, chains, tokenizer, rows(), **known)
+
+    yield part("lens", lambda: logit_lens(model, chains, num_loops))
+    for position in changed:
+        word = chains.labels(tokenizer)[position]
+        yield part("patch", lambda p=position: patch(model, *corrupt(chains, facts, p), num_loops), changed=word)
+    for hop in swapped:
+        yield part("swap", lambda h=hop: swap_bridge(model, chains, facts, hop=h, num_loops=num_loops), hop=hop)
 
 
-def all_rows(model, tokenizer, task, hops: int, num_loops: int | None, limit: int, probes: bool) -> list[dict]:
+def all_parts(model, tokenizer, task, hops: int, num_loops: int | None, limit: int, probes: bool) -> Iterator[Part]:
     """Every measurement of one model, for every split kind with chains of `hops` hops."""
     facts = facts_of(task["train"], tokenizer)
-    rows = []
     for chains in chains_by_kind(task, tokenizer, hops, limit):
-        rows.append(accuracy_row(model, chains, num_loops))
-        rows += labelled("lens", chains, tokenizer, logit_lens(model, chains, num_loops))
-        for changed, word in enumerate(chains.labels(tokenizer)[: hops + 1]):
-            pair = corrupt(chains, facts, changed)
-            rows += labelled("patch", chains, tokenizer, patch(model, *pair, num_loops), changed=word)
-        for hop in range(1, hops):
-            swapped = swap_bridge(model, chains, facts, hop=hop, num_loops=num_loops)
-            rows += labelled("swap", chains, tokenizer, swapped)
+        yield from parts_of(model, tokenizer, chains, facts, num_loops, range(hops + 1), range(1, hops))
         if probes and chains.split_kind not in ("atomic", "train"):
-            (train,) = chains_of(task["train"], tokenizer, hops, PROBE_ROWS)
-            rows += labelled("probe", chains, tokenizer, probe_path(model, train, chains, num_loops))
-    return rows
+            fields = {"measure": "probe", "hops": hops, "split_kind": chains.split_kind}
+
+            def probe(chains: Chains = chains) -> list[dict]:
+                (train,) = chains_of(task["train"], tokenizer, hops, PROBE_ROWS)
+                return labelled("probe", chains, tokenizer, probe_path(model, train, chains, num_loops))
+
+            yield fields, probe
 
 
-def stage_rows(model, tokenizer, task, hops: int, num_loops: int | None, limit: int) -> list[dict]:
+def stage_parts(model, tokenizer, task, hops: int, num_loops: int | None, limit: int) -> Iterator[Part]:
     """The measurements that tell stages of training apart: accuracy, lens, patching after the start entity
     changed, swap of the first bridge."""
     facts = facts_of(task["train"], tokenizer)
-    rows = []
     for chains in chains_by_kind(task, tokenizer, hops, limit):
         if chains.split_kind in STAGE_KINDS:
-            rows.append(accuracy_row(model, chains, num_loops))
-            rows += labelled("lens", chains, tokenizer, logit_lens(model, chains, num_loops))
-            pair = corrupt(chains, facts, position=0)
-            rows += labelled("patch", chains, tokenizer, patch(model, *pair, num_loops), changed="h")
-            rows += labelled("swap", chains, tokenizer, swap_bridge(model, chains, facts, num_loops=num_loops))
-    return rows
+            yield from parts_of(model, tokenizer, chains, facts, num_loops, [0], [1])

@@ -34,9 +34,12 @@ def activations(smiles: Sequence[str]) -> np.ndarray:
     network, inputs = FCD(canonize=False).model, SmilesDataset(list(smiles), canonize=False)
     parts = []
     with torch.inference_mode():
-        for start in tqdm(range(0, len(smiles), BATCH), desc="ChemNet", unit="batch", leave=False):
+        bar = tqdm(total=len(smiles), desc="ChemNet", unit="molecule", leave=False)
+        for start in range(0, len(smiles), BATCH):
             rows = [torch.as_tensor(inputs[i]) for i in range(start, min(start + BATCH, len(smiles)))]
             parts.append(network(torch.stack(rows).transpose(1, 2).float()).numpy())
+            bar.update(len(rows))
+        bar.close()
     return np.concatenate(parts).astype(np.float64)
 
 

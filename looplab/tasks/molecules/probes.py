@@ -13,10 +13,10 @@
 A high accuracy means little if a control has it, too: `over_controls` is the accuracy minus the best control. The
 probes (instruments/linear_probe.py) read standardised states. They are fitted on 80 % of the molecules of the split
 test and measured on the others (SMolLM, arXiv 2605.06322, which has no controls). RUN/probes.jsonl has a line per
-loop, layer and target.
+loop, layer and target. Started again, the command fits the missing probes only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from looplab.instruments.linear_probe import probe_accuracy, random_twin
 from looplab.instruments.recorder import record
-from looplab.runs.folder import Run, to_json_lines
-from looplab.runs.models import load_run_model
+from looplab.runs.folder import Run, rows_on_file, to_json_lines
+from looplab.runs.models import load_run_model, weights_digest
 
 from .held_out import run_molecules
 from .records import PROBES
@@ -73,8 +73,14 @@ def probe_grammar(
     smiles: Sequence[str],
     num_loops: int,
     seed: int = 0,
+    done: Sequence[dict] = (),
+    keep: Callable[[list[dict]], object] = lambda rows: None,
 ) -> list[dict]:
     """The lines of probes.jsonl, see the module docstring.
+
+    Args:
+        done: lines that are there already.
+        keep: is called with all lines so far after every probe.
 
     Raises:
         ValueError: there are fewer than ten molecules.
@@ -94,11 +100,13 @@ def probe_grammar(
         known = target[train][shuffle] if shuffled else target[train]
         return probe_accuracy(values[train], known, values[~train], target[~train])
 
-    table = []
+    table = list(done)
+    known = {(row["target"], row["section"], row["loop"], row["layer"]) for row in table}
     for index, name in enumerate(("bracket_depth", "open_rings")):
         target = labels[:, index]
         embedding, majority = accuracy(states["embedding", 0, 0], target)
-        for call in tqdm([call for call in states if call[0] != "embedding"], desc=f"probes, {name}", unit="probe"):
+        calls = [call for call in states if call[0] != "embedding" and (name, *call) not in known]
+        for call in tqdm(calls, desc=f"probes, {name}", unit="probe"):
             section, loop, layer = call
             controls = {
                 "majority": majority,
@@ -112,6 +120,7 @@ def probe_grammar(
                 | controls
                 | {"over_controls": found - max(controls.values()), "n": int((~train).sum()), "molecules": len(rows)}
             )
+            keep(table)
     return table
 
 
@@ -124,9 +133,16 @@ def probe_run(run: Run, num_loops: int | None, limit: int) -> Path:
     model, tokenizer = load_run_model(run, num_loops)
     test = run_molecules(run)["test"]
     smiles = test.select(range(min(limit, len(test))))["text"][:]
-    rows = probe_grammar(model, tokenizer, smiles, num_loops or model.config.num_loops)
+    num_loops = num_loops or model.config.num_loops
+    path = run.folder / PROBES.name
+    facts = {"weights": weights_digest(run), "num_loops": num_loops, "molecules": len(smiles)}
+
+    def keep(rows: list[dict]) -> None:
+        run.write({path.name: to_json_lines(row | facts for row in rows)})
+
+    rows = probe_grammar(model, tokenizer, smiles, num_loops, done=rows_on_file(path, facts), keep=keep)
     print(probes_text(rows))
-    return run.write({PROBES.name: to_json_lines(rows)})
+    return path
 
 
 def probes_text(rows: Sequence[dict]) -> str:

@@ -104,7 +104,9 @@ def block_rows(
     ]
 
 
-def lens_run(run: Run, text: str | None = None, num_loops: int | None = None, limit: int | None = None) -> list[Path]:
+def lens_run(
+    run: Run, text: str | None = None, num_loops: int | None = None, limit: int | None = None, format: str = "png"
+) -> list[Path]:
     """Write RUN/lens.jsonl and RUN/figures/lens.png; returns their paths.
 
     Args:
@@ -145,7 +147,7 @@ def lens_run(run: Run, text: str | None = None, num_loops: int | None = None, li
             run.write({LENS.name: to_json_lines(rows)})
     print(lens_text(rows))
     figure = below(run.folder, "figures") / "lens.png"
-    return [path, *run.drew([save(lens_figure(rows), figure)])]
+    return [path, *run.drew([save(lens_figure(rows), figure, format)])]
 
 
 def rows_of_text(tokenizer: PreTrainedTokenizerBase, text: str, numbers: torch.Tensor) -> dict[str, torch.Tensor]:

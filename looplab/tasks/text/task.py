@@ -81,12 +81,18 @@ class TextTask(Task):
         return best_rule(run.read(HALTING))
 
     def lens(
-        self, run: Run, *, loops: int | None = None, limit: int | None = None, text: str | None = None
+        self,
+        run: Run,
+        *,
+        loops: int | None = None,
+        limit: int | None = None,
+        text: str | None = None,
+        format: str = "png",
     ) -> list[Path]:
         """Write and draw what `lens.lens_run` measures."""
         from .lens import lens_run
 
-        return lens_run(run, text, loops, limit)
+        return lens_run(run, text, loops, limit, format)
 
     def ask(
         self,

@@ -499,6 +499,19 @@ def test_whoever_trusts_a_folder_is_told_what_that_means(page):
     assert "trust_remote_code=True" not in read(page) or "somebody else" in read(page)
 
 
+# Of the words that the glossary rules out, those that mean nothing else on these pages.
+RULED_OUT = ("iteration", "recurrent step", "lane", "experiment")
+
+
+def test_pages_keep_to_the_words_of_the_glossary():
+    glossary = "docs/design/glossary.md"
+    ruled_out = re.findall(r"^\|.*\|(.*)\|$", read(glossary), flags=re.M)
+    pattern = re.compile(rf"\b({'|'.join(RULED_OUT)})s?\b", flags=re.I)
+    assert {word for cell in ruled_out for word in pattern.findall(cell)} == set(RULED_OUT)
+    found = {page: pattern.findall(prose_of(page)) for page in PAGES if page != glossary}
+    assert {page: words for page, words in found.items() if words} == {}
+
+
 # ---- single pages
 
 

@@ -1,5 +1,5 @@
 """The command line: `looped train | recipes | eval | halting | memory | plot | table | lens | fetch | harness |
-frozen | ask | demo | bench | convert | quantize | publish | serve`.
+frozen | ask | demo | bench | convert | quantize | export | publish | serve`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -244,6 +244,12 @@ def run_quantize(arguments) -> None:
             num_loops=arguments.loops,
         )
         report(run, quantization_text(run.read(QUANTIZATION)), path)
+
+
+def run_export(arguments) -> None:
+    from looplab.export.exporting import export_saved
+
+    print(export_saved(arguments.run, arguments.to, arguments.quantize, arguments.loops, arguments.output).told())
 
 
 def run_publish(arguments) -> None:
@@ -545,6 +551,34 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     add_to(command)
     command.set_defaults(call=run_quantize)
+
+    command = commands.add_parser(
+        "export", help="write a model for llama.cpp, for MLX, or as a stock model of transformers"
+    )
+    command.add_argument("run", metavar="RUN", help="a finished run, or a folder with a model and its tokenizer")
+    command.add_argument(
+        "--to",
+        required=True,
+        choices=("gguf", "mlx", "transformers"),
+        help="gguf: a file for llama.cpp; mlx: a folder for mlx-lm; transformers: a folder of a stock model, such as "
+        "a Llama, with a layer for every layer call",
+    )
+    command.add_argument(
+        "--quantize", choices=("q8_0", "q4_0", "f16"), help="the weights become this (default: what they are)"
+    )
+    command.add_argument(
+        "--loops",
+        type=LOOPS,
+        metavar="K",
+        help="default: the model's own. Where the engine loops, what it runs unless it is told another number; "
+        "elsewhere the only one",
+    )
+    command.add_argument(
+        "--output",
+        metavar="PATH",
+        help="a new file or folder (default: RUN/export/NAME.gguf, RUN/export/NAME-mlx, ..)",
+    )
+    command.set_defaults(call=run_export)
 
     command = commands.add_parser("publish", help="put a run on the Hugging Face Hub, with a card and its records")
     command.add_argument("run", metavar="RUN", help=f"{MODELS}, that `looped eval` has measured")

@@ -29,6 +29,7 @@ BELOW = {
     "looplab/training": ("looplab/tasks/registry.py",),
     "looplab/bench": ("looplab/tasks/registry.py",),
     "looplab/convert": ("looplab/tasks/registry.py",),
+    "looplab/export": ("looplab/tasks/registry.py",),
     "looplab/publish": ("looplab/tasks/registry.py",),
     "looplab/pretrained": ("looplab/instruments",),
     "looplab/cli.py": (
@@ -36,6 +37,7 @@ BELOW = {
         "looplab/train.py",
         "looplab/bench",
         "looplab/convert",
+        "looplab/export",
         "looplab/publish",
         "looplab/pretrained",
     ),

@@ -4,16 +4,19 @@
 # make test-fast:  the tests that are not marked slow, in the environment there is: under two minutes on two cores.
 # make test-oldest, make test-newest: the tests on the oldest versions that pyproject.toml admits, and on the newest
 #                  there are, each in an environment of its own. Some GB: torch of PyPI comes with its CUDA libraries.
+#                  Saved models are also run on the versions of transformers that serving engines pin.
+# make test-engines: llama.cpp, built from source (some minutes), and CTranslate2, in an environment of their own.
 # make fuzz N=10000: as many random models and calls for every law; `make test` tries the same few each time.
 PYTHON ?= python3
 N      ?= 1000
 RUN    ?= runs/quickstart
 CORES  ?= logical
 BIN    := .venv/bin
+PINNED_BY_ENGINES := 5.16.1 5.19.0 5.20.2
 # Each process takes about 1 GB; one that is idle takes over half of what another has left.
 PYTEST := -m pytest -n $(CORES) --maxprocesses 8 --dist worksteal
 
-.PHONY: quickstart docs test test-fast fuzz test-oldest test-newest lint bench
+.PHONY: quickstart docs test test-fast fuzz test-oldest test-newest test-engines lint bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -52,12 +55,30 @@ test-oldest: constraints-oldest.txt
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev,quantizers]'
 	.venv-oldest/bin/python $(PYTEST)
+	.venv-oldest/bin/python tests/saved_folders.py write .venv-oldest/saved
+	.venv-oldest/bin/python tests/saved_folders.py check .venv-oldest/saved
+	for version in $(PINNED_BY_ENGINES); do \
+		$(PYTHON) -m venv --clear .venv-oldest/transformers && \
+		.venv-oldest/transformers/bin/pip install --quiet torch==2.9.0 transformers==$$version && \
+		.venv-oldest/transformers/bin/python tests/saved_folders.py check .venv-oldest/saved || exit 1; \
+	done
 
 test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/pip install --quiet -e '.[dev,quantizers]'
 	.venv-newest/bin/pip list | grep -iE '^(torch|transformers|datasets|accelerate|huggingface_hub) '
 	.venv-newest/bin/python $(PYTEST)
+	.venv-newest/bin/python tests/saved_folders.py write .venv-newest/saved
+	.venv-newest/bin/python tests/saved_folders.py check .venv-newest/saved
+
+.venv-engines/installed: pyproject.toml constraints.txt tests/engines/requirements.txt
+	$(PYTHON) -m venv --clear .venv-engines
+	.venv-engines/bin/pip install --quiet -c constraints.txt -e '.[export,eval,mlx]' pytest
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" .venv-engines/bin/pip install -r tests/engines/requirements.txt
+	touch $@
+
+test-engines: .venv-engines/installed
+	.venv-engines/bin/python -m pytest tests/engines -rs
 
 bench: .venv/installed
 	$(BIN)/looped bench --run $(RUN)

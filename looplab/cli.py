@@ -249,7 +249,7 @@ def run_quantize(arguments) -> None:
 def run_export(arguments) -> None:
     from looplab.export.exporting import export_saved
 
-    print(export_saved(arguments.run, arguments.to, arguments.quantize, arguments.loops, arguments.output).told())
+    print(export_saved(arguments.model, arguments.to, arguments.quantize, arguments.loops, arguments.output).told())
 
 
 def run_publish(arguments) -> None:
@@ -555,7 +555,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "export", help="write a model for llama.cpp, for MLX, or as a stock model of transformers"
     )
-    command.add_argument("run", metavar="RUN", help="a finished run, or a folder with a model and its tokenizer")
+    command.add_argument("model", metavar="MODEL", help="a run, or a folder with a model and its tokenizer")
     command.add_argument(
         "--to",
         required=True,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from looplab.runs.folder import open_run
 from looplab.runs.models import check_loops, load_model, load_run_model
-from looplab.runs.writing import whole_folder
+from looplab.runs.writing import below, whole_folder
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.depth_looped import generation_count
 
@@ -151,10 +151,10 @@ def remarks(model: LoopedForCausalLM) -> Iterator[str]:
 
 
 def export_saved(
-    run: str, target: Target, quantize: str | None = None, num_loops: int | None = None, output: str | None = None
+    source: str, target: Target, quantize: str | None = None, num_loops: int | None = None, output: str | None = None
 ) -> Export:
     """Export the model of a run or of a folder, to `RUN/export/` unless `output` is given; see `export`."""
-    folder = Path(run)
+    folder = Path(source)
     is_run = (folder / "recipe.yaml").is_file() or not (folder / "config.json").is_file()
     if is_run:
         model, tokenizer = load_run_model(open_run(folder), num_loops)
@@ -164,5 +164,5 @@ def export_saved(
     name = folder.resolve().name
     end = "" if quantize is None else f"-{quantize}"
     file = f"{name}{end}.gguf" if target == "gguf" else f"{name}-{target}{end}"
-    path = (folder / "export" if is_run else Path.cwd()) / file if output is None else Path(output)
+    path = (below(folder, "export") if is_run else Path.cwd()) / file if output is None else Path(output)
     return export(model, tokenizer, path, target, quantize, num_loops, name)

@@ -8,6 +8,7 @@ run.json        digests of data, tokenizer and files     before the first step, 
 records/        the weights that were measured           with every measurement
 checkpoints/    states to resume from                    while training
 snapshots/      the model at steps that the recipe names while training
+export/         the model for other engines              `looped export`
 model_int4/     weights of few bits, dequantised         `looped quantize`
 figures/        PNG                                      `looped plot`, `looped lens`
 origin.json     what model/ was copied from              `--to FOLDER` on a model that is not a run (sources.py)

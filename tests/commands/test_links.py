@@ -27,11 +27,12 @@ WRITING = {
     "frozen": ["frozen {here}/study.yaml --stages cost"],
     "bench": ["bench --quick --no-compile --output {here}/bench"],
     "convert": ["convert {here}/llama {here}/looped"],
+    "export": ["export {here}/hops --to gguf", "export {here}/text --to mlx"],
 }
 # halting and harness write one file, by the same function; fetch a folder that must not exist, as convert does; what
 # train writes is looked at in tests/training/test_run_folder.py.
 OTHERS = {"train", "recipes", "table", "ask", "demo", "publish", "serve", "halting", "harness", "fetch"}
-AGAIN = {"convert"}  # what needs its output gone before it runs again
+AGAIN = {"convert", "export"}  # what needs its output gone before it runs again
 
 
 def test_every_command_is_looked_at():

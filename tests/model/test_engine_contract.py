@@ -82,7 +82,7 @@ class StandInEngine:
 def engine(request):
     """The name of an engine, whose attention is registered as the engine does it; stand-ins are put into `running`."""
     running = []
-    ALL_ATTENTION_FUNCTIONS.register(request.param, lambda *args, **kwargs: running[-1](*args, **kwargs))
+    ALL_ATTENTION_FUNCTIONS[request.param] = lambda *args, **kwargs: running[-1](*args, **kwargs)
     yield request.param, running
     del ALL_ATTENTION_FUNCTIONS[request.param]
 
@@ -134,10 +134,10 @@ def test_every_slot_is_declared_by_one_attention(shape, loaded_loops, engine):
     assert "loop_num" not in model.config.to_dict()
 
 
-@pytest.mark.parametrize("loaded_loops", [None, 5])
 @pytest.mark.parametrize("shape", SERVED)
-def test_an_engine_that_keeps_keys_by_slot_generates_what_generate_does(shape, loaded_loops, engine):
+def test_an_engine_that_keeps_keys_by_slot_generates_what_generate_does(shape, engine):
     name, running = engine
+    loaded_loops = 5 if name == "vllm" else None
     model = make_served(name, loaded_loops, **SERVED[shape])
     twin = LoopedForCausalLM._from_config(model.config, attn_implementation="sdpa").eval()
     twin.load_state_dict(model.state_dict())

@@ -555,7 +555,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "export", help="write a model for llama.cpp, for MLX, or as a stock model of transformers"
     )
-    command.add_argument("model", metavar="MODEL", help="a run, or a folder with a model and its tokenizer")
+    command.add_argument("model", metavar="MODEL", help=MODELS)
     command.add_argument(
         "--to",
         required=True,

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from looplab.runs.folder import open_run
-from looplab.runs.models import check_loops, load_model, load_run_model
+from looplab.runs.models import check_loops, load_model
+from looplab.runs.sources import find
 from looplab.runs.writing import below, whole_folder
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.depth_looped import generation_count
@@ -153,16 +153,16 @@ def remarks(model: LoopedForCausalLM) -> Iterator[str]:
 def export_saved(
     source: str, target: Target, quantize: str | None = None, num_loops: int | None = None, output: str | None = None
 ) -> Export:
-    """Export the model of a run or of a folder, to `RUN/export/` unless `output` is given; see `export`."""
-    folder = Path(source)
-    is_run = (folder / "recipe.yaml").is_file() or not (folder / "config.json").is_file()
-    if is_run:
-        model, tokenizer = load_run_model(open_run(folder), num_loops)
-    else:
-        model, tokenizer = load_model(folder, "save it again.", device="cpu")
-        check_loops(model, folder, num_loops)
-    name = folder.resolve().name
+    """Export the model called `source`, see `sources.py`: to RUN/export/, or of what is no run to this folder.
+
+    The rest is as in `export`.
+    """
+    found = find(source)
+    model, tokenizer = load_model(found.model_folder(), "take a whole model.", device="cpu")
+    check_loops(model, found.model_folder(), num_loops)
+    name = Path(source).name if found.kind == "Hub" else found.folder.resolve().name
     end = "" if quantize is None else f"-{quantize}"
     file = f"{name}{end}.gguf" if target == "gguf" else f"{name}-{target}{end}"
-    path = (below(folder, "export") if is_run else Path.cwd()) / file if output is None else Path(output)
+    place = below(found.folder, "export") if found.kind == "run" else Path.cwd()
+    path = place / file if output is None else Path(output)
     return export(model, tokenizer, path, target, quantize, num_loops, name)

@@ -55,6 +55,7 @@ NEEDED = {
     "loop_embedding": ("none", "no engine tells a layer which loop it is in"),
     "state_init": ("embeddings", "in every engine the first layer reads the embeddings"),
     "kv_sharing": ("per_loop", "in every engine each layer call has keys and values of its own"),
+    "sliding_window": (None, "no engine has a window in every layer of such a model"),
     "norm_placement": ("pre", "no engine has these layers with norms after the sublayers as well"),
 }
 # Wavelengths of no positions: with them no token is rotated, whatever its position, to the last bit of float32.

@@ -27,6 +27,7 @@ SERVED = {
     "sandwich": {"norm_placement": "sandwich", "qk_norm": True, "loop_embedding": "sinusoidal"},
     "no positions, exit gate": {"position_embedding": "none", "exit_gate": True},
     "learned positions": {"position_embedding": "learned", "attention_bias": True},
+    "sliding window": {"sliding_window": 4, "num_prelude_layers": 1},
     "zero start": {"loop_connection": "inject_concat", "state_init": "zeros"},
 }
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -41,7 +42,7 @@ class StandInEngine:
     def __init__(self, model):
         self.model, self.kept = model, {}
 
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
         assert attention_mask is None
         assert kwargs["dropout"] == 0.0
         outputs = []
@@ -50,7 +51,8 @@ class StandInEngine:
             kept[position] = key[0, :, token], value[0, :, token]  # (K, d) each
         for token, (request, position) in enumerate(self.tokens):
             kept = self.kept[module.layer_idx, request]
-            keys, values = (torch.stack([kept[p][i] for p in range(position + 1)], dim=1) for i in (0, 1))
+            seen = range(0 if sliding_window is None else max(0, position + 1 - sliding_window), position + 1)
+            keys, values = (torch.stack([kept[p][i] for p in seen], dim=1) for i in (0, 1))
             keys, values = (x.repeat_interleave(module.num_key_value_groups, dim=0) for x in (keys, values))
             scores = (query[0, :, token, None] @ keys.transpose(1, 2)) * scaling  # (H, 1, S)
             outputs.append((scores.softmax(-1) @ values).squeeze(1))  # (H, d)
@@ -149,13 +151,13 @@ def test_an_engine_that_keeps_keys_by_slot_generates_what_generate_does(shape, e
     assert len({slot for slot, _ in running[-1].kept}) == model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("kv_sharing", ["last", "mean", "gated"])
-def test_a_policy_that_rewrites_entries_is_refused_at_load(kv_sharing, engine):
-    with pytest.raises(ValueError, match=rf"kv_sharing='{kv_sharing}' gives other tokens .* and {engine[0]} cuts"):
+@pytest.mark.parametrize("kv_sharing", ["last", "mean", "gated", "natural"])
+def test_a_policy_that_an_engine_cannot_keep_is_refused_at_load(kv_sharing, engine):
+    with pytest.raises(ValueError, match=rf"kv_sharing='{kv_sharing}' .* and {engine[0]} (cuts|expects)"):
         make_served(engine[0], None, kv_sharing=kv_sharing)
     model = LoopedForCausalLM(make_config(kv_sharing=kv_sharing))
     model.set_attn_implementation(engine[0])
-    with pytest.raises(ValueError, match=f"and {engine[0]} cuts"):
+    with pytest.raises(ValueError, match=f"and {engine[0]} (cuts|expects)"):
         model(make_ids(), use_cache=False)
 
 

@@ -24,6 +24,7 @@ import train
 from data_builders import dataset_tokenizer, load_task
 from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from looplab.cli import main, parser
+from looplab.export.exporting import export
 from looplab.runs.yaml_text import parse_yaml
 from looplab.shipped import find_recipe
 from looplab.tasks.base import METHODS, Task
@@ -199,6 +200,18 @@ def check_new_task(names: dict, printed: str) -> None:
     assert len(lines) <= 60
 
 
+def an_exported_model() -> dict:
+    """NAME-mlx, which `looped export` has made."""
+    tokenizer = hop_tokenizer(num_entities=20, num_relations=4)
+    export(make_model(vocab_size=len(tokenizer)), tokenizer, Path("NAME-mlx"), "mlx")
+    return {}
+
+
+def check_exported(names: dict, printed: str) -> None:
+    assert names["model"].model.num_loops == 16
+    assert names["tokenizer"].encode("e1 r0")
+
+
 def nothing(*_) -> dict:
     return {}
 
@@ -217,6 +230,7 @@ RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "docs/guides/tune_loops.md": (a_calibrated_model_of_chains, check_tuning),
     "docs/guides/drafts_and_halting.md": (nothing, check_drafts),
     "docs/guides/frozen.md": (a_dense_model, check_frozen),
+    "docs/guides/engines.md": (an_exported_model, check_exported),
     "docs/guides/hyperloop.md": (nothing, nothing),
     "docs/guides/melt.md": (nothing, nothing),
     "docs/guides/molecules.md": (toy_molecules, check_molecules),
@@ -318,7 +332,7 @@ def test_the_time_of_the_quickstart_stands_in_one_place():
 # ---- commands
 
 SHELL = ("sh", "bash")
-OTHERS = {"pip", "curl", "hf", "lm_eval", "git", "cd", "docker"}  # programs of others
+OTHERS = {"pip", "curl", "hf", "lm_eval", "git", "cd", "docker", "llama-cli"}  # programs of others
 
 
 def commands_of(page: str) -> list[list[str]]:

@@ -5,6 +5,7 @@ has each attention read and write the cache of its `layer_idx`. `StandInEngine` 
 """
 
 import ast
+import copy
 import inspect
 import textwrap
 
@@ -141,7 +142,7 @@ def test_an_engine_that_keeps_keys_by_slot_generates_what_generate_does(shape, e
     name, running = engine
     loaded_loops = 5 if name == "vllm" else None
     model = make_served(name, loaded_loops, **SERVED[shape])
-    twin = LoopedForCausalLM._from_config(model.config, attn_implementation="sdpa").eval()
+    twin = LoopedForCausalLM._from_config(copy.deepcopy(model.config), attn_implementation="sdpa").eval()
     twin.load_state_dict(model.state_dict())
     prompts = [make_ids(1, tokens, seed=tokens)[0].tolist() for tokens in (3, 9, 6)]
     expected = [twin.generate(torch.tensor([p]), max_new_tokens=6, **GREEDY)[0].tolist() for p in prompts]

@@ -41,7 +41,9 @@ class Export:
     def told(self) -> str:
         """What was written and how its depth is set, a line each."""
         size = sum(file.stat().st_size for file in [self.path, *self.path.rglob("*")] if file.is_file())
-        lines = [f"{self.path}: {self.architecture}, {self.layers} layers, {size / 1e6:.1f} MB"]
+        lines = [
+            f"{self.path}: {self.architecture}, {self.layers} layer{'s' * (self.layers > 1)}, {size / 1e6:.1f} MB"
+        ]
         if not self.loops_there:
             lines.append(f"the depth is fixed at {self.num_loops} loops, a layer for every layer call")
         elif self.path.is_dir():

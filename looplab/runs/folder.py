@@ -63,6 +63,11 @@ class Run:
         return AGAIN if self.given is None else "save it again, or delete it and download it again."
 
     @property
+    def copied(self) -> bool:
+        """Whether the run was made from a model that is not a run (sources.py)."""
+        return (self.folder / ORIGIN).is_file()
+
+    @property
     def bare(self) -> bool:
         """Whether there is only a model, without the recipe of its training."""
         return not (self.folder / "recipe.yaml").is_file()

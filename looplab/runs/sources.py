@@ -224,7 +224,7 @@ def opened_runs(names: Sequence[str], to: str | None = None, copied: bool = Fals
 def kept_run(source: Source, folder: Path) -> Run:
     """The run `folder` with a copy of the model; it is made unless it is there. Raises ValueError if it is another."""
     if folder.exists():
-        if not (folder / ORIGIN).is_file() or weights_of(folder / "model") != weights_of(source.folder):
+        if not Run(folder).copied or weights_of(folder / "model") != weights_of(source.folder):
             raise ValueError(f"{folder} exists and was not made from {source.name}: name a new folder.")
         return open_run(folder)
     with whole_folder(folder) as new:

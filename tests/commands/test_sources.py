@@ -185,6 +185,14 @@ def test_results_are_kept_only_where_they_are_asked_for(named, tmp_path, monkeyp
     assert failure(capfd, "eval", name, "--to", str(tmp_path)).endswith("name a new folder.")
 
 
+def test_a_published_model_is_drawn_without_samples(named, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plot", named("molecules", "Hub"), "--output", "figures"]) == 0
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"training.png", "validity.png"} <= drawn
+    assert "molecules.png" not in drawn
+
+
 def test_what_lies_in_a_run_belongs_to_it(named, tmp_path):
     run = shutil.copytree(named("hops", "run"), tmp_path / "run")
     with opened_run(str(run / "model")) as opened:

@@ -235,6 +235,8 @@ def plot_runs(runs: Sequence[Run], output: str | Path | None = None, format: str
         own = [save(training_figure(run), figures / "training.png", format)]
         if all_have([run], MOLECULES):
             own += draw_molecules([(run.name, [run])], figures, format)
+        # A published model comes without its samples.
+        if all_have([run], MOLECULES) and ((run.folder / "samples").is_dir() or not run.copied):
             own.append(write_whole(figures / f"molecules.{format}", molecules_picture(run, format)))
         if all_have([run], HALTING):
             own.append(save(exits_figure(run), figures / "exits.png", format))

@@ -13,6 +13,7 @@ from looplab.tasks.text import lens
 from looplab.tasks.text.lens_figures import lens_figure, means, shown
 from looplab.tasks.text.perplexity import run_blocks
 from toy_runs import failure, rows_of
+from toys import make_model
 
 
 @pytest.fixture
@@ -101,3 +102,21 @@ def test_the_figure_shows_every_loop_and_token():
     assert "next" not in means(rows)[1]
     assert shown(" averylongtoken") == "·averylo…"
     assert not math.isnan(json.loads(json.dumps(means(rows)))["1"]["kl"])
+
+
+def test_distances_of_a_model_whose_loops_differ():
+    model = make_model(residual_init="normal", initializer_range=0.4)
+    ids = torch.randint(0, model.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    readings = lens.read_loops(model, ids, torch.full_like(ids, -100), 4)
+    with torch.no_grad():
+        log_p = [model(ids, num_loops=loops).logits.log_softmax(-1) for loops in (1, 2, 3, 4)]
+    for loops, reading in readings.items():
+        here, last = log_p[loops - 1], log_p[-1]
+        kl = torch.nn.functional.kl_div(here, last, log_target=True, reduction="none").sum(-1)
+        torch.testing.assert_close(reading["kl"], kl, atol=1e-4, rtol=1e-3)
+        assert (reading["kl"] > 0.01).all() or loops == 4
+        assert reading["rank"].tolist() == [
+            [1 + int((row > row[final]).sum()) for row, final in zip(rows, finals, strict=True)]
+            for rows, finals in zip(here, last.argmax(-1), strict=True)
+        ]
+        assert reading["next"].isnan().all()

@@ -26,7 +26,7 @@ PYTEST := -m pytest -n $(CORES) --maxprocesses 8 --dist worksteal
 quickstart: .venv/installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train.py recipes/quickstart.yaml
-	$(BIN)/looped eval $(RUN) --loops 1 2 4 8 12 16 24 32 40 48 56 64 72 80 88 --max-loops 88 --limit 100
+	$(BIN)/looped eval $(RUN) --loops 1 2 4 8 12 16 24 32 40 48 56 64 72 80 88 --max-loops 88 --limit 50
 	$(BIN)/looped plot $(RUN)
 	$(BIN)/looped ask $(RUN)
 

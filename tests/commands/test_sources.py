@@ -23,7 +23,10 @@ from looplab.tasks.registry import TASKS
 from toy_runs import RECIPES, failure
 
 # huggingface_hub 2.4 sends large files in a way that its httpx2 no longer likes.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"),
+    pytest.mark.slow,
+]
 
 KINDS = ("folder", "shipped", "Hub")
 # What each verb is told so that it is quick; {to} is where its files go.
@@ -49,7 +52,10 @@ def cases():
             a_task = next(each for each in TASKS.values() if each.kind == task)
             if a_task.options(verb) is not None and (verb, task) not in SLOW:
                 kind, number = KINDS[number % len(KINDS)], number + 1  # in turn
-                yield pytest.param(verb, task, kind, options, id=f"{verb} {task}, {kind}")
+                takes = [
+                    option for option in options if option != "--no-probes" or "no_probes" in a_task.options(verb)
+                ]
+                yield pytest.param(verb, task, kind, takes, id=f"{verb} {task}, {kind}")
 
 
 def every_name():

@@ -25,20 +25,28 @@ def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = 
 
     Raises ValueError for an unknown task, preset or field, naming the nearest one, and for a value out of range.
     """
+    preset_fields(name, config_name, overrides)
+    # An override equal to the preset's value must not build the same data into a second cache folder.
+    known = _own_fields(BUILDERS[name].builder_configs[config_name])
+    changed = {override: value for override, value in overrides.items() if value != known[override]}
+    return BUILDERS[name](config_name=config_name, cache_dir=cache_dir, **changed)
+
+
+def preset_fields(name: str, config_name: str, overrides: dict) -> dict:
+    """The fields of a task's preset, with `overrides` in their places. Raises ValueError as `task_builder`, except for
+    values out of range."""
     if name not in BUILDERS:
         raise ValueError(_unknown("task", name, BUILDERS))
     presets = BUILDERS[name].builder_configs
     if config_name not in presets:
         raise ValueError(_unknown(f"config of {name}", config_name, presets))
     known = _own_fields(presets[config_name])
-    for override in overrides:
+    for override, value in overrides.items():
         if override not in known:
             raise ValueError(_unknown(f"field of {name}", override, known))
-        if overrides[override] is None:
+        if value is None:
             raise ValueError(f"{override} must have a value, got None: leave it out for the preset's.")
-    # An override equal to the preset's value must not build the same data into a second cache folder.
-    changed = {override: value for override, value in overrides.items() if value != known[override]}
-    return BUILDERS[name](config_name=config_name, cache_dir=cache_dir, **changed)
+    return known | overrides
 
 
 def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetDict:
@@ -84,24 +92,31 @@ def load_molecules(
 
 
 def export_parquet(
-    name: str, config_name: str, folder: str | Path, *, cache_dir: str | Path | None = None, **overrides
+    name: str,
+    config_name: str,
+    folder: str | Path,
+    *,
+    splits: DatasetDict | None = None,
+    cache_dir: str | Path | None = None,
+    **overrides,
 ) -> Path:
     """Write a task as a Hub data folder, which `load_dataset(folder, config_name)` reads without our code.
 
     The folder gets `config_name/SPLIT-00000-of-00001.parquet` and a README.md; another config of the task may be added
-    to it later. The data appear whole or not at all, and the README names them only once they are there.
+    to it later. The data appear whole or not at all, and the README names them only once they are there. `splits` are
+    rows that the task was built to once, for data whose files are elsewhere now.
 
     Raises ValueError as `task_builder`, and if the folder already has this config or holds something else.
     """
     folder = Path(folder)
-    builder = task_builder(name, config_name, cache_dir=cache_dir, **overrides)
+    config = preset_fields(name, config_name, overrides)
     readme = folder / "README.md"
     if (folder / config_name).exists():
         raise ValueError(f"{folder / config_name} exists: delete it or choose another folder.")
-    card = _card(readme if readme.exists() else None, name, builder)
+    card = _card(readme if readme.exists() else None, name, config_name, config)
     if card.data.pretty_name != name or (folder.exists() and any(folder.iterdir()) and not readme.exists()):
         raise ValueError(f"{folder} holds something else than the task {name}: choose an empty or a new folder.")
-    dataset = build_splits(builder)
+    dataset = splits or load_task(name, config_name, cache_dir=cache_dir, **overrides)
     files = [{"split": split, "path": f"{config_name}/{split}-*.parquet"} for split in dataset]
     card.data["configs"] = [*(card.data.get("configs") or []), {"config_name": config_name, "data_files": files}]
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,17 +131,17 @@ def export_parquet(
     return folder
 
 
-def _card(readme: Path | None, name: str, builder: DatasetBuilder) -> DatasetCard:
+def _card(readme: Path | None, name: str, config_name: str, values: dict) -> DatasetCard:
     """The folder's card with one more config: its text gets a table of the fields that made the data."""
     if readme is None:
         tags = ["looped-transformers", *BUILDERS[name].TAGS]
         data = DatasetCardData(pretty_name=name, task_categories=["text-generation"], tags=tags)
-        text = f"# {name}\n\n{inspect.getdoc(builder).partition('One example')[0].rstrip()}\n"
+        text = f"# {name}\n\n{inspect.getdoc(BUILDERS[name]).partition('One example')[0].rstrip()}\n"
         card = DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     else:
         card = DatasetCard.load(readme)
-    sizes = "".join(f"| {field} | {_shown(value)} |\n" for field, value in _own_fields(builder.config).items())
-    head = f"\n## {builder.config.name}\n\n{builder.config.description}\n\n"
+    sizes = "".join(f"| {field} | {_shown(value)} |\n" for field, value in values.items())
+    head = f"\n## {config_name}\n\n{BUILDERS[name].builder_configs[config_name].description}\n\n"
     card.text += f"{head}| field | value |\n| --- | --- |\n{sizes}"
     return card
 

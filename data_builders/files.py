@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+class MissingData(ValueError):
+    """Files that the user names are not there."""
+
+
 def expand_home(name: str, path: str) -> str:
     """`path` with the home folder in the place of a leading `~`.
 
@@ -25,7 +29,7 @@ def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetche
     """The files that match paths and globs, sorted.
 
     name: of the field. fetched, command: a folder, and the command that fills it, for the message.
-    Raises ValueError, with `name`, for a pattern that matches no file and for a file with another suffix.
+    Raises MissingData, with `name`, for a pattern that matches no file, and ValueError for a file with another suffix.
     """
     paths = set()
     for pattern in (expand_home(name, pattern) for pattern in patterns):
@@ -33,9 +37,9 @@ def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetche
         matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(path).absolute() for path in matches if os.path.isfile(path)}
         if not found and Path(pattern).is_relative_to(fetched):
-            raise ValueError(f"there is no {pattern}: run `{command}`, or name files.")
+            raise MissingData(f"there is no {pattern}: run `{command}`, or name files.")
         if not found:
-            raise ValueError(f"{name}: nothing matches {pattern!r} in {os.getcwd()}.")
+            raise MissingData(f"{name}: nothing matches {pattern!r} in {os.getcwd()}.")
         paths |= found
     for path in paths:
         if not path.name.endswith(suffixes):

@@ -2,9 +2,11 @@
 
     file        .txt or .md, or either with .gz; UTF-8. With `messages`, .jsonl with conversations, see `chats.py`
     document    whole paragraphs of one file, `document_characters` characters or a little more; or a conversation
-    split       by a seeded hash of the document's text: test_share to test, validation_share to validation
+    split       by a seeded hash of the document's text: test_share to test, validation_share to validation; or the
+                split of the data set, or the files, that the user names for it
 
-Equal documents go to the same split, so that the splits are disjoint; copies of a document are dropped.
+Equal documents go to the same split, so that the splits are disjoint; copies of a document are dropped. A document
+that the user names for validation or test is in no other split, wherever else it stands.
 """
 
 import hashlib
@@ -19,7 +21,8 @@ from huggingface_hub.constants import HF_HOME
 
 from . import chats
 from .fields import check_fields, number
-from .files import expand_home, find_files, read_text
+from .files import find_files, read_text
+from .rows import load_rows
 from .seeding import source_hash
 
 VERSION = datasets.Version("1.0.0")
@@ -28,6 +31,7 @@ VERSION = datasets.Version("1.0.0")
 CORPUS = Path(HF_HOME) / "looped" / "corpus"
 
 SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz")
+HELD_OUT = ("test", "validation")  # a document that is named for both is in the first
 
 
 @dataclass
@@ -37,6 +41,10 @@ class TextConfig(datasets.BuilderConfig):
     version: datasets.Version = VERSION
     files: list[str] = field(default_factory=list)  # paths and globs; `**` is any number of folders
     dataset: dict = field(default_factory=dict)  # arguments of `datasets.load_dataset`, `path` and `split` among them
+    validation_files: list[str] = field(default_factory=list)  # the split validation, in place of `validation_share`
+    test_files: list[str] = field(default_factory=list)
+    validation_split: str | None = None  # the split of `dataset` to validate on, in place of `validation_share`
+    test_split: str | None = None
     column: str = "text"  # the column of `dataset` that holds the text
     messages: bool = False  # the rows are conversations
     document_characters: int = number(4_000, at_least=1, whole=True)  # a file is cut at the next blank line
@@ -49,38 +57,62 @@ class TextConfig(datasets.BuilderConfig):
 
         Raises ValueError for a field out of range, and as `sources` and `rows`.
         """
+        self.check()
+        contents = hashlib.sha256()
+        for rows in map(self.rows, self.named()):
+            contents.update(b"" if rows is None else rows._fingerprint.encode())
+        for split, sources in self.sources().items():
+            for source, path in sources.items():
+                digest = hashlib.sha256(read_text(path).encode()).hexdigest()
+                contents.update(f"{source}\n{digest}\n{'' if split == 'train' else split}".encode())
+        return f"{super().create_config_id(config_kwargs, custom_features)}-{contents.hexdigest()[:16]}"
+
+    def check(self) -> None:
+        """Raise ValueError for a field out of range, and for fields that contradict each other."""
         check_fields(self)
         if bool(self.files) == bool(self.dataset):
             raise ValueError("name the text: either files, a list of paths and globs, or dataset.")
-        contents = hashlib.sha256()
-        if self.dataset:
-            contents.update(self.rows()._fingerprint.encode())
-        for source, path in self.sources().items():
-            contents.update(f"{source}\n{hashlib.sha256(read_text(path).encode()).hexdigest()}\n".encode())
-        return f"{super().create_config_id(config_kwargs, custom_features)}-{contents.hexdigest()[:16]}"
+        for split in HELD_OUT:
+            files, name, share = (f"{split}_{what}" for what in ("files", "split", "share"))
+            given = [field for field in (files, name) if vars(self)[field]]
+            if len(given) > 1:
+                raise ValueError(f"{files} and {name} name the same thing: leave one of them out.")
+            if vars(self)[name] and not self.dataset:
+                raise ValueError(f"{name} is a split of dataset, and there is none: name {files}, or leave it out.")
+            default = type(self).__dataclass_fields__[share].default
+            if given and vars(self)[share] != default:
+                raise ValueError(f"{share} deals documents to the split that {given[0]} names: leave one of them out.")
 
-    def sources(self) -> dict[str, Path]:
-        """Name -> file, sorted by file; a name is the path below the deepest folder that holds all files.
+    def named(self) -> list[str]:
+        """The splits whose documents the user names; those of train are dealt to the splits that have none."""
+        return [split for split in HELD_OUT if vars(self)[f"{split}_files"] or vars(self)[f"{split}_split"]] + [
+            "train"
+        ]
+
+    def sources(self) -> dict[str, dict[str, Path]]:
+        """Split -> name -> file, sorted by file; a name is the path below the deepest folder that holds all files.
 
         Raises ValueError as `find_files`.
         """
-        suffixes = chats.SUFFIXES if self.messages else SUFFIXES
-        paths = find_files("files", self.files, suffixes, CORPUS, "looped fetch corpus")
-        shared = os.path.commonpath([path.parent for path in paths]) if paths else ""
-        return {path.relative_to(shared).as_posix(): path for path in paths}
+        paths, suffixes = {}, chats.SUFFIXES if self.messages else SUFFIXES
+        for split, name in (("test", "test_files"), ("validation", "validation_files"), ("train", "files")):
+            if vars(self)[name]:
+                paths[split] = find_files(name, vars(self)[name], suffixes, CORPUS, "looped fetch corpus")
+        every = [path.parent for found in paths.values() for path in found]
+        shared = os.path.commonpath(every) if every else ""
+        return {split: {path.relative_to(shared).as_posix(): path for path in found} for split, found in paths.items()}
 
-    def rows(self) -> datasets.Dataset:
-        """The rows of `dataset`; raises ValueError if it cannot be read, or has no column `column`."""
-        arguments = expand_homes(self.dataset)
-        try:
-            rows = datasets.load_dataset(**arguments)
-        except Exception as error:  # every kind of file has errors of its own
-            while error.__cause__ is not None:
-                error = error.__cause__
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"dataset {arguments} cannot be read: {reason}") from error
-        if not isinstance(rows, datasets.Dataset):
-            raise ValueError("dataset must give one split that is not streamed: add `split` to its arguments.")
+    def rows(self, split: str) -> datasets.Dataset | None:
+        """The rows of `dataset` that a split is made of; None if there are none.
+
+        Raises ValueError as `load_rows`, or if there is no column `column`.
+        """
+        field = "dataset.split" if split == "train" else f"{split}_split"
+        name = self.dataset.get("split") if split == "train" else vars(self)[field]
+        if not self.dataset or (split != "train" and name is None):
+            return None
+        arguments = {key: value for key, value in self.dataset.items() if key != "split"}
+        rows = load_rows(arguments, field, name)
         if self.column not in rows.column_names:
             raise ValueError(f"column must be one of {', '.join(rows.column_names)}, got {self.column!r}.")
         # pandas renames the second of two columns with one name to `NAME.1`.
@@ -88,12 +120,13 @@ class TextConfig(datasets.BuilderConfig):
             raise ValueError(f"column {self.column} is there twice in dataset {arguments}: rename one of them.")
         return rows
 
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """(source, text) of every file, or of every row of `dataset`."""
-        for source, path in self.sources().items():
+    def texts(self, split: str = "train") -> Iterator[tuple[str, str]]:
+        """(source, text) of every file, or of every row of `dataset`, that a split is made of."""
+        for source, path in self.sources().get(split, {}).items():
             yield source, read_text(path)
-        rows = self.rows().select_columns(self.column) if self.dataset else []
-        for row in range(len(rows)):
+        rows = self.rows(split)
+        rows = None if rows is None else rows.select_columns(self.column)
+        for row in range(len(rows or ())):
             place = f"row {row} (the first is 0), column {self.column} of dataset {self.dataset}"
             try:
                 text = rows[row][self.column]
@@ -103,29 +136,32 @@ class TextConfig(datasets.BuilderConfig):
                 raise ValueError(f"{place}: {text!r} is no text: write it as one, or take the row out.")
             yield str(row), text
 
-    def documents(self) -> Iterator[dict]:
-        """Every document of every file, or of every row of `dataset`: its text and source; of a conversation, which is
-        JSON, also its line."""
+    def documents(self, split: str) -> Iterator[dict]:
+        """Every document of every file, or of every row of `dataset`, that a split is made of: its text and source; of
+        a conversation, which is JSON, also its line."""
         if not self.messages:
-            for source, text in self.texts():
+            for source, text in self.texts(split):
                 for document in documents(text, self.document_characters):
                     yield {"text": document, "source": source}
             return
-        for source, path in self.sources().items():
+        for source, path in self.sources().get(split, {}).items():
             for line, document in chats.read_chats(path):
                 yield {"text": document, "source": source, "line": line}
-        rows = self.rows().select_columns(self.column) if self.dataset else []
-        for row in range(len(rows)):
+        rows = self.rows(split)
+        rows = None if rows is None else rows.select_columns(self.column)
+        for row in range(len(rows or ())):
             place = f"row {row} (the first is 0), column {self.column} of dataset {self.dataset}"
             document = chats.conversation(rows[row][self.column], place)
             yield {"text": document, "source": str(row), "line": row}
 
     def split_of(self, digest: bytes) -> str:
-        """The split of a document, from the hash of its text, read as a number in [0, 1)."""
-        place = int.from_bytes(digest[:8], "big") / 2**64
-        if place < self.test_share:
-            return "test"
-        return "validation" if place < self.test_share + self.validation_share else "train"
+        """The split that a document is dealt to, from the hash of its text, read as a number in [0, 1)."""
+        place, below = int.from_bytes(digest[:8], "big") / 2**64, 0.0
+        for split in HELD_OUT:
+            below += 0.0 if split in self.named() else vars(self)[f"{split}_share"]
+            if place < below:
+                return split
+        return "train"
 
 
 class Text(datasets.GeneratorBasedBuilder):
@@ -133,9 +169,11 @@ class Text(datasets.GeneratorBasedBuilder):
 
     Configs: `corpus` (the text that `looped fetch corpus` wrote: 56 MB of English books, manuals, dictionaries and
     standards) and `files`, where you name the text: `files=["books/*.txt", "notes.md.gz"]`, or `dataset={"path":
-    "json", "data_files": "texts.jsonl", "split": "train"}`. `source` is the file, or the row number in the dataset.
-    `chats` has conversations, see `chats.py`: `files=["chats.jsonl"]`, or a dataset with a column of messages.
-    The documents of one long file may go to different splits: held-out text is then unseen text of a known author.
+    "json", "data_files": "texts.jsonl", "split": "train"}`; the path of a dataset may be a folder of `save_to_disk`.
+    `validation_split` and `test_split`, or `validation_files` and `test_files`, name the splits that the data have.
+    `source` is the file, or the row number in the dataset. `chats` has conversations, see `chats.py`:
+    `files=["chats.jsonl"]`, or a dataset with a column of messages. The documents of one long file may go to different
+    splits: held-out text is then unseen text of a known author.
 
     One example:
 
@@ -180,28 +218,24 @@ class Text(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(split, {"split": split}) for split in ("train", "validation", "test")]
 
     def _generate_examples(self, split: str):
-        seen, total = set(), 0
-        for document in self.config.documents():
-            digest = hashlib.sha256(f"{self.config.seed}\n{document['text']}".encode()).digest()
-            total += 1
-            if self.config.split_of(digest) == split and digest not in seen:
+        named, seen, count = self.config.named(), set(), 0
+        for owner in named:  # train last: what is held out is not trained on
+            for document in self.config.documents(owner):
+                digest = hashlib.sha256(f"{self.config.seed}\n{document['text']}".encode()).digest()
+                if digest in seen:
+                    continue
                 seen.add(digest)
-                yield len(seen), document
-        if not seen:
+                if split == (self.config.split_of(digest) if owner == "train" else owner):
+                    count += 1
+                    yield count, document
+            if owner == split:
+                break
+        if not count:
             raise ValueError(
-                f"the split {split} has no documents and needs one at least (there are {total}, with validation_share "
-                f"{self.config.validation_share:g} and test_share {self.config.test_share:g}): add text, change the "
-                "shares, or lower document_characters."
+                f"the split {split} has no documents and needs one at least (there are {len(seen)}, with "
+                f"validation_share {self.config.validation_share:g} and test_share {self.config.test_share:g}): add "
+                "text, change the shares, or lower document_characters."
             )
-
-
-def expand_homes(value):
-    """An argument of `load_dataset`, with the home folder in the place of a leading `~` in every text."""
-    if isinstance(value, dict):
-        return {name: expand_homes(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [expand_homes(each) for each in value]
-    return expand_home("dataset", value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def documents(text: str, document_characters: int) -> Iterator[str]:

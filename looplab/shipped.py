@@ -28,13 +28,16 @@ def recipe_files() -> dict[str, Path]:
 
 
 def find_recipe(text: str) -> Path:
-    """The file `text`, or else the recipe of this package with that name: `quickstart`, `recipes/quickstart.yaml`.
+    """The file `text`, or the recipe in the run folder `text`, or else the recipe of this package with that name:
+    `quickstart`, `recipes/quickstart.yaml`.
 
     Raises ValueError, with the nearest name, for a name without a folder or a suffix that is neither.
     """
     path = Path(text)
     if path.is_file():
         return path
+    if (path / "recipe.yaml").is_file():  # a run folder
+        return path / "recipe.yaml"
     files = recipe_files()
     name = text.removeprefix("recipes/").removesuffix(".yaml")
     if name in files:

@@ -86,7 +86,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
     # Data: what the task trains and measures on.
     depth = recipe.depth.sampler(recipe.seed)
     with accelerator.main_process_first():
-        splits = recipe.data.load()
+        splits = run.splits()
         run.check_data(splits)
     task = TASKS[recipe.data.task].training(recipe, splits, depth, accelerator, run.kept_tokenizer())
 

@@ -39,6 +39,7 @@ from looplab.runs.digests import sha256_of
 from looplab.runs.folder import TRAINED, Run
 from looplab.runs.models import blaming, load_run_model
 from looplab.runs.writing import whole_folder, write_whole
+from looplab.runs.records import to_json
 from looplab.tasks.card import Names
 from looplab.tasks.registry import task_for, task_of
 
@@ -273,6 +274,9 @@ def model_upload(run: Run, names: Names, pinned: bool = True) -> Upload:
     task = task_of([run])
     names_of_records = [*TRAINED, "run.json", *(record.name for record in task.records)]
     files |= {f"run/{name}": own_file(run.folder, name) for name in names_of_records if (run.folder / name).is_file()}
+    if run.note():  # without the folder of this machine where the training began
+        note = {name: value for name, value in run.note().items() if name != "folder"}
+        files["run/run.json"] = to_json(note).encode()
     if (run.folder / "records" / "index.json").is_file():
         files["run/records/index.json"] = own_file(run.folder / "records", "index.json")
     figures = {f"figures/{name}.png": own_file(run.folder / "figures", f"{name}.png") for name in task.figures}
@@ -328,9 +332,11 @@ def dataset_upload(run: Run, names: Names, place: Path) -> Upload:
     """The dataset repository; its parquet files are written to `place`."""
     data = task_of([run]).Data.of(run)
     preset, fields = data.preset()
-    export_parquet(data.task, preset, place, **fields)
+    splits = data.splits_of(run)
+    run.check_data(splits)
+    export_parquet(data.task, preset, place, splits=splits, **fields)
     exported = DatasetCard.load(place / "README.md")
-    card = dataset_card(run, names, exported, data.load())
+    card = dataset_card(run, names, exported, splits)
     files = {path.relative_to(place).as_posix(): path for path in sorted(place.glob("*/*.parquet"))}
     return Upload("dataset", names.dataset_id, {"README.md": str(card).encode(), **files}, ("*/*.parquet",))
 

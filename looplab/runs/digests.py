@@ -120,5 +120,5 @@ def refuse_other_data(run: object, before: dict, after: dict) -> None:
     if changes:
         raise ValueError(
             f"the data of {run} have changed since it began ({changes}): restore the files that its recipe names, "
-            "or train on the new files under another --name."
+            "say by --data.files where they are now, or train on the new files under another --name."
         )

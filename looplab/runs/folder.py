@@ -5,6 +5,7 @@ metrics.jsonl   records of training, held-out checks     while training
 model/          weights, config, tokenizer, model code   at the end
 summary.json    the results of the training              at the end
 run.json        digests of data, tokenizer and files     before the first step, and with every file
+data/           a copy of the data, if they are small     before the first step
 records/        the weights that were measured           with every measurement
 checkpoints/    states to resume from                    while training
 snapshots/      the model at steps that the recipe names while training
@@ -44,10 +45,12 @@ class Run:
     Args:
         folder: with the files.
         given: what the user called it, if that is a model and no run (sources.py): `folder` is then a temporary one.
+        data: fields of the recipe's section `data` that say where the data of the run are now.
     """
 
     folder: Path
     given: str | None = None
+    data: Mapping = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         return self.given or str(self.folder)

@@ -32,8 +32,6 @@ def read_recipe_file(name: str | Path, kind: str) -> tuple[Path, dict]:
     """
     path = find_recipe(expand_home("the recipe", str(name)))
     if path.is_dir():
-        if (path / "recipe.yaml").is_file():
-            raise ValueError(f"{path} is a run, and {kind} is expected: that of the run is {path / 'recipe.yaml'}.")
         raise ValueError(f"{path} is a folder, and {kind} is expected: name a file, or one of `looped recipes`.")
     values = read_yaml(path)
     if not isinstance(values, dict):

@@ -35,6 +35,7 @@ OWNED = (
       for name in MODEL_FILES),
     *(f"checkpoints/{folder}/{name}" for folder in ("step-?????????", "partial") for name in CHECKPOINT_FILES),
     "checkpoints/*/pytorch_model_*/*", "checkpoints/*/optimizer_*/*", "checkpoints/*/.state.json.*.partial",
+    "data/*.parquet", ".*.partial/*.parquet",
     "records/index.json", "records/lock", "records/.*.partial", "records/commit*/*.json*",
     *(f"tracker/{place}events.out.tfevents.*" for place in ("", "*/", "*/*/")), "tracker/hparams.yml",
     "tracker/*/hparams.yml",

@@ -1,9 +1,19 @@
 """The sections of a recipe that belong to its task: `data` and `curriculum`.
 
 A task has a class for each, so that a field of another task is unknown. Nothing here imports torch.
+
+Where the data of a run are, also after the run was moved (`Data.find`), and docs/guides/run_folders.md says the same:
+
+    1. the files that the recipe names; a relative name is below the folder where the training began (run.json has it).
+       A data set of the Hub comes after the copy: it is asked for only where there is none
+    2. the copy in RUN/data, which a run keeps of files that a user named, if it is small (`keep`)
+    3. the same names below the current folder
+
+The first place where there is something counts. Whatever it is, its digests must be those of the training.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from huggingface_hub.dataclasses import strict
@@ -13,6 +23,9 @@ from looplab.runs.folder import Run
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+
+COPY = "data"  # the folder of a run with the copy of its data
+KEPT_BYTES = 32 * 2**20  # the most rows that a run keeps a copy of, as Arrow has them in memory
 
 
 @strict
@@ -28,8 +41,10 @@ class Data:
     def of(cls, run: Run) -> Self:
         """The section in a run's recipe. Fields that the task does not have are ignored, because older versions wrote
         the fields of all tasks into recipe.yaml."""
-        names = cls.__dataclass_fields__
-        return cls(**{name: value for name, value in run.recipe()["data"].items() if name in names})
+        names, values = cls.__dataclass_fields__, dict(run.recipe()["data"])
+        for name, value in run.data.items():
+            values[name] = values.get(name, {}) | value if isinstance(value, dict) else value
+        return cls(**{name: value for name, value in values.items() if name in names})
 
     def check(self, init_from: str | None) -> None:
         """Raise ValueError for fields that contradict each other or the recipe's `init_from`."""
@@ -51,6 +66,81 @@ class Data:
 
         preset, fields = self.preset()
         return load_task(self.task, preset, **(fields | changed))
+
+    def kept(self) -> bool:
+        """Whether a run keeps a copy of its data: of files that the user named, and not of what is made or fetched."""
+        return False
+
+    def here(self) -> bool:
+        """Whether the data are looked for on this machine alone."""
+        return True
+
+    def located(self, folder: Path) -> Self:
+        """The same section with the names of files below `folder`, if they are relative."""
+        return self
+
+    def splits_of(self, run: Run, **changed) -> "DatasetDict":
+        """The splits of a run, to be compared by `Run.check_data`: of the files that the user named for it now, or else
+        by `find`."""
+        return self.load(**changed) if run.data else self.find(run, **changed)
+
+    def find(self, run: Run, **changed) -> "DatasetDict":
+        """The splits of a run, see the module docstring.
+
+        Args:
+            changed: fields of the builder, as in `load`.
+
+        Raises:
+            MissingData: they are nowhere.
+            ValueError: they cannot be read.
+        """
+        from data_builders.files import MissingData
+
+        began_in, copy = run.note().get("folder"), run.folder / COPY
+        named = self if began_in is None else self.located(Path(began_in))
+        if copy.is_dir() and not named.here():
+            return read_copy(copy)
+        try:
+            return named.load(**changed)
+        except MissingData as error:
+            gone = error
+        if copy.is_dir():
+            return read_copy(copy)
+        try:
+            return self.load(**changed)
+        except MissingData as error:
+            raise MissingData(
+                f"the data of {run} are not on this machine, and it keeps no copy of them ({gone}) Say where they are "
+                "by --data.files FILE [FILE ...], or by --data.overrides."
+            ) from error
+
+
+def read_copy(folder: Path) -> "DatasetDict":
+    """The splits that `Copy` wrote. Raises ValueError for a damaged file."""
+    from datasets import load_dataset
+
+    files = {path.stem: str(path) for path in sorted(folder.glob("*.parquet"))}
+    try:
+        return load_dataset("parquet", data_files=files)
+    except Exception as error:
+        raise ValueError(f"{folder} is damaged ({error}): delete it, and name the data by --data.files.") from error
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The splits of a run, as it keeps them."""
+
+    splits: "DatasetDict"
+
+    def small(self) -> bool:
+        return sum(rows.data.nbytes for rows in self.splits.values()) <= KEPT_BYTES
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write SPLIT.parquet for each split."""
+        import pyarrow.parquet as pq
+
+        for split, rows in self.splits.items():
+            pq.write_table(rows.with_format("arrow")[:], folder / f"{split}.parquet")
 
 
 @strict

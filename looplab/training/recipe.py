@@ -341,7 +341,10 @@ def read_recipe(path: str | Path, flags: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: what is wrong and where, of a file or a flag that cannot be read and a recipe that cannot be run.
     """
+    named = Path(path)
     path, values = read_recipe_file(path, TRAIN)
+    if path.parent == named:  # a run folder, and the run goes on in it
+        values |= {"output_dir": str(path.absolute().parent.parent), "name": path.absolute().parent.name}
     twice = "check_every" in values
     moved = move_check_every(values)
     if moved and twice:

@@ -24,7 +24,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
+from datasets import DatasetDict
+
 from looplab.runs.digests import data_of, refuse_other_data, sha256_of, tokenizer_of, weights_of
+from looplab.runs.folder import Run
 from looplab.runs.records import (
     OLD,
     commit,
@@ -42,6 +45,7 @@ from looplab.runs.records import (
 from looplab.runs.sections import flatten
 from looplab.runs.writing import remove_partials, write_whole
 from looplab.runs.yaml_text import read_yaml, to_yaml
+from looplab.tasks.data import COPY, Copy
 from looplab.tasks.registry import measured_files, written_files
 from looplab.tasks.training import State
 
@@ -52,6 +56,13 @@ logger = logging.getLogger(__name__)
 # Fields of a recipe that may change when a run goes on: none of them changes what an update does, but for schedules
 # that follow the budget.
 FREE = frozenset({"max_steps", "max_seconds", "log_every", "checkpoint_every", "eval_loops", "snapshots", "trackers"})
+
+# Fields that say where something is -> the digest in run.json that tells whether it is the same. They may change, too.
+PLACES = {
+    r"data\.(files|overrides\.(dataset\..*|.*files))": "data",
+    r"data\.tokenizer": "tokenizer",
+    r"init_from|distill\.teacher": "start",
+}
 
 OTHERS = "Give this run another --name, or replace the one there with --overwrite true."
 
@@ -97,7 +108,7 @@ class RunFolder:
         final: where the run is, at the latest from its first checkpoint on.
         folder: where it is written to now.
         starts: field of the recipe -> folder of the weights that the run starts or learns from, or None.
-        changed: field -> [old, new], of the FREE fields that differ from those the run went by so far.
+        changed: field -> [old, new], of the fields that differ from those the run went by so far: FREE ones and PLACES.
         complete: the run has finished, and there are no checkpoints to go on from.
     """
 
@@ -170,7 +181,7 @@ class RunFolder:
         final = self.final
         for path in (
             final,
-            *(final / name for name in ("checkpoints", "model", "snapshots", "tokenizer", "metrics.jsonl")),
+            *(final / name for name in ("checkpoints", "model", "snapshots", "tokenizer", COPY, "metrics.jsonl")),
         ):
             if path.is_symlink():
                 raise ValueError(
@@ -205,7 +216,7 @@ class RunFolder:
         self.complete = True
 
     def compared(self) -> dict[str, list]:
-        """FREE fields that differ from recipe.yaml; ValueError if others do, or the file is damaged."""
+        """Fields that differ from recipe.yaml and may; ValueError if others do, or the file is damaged."""
         path = self.final / "recipe.yaml"
         try:
             old = read_yaml(path)
@@ -221,18 +232,34 @@ class RunFolder:
         old, new = default | flatten(old), default | flatten(self.recipe.resolved())
         names = sorted((old.keys() | new.keys()) - {"name", "output_dir", "overwrite"})
         differ = {name: [old.get(name), new.get(name)] for name in names if old.get(name) != new.get(name)}
-        fixed = [f"{name}: {before} -> {after}" for name, (before, after) in differ.items() if name not in FREE]
+        fixed = [f"{name}: {before} -> {after}" for name, (before, after) in differ.items() if not self.is_free(name)]
         if fixed:
             raise ValueError(f"{self.final} holds a run of another recipe ({'; '.join(fixed)}). {OTHERS}")
         return differ
 
+    def is_free(self, name: str) -> bool:
+        """Whether a field may change when the run goes on."""
+        digests = self.note()
+        return name in FREE or any(re.fullmatch(where, name) and digests.get(of) for where, of in PLACES.items())
+
     # Beginning: after the last refusal
+
+    @property
+    def moved(self) -> bool:
+        """Whether the recipe says where the data are now."""
+        return any(name.startswith("data.") for name in self.changed)
+
+    def splits(self) -> DatasetDict:
+        """The data of the recipe; of a run that goes on, wherever they are now, unless the recipe says it anew."""
+        if self.resumes and not self.moved:
+            return self.recipe.data.find(Run(self.final))
+        return self.recipe.data.load()
 
     def check_data(self, splits: Mapping) -> None:
         """ValueError if the run goes on and its data have changed; call it before anything uses the data."""
         if not self.is_main:
             return
-        self.data = data_of(splits)
+        self.copy, self.data = Copy(splits), data_of(splits)
         before = self.note().get("data") if self.resumes else None
         if self.resumes and before is None:
             logger.warning(f"{self.final} was begun before runs kept digests of their data: they are not compared.")
@@ -266,6 +293,10 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if not before.get("data"):
                 self.write_note(format=1, data=self.data, **began)
+            if not self.resumes or self.moved:
+                self.write_note(folder=os.getcwd())  # relative names in the recipe are below it
+            if self.recipe.data.kept() and self.copy.small() and not (self.resumes and (self.folder / COPY).is_dir()):
+                self.save_folder(COPY, self.copy)
             if not (self.folder / "tokenizer" / "tokenizer.json").is_file() or not self.resumes:
                 self.save_folder("tokenizer", tokenizer)
             self.trim_metrics(state)

@@ -115,6 +115,102 @@ def test_any_dataset_of_texts_is_text(pages, tmp_path):
         pages(files=[], dataset={k: v for k, v in dataset.items() if k != "split"}, column="page")
 
 
+OWN = {
+    "train": [f"Text {n} is trained on." for n in range(30)] + ["Both.", "All."],
+    "validation": [f"Text {n} is checked." for n in range(4)] + ["Both.", "All.", "Text 0 is checked."],
+    "test": [f"Text {n} is measured." for n in range(4)] + ["All."],
+}
+
+
+def own_data(kind: str, folder: Path) -> dict:
+    """Fields of `load_task` for the splits `OWN`, kept as a `kind` of data."""
+    splits = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": rows}) for name, rows in OWN.items()})
+    if kind == "saved":
+        splits.save_to_disk(folder / "saved")
+        return {"dataset": {"path": str(folder / "saved"), "split": "train"}}
+    if kind == "files":
+        for name, rows in splits.items():
+            (folder / name).mkdir()
+            for number, row in enumerate(rows):
+                (folder / name / f"{number}.txt").write_text(row["text"])
+        held_out = {f"{name}_files": [str(folder / name / "*.txt")] for name in ("validation", "test")}
+        return {"files": [str(folder / "train" / "*.txt")], **held_out}
+    for name, rows in splits.items():
+        (rows.to_parquet if kind == "parquet" else rows.to_json)(folder / f"{name}.{kind}")
+    files = {name: str(folder / f"{name}.{kind}") for name in splits}
+    return {"dataset": {"path": kind, "data_files": files, "split": "train"}}
+
+
+@pytest.mark.parametrize("kind", ["saved", "files", "parquet", "json"])
+@pytest.mark.parametrize("names", [("validation", "test"), ("validation",), ("test",), ()])
+def test_a_data_set_keeps_its_own_splits_and_never_trains_on_them(tmp_path, kind, names):
+    """What a split of its own holds is in no other; what is not named is dealt as ever, from the training rows."""
+    fields = own_data(kind, tmp_path)
+    if kind == "files":
+        fields = {field: value for field, value in fields.items() if field.partition("_")[0] in ("files", *names)}
+    else:
+        fields |= {f"{name}_split": name for name in names}
+    shares = {f"{name}_share": 0.2 for name in ("validation", "test") if name not in names}
+    found = {split: set(rows) for split, rows in texts(load_task("text", "files", **fields, **shares)).items()}
+    held_out = set()
+    for name in ("test", "validation"):
+        if name in names:
+            assert found[name] == set(OWN[name]) - held_out
+            held_out |= set(OWN[name])
+    assert all(found.values())
+    assert set().union(*found.values()) == set(OWN["train"]) | held_out
+    assert sum(map(len, found.values())) == len(set().union(*found.values()))
+
+
+def test_a_saved_data_set_is_text_like_any_other(tmp_path):
+    """`Dataset.save_to_disk`, which has no splits, and `DatasetDict.save_to_disk`, against the same rows as JSON."""
+    rows = datasets.Dataset.from_dict({"text": OWN["train"]})
+    rows.save_to_disk(tmp_path / "rows")
+    rows.to_json(tmp_path / "rows.json")
+    json_rows = {"path": "json", "data_files": str(tmp_path / "rows.json"), "split": "train"}
+    given = {"validation_share": 0.2, "test_share": 0.2}
+    wanted = texts(load_task("text", "files", dataset=json_rows, **given))
+    assert texts(load_task("text", "files", dataset={"path": str(tmp_path / "rows")}, **given)) == wanted
+    assert texts(load_task("text", "files", dataset=own_data("saved", tmp_path)["dataset"], **given)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (
+            "saved",
+            {"validation_split": "dev"},
+            r"validation_split must be one of train, validation, test, .* got 'dev'",
+        ),
+        (
+            "json",
+            {"validation_split": "dev"},
+            r"validation_split: Unknown split \"dev\"\. Should be one of \['train', ",
+        ),
+        ("saved", {"split": None}, r"add `split` to its arguments, one of train, validation, test"),
+        ("json", {"split": None}, r"add `split` to its arguments, one of train, validation, test"),
+        ("saved", {"data_dir": "x"}, r"was written by save_to_disk, and beside its path takes only a split"),
+        (
+            "json",
+            {"validation_split": "test", "validation_share": 0.2},
+            r"the split that validation_split names: leave",
+        ),
+        ("json", {"test_split": "test", "test_files": ["x.txt"]}, r"test_files and test_split name the same thing"),
+        ("files", {"test_split": "test"}, r"test_files and test_split name the same thing"),
+        ("files", {"test_split": "test", "test_files": []}, r"test_split is a split of dataset, and there is none"),
+    ],
+)
+def test_splits_that_there_are_not_are_refused_with_those_there_are(tmp_path, kind, fields, message):
+    given = own_data(kind, tmp_path)
+    arguments = {name: value for name, value in fields.items() if name in ("split", "data_dir")}
+    if arguments:
+        merged = given["dataset"] | arguments
+        given["dataset"] = {name: value for name, value in merged.items() if value is not None}
+    given |= {name: value for name, value in fields.items() if name not in arguments}
+    with pytest.raises(ValueError, match=message):
+        load_task("text", "files", **given)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -56,7 +56,7 @@ def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict
         ValueError: the builder has no field `max_hops`, it is below the trained hop counts, or the run was trained on
             other data.
     """
-    task = HopData.of(run).load(**({} if max_hops is None else {"max_hops": max_hops}))
+    task = HopData.of(run).splits_of(run, **({} if max_hops is None else {"max_hops": max_hops}))
     run.check_data(task, only=None if max_hops is None else "train")
     return task
 

@@ -1,6 +1,8 @@
 """The fields of `data` that the recipes of text and molecules share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 from huggingface_hub.dataclasses import strict
 
@@ -23,7 +25,44 @@ class LanguageData(Data):
         named = self.files is not None or "dataset" in self.overrides
         return "files" if named else otherwise, fields
 
+    def kept(self) -> bool:
+        return self.files is not None or bool(self.overrides.keys() & {"files", "dataset"})
+
+    def here(self) -> bool:
+        path = str(self.overrides.get("dataset", {}).get("path", "."))
+        return Path(path).exists() or "data_files" in self.overrides["dataset"]
+
+    def located(self, folder: Path) -> Self:
+        files = None if self.files is None else [below(folder, name) for name in self.files]
+        overrides = {
+            name: [below(folder, each) for each in value] if name.endswith("files") else value
+            for name, value in self.overrides.items()
+        }
+        if "dataset" in overrides:
+            overrides["dataset"] = located_rows(overrides["dataset"], folder)
+        return replace(self, files=files, overrides=overrides)
+
     def check(self, init_from: str | None) -> None:
         super().check(init_from)
         if self.sequence_length is None:
             raise ValueError(f"data.sequence_length must be set for the task {self.task}: the tokens of a sequence.")
+
+
+def below(folder: Path, name: str) -> str:
+    """The name of a file, below `folder` if it is relative; one of the Hub or of the home folder stays."""
+    return name if "://" in name or name.startswith("~") else str(folder / name)
+
+
+def located_rows(arguments: dict, folder: Path) -> dict:
+    """Arguments of `datasets.load_dataset` with local names below `folder`: a path that is there, or the files of a
+    kind of file such as json."""
+    path = str(arguments.get("path"))
+    if "/" in path or (folder / path).exists():
+        return arguments | {"path": below(folder, path) if (folder / path).exists() else path}
+
+    def moved(value):
+        if isinstance(value, dict):
+            return {name: moved(each) for name, each in value.items()}
+        return [moved(each) for each in value] if isinstance(value, list) else below(folder, value)
+
+    return arguments | {name: moved(arguments[name]) for name in ("data_files", "data_dir") if name in arguments}

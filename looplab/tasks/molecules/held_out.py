@@ -90,7 +90,7 @@ def run_molecules(run: Run) -> datasets.DatasetDict:
     Raises:
         ValueError: the run was trained on other molecules (files changed, or another working folder).
     """
-    splits = MoleculeData.of(run).load()
+    splits = MoleculeData.of(run).splits_of(run)
     trained_on = run.summary()["train_molecules"]
     if len(splits["train"]) != trained_on:
         raise ValueError(

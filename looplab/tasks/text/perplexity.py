@@ -49,7 +49,7 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBl
             is too small for a block.
     """
     data = TextData.of(run)
-    splits = data.load()
+    splits = data.splits_of(run)
     trained_on = run.summary()["train_tokens"]
     blocks = {split: data.blocks(splits[split], tokenizer) for split in ("train", "test")}
     found = blocks["train"].num_tokens

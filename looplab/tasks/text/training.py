@@ -63,10 +63,9 @@ def find_tokenizer(
     recipe: TrainingRecipe, splits: DatasetDict, kept_tokenizer: Path | None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names; else the one that the run began with; else one learnt from the text."""
-    if recipe.init_from is not None:
-        return load_tokenizer("init_from", recipe.init_from)
-    if recipe.data.tokenizer is not None:
-        return load_tokenizer("data.tokenizer", recipe.data.tokenizer)
+    for name, folder in (("init_from", recipe.init_from), ("data.tokenizer", recipe.data.tokenizer)):
+        if folder is not None and (kept_tokenizer is None or Path(folder).is_dir()):
+            return load_tokenizer(name, folder)
     if kept_tokenizer is None:
         return dataset_byte_bpe(splits["train"], recipe.data.vocab_size)
     with blaming(kept_tokenizer, "delete it, and the tokenizer is learnt again."):

@@ -48,7 +48,26 @@ def opened(verb: str, sources: str | Sequence[str], arguments, *names: str, to: 
     names = (*names, *arguments_of(verb))
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     with opened_runs([sources] if isinstance(sources, str) else sources, to) as runs:
+        runs = [placed(run, arguments) for run in runs]
         yield runs, task_for(verb, runs, *given), given
+
+
+def placed(run, arguments):
+    """The run with what the user says of the place of its data."""
+    from dataclasses import replace
+
+    named = {name: vars(arguments).get(f"data.{name}") for name in ("files", "overrides")}
+    return replace(run, data={name: value for name, value in named.items() if value is not None})
+
+
+def fields(text: str) -> dict:
+    """The type of an option that takes fields and values."""
+    from looplab.runs.yaml_text import parse_yaml
+
+    values = parse_yaml(text, "the option")
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"must be fields and values, got {text!r}")
+    return values
 
 
 def report(run, text: str, path) -> None:
@@ -184,7 +203,7 @@ def run_bench(arguments) -> None:
             arguments.output,
             widths=arguments.widths,
             rounds=arguments.rounds,
-            run=runs[0] if runs else None,
+            run=placed(runs[0], arguments) if runs else None,
             compiled=not arguments.no_compile,
             quick=arguments.quick,
             contexts=arguments.contexts,
@@ -265,7 +284,7 @@ def run_publish(arguments) -> None:
             write_folder(run, Path(arguments.folder), arguments.license, arguments.base_model)
             return
         publish(
-            run,
+            placed(run, arguments),
             arguments.repo_id,
             dataset=arguments.dataset,
             space=arguments.space,
@@ -304,6 +323,12 @@ def parser() -> argparse.ArgumentParser:
     def add_run(command: Parser, verb: str | None = None) -> None:
         command.add_argument("run", metavar="RUN", help=MODELS + (f"; of {having(verb)}" if verb else ""))
 
+    def add_data(command: Parser) -> None:
+        words = "where the files are that the run was trained on, if they or the run have moved"
+        command.add_argument("--data.files", type=named, nargs="+", metavar="FILE", help=words)
+        words = 'the same for other fields, such as "dataset: {path: FOLDER, split: train}"'
+        command.add_argument("--data.overrides", type=fields, metavar="FIELDS", help=words)
+
     def add_to(command: Parser) -> None:
         words = "make this folder a run with a copy of the model, for what is measured, if RUN is a model and no run"
         command.add_argument("--to", metavar="FOLDER", help=words)
@@ -337,6 +362,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_arguments(command, "eval")
     add_to(command)
+    add_data(command)
     command.set_defaults(call=run_eval)
 
     command = commands.add_parser("halting", help=f"measure what halting rules save, to RUN/{files('halting')}")
@@ -361,6 +387,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_to(command)
     command.unsuggested = frozenset({"--save"})  # it replaces the rule that is there
+    add_data(command)
     command.set_defaults(call=run_halting)
 
     command = commands.add_parser(
@@ -378,6 +405,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--limit", type=COUNT, metavar="N", help="at most N test rows of each sort")
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     add_to(command)
+    add_data(command)
     command.set_defaults(call=run_memory)
 
     command = commands.add_parser("plot", help="draw measurements and training curves, to RUN/figures")
@@ -419,6 +447,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_to(command)
     command.add_argument("--format", **formats)
+    add_data(command)
     command.set_defaults(call=run_lens)
 
     command = commands.add_parser(
@@ -507,6 +536,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--memory-loops", type=LOOPS, nargs="+", default=(4, 8), metavar="R", help="for --contexts (default: 4 8)"
     )
+    add_data(command)
     command.set_defaults(call=run_bench)
 
     command = commands.add_parser(
@@ -550,6 +580,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--loops", type=LOOPS, metavar="R", help="default: the model's own")
     add_to(command)
+    add_data(command)
     command.set_defaults(call=run_quantize)
 
     command = commands.add_parser(
@@ -600,6 +631,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="USER/NAME",
         help="the model on the Hub that the run started from; the card links to it",
     )
+    add_data(command)
     command.set_defaults(call=run_publish)
 
     command = commands.add_parser("serve", help="serve a looped model with the OpenAI API, a loop count per request")

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-from .digests import data_of, refuse_other_data, sha256_of, weights_of
+from .digests import data_changes, data_of, refuse_other_data, sha256_of, weights_of
 from .records import commit, note_records, read_object, read_records, to_json, write_records, writing_records
 from .writing import below, write_whole
 from .yaml_text import parse_yaml
@@ -160,6 +160,12 @@ class Run:
             before = {"splits": {only: before["splits"].get(only)}, "sources": {}}
             after["sources"] = {}
         refuse_other_data(self, before, after)
+
+    def data_changes(self, splits: Mapping) -> str:
+        """What has changed in the data of the run, in words for a message; '' if nothing has, or nothing is known."""
+        before = self.note().get("data")
+        said = "" if before is None else data_changes(before, data_of(splits))
+        return said and f" ({said})"
 
     def write(self, files: Mapping[str, str], weights: Mapping[str, str] | None = None) -> Path:
         """Write the files of one measurement, all or none, note the measured weights, and return the last file.

@@ -43,7 +43,7 @@ class Data:
         the fields of all tasks into recipe.yaml."""
         names, values = cls.__dataclass_fields__, dict(run.recipe()["data"])
         for name, value in run.data.items():
-            values[name] = values.get(name, {}) | value if isinstance(value, dict) else value
+            values[name] = merged(values.get(name), value)
         return cls(**{name: value for name, value in values.items() if name in names})
 
     def check(self, init_from: str | None) -> None:
@@ -80,8 +80,7 @@ class Data:
         return self
 
     def splits_of(self, run: Run, **changed) -> "DatasetDict":
-        """The splits of a run, to be compared by `Run.check_data`: of the files that the user named for it now, or else
-        by `find`."""
+        """The splits of a run, to be compared by `Run.check_data`: of what the user names for it now, or `find`."""
         return self.load(**changed) if run.data else self.find(run, **changed)
 
     def find(self, run: Run, **changed) -> "DatasetDict":
@@ -124,6 +123,13 @@ def read_copy(folder: Path) -> "DatasetDict":
         return load_dataset("parquet", data_files=files)
     except Exception as error:
         raise ValueError(f"{folder} is damaged ({error}): delete it, and name the data by --data.files.") from error
+
+
+def merged(old, new):
+    """`new` over `old`: fields of fields are put in their places, everything else is replaced."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return dict(old) | {name: merged(old.get(name), value) for name, value in new.items()}
 
 
 @dataclass(frozen=True)

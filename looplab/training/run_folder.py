@@ -108,7 +108,7 @@ class RunFolder:
         final: where the run is, at the latest from its first checkpoint on.
         folder: where it is written to now.
         starts: field of the recipe -> folder of the weights that the run starts or learns from, or None.
-        changed: field -> [old, new], of the fields that differ from those the run went by so far: FREE ones and PLACES.
+        changed: field -> [old, new], of the fields that differ from those the run went by so far, FREE and PLACES.
         complete: the run has finished, and there are no checkpoints to go on from.
     """
 

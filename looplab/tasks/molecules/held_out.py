@@ -95,7 +95,8 @@ def run_molecules(run: Run) -> datasets.DatasetDict:
     if len(splits["train"]) != trained_on:
         raise ValueError(
             f"{run} was trained on {trained_on} molecules and its recipe now gives {len(splits['train'])}, so "
-            "that what is new cannot be told: restore the files its recipe names, or train again."
+            f"that what is new cannot be told{run.data_changes(splits)}: restore the files its recipe names, say by "
+            "--data.files where they are now, or train again."
         )
     run.check_data(splits)
     return splits

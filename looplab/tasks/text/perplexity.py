@@ -56,7 +56,8 @@ def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBl
     if found != trained_on:
         raise ValueError(
             f"the text of {run} has {found} training tokens now and had {trained_on} when it was trained, so "
-            "its test split may be known to the model: restore the files its recipe names, or train again."
+            f"its test split may be known to the model{run.data_changes(splits)}: restore the files its recipe names, "
+            "say by --data.files where they are now, or train again."
         )
     run.check_data(splits)
     return blocks

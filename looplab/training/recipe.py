@@ -200,7 +200,9 @@ def own_sections(task: str) -> dict[str, type]:
 def add_recipe(parser: Parser) -> None:
     """The argument of a command that trains. Its flags are what the parser leaves; the help has them, too."""
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file of the fields below, or a name of `looped recipes`"
+        "recipe",
+        metavar="RECIPE",
+        help="YAML file of the fields below, a name of `looped recipes`, or a run folder to go on with",
     )
     parser.more = recipe_help
 

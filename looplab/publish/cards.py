@@ -46,6 +46,7 @@ def model_card(run: Run, names: Names) -> ModelCard:
         ValueError: the run has not finished, has not been evaluated, or its task has no card.
     """
     card = task_for("publish", [run]).card()
+    results = card.results(run, names)
     metadata = ModelCardData(
         license=names.licence,
         base_model=names.base_model,
@@ -55,9 +56,15 @@ def model_card(run: Run, names: Names) -> ModelCard:
         datasets=[names.dataset_id] if names.dataset_id else None,
         metrics=list(card.metrics),
         model_name=names.model_id.rpartition("/")[2],
-        eval_results=card.results(run, names),
+        eval_results=results,
     )
-    values = common_values(run, names, card.papers) | card.values(run)
+    values = common_values(run, names, card.papers)
+    values["numbers"] = [
+        (f"{results[0].metric_value:g}", results[0].metric_name),
+        (values["parameters"], "parameters"),
+        (values["loops_text"], "loops in training"),
+    ]
+    values |= card.values(run)
     return ModelCard(render(card.template, metadata=metadata.to_yaml(), **values))
 
 
@@ -94,6 +101,7 @@ def common_values(run: Run, names: Names, papers: Iterable[str]) -> dict:
         "loops_text": between(trained["minimum"], trained["maximum"]),
         "mean_loops": f"{trained['mean']:.1f}",
         "one_seed": True,
+        "limit": None,
     }  # fmt: skip
 
 

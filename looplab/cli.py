@@ -501,6 +501,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--loops", type=LOOPS, nargs="+", metavar="R", help=f"loop counts {help_of('ask', 'loops')}")
     add_arguments(command, "ask")
+    add_data(command)
     command.set_defaults(call=run_ask)
 
     command = commands.add_parser("demo", help="show a page with a loop slider on this machine (needs the extra demo)")

@@ -67,7 +67,7 @@ def first_words(run: Run, number: int = 8) -> str:
     """The first words of the split test. Raises ValueError for a model whose text is not known."""
     if run.bare:
         raise ValueError(f'give a text to go on from, such as `looped ask {run} "Once upon a time"`.')
-    return " ".join(TextData.of(run).load()["test"][0]["text"].split()[:number])
+    return " ".join(TextData.of(run).splits_of(run)["test"][0]["text"].split()[:number])
 
 
 def text_digest(blocks: TextBlocks, numbers: torch.Tensor) -> str:

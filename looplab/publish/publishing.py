@@ -38,8 +38,8 @@ from data_builders.builders import BUILDERS
 from looplab.runs.digests import sha256_of
 from looplab.runs.folder import TRAINED, Run
 from looplab.runs.models import blaming, load_run_model
-from looplab.runs.writing import whole_folder, write_whole
 from looplab.runs.records import to_json
+from looplab.runs.writing import whole_folder, write_whole
 from looplab.tasks.card import Names
 from looplab.tasks.registry import task_for, task_of
 

@@ -83,10 +83,12 @@ def refuse_unkept(run, option: str) -> None:
 
 
 def run_train(arguments) -> None:
-    from looplab.train import main
     from looplab.training.recipe import read_recipe
 
-    main(read_recipe(arguments.recipe, arguments.flags))
+    recipe = read_recipe(arguments.recipe, arguments.flags)  # a mistake in it is told before torch is imported
+    from looplab.train import main
+
+    main(recipe)
 
 
 def run_recipes(arguments) -> None:

@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from looplab.shipped import shipped
+from looplab.shipped import recipe_files, shipped
 
 from .digests import weights_of
 from .folder import ORIGIN, TRAINED, Run, open_run
@@ -103,6 +103,10 @@ def find(name: str, looped: bool = True) -> Source:
         return Source(name, "folder", folder)
     if name in shipped_models():
         return Source(name, "shipped", shipped("models") / name)
+    if name in recipe_files() or folder.suffix in (".yaml", ".yml"):
+        raise ValueError(
+            f"{name} is a recipe, not a run: train it by `looped train {name}`, and name the run it makes."
+        )
     near = nearest(name)
     if HUB_ID.fullmatch(name) and not folder.exists() and (near is None or not folder.parent.is_dir()):
         return Source(name, "Hub", download(name, looped))

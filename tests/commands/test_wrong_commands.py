@@ -275,6 +275,11 @@ WRONG = [
     (["ask", HOPS, ""], "the question is empty"),
     (["ask", HOPS, "  "], "the question is empty"),
     (["ask", HOPS, "e1 r99"], "r99"),
+    *(
+        ([verb, name], f"{name} is a recipe, not a run: train it by `looped train {name}`")
+        for verb in ("ask", "eval", "plot", "table", "lens", "memory", "quantize", "halting", "demo", "serve")
+        for name in ("smoke", "molecules/smoke_molecules", "recipes/smoke.yaml")
+    ),
     (["ask", HOPS, "where is e1?"], "where"),
     (["table", TEXT, "--against", "none"], "none"),
     (["plot", MOLECULES, "--output", "{runs}/study.yaml"], "{runs}/study.yaml"),

@@ -118,6 +118,10 @@ class HopTask(Task):
         )
 
     def ask(self, run: Run, question: str | None, *, loops: Sequence[int] | None = None) -> None:
+        from .questions import check_question
+
+        if question is not None:
+            check_question(run, question)
         from .ask import ask
 
         ask(run, question, loops)

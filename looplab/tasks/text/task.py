@@ -105,12 +105,15 @@ class TextTask(Task):
         seed: int | None = None,
     ) -> None:
         """Print what `language.ask` writes after `question`; unless given, after the first words of a test text."""
+        if question is None:
+            from .perplexity import first_words
+
+            question = first_words(run)
+        if not question:
+            raise ValueError("there is no text to go on from: give some, in quotes.")
         from looplab.runs.models import load_any_looped
         from looplab.tasks.language.ask import ask
 
-        from .perplexity import first_words
-
-        question = first_words(run) if question is None else question
         ask(*load_any_looped(run, *(loops or ())), question, loops, new_tokens, temperature, seed)
 
     def measure(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int | None):

@@ -17,6 +17,7 @@ one call see each other's current keys, as in the paper's prefill, and a prompt 
 Legend: B batch rows, T tokens of a call, S cached tokens and these T, D hidden size, N layers, K loops.
 """
 
+import copy
 import difflib
 import inspect
 import os
@@ -645,7 +646,7 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: the wrapper's folder or Hub name; the base model is found from there, see
                 `FrozenLoopedConfig.base_of`. base_model among the keywords names another place of it.
-            config: its configuration, if loaded already; loop settings among the keywords go into it otherwise.
+            config: its configuration, if loaded already; loop settings among the keywords go before it.
             num_loops: evaluations of the window where a call does not say; those saved by default.
             **kwargs: other fields of `FrozenLoopedConfig`, and those of the base model's `from_pretrained` (dtype,
                 device_map, quantization_config, ...).
@@ -657,8 +658,12 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["num_loops"] = num_loops
         own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         shared = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+        settings = {name: kwargs.pop(name) for name in FrozenLoopedConfig.settings() if name in kwargs}
+        if config is not None and settings:
+            config = copy.deepcopy(config)  # the caller's stays as it is
+            for name, value in settings.items():
+                setattr(config, name, value)
         if config is None:
-            settings = {name: kwargs.pop(name) for name in FrozenLoopedConfig.settings() if name in kwargs}
             config = FrozenLoopedConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared, **settings)
         for name in ("_from_auto", "adapter_kwargs"):  # the wrapper's, not the base model's
             kwargs.pop(name, None)

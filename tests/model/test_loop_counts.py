@@ -203,6 +203,20 @@ def test_a_configuration_handed_over_is_one_in_memory(folders):
         assert loops.first == expected
 
 
+@pytest.mark.parametrize("kind", ["looped", "frozen"])
+def test_a_count_at_load_goes_before_that_of_a_configuration_handed_over(folders, kind):
+    """The configuration of the caller stays as it is."""
+    folder = folders[kind, SAVED]
+    for config in (AutoConfig.from_pretrained(folder), AutoConfig.from_pretrained(folder, num_loops=CONFIG)):
+        before = config.to_dict()
+        for load_it in (AutoModelForCausalLM, type(load(folder, None, False)))[: 1 if kind == "frozen" else 2]:
+            model = load_it.from_pretrained(folder, config=config, num_loops=AT_LOAD)
+            loops = Loops(model)
+            model.generate(IDS, **GREEDY)
+            assert loops.first == AT_LOAD
+            assert config.to_dict() == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["looped", "frozen"])
 def test_what_runs_before_saving_runs_after_loading(folders, kind, tmp_path):

@@ -31,11 +31,12 @@ def spelling(action: argparse.Action) -> list[str]:
 def command(verb: str, changed: argparse.Action | None = None, value: str = "") -> list[str]:
     """A command line of a verb that works as far as its arguments go, but for one of them."""
     line, at_end = [verb], []
+    groups = [group._group_actions[0] for group in VERBS[verb]._mutually_exclusive_groups if group.required]
     for action in arguments_of(verb):
         given = action.choices[0] if action.choices else GIVEN.get(action.metavar)
         if action is changed:
             values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
-        elif action.required and action.nargs != argparse.REMAINDER:
+        elif (action.required or action in groups) and action.nargs != argparse.REMAINDER:
             values = [given]
         else:
             continue

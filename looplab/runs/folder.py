@@ -188,6 +188,10 @@ class Run:
         note_records(self.folder, {name: {"sha256": digest, "weights": weights} for name, digest in made.items()})
         return figures
 
+    def generation_settings(self) -> dict:
+        """The fields of model/generation_config.json; {} if there is none."""
+        return read_object(self.model_folder() / "generation_config.json", self.again)
+
     def save_generation_settings(self, **settings) -> Path:
         """Set fields of model/generation_config.json; the weights and what was measured of them stay as they are.
 

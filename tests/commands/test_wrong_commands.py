@@ -317,10 +317,6 @@ WRONG = [
     (["publish", HOPS, "--repo-id", "u/x", "--base-model", "u/y", "--dry-run"], "--base-model"),
     (["publish", TEXT, "--repo-id", "u/x", "--dataset", "--dry-run"], "--dataset-license"),
     (["publish", MOLECULES, "--repo-id", "u/x", "--dry-run"], "looped eval"),
-    (
-        ["publish", TEXT, "--repo-id", "u/x", "--space", "--dry-run"],
-        "looped demo is not for text: it is for hops, molecules",
-    ),
 ]
 
 

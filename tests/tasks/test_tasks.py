@@ -43,7 +43,7 @@ def test_every_verb_on_runs_is_one_of_a_task():
 def test_a_verb_that_a_task_lacks_is_refused_in_one_sentence(task, verb, run, capfd):
     having = chosen(lambda other: other.options(verb) is not None)
     line = [str(run.folder) if word == "{runs}/hops" else word for word in command(verb)]
-    line += ["--space"] * (verb == "publish") + ["--run", str(run.folder)] * (verb == "bench")
+    line += ["--repo-id", "u/x", "--space"] * (verb == "publish") + ["--run", str(run.folder)] * (verb == "bench")
     assert main(line) == 2  # nothing was trained: what the task has is refused for that
     said = capfd.readouterr().err.strip()
     assert "\n" not in said

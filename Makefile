@@ -5,7 +5,7 @@
 # make test-oldest, make test-newest: the tests on the oldest versions that pyproject.toml admits, and on the newest
 #                  there are, each in an environment of its own. Some GB: torch of PyPI comes with its CUDA libraries.
 #                  Saved models are also run on the versions of transformers that serving engines pin.
-# make test-engines: llama.cpp, built from source (some minutes), and CTranslate2, in an environment of their own.
+# make test-engines: llama.cpp, built from source (some minutes), in an environment of its own.
 # make fuzz N=10000: as many random models and calls for every law; `make test` tries the same few each time.
 PYTHON ?= python3
 N      ?= 1000

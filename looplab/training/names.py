@@ -117,7 +117,7 @@ TRACKED = "none is like it; `trackers` names the trackers, and metrics.jsonl in 
 SCREEN = "none is like it; `log_every` sets the pace of metrics.jsonl, and TQDM_DISABLE=1 hides the progress bar"
 SOURCE = "a dataset of texts is `data.overrides`: {dataset: {path: NAME, split: train}}, with `data.task`: text"
 FILES = "write `data.files`, a list of files and globs; the splits are dealt from them by `data.overrides`"
-SPLITS = "the splits are dealt from the data: `data.overrides` has validation_share and test_share"
+SPLITS = "`data.overrides` of a text has validation_files, validation_split and validation_share, and the same of test"
 ROWS = "none is like it; a budget is `max_steps`, and `data.validation_tokens` bounds what is measured"
 LENGTH = "write `data.sequence_length`, the tokens of a sequence that texts are packed into; nothing is cut off"
 MODEL = "name a looped model's folder in `init_from`, which `looped convert SOURCE TARGET` makes of a dense model"

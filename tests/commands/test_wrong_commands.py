@@ -132,7 +132,8 @@ def test_something_else_than_a_recipe(refused, toy_runs, tmp_path, verb):
     (tmp_path / "folder").mkdir()
     (tmp_path / "list.yaml").write_text("[1, 2]", encoding="utf-8")
     (tmp_path / "empty.yaml").write_text("# nothing", encoding="utf-8")
-    refused([verb, "{runs}/hops"], "{runs}/hops is a run", "{runs}/hops/recipe.yaml")
+    if verb == "frozen":  # `looped train RUN` goes on with the run
+        refused([verb, "{runs}/hops"], "{runs}/hops", "a recipe of `looped frozen` is expected")
     refused([verb, "{tmp}/folder"], "{tmp}/folder is a folder", "`looped recipes`")
     refused([verb, "{runs}/hops/model"], "{runs}/hops/model is a folder")
     refused([verb, "{runs}/hops/model/config.json"], "is the configuration of a model")

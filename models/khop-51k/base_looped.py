@@ -1,11 +1,12 @@
 """What every looped model has in common for transformers: what it supports, how it is made, loaded and saved."""
 
+import copy
 import os
 from typing import Self
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
@@ -67,7 +68,10 @@ class LoopedPreTrainedModel(PreTrainedModel):
         Raises:
             OSError: there is no such folder or Hub name.
         """
-        if num_loops is not None:
+        if num_loops is not None and isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)  # the caller's stays as it is
+            config.num_loops = num_loops
+        elif num_loops is not None:
             kwargs["num_loops"] = num_loops
         loaded = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, generation_config=generation_config, **kwargs

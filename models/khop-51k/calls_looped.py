@@ -21,11 +21,11 @@ from typing import final
 import torch
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache_looped import ActiveCache, KeySource, Sharing
 from .checks_looped import check_positions, is_row_mask
 from .halting_looped import Readout, Rule, halting_rule
+from .versions_looped import slice_logits_to_keep
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
 

@@ -22,6 +22,10 @@ BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | ENGINE_ARGUM
 }  # fmt: skip
 
 
+# Attention implementations of engines that keep the keys and values of every slot themselves.
+SERVING_ENGINES = frozenset({"vllm", "sglang"})
+
+
 def refuse_unknown(kwargs: Iterable[str], known: Iterable[str]) -> None:
     """A misspelt loop argument must not vanish into the attention keywords.
 
@@ -52,6 +56,33 @@ def refuse_engine(kv_sharing: str, trouble: str, cache, kwargs: dict) -> None:
 def no_engine(kv_sharing: str, trouble: str, engine: str) -> str:
     """What a refusal says of a KV policy that an engine cannot run."""
     return f"kv_sharing={kv_sharing!r} {trouble.format(engine)}: use generate, or kv_sharing='per_loop' or 'first'."
+
+
+def check_served(config, sharing, num_loops: int | torch.Tensor | None = None, halts: bool = False) -> None:
+    """ValueError where the attention of a serving engine is set and that engine would compute something else.
+
+    Args:
+        config: of the model; its `_attn_implementation` names the engine, if there is one.
+        sharing: its KV policy.
+        num_loops: what a call asks for; None for the configuration's.
+        halts: whether a call has a halting rule.
+    """
+    engine = config._attn_implementation
+    if engine not in SERVING_ENGINES:
+        return
+    if not sharing.takes_engines:
+        raise ValueError(no_engine(config.kv_sharing, sharing.engine_trouble, engine))
+    if halts:
+        raise ValueError(
+            f"{engine} keeps keys and values of all loops of every token, which a halting rule would leave out: use "
+            "generate, or leave halting out."
+        )
+    if num_loops is not None and (isinstance(num_loops, torch.Tensor) or num_loops != config.num_loops):
+        raise ValueError(
+            f"num_loops={num_loops!r} cannot be asked of {engine}, whose cache is made for "
+            f"config.num_loops={config.num_loops}: set the depth when the model is loaded, in vLLM by "
+            "hf_overrides={'num_loops': ...}."
+        )
 
 
 def cuts_show(kv_sharing: str) -> str:

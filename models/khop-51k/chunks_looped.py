@@ -27,10 +27,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache_layers_looped import append, readable, recent_entries, reorder_recent
 from .calls_looped import Call, Decision, LoopStates, Observer
+from .versions_looped import slice_logits_to_keep
 
 
 @final

@@ -207,6 +207,9 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     model_type = "looped"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "loops_used"]  # noqa: RUF012 (an annotation would make it a field)
+    # SGLang reads it, or else num_loops, of every model and makes its cache so many times as large as
+    # num_hidden_layers says, which counts the loops already. No field: it is not saved.
+    loop_num = 1
     vocab_size: int = positive_int(default=32000)
     hidden_size: int = positive_int(default=768)
     intermediate_size: int = positive_int(default=2048)

@@ -27,7 +27,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -49,7 +49,15 @@ from .calls_looped import (
     make_causal_mask,
     make_position_ids,
 )
-from .checks_looped import check_grad_loops, check_inputs, check_loops, leave_graph, refuse_engine, refuse_unknown
+from .checks_looped import (
+    check_grad_loops,
+    check_inputs,
+    check_loops,
+    check_served,
+    leave_graph,
+    refuse_engine,
+    refuse_unknown,
+)
 from .chunks_looped import Chunks
 from .configuration_looped import LoopedConfig
 from .connections_looped import CONNECTIONS, LOOP_EMBEDDINGS, STARTS
@@ -59,6 +67,7 @@ from .initial_looped import SetsInitialValues
 from .layers_looped import POSITIONS, LoopedLayer, as_is, make_dropout, make_norm, open_slots
 from .losses_looped import ExitObjective, make_objective
 from .outputs_looped import LoopedCausalLMOutput, LoopedModelOutput, choose_hidden_states
+from .versions_looped import slice_logits_to_keep
 
 
 class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
@@ -74,6 +83,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         self.positions = POSITIONS[config.position_embedding](config)
         self.dropout = make_dropout(config.embedding_dropout)
         self.sharing = SHARINGS[config.kv_sharing](config)
+        check_served(config, self.sharing)
         self.prelude = nn.ModuleList([LoopedLayer(config, "prelude", i) for i in range(config.num_prelude_layers)])
         self.core = nn.ModuleList([self.sharing.core_layer(config, "core", i) for i in range(config.num_core_layers)])
         self.coda = nn.ModuleList([LoopedLayer(config, "coda", i) for i in range(config.num_coda_layers)])
@@ -157,6 +167,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             TypeError: a keyword is unknown.
         """
         refuse_unknown(kwargs, LoopedForCausalLM.forward.__annotations__)
+        check_served(self.config, self.sharing, num_loops, halting is not None)
         if not self.sharing.takes_engines:
             refuse_engine(self.config.kv_sharing, self.sharing.engine_trouble, cache, kwargs)
         if cache is None or isinstance(cache, Cache):

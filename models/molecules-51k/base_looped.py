@@ -1,10 +1,14 @@
 """What every looped model has in common for transformers: what it supports, how it is made, loaded and saved."""
 
+import copy
+import os
+from typing import Self
+
 import torch
 from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import auto_docstring
 
 from .configuration_looped import LoopedConfig
 from .depth_looped import count_to_save, mark_saved_settings
@@ -14,8 +18,9 @@ from .initial_looped import SetsInitialValues
 from .layers_looped import LoopedAttention, LoopedLayer
 
 
-@auto_docstring
 class LoopedPreTrainedModel(PreTrainedModel):
+    """Base of all looped models: how their weights start, and how they are loaded and saved."""
+
     config: LoopedConfig
     rule_class = Rule  # what halting rules of one's own derive from; a model of remote code has its own
     base_model_prefix = "model"
@@ -40,9 +45,37 @@ class LoopedPreTrainedModel(PreTrainedModel):
             module.initialize()
 
     @classmethod
-    def from_pretrained(cls, *args, generation_config=None, **kwargs):
-        """As in transformers; `num_loops=...` is the depth of `forward` and `generate` (`depth_looped.py`)."""
-        loaded = super().from_pretrained(*args, generation_config=generation_config, **kwargs)
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: LoopedConfig | str | os.PathLike | None = None,
+        num_loops: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
+    ) -> Self:
+        """Load a model from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or a Hub name.
+            config: its configuration, if loaded already.
+            num_loops: loops of a call that does not say; those of the saved files by default. `depth_looped.py` says
+                what goes before what.
+            generation_config: used in place of the saved one.
+            **kwargs: as in `PreTrainedModel.from_pretrained` (dtype, device_map, revision, ...), and fields of
+                `LoopedConfig`.
+
+        Raises:
+            OSError: there is no such folder or Hub name.
+        """
+        if num_loops is not None and isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)  # the caller's stays as it is
+            config.num_loops = num_loops
+        elif num_loops is not None:
+            kwargs["num_loops"] = num_loops
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, generation_config=generation_config, **kwargs
+        )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.can_generate() and generation_config is None:
             mark_saved_settings(model.generation_config)
@@ -53,7 +86,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
         estimates, those of the core as often as it loops. (Trainer itself counts the core once.)
 
         Args:
-            inputs: of `forward`: input_ids (B, T), and num_loops, an int or (B,), or else the configuration's.
+            inputs: of a call: input_ids (B, T), and num_loops, an int or (B,), or else the configuration's.
         """
         num_loops = inputs.get("num_loops")
         loops = torch.as_tensor(self.config.num_loops if num_loops is None else num_loops).float().mean().item()
@@ -67,8 +100,11 @@ class LoopedPreTrainedModel(PreTrainedModel):
         # own, since it may fill weights that were loaded; ours are filled through `init`, which spares those.
         super()._initialize_weights(module)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, except that loop settings put into the derived generation config survive a reload."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Save weights, configuration, generation config and this code, as `PreTrainedModel.save_pretrained`.
+
+        Loop settings put into the derived generation config survive a reload.
+        """
         if self.can_generate() and any(name in self.generation_config.to_dict() for name in GENERATION_SETTINGS):
             # Marked as derived from the model config, its custom fields would be dropped on load.
             self.generation_config._from_model_config = False

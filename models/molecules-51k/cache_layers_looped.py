@@ -8,14 +8,24 @@ appends the entries of a step (a call, or a chunk of it) in the first loop and o
     layer.update(keys, values)      # loop 1 overwrites the same T entries, and so on
     layer.close_step()              # what stays: the last loop's entries, or their mean over loops
 
+With a sliding window W stock layers drop what no later token can see: growing ones keep the entries of the last W - 1
+tokens, static ones of the last W. What was dropped is never needed again, so that it is neither read back nor copied.
+
 Legend: B batch rows, K key-value heads, S cached tokens, T tokens of a step, d head size.
 """
 
 from dataclasses import fields
-from typing import final
+from typing import Any, final
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What models, their outputs and generate call the KV cache: transformers 5.24 renamed it from `past_key_values`. Calls
@@ -34,6 +44,7 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
 
 
 def is_empty(cache: Cache) -> bool:
+    """Whether no token is cached yet."""
     return int(cache.get_seq_length()) == 0
 
 
@@ -41,11 +52,11 @@ def readable(cache: Cache, slot: int) -> DynamicLayer | StaticLayer:
     """The cache layer at `slot`, if its entries can be read back.
 
     Raises:
-        ValueError: it is quantized, sliding or of an unknown kind.
+        ValueError: it is quantized or of an unknown kind.
     """
     layer = cache.layers[slot]
-    # Quantized and sliding layers are subclasses of these, and keep other tensors than their entries.
-    plain = type(layer) in (DynamicLayer, StaticLayer) or isinstance(layer, RewritingLayer)
+    # Quantized layers are subclasses of these, and keep other tensors than their entries.
+    plain = type(layer) in STOCK_LAYERS or isinstance(layer, RewritingLayer)
     if plain and isinstance(layer, (DynamicLayer, StaticLayer)):
         return layer
     raise ValueError(
@@ -55,7 +66,14 @@ def readable(cache: Cache, slot: int) -> DynamicLayer | StaticLayer:
 
 
 def recent_entries(layer: DynamicLayer | StaticLayer, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the last `count` tokens, (B, K, count, d) each, without reading a length back."""
+    """Keys and values of the last `count` tokens, (B, K, count, d) each, or of those that a sliding layer still has.
+
+    No length is read back from the device.
+    """
+    if isinstance(layer, StaticSlidingWindowLayer):
+        kept = min(layer.cumulative_length_int, layer.max_cache_len)
+        where = slice(max(kept - count, 0), kept)
+        return layer.keys[:, :, where], layer.values[:, :, where]
     if isinstance(layer, StaticLayer):
         where = layer.cumulative_length - count + torch.arange(count, device=layer.keys.device)
         return layer.keys.index_select(2, where), layer.values.index_select(2, where)
@@ -77,13 +95,43 @@ def reorder_recent(layer: DynamicLayer | StaticLayer, order: torch.Tensor) -> No
 
 def blank_like(layer: DynamicLayer | StaticLayer) -> DynamicLayer | StaticLayer:
     """An empty stock layer of the same kind and length. A copy cannot be made of entries that have a gradient."""
-    return StaticLayer(max_cache_len=layer.max_cache_len) if isinstance(layer, StaticLayer) else DynamicLayer()
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return StaticSlidingWindowLayer(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
+    if isinstance(layer, StaticLayer):
+        return StaticLayer(max_cache_len=layer.max_cache_len)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        blank = DynamicSlidingWindowLayer(layer.sliding_window)
+        blank.record_past = layer.record_past
+        return blank
+    return DynamicLayer()
 
 
-def append(layer: object, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Put T entries (B, K, T, d) at the end of a growing layer, whatever its policy does with loops."""
-    assert isinstance(layer, DynamicLayer)
-    DynamicLayer.update(layer, keys, values)
+# The most special first.
+STOCK_LAYERS = (StaticSlidingWindowLayer, StaticLayer, DynamicSlidingWindowLayer, DynamicLayer)
+
+
+def append(layer: object, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> None:
+    """Put the entries of `num_tokens` tokens at the end of a layer, whatever its policy does with loops.
+
+    Args:
+        keys, values: of the tokens that are still in the window, (B, K, T <= num_tokens, d).
+    """
+    stock_update(layer, keys, values)
+    count_dropped(layer, num_tokens - keys.shape[-2])
+
+
+def stock_update(layer: object, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The update of the stock layer that `layer` is, or is made from."""
+    stock: Any = next(kind for kind in STOCK_LAYERS if isinstance(layer, kind))
+    return stock.update(layer, keys, values)
+
+
+def count_dropped(layer: object, num_tokens: int) -> None:
+    """Have a sliding layer count tokens whose entries it was not given, since they have left the window."""
+    if num_tokens and isinstance(layer, StaticSlidingWindowLayer):
+        layer.cumulative_length_int += num_tokens
+    elif num_tokens and isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length += num_tokens
 
 
 @final
@@ -202,3 +250,64 @@ class RewritingStaticLayer(RewritingLayer, StaticLayer):
             self.cumulative_length.sub_(keys.shape[-2])
         self.step_is_open = False
         return StaticLayer.update(self, keys, values)
+
+
+class RewindingLayer(RewritingLayer):
+    """A rewriting layer with a sliding window: what a loop pushed out is put back before the next loop writes."""
+
+    before: tuple | None = None  # what the layer held before this step
+
+    def write(self, keys, values):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        if self.step_is_open:
+            self.step_is_open = False
+            self.before = self.held()
+        else:
+            assert self.before is not None  # since the step was opened
+            self.put_back(keys.shape[-2], *self.before)
+        return stock_update(self, keys, values)
+
+    def close_step(self) -> None:
+        super().close_step()
+        self.before = None
+
+    def held(self) -> tuple:
+        """All that a step of new tokens may overwrite."""
+        raise NotImplementedError
+
+    def put_back(self, num_tokens: int, *held) -> None:
+        """Undo a step of `num_tokens` tokens, before which the layer `held` these."""
+        raise NotImplementedError
+
+
+class RewindingDynamicLayer(RewindingLayer, DynamicSlidingWindowLayer):
+    def __init__(self, like: DynamicSlidingWindowLayer, stays: LastEntries | MeanEntries):
+        """A rewriting layer of the window of an empty stock one."""
+        super().__init__(like.sliding_window)
+        self.record_past, self.stays = like.record_past, stays
+
+    def held(self):
+        return self.keys, self.values
+
+    def put_back(self, num_tokens, keys, values):
+        self.keys, self.values = keys, values
+        self.cumulative_length -= num_tokens
+
+
+class RewindingStaticLayer(RewindingLayer, StaticSlidingWindowLayer):
+    def __init__(self, like: StaticSlidingWindowLayer, stays: LastEntries | MeanEntries):
+        """A rewriting layer over the tensors of an empty stock one, if it has some."""
+        super().__init__(max_cache_len=like.max_cache_len, sliding_window=like.max_cache_len)
+        vars(self).update(vars(like))
+        self.stays = stays
+
+    def held(self):
+        return self.keys.clone(), self.values.clone(), self.cumulative_length.clone()
+
+    def put_back(self, num_tokens, keys, values, cumulative_length):
+        # In place: the addresses of a static cache are part of compiled graphs.
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+        self.cumulative_length.copy_(cumulative_length)
+        self.cumulative_length_int -= num_tokens

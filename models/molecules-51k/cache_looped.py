@@ -2,6 +2,8 @@
 
     per_loop   one entry per (token, loop), in stock cache layers: a slot per (loop, layer). Cached equals uncached.
     first      one entry per token, that of loop 0, which every loop reads (MELT's z = 1). Cached equals uncached.
+    natural    one entry per token, that of loop 0, which later tokens read; its own current keys a token reads in each
+               loop (training-free looping, arXiv 2605.23872). Cached equals uncached.
     last       one entry per token, rewritten by every loop (MELT's z = 0): tokens of one chunk see each other at the
                current loop, later chunks see the last loop (Ouro, arXiv 2510.25741).
     mean       like last, but later chunks see the mean of the entries over loops (Ouro).
@@ -33,21 +35,32 @@ from typing import ClassVar, final
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from torch.nn import functional as F
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from .cache_layers_looped import (
     LastEntries,
     MeanEntries,
+    RewindingDynamicLayer,
+    RewindingStaticLayer,
     RewritingDynamicLayer,
     RewritingLayer,
     RewritingStaticLayer,
     blank_like,
+    count_dropped,
     is_empty,
     readable,
     recent_entries,
 )
 from .gates_looped import KV_GATES
-from .layers_looped import GatedLoopedLayer, LoopedLayer
+from .layers_looped import GatedLoopedLayer, LoopedLayer, NaturalLoopedLayer
+from .two_sources_looped import own_columns, two_source_mask
 
 
 class KeySource(ABC):
@@ -133,6 +146,56 @@ class GatedKeys(KeySource):
         return GatedKeys({index: torch.cat(tokens, dim=1) for index, tokens in blocks.items()})
 
 
+@final
+class NaturalKeys(KeySource):
+    """Loop 0 writes the entries. In later loops a token sees those of earlier tokens, and its own current ones.
+
+    Args:
+        entries: of each layer, the keys and values that loop 0 attended to, (b, K, S, d) each; empty before loop 0.
+        columns: (T,), where the tokens of this call are among the S.
+        mask: of later loops, see `two_source_mask`; None if it was not made yet.
+        unwritten: layers whose slots lack the entries of these tokens.
+    """
+
+    def __init__(self, entries=(), columns=None, mask=None, unwritten=()):
+        self.entries: list[tuple[torch.Tensor, torch.Tensor]] = list(entries)
+        self.columns: torch.Tensor | None = columns
+        self.mask: torch.Tensor | None = mask
+        self.unwritten: set[int] = set(unwritten)
+
+    def run_layer(self, layer, index, hidden_states, loop, *, attention, attention_mask, past_key_values, **kwargs):
+        kwargs |= {"attention": attention}
+        if loop == 0:
+            hidden_states, keys, values = layer(
+                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+            )
+            self.entries.append((keys, values))
+            if self.columns is None:
+                self.columns = own_columns(past_key_values, attention.layer_idx, keys, hidden_states.shape[1])
+            return hidden_states
+        assert self.columns is not None
+        keys, values = self.entries[index]
+        if index in self.unwritten:
+            self.unwritten.remove(index)
+            own = -len(self.columns)
+            past_key_values.update(keys[:, :, own:], values[:, :, own:], attention.layer_idx)
+        if self.mask is None:
+            self.mask = two_source_mask(attention_mask, self.columns, keys.shape[2])
+        return layer(hidden_states, keys, values, self.columns, attention_mask=self.mask, **kwargs)[0]
+
+    def keep(self, rows):
+        entries = [(keys[rows], values[rows]) for keys, values in self.entries]
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[rows]
+        return NaturalKeys(entries, self.columns, mask)
+
+    def join(self, later):
+        # The last token has attended to all of them. Their slots are cropped, since other policies write them anew.
+        entries = (self, *later)[-1].entries
+        num_tokens, num_keys = 1 + len(later), entries[0][0].shape[2]
+        columns = torch.arange(num_keys - num_tokens, num_keys, device=entries[0][0].device)
+        return NaturalKeys(entries, columns, unwritten=range(len(entries)))
+
+
 OWN_KEYS = OwnKeys()
 
 
@@ -146,15 +209,22 @@ class Sharing(ABC):
         slot_per_loop: every loop has slots of its own.
         core_layer: the class of the layers of the core.
         has_parameters: the core's layers have parameters that those of the other policies lack.
+        engine_trouble: why an engine with a cache of its own cannot run this policy, where it cannot.
     """
 
     rewrites: ClassVar[bool]
     slot_per_loop: ClassVar[bool] = False
     core_layer: ClassVar[type[LoopedLayer]] = LoopedLayer
     has_parameters: ClassVar[bool] = False
+    engine_trouble: ClassVar[str] = "gives other tokens where a prompt is cut, and {} cuts prompts as its load has it"
 
     def __init__(self, config):
         self.slots = config.kv_slots()
+
+    @property
+    def takes_engines(self) -> bool:
+        """Whether engines that pack the tokens of several requests into a cache of their own can run this policy."""
+        return not self.rewrites
 
     @classmethod
     def flops(cls, config) -> int:
@@ -180,6 +250,9 @@ class Sharing(ABC):
     def key_source(self) -> KeySource:
         """What keys and values of the core are computed from; a new one for every call."""
         return OWN_KEYS
+
+    def check_attention(self) -> None:  # noqa: B027 (most policies run with any)
+        """ValueError for an attention backend that cannot run this policy."""
 
 
 @final
@@ -210,6 +283,7 @@ class PerLoopSharing(Sharing):
     def _fill(self, cache: Cache, slot: int, num_tokens: int) -> None:
         keys, values = recent_entries(readable(cache, self.previous(slot)), num_tokens)
         cache.update(keys.clone(), values.clone(), slot)
+        count_dropped(cache.layers[slot], num_tokens - keys.shape[-2])
 
     def previous(self, slot: int) -> int:
         return slot - self.slots.num_core_layers
@@ -259,8 +333,12 @@ class OneEntrySharing(Sharing):
 
     def layer_like(self, layer: DynamicLayer | StaticLayer) -> RewritingLayer:
         """An empty layer of this policy, of the kind and length of an empty stock one."""
+        if isinstance(layer, StaticSlidingWindowLayer):
+            return RewindingStaticLayer(layer, self.stays())
         if isinstance(layer, StaticLayer):
             return RewritingStaticLayer(layer, self.stays())
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            return RewindingDynamicLayer(layer, self.stays())
         return RewritingDynamicLayer(self.stays())
 
     def previous(self, slot: int) -> int:
@@ -290,6 +368,43 @@ class FirstSharing(OneEntrySharing):
 
 
 @final
+class NaturalSharing(Sharing):
+    """Loop 0 writes and the later loops do not, so that stock cache layers do."""
+
+    rewrites = False
+    core_layer = NaturalLoopedLayer
+    engine_trouble = "leaves entries in the first loop alone, and {} expects some of every layer call"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+
+    @property
+    def takes_engines(self) -> bool:
+        return False
+
+    def open(self, cache: Cache, num_loops: int) -> None:
+        """There is a slot for every layer, whatever the loop count."""
+
+    def previous(self, slot: int) -> int:
+        return slot
+
+    def close(self, cache: Cache, loops_run: int, num_tokens: int) -> None:
+        """Every token has run loop 0: there is nothing to fill."""
+
+    def key_source(self) -> KeySource:
+        return NaturalKeys()
+
+    def check_attention(self) -> None:
+        attention = self.config._attn_implementation
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(
+                f"kv_sharing='natural' needs a mask over two sources of keys, which attention {attention!r} does not "
+                "take: call model.set_attn_implementation('sdpa'), or use kv_sharing='per_loop'."
+            )
+
+
+@final
 class MeanSharing(OneEntrySharing):
     """A token leaves the mean of the entries of the loops that it ran."""
 
@@ -316,6 +431,7 @@ class GatedSharing(OneEntrySharing):
 SHARINGS: dict[str, type[Sharing]] = {
     "per_loop": PerLoopSharing,
     "first": FirstSharing,
+    "natural": NaturalSharing,
     "last": LastSharing,
     "mean": MeanSharing,
     "gated": GatedSharing,
@@ -339,8 +455,9 @@ class ActiveCache:
 
     def update(self, key_states, value_states, slot: int, *args, **kwargs):
         """Write T entries (b, K, T, d) of the active batch rows; returns their keys and values (b, K, S, d)."""
-        before = readable(self.cache, self.sharing.previous(slot))
-        keys, values = (entries.clone() for entries in recent_entries(before, key_states.shape[-2]))
+        before = recent_entries(readable(self.cache, self.sharing.previous(slot)), key_states.shape[-2])
+        dropped = key_states.shape[-2] - before[0].shape[-2]  # by a sliding layer: batch rows that halted read none
+        keys, values = (F.pad(entries, (0, 0, dropped, 0)) for entries in before)
         keys[self.active], values[self.active] = key_states, value_states
         keys, values = self.cache.update(keys, values, slot, rows=self.active)
         return keys[self.active], values[self.active]

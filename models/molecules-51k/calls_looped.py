@@ -15,16 +15,17 @@ new tokens, D hidden size, d head size, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .cache_looped import ActiveCache, KeySource, Sharing
 from .checks_looped import check_positions, is_row_mask
 from .halting_looped import Readout, Rule, halting_rule
+from .versions_looped import slice_logits_to_keep
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
@@ -129,6 +130,7 @@ class CallContext:
         position_ids: (B or 1, T).
         past_key_values: the cache as these batch rows see it, or None.
         key_source: what keys and values are computed from.
+        num_loops: an int for all of these batch rows, or a (b,) LongTensor with a loop count for each.
     """
 
     attention_mask: torch.Tensor | None
@@ -136,6 +138,7 @@ class CallContext:
     position_ids: torch.Tensor
     past_key_values: Cache | ActiveCache | None
     key_source: KeySource
+    num_loops: int | torch.Tensor
 
     def check_rows_can_leave(self) -> None:
         """ValueError where they cannot."""
@@ -147,9 +150,7 @@ class CallContext:
 
     def with_keys(self, key_source: KeySource) -> "CallContext":
         """The same with another source of keys."""
-        return CallContext(
-            self.attention_mask, self.position_embeddings, self.position_ids, self.past_key_values, key_source
-        )
+        return replace(self, key_source=key_source)
 
     def keep(self, rows: torch.Tensor, past_key_values: Cache | ActiveCache | None) -> "CallContext":
         """The context of the (b,) batch rows `rows` of this one, which see the cache as `past_key_values`."""
@@ -164,6 +165,7 @@ class CallContext:
             position_ids=select(self.position_ids),
             past_key_values=past_key_values,
             key_source=self.key_source.keep(rows),
+            num_loops=self.num_loops if isinstance(self.num_loops, int) else self.num_loops[rows],
         )
 
 
@@ -316,6 +318,16 @@ class LoopStates:
 def in_graph(state: torch.Tensor) -> torch.Tensor:
     """The state, with a gradient: where no input has one, `use_reentrant=True` gives the weights none either."""
     return state.detach().requires_grad_() if torch.is_grad_enabled() and not state.requires_grad else state
+
+
+def make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, slot: int | None = None):
+    """The mask of a call as the attention of `config` takes it: all earlier tokens, or those in its sliding window.
+
+    Args:
+        slot: the cache layer that says how many tokens are seen; None where all of them say the same.
+    """
+    create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+    return create(config, inputs_embeds, attention_mask, past_key_values, position_ids, layer_idx=slot)
 
 
 def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:

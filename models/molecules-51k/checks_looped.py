@@ -22,6 +22,10 @@ BACKEND_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | ENGINE_ARGUM
 }  # fmt: skip
 
 
+# Attention implementations of engines that keep the keys and values of every slot themselves.
+SERVING_ENGINES = frozenset({"vllm", "sglang"})
+
+
 def refuse_unknown(kwargs: Iterable[str], known: Iterable[str]) -> None:
     """A misspelt loop argument must not vanish into the attention keywords.
 
@@ -40,18 +44,49 @@ def refuse_unknown(kwargs: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(f"forward got an unexpected keyword argument {name!r}.{hint}")
 
 
-def refuse_engine(kv_sharing: str, cache, kwargs: dict) -> None:
-    """ValueError where an engine packs requests: it cuts prompts as its load has it, and the answers would show it."""
+def refuse_engine(kv_sharing: str, trouble: str, cache, kwargs: dict) -> None:
+    """ValueError where an engine packs requests, which this KV policy cannot take: `Sharing.engine_trouble`."""
     engine = {name: value for name, value in kwargs.items() if name in ENGINE_ARGUMENTS and value is not None}
     engine |= {} if cache is None or isinstance(cache, Cache) else {"cache": cache}
     if engine:
+        name = f"an engine that packs requests ({min(engine)} is given)"
+        raise ValueError(no_engine(kv_sharing, trouble, name))
+
+
+def no_engine(kv_sharing: str, trouble: str, engine: str) -> str:
+    """What a refusal says of a KV policy that an engine cannot run."""
+    return f"kv_sharing={kv_sharing!r} {trouble.format(engine)}: use generate, or kv_sharing='per_loop' or 'first'."
+
+
+def check_served(config, sharing, num_loops: int | torch.Tensor | None = None, halts: bool = False) -> None:
+    """ValueError where the attention of a serving engine is set and that engine would compute something else.
+
+    Args:
+        config: of the model; its `_attn_implementation` names the engine, if there is one.
+        sharing: its KV policy.
+        num_loops: what a call asks for; None for the configuration's.
+        halts: whether a call has a halting rule.
+    """
+    engine = config._attn_implementation
+    if engine not in SERVING_ENGINES:
+        return
+    if not sharing.takes_engines:
+        raise ValueError(no_engine(config.kv_sharing, sharing.engine_trouble, engine))
+    if halts:
         raise ValueError(
-            f"{cuts_show(kv_sharing)}, and an engine that packs requests ({min(engine)} is given) cuts prompts as its "
-            "load has it: use generate, or kv_sharing='per_loop' or 'first'."
+            f"{engine} keeps keys and values of all loops of every token, which a halting rule would leave out: use "
+            "generate, or leave halting out."
+        )
+    if num_loops is not None and (isinstance(num_loops, torch.Tensor) or num_loops != config.num_loops):
+        raise ValueError(
+            f"num_loops={num_loops!r} cannot be asked of {engine}, whose cache is made for "
+            f"config.num_loops={config.num_loops}: set the depth when the model is loaded, in vLLM by "
+            "hf_overrides={'num_loops': ...}."
         )
 
 
 def cuts_show(kv_sharing: str) -> str:
+    """What a refusal says of a KV policy whose tokens depend on how a prompt is cut."""
     return f"kv_sharing={kv_sharing!r} gives other tokens where a prompt is cut"
 
 

@@ -25,12 +25,12 @@ from typing import final
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache_layers_looped import append, readable, recent_entries, reorder_recent
 from .calls_looped import Call, Decision, LoopStates, Observer
+from .versions_looped import slice_logits_to_keep
 
 
 @final
@@ -148,12 +148,16 @@ class Chunks:
             )
         self.model, self.size, self.cut_gradients = model, size, cut_gradients
         self.cache = DynamicCache(config=model.config) if call.past_key_values is None else call.past_key_values
+        self.kept_cache = self.cache
         self.past = int(self.cache.get_seq_length())
         self.keeps_cache = call.past_key_values is not None
         real = call.embeds.new_ones(call.embeds.shape[:2], dtype=torch.bool)
         if mask is not None:
             real = mask[:, -real.shape[1] :].bool()
         self.layout = Unpacked(begins.expand(real.shape)) if packed else LeftAligned(real)
+        if self.keeps_cache and self.layout.moves and any(self.cache.is_sliding):
+            # Turned batch rows may end in padding, which would push real tokens out of the window.
+            self.cache = self._recording_copy(self.cache, call.most_loops)
         if mask is not None:
             mask = torch.cat([mask[:, : -real.shape[1]], self.layout.to_chunk_rows(mask[:, -real.shape[1] :])], dim=1)
         self.call = replace(
@@ -197,7 +201,24 @@ class Chunks:
         if self.keeps_cache and self.layout.moves:  # packed sequences have no cache that is kept
             for slot in range(len(self.cache.layers)):
                 reorder_recent(readable(self.cache, slot), self.layout.inverse)
+            if self.kept_cache is not self.cache:
+                self.model.sharing.open(self.kept_cache, self.call.most_loops)
+                self._copy_recent(self.cache, self.kept_cache, self.num_tokens)
         return hidden_states, loops_used
+
+    def _recording_copy(self, cache: Cache, num_loops: int) -> DynamicCache:
+        """A cache with the same entries, whose sliding layers keep what leaves the window as well."""
+        copy = DynamicCache(config=self.model.config)
+        self.model.sharing.open(copy, num_loops)
+        copy.activate_past_recording()
+        if self.past:
+            self._copy_recent(cache, copy, self.past)
+        return copy
+
+    def _copy_recent(self, source: Cache, target: Cache, num_tokens: int) -> None:
+        """Append the last `num_tokens` tokens of one cache to another one."""
+        for slot in range(len(source.layers)):
+            append(readable(target, slot), *recent_entries(readable(source, slot), num_tokens), num_tokens)
 
     def _chunk(self, start: int, end: int, visited: LoopStates) -> Call:
         """The call of tokens `start` .. `end` - 1, whose states (b, C, D) after every loop go into `visited`."""
@@ -225,16 +246,17 @@ class Chunks:
         """
         if chunk.generator is not None:
             raise ValueError("gradient checkpointing cannot replay a generator: leave generator out.")
-        num_slots = self.model.sharing.slots.count(self.call.most_loops)
         filled = [layer for layer in self.cache.layers if layer.is_initialized]
+        seen = int(self.cache.get_seq_length())
         past = chain.from_iterable((layer.keys, layer.values) for layer in filled)
 
         def run(embeds: torch.Tensor, *past: torch.Tensor):
-            cache = DynamicCache()
-            cache.layers = [DynamicLayer() for _ in range(num_slots)]
+            cache = DynamicCache(config=self.model.config)
             self.model.sharing.open(cache, self.call.most_loops)
+            if self.cache is not self.kept_cache:
+                cache.activate_past_recording()
             for layer, keys, values in zip(cache.layers, past[0::2], past[1::2], strict=False):
-                append(layer, keys, values)
+                append(layer, keys, values, seen)
             visited.visits.clear()
             with layers_not_checkpointed(self.model):
                 outputs = self.model.run_call(replace(chunk, embeds=embeds, past_key_values=cache), **kwargs)
@@ -249,7 +271,7 @@ class Chunks:
         visited.visits = [(rows, state) for (rows, _), state in zip(visited.visits, states, strict=True)]
         self.model.sharing.open(self.cache, self.call.most_loops)
         for layer, keys, values in zip(self.cache.layers, entries[0::2], entries[1::2], strict=True):
-            append(layer, keys, values)
+            append(layer, keys, values, chunk.embeds.shape[1])
         return hidden_states, loops_used
 
     def _cut(self) -> None:

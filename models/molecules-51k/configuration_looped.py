@@ -61,6 +61,13 @@ def optional_positive_int(value: int | None):
 
 
 @as_validated_field
+def optional_window(value: int | None):
+    # The sliding layers of transformers' caches keep all but the newest token of a window; of 1 that would be none.
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+        raise ValueError(f"must be an integer >= 2, which counts the token itself, or None, got {value!r}")
+
+
+@as_validated_field
 def non_negative_int(value: int):
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"must be an integer >= 0, got {value!r}")
@@ -140,7 +147,7 @@ class KVSlots:
 @strict
 class LoopedConfig(SavedDepth, PreTrainedConfig):
     r"""
-    Configuration of [`LoopedModel`]. Sizes use the words of `LlamaConfig`; what is new:
+    Configuration of a looped model. Sizes use the words of `LlamaConfig`; what is new:
 
     Args:
         num_prelude_layers (`int`, defaults to 0): layers run once before the loop.
@@ -154,10 +161,12 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` if true, else `down(act(up(x)))`.
         qk_norm (`bool`): normalise queries and keys per head before the rotary embedding.
         position_embedding (`"rope"` | `"learned"` | `"none"`).
+        sliding_window (`int`, *optional*): in every layer and loop a token sees itself and the `sliding_window - 1`
+            tokens before it, as in Mistral, and caches keep no more than these; >= 2. None: all earlier tokens.
         residual_init (`"zero"` | `"normal"`): zero makes every layer start as the identity (Fixup; arXiv 2604.07822).
         embedding_init_std (`float`, *optional*): defaults to `initializer_range`.
-        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"` | `"hyper"`): how a loop reads and writes the
-            state, see `connections_looped.py`.
+        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"` | `"hyper"` | `"damped"`): how a loop reads and
+            writes the state, see `connections_looped.py`.
         loop_embedding (`"none"` | `"learned"` | `"sinusoidal"`): what is added to the core's output to say which loop
             it was; learned vectors exist for `max_num_loops` loops, waves for any.
         max_num_loops (`int`, *optional*): the most loops a call may ask for. None is no limit; where loops have
@@ -172,10 +181,12 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             then any number of loops can be run.
         hyper_init (`"norm_preserving"` | `"euler"` | `"plain"` | `"zero"`): what fresh stream gates let through, see
             `HYPER_INITS`; `"euler"` puts a pretrained core into a damped loop.
+        damped_beta, damped_horizon (`float`): for `loop_connection="damped"` (2605.23872): initial weight of the first
+            loop's output in what leaves the loop, and initial length of all steps together. By default 0.5 and 1.
         state_init (`"embeddings"` | `"zeros"` | `"normal"`): what the first loop starts from.
         state_init_std (`float`): standard deviation of `state_init="normal"`.
-        kv_sharing (`"per_loop"` | `"first"` | `"last"` | `"mean"` | `"gated"`): which loops of a token its cached
-            entries keep, see `cache_looped.py`.
+        kv_sharing (`"per_loop"` | `"first"` | `"natural"` | `"last"` | `"mean"` | `"gated"`): which loops of a token
+            its cached entries keep, see `cache_looped.py`.
         kv_gate (`"elementwise"` | `"low_rank"` | `"scalar"` | `"mean"` | `"ema"` | `"last"`): how `kv_sharing="gated"`
             (MELT, 2605.07721) mixes loops into what keys and values are computed from, see `gates_looped.py`.
         kv_gate_rank (`int`): rank of `kv_gate="low_rank"`.
@@ -196,6 +207,9 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     model_type = "looped"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "loops_used"]  # noqa: RUF012 (an annotation would make it a field)
+    # SGLang reads it, or else num_loops, of every model and makes its cache so many times as large as
+    # num_hidden_layers says, which counts the loops already. No field: it is not saved.
+    loop_num = 1
     vocab_size: int = positive_int(default=32000)
     hidden_size: int = positive_int(default=768)
     intermediate_size: int = positive_int(default=2048)
@@ -225,6 +239,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     position_embedding: str = name_in(POSITIONS)(default="rope")
     rope_parameters: RopeParameters | dict | None = None
+    sliding_window: int | None = optional_window(default=None)
 
     residual_init: Literal["zero", "normal"] = "normal"
     initializer_range: int | float = scale(default=0.02)
@@ -237,6 +252,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     hyper_mixing: str = name_in(HYPER_CONNECTIONS)(default="diagonal")
     hyper_gates: str = name_in(GATES_OF_LOOP)(default="per_loop")
     hyper_init: str = name_in(HYPER_INITS)(default="norm_preserving")
+    damped_beta: int | float = scale(default=0.5)
+    damped_horizon: int | float = scale(default=1.0)
     state_init: str = name_in(STARTS)(default="embeddings")
     state_init_std: int | float = scale(default=1.0)
     kv_sharing: str = name_in(SHARINGS)(default="per_loop")

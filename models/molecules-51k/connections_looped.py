@@ -33,10 +33,13 @@ class Connection(nn.Module, ABC):
         reads_embeds: every loop reads the prelude's output; otherwise only the initial state may bring in the input.
         closes_with_norm: the state after a loop is the core's output, which `norm_between_loops` has normalised: where
             nothing comes after the last loop, it needs no final norm.
+        counts_loops: what a loop does depends on how many loops there are: the state after k of K loops is not the
+            state that k loops end in.
     """
 
     reads_embeds: ClassVar[bool] = False
     closes_with_norm: ClassVar[bool] = True
+    counts_loops: ClassVar[bool] = False
 
     def __init__(self, config):
         super().__init__()
@@ -55,6 +58,10 @@ class Connection(nn.Module, ABC):
     def has_parameters_per_loop(cls, config) -> bool:
         """Whether every loop has parameters of its own, of which `max_num_loops` are held."""
         return False
+
+    def at(self, num_loops: int | torch.Tensor) -> "Connection | DampedAt":
+        """What reads and writes for batch rows of `num_loops` loops, an int or (b,): this, unless it counts loops."""
+        return self
 
     def open(self, start: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """The initial state and the prelude's output, (B, T, D) each -> the state, (B, T, D) or (B, T, S, D)."""
@@ -456,6 +463,82 @@ class StaticHyperConnection(HyperConnection):
         return state.sum(-2)
 
 
+@final
+class DampedSteps(Scalars):
+    """What `DampedConnection` does to the state; its two weights are beta and T."""
+
+    def __init__(self, config):
+        super().__init__([config.damped_beta, config.damped_horizon])
+
+    def forward(
+        self, state: torch.Tensor, output: torch.Tensor, loop: int, num_loops: int | torch.Tensor
+    ) -> torch.Tensor:
+        """(B, T, 3, D), the core's output (B, T, D) in a loop of so many, an int or (B,) -> (B, T, 3, D)."""
+        # In float32 at least: a share such as 1/3 is no number of bf16.
+        precise = torch.promote_types(state.dtype, torch.float32)
+        beta, horizon = self.weights.to(precise)
+        if isinstance(num_loops, torch.Tensor):
+            num_loops = num_loops.to(state.device, precise).view(-1, 1, 1)
+        x, natural, _ = state.to(precise).unbind(-2)
+        output = output.to(precise)
+        natural = output if loop == 0 else natural
+        # From x the one step, and all steps that are left, along the same slope.
+        step, rest = horizon * (1 / num_loops), horizon * ((num_loops - loop) / num_loops)
+        end = torch.lerp(torch.lerp(x, output, rest), natural, beta)
+        return torch.stack([torch.lerp(x, output, step), natural, end], dim=-2).to(state.dtype)
+
+
+@final
+class DampedConnection(Connection):
+    """The loop refines the one step that the core is into K smaller ones (arXiv 2605.23872).
+
+        y     = core(x_0)                                  the core's own output, of the first loop
+        x_k+1 = x_k + T / K (core(x_k) - x_k)
+        state = beta y + (1 - beta) x_K
+
+    At one loop this is the plain loop, and at K loops the blend of `frozen_looped.py`, for the two scalars' initial
+    values `damped_beta` = 0.5 and `damped_horizon` = 1; both are trained. What is read after k < K loops, by a halting
+    rule for one, goes the rest of the way along the last slope: after the first loop that is y.
+
+    The three streams of a state are x_k, y and what is read, so that batch rows may leave after any loop.
+    """
+
+    closes_with_norm = False
+    counts_loops = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.steps = DampedSteps(config)
+
+    @classmethod
+    def flops(cls, config) -> int:
+        return 0
+
+    def at(self, num_loops):
+        return DampedAt(self, num_loops)
+
+    def open(self, start, embeds):
+        return start.unsqueeze(-2).expand(-1, -1, 3, -1)
+
+    def read(self, state, embeds, loop):
+        return state[..., 0, :], None
+
+    def close(self, state):
+        return state[..., 2, :]
+
+
+@final
+class DampedAt:
+    """`DampedConnection` for batch rows that run `num_loops` loops, an int or (b,). The verbs are a connection's."""
+
+    def __init__(self, connection: DampedConnection, num_loops: int | torch.Tensor):
+        self.read, self.steps, self.num_loops = connection.read, connection.steps, num_loops
+
+    def write(self, state, carry, output, loop):
+        """As `Connection.write`, with steps that are as long as each row's loop count wants."""
+        return self.steps(state, output, loop, self.num_loops)
+
+
 HYPER_CONNECTIONS: dict[str, type[HyperConnection]] = {
     **dict.fromkeys(MIXINGS, GatedHyperConnection),
     "static": StaticHyperConnection,
@@ -465,6 +548,7 @@ CONNECTIONS: dict[str, type[Connection]] = {
     "inject_add": InjectAddConnection,
     "inject_concat": InjectConcatConnection,
     "hyper": HyperConnection,
+    "damped": DampedConnection,
 }
 
 

@@ -12,6 +12,9 @@ file is a `SavedCount`, so that a copy of a generation config, which a pipeline 
 one that somebody set.
 """
 
+import os
+from typing import Self
+
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -24,20 +27,25 @@ class SavedDepth:
     """Base of configurations with `num_loops`, before PreTrainedConfig: it marks counts that were read from files."""
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; keywords that are fields go before the file."""
-        loaded = super().from_pretrained(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return mark_saved(loaded, kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
+        """Load a configuration from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or a Hub name.
+            *args, **kwargs: as in `PreTrainedConfig.from_pretrained`; keywords that are fields go before the file.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # pyright: ignore
+        return mark_saved(loaded, kwargs)  # pyright: ignore[reportReturnType]
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """As in transformers; keywords that are fields go before the dict."""
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As `PreTrainedConfig.from_dict`; keywords that are fields go before the dict."""
         from_file = "name_or_path" in kwargs  # AutoConfig reads the file itself, and adds this
         loaded = super().from_dict(config_dict, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return mark_saved(loaded, kwargs) if from_file else loaded
 
     def to_dict(self) -> dict:
-        """As in transformers, with plain values: whoever writes the dict may not know a `SavedCount`."""
+        """All fields, with plain values: whoever writes the dict may not know a `SavedCount`."""
         output = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
         return output | {"num_loops": int(output["num_loops"])}
 
@@ -90,6 +98,7 @@ def count_to_save(config: PreTrainedConfig, generation_config: GenerationConfig)
 
 
 def too_many_loops(num_loops: int, max_num_loops: int) -> str:
+    """What a refusal says of a loop count above `max_num_loops`."""
     return (
         f"num_loops={num_loops} must be in 1 .. max_num_loops={max_num_loops}: loops beyond have no gates or "
         "embedding of their own. Ask for fewer loops, or train with hyper_gates='shared' and "

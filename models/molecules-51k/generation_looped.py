@@ -1,16 +1,18 @@
 """`generate` of a looped model: its three more settings, and where transformers' decoding has to know of loops."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from transformers.generation import GenerationMixin
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
 
-from .checks_looped import cuts_show, is_row_mask
+from .checks_looped import cuts_show, is_row_mask, no_engine
 from .depth_looped import asked_count, generation_count
-from .halting_looped import calibrated_rule, halting_rule
+from .halting_looped import Rule, calibrated_rule, halting_rule
 from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
 
 LOOP_SETTINGS = ("num_loops", "halting")
@@ -32,25 +34,76 @@ class LoopedGenerateOutput(GenerateDecoderOnlyOutput):
 class LoopedGenerationMixin(GenerationMixin):
     """`GenerationMixin` with `num_loops`, `halting` and `draft_loops`."""
 
-    def generate(self, *args, **kwargs):
-        r"""`GenerationMixin.generate`, with three more settings, also read from `generation_config`:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: PreTrainedModel | None = None,
+        streamer: BaseStreamer | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        custom_generate: str | Callable | None = None,
+        *,
+        num_loops: int | torch.Tensor | None = None,
+        halting: str | dict | Rule | Literal[True] | None = None,
+        draft_loops: int | None = None,
+        **kwargs,
+    ) -> GenerateOutput | torch.LongTensor:
+        """Write tokens after a prompt. `num_loops`, `halting` and `draft_loops` are also read from the generation
+        config; everything else is that of `GenerationMixin.generate`.
 
-            num_loops (`int` or `torch.LongTensor` of shape `(batch_size,)`): loops per token.
-            halting (`str`, `dict` or `True`): rule by which a token stops looping earlier, see `forward`. True is the
-                rule in `generation_config.calibrated_halting`, which `looped halting RUN --save` chooses for a model;
-                a ValueError says so where there is none. Without `halting` that rule is not used.
-            draft_loops (`int`): so many loops draft tokens, and all loops verify them, for a batch of one text; 0 for
-                no drafts. See `speculation_looped.py`. `num_assistant_tokens` and `assistant_confidence_threshold` say
+        Args:
+            inputs: (B, T) tokens of the prompt, padded on the left; or `input_ids=`, or `inputs_embeds=`.
+            generation_config: settings that the call does not have itself; the model's by default.
+            logits_processor: changes the scores, after the processors that the settings make.
+            stopping_criteria: ends the text, beside those that the settings make.
+            prefix_allowed_tokens_fn: which tokens may follow a prefix.
+            synced_gpus: go on while another process does.
+            assistant_model: another model, which drafts tokens.
+            streamer: is given tokens as soon as they are certain.
+            negative_prompt_ids, negative_prompt_attention_mask: (B, T), for `guidance_scale`.
+            custom_generate: another decoding method.
+            num_loops: loops per token, >= 1, or a (B,) LongTensor with one count per batch row.
+            halting: rule by which a token stops looping earlier, see `forward`. True is the rule in
+                `generation_config.calibrated_halting`, which `looped halting RUN --save` chooses for a model; it is
+                used only where `halting=True` asks for it.
+            draft_loops: so many loops draft tokens, and all loops verify them, for a batch of one text; 0 for no
+                drafts. See `speculation_looped.py`. `num_assistant_tokens` and `assistant_confidence_threshold` say
                 how far a draft goes, as in assisted decoding.
+            **kwargs: settings of a generation config (`max_new_tokens`, `do_sample`, `temperature`, ...) and arguments
+                of `forward` (`attention_mask`, `past_key_values`, `generator`, ...).
 
-        With `return_dict_in_generate=True` the output of sampling and greedy search also has `loops_used`, a
-        (B, new tokens) LongTensor, and with `draft_loops` the fields of `SpeculativeGenerateOutput`.
+        Returns:
+            (B, T + new tokens). With `return_dict_in_generate=True` an output of transformers. After sampling and
+            greedy search it also has `loops_used`, a (B, new tokens) LongTensor, and with `draft_loops` the fields of
+            `SpeculativeGenerateOutput`.
+
+        Raises:
+            ValueError: a setting has the wrong value, or two settings exclude each other; True as `halting` where no
+                rule was calibrated.
         """
-        call = inspect.signature(super().generate).bind(*args, **kwargs).arguments
-        settings = call.pop("kwargs", {})
-        speculation = self_speculation(self, call, settings)
+        call = {
+            "inputs": inputs,
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "synced_gpus": synced_gpus,
+            "assistant_model": assistant_model,
+            "streamer": streamer,
+            "negative_prompt_ids": negative_prompt_ids,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+            "custom_generate": custom_generate,
+        }
+        asked = {"num_loops": num_loops, "halting": halting}
+        settings = kwargs | {name: value for name, value in asked.items() if value is not None}
+        speculation = self_speculation(self, draft_loops, call, settings)
         if speculation is not None:
-            return super().generate(**{**call, "custom_generate": speculation}, **settings)
+            call["custom_generate"] = speculation
         return super().generate(**call, **settings)
 
     def _sample(self, *args, **kwargs):
@@ -106,14 +159,12 @@ class LoopedGenerationMixin(GenerationMixin):
         """As in transformers. Every request runs `config.num_loops` loops, since the paged cache is sized by them.
 
         Raises:
-            ValueError: the generation config asks for another loop count, or for a halting rule; or tokens depend on
-                where prompts are cut (`kv_sharing`).
+            ValueError: the generation config asks for another loop count, or for a halting rule; or the KV policy
+                cannot be run by an engine (`kv_sharing`).
         """
-        if self.model.sharing.rewrites:
-            raise ValueError(
-                f"{cuts_show(self.config.kv_sharing)}, and continuous batching cuts prompts as its load has it: use "
-                "generate, or kv_sharing='per_loop' or 'first'."
-            )
+        sharing = self.model.sharing
+        if not sharing.takes_engines:
+            raise ValueError(no_engine(self.config.kv_sharing, sharing.engine_trouble, "continuous batching"))
         num_loops = asked_count(generation_config, self.generation_config)
         settings = (self.generation_config if generation_config is None else generation_config).to_dict()
         halting = calibrated_rule(settings.get("halting"), settings.get(CALIBRATED))

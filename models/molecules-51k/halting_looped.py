@@ -254,6 +254,7 @@ RULES: dict[str, type[Rule]] = {
 
 
 def non_negative(name: str, value: float) -> float:
+    """The threshold, a number >= 0; ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"halting threshold {name} must be a number >= 0, got {value!r}.")
     return value
@@ -323,5 +324,6 @@ def calibrated_rule(halting: Any, calibrated: Any) -> Any:
 
 
 def nearest(name, names) -> str:
+    """How a sentence on an unknown name ends: with the nearest of the known names, if one is near."""
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else "."

@@ -1,6 +1,6 @@
 """Llama's layer, except that its KV slot is an argument; with its MLPs, norms and positions.
 
-Legend: B rows, T tokens, D hidden size, H heads, K key-value heads, d head size.
+Legend: B rows, T tokens, S cached tokens and these T, D hidden size, H heads, K key-value heads, d head size.
 """
 
 import threading
@@ -28,11 +28,13 @@ from transformers.utils import TransformersKwargs
 from .cache_layers_looped import LAYERS_WRITE_ENGINE_CACHES
 from .gates_looped import KV_GATES
 from .initial_looped import SetsInitialValues
+from .two_sources_looped import FirstPass, LaterPass
 
 Section = Literal["prelude", "core", "coda"]
 
 
 def make_norm(config: PreTrainedConfig, size: int | None = None) -> nn.Module:
+    """The norm that `norm_type` names, over `size` features, `hidden_size` by default."""
     norm = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return norm(size or config.hidden_size, eps=config.norm_eps)
 
@@ -43,10 +45,12 @@ def as_is(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def make_dropout(probability: float) -> Callable:
+    """Dropout, or nothing at all where the probability is 0."""
     return nn.Dropout(probability) if probability else as_is
 
 
 def make_outer_norm(config: PreTrainedConfig) -> Callable:
+    """What `norm_placement` puts behind a sublayer: a norm, or nothing."""
     return as_is if config.norm_placement == "pre" else make_norm(config)
 
 
@@ -93,6 +97,7 @@ class SlotAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.sliding_window  # paged attention and engines look for it here
 
     def forward(
         self,
@@ -121,6 +126,7 @@ class SlotAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
 
@@ -264,6 +270,31 @@ class GatedLoopedLayer(LoopedLayer):
         latent = self.kv_gate(x, latent, loop)  # (B, T, D)
         output, _ = self.self_attn(x, latent, **kwargs)
         return self.add_and_transform(hidden_states, output), latent
+
+
+@final
+class NaturalLoopedLayer(LoopedLayer):
+    """A core layer that attends to the entries which earlier tokens left in loop 0, and to its own current ones."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        columns: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, D), and in later loops what loop 0 attended to -> (B, T, D), and what loop 0 attended to.
+
+        That is keys and values, (B, K, S, d) each. columns: (T,), where the entries of this call are among the S.
+        """
+        if keys is None or values is None or columns is None:
+            seen = FirstPass(past_key_values)
+        else:
+            seen = LaterPass(keys, values, columns)
+        output, _ = self.self_attn(self.input_layernorm(hidden_states), past_key_values=seen, **kwargs)
+        return self.add_and_transform(hidden_states, output), seen.keys, seen.values
 
 
 OPENING = threading.Lock()  # held while a model gets attentions for more slots

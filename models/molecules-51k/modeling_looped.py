@@ -25,22 +25,39 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.utils import auto_docstring, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .base_looped import LoopedPreTrainedModel
 from .cache_layers_looped import CACHE_NAME, one_cache
 from .cache_looped import OWN_KEYS, SHARINGS
-from .calls_looped import ActiveBatch, Call, CallContext, Decision, LoopStates, Observer, make_position_ids
-from .checks_looped import check_grad_loops, check_inputs, check_loops, leave_graph, refuse_engine, refuse_unknown
+from .calls_looped import (
+    ActiveBatch,
+    Call,
+    CallContext,
+    Decision,
+    LoopStates,
+    Observer,
+    make_causal_mask,
+    make_position_ids,
+)
+from .checks_looped import (
+    check_grad_loops,
+    check_inputs,
+    check_loops,
+    check_served,
+    leave_graph,
+    refuse_engine,
+    refuse_unknown,
+)
 from .chunks_looped import Chunks
 from .configuration_looped import LoopedConfig
 from .connections_looped import CONNECTIONS, LOOP_EMBEDDINGS, STARTS
@@ -49,17 +66,24 @@ from .halting_looped import Rule, halting_rule
 from .initial_looped import SetsInitialValues
 from .layers_looped import POSITIONS, LoopedLayer, as_is, make_dropout, make_norm, open_slots
 from .losses_looped import ExitObjective, make_objective
-from .outputs_looped import FORWARD_DOCSTRING, LoopedCausalLMOutput, LoopedModelOutput, choose_hidden_states
+from .outputs_looped import LoopedCausalLMOutput, LoopedModelOutput, choose_hidden_states
+from .versions_looped import slice_logits_to_keep
 
 
-@auto_docstring
 class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
+    """A looped transformer without a head: prelude, core, coda and final norm.
+
+    Args:
+        config: sizes, and how the loop reads, writes, caches and starts.
+    """
+
     def __init__(self, config: LoopedConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.positions = POSITIONS[config.position_embedding](config)
         self.dropout = make_dropout(config.embedding_dropout)
         self.sharing = SHARINGS[config.kv_sharing](config)
+        check_served(config, self.sharing)
         self.prelude = nn.ModuleList([LoopedLayer(config, "prelude", i) for i in range(config.num_prelude_layers)])
         self.core = nn.ModuleList([self.sharing.core_layer(config, "core", i) for i in range(config.num_core_layers)])
         self.coda = nn.ModuleList([LoopedLayer(config, "coda", i) for i in range(config.num_coda_layers)])
@@ -114,7 +138,6 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
     @choose_hidden_states
     @merge_with_config_defaults
     @capture_outputs
-    @auto_docstring(custom_args=FORWARD_DOCSTRING)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -132,9 +155,21 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         cache: Cache | None = None,
         **kwargs,
     ) -> LoopedModelOutput:
+        """One call of the model: the hidden states (B, T, D) that a head reads, after the final norm.
+
+        What is not listed here is as in `LoopedForCausalLM.forward`.
+
+        Args:
+            halting: a rule that needs no logits, `"latent"` or `"q_exit"`; or a `Decision`, which brings a head.
+
+        Raises:
+            ValueError: a loop count, mask, token id or halting rule does not fit.
+            TypeError: a keyword is unknown.
+        """
         refuse_unknown(kwargs, LoopedForCausalLM.forward.__annotations__)
-        if self.sharing.rewrites:
-            refuse_engine(self.config.kv_sharing, cache, kwargs)
+        check_served(self.config, self.sharing, num_loops, halting is not None)
+        if not self.sharing.takes_engines:
+            refuse_engine(self.config.kv_sharing, self.sharing.engine_trouble, cache, kwargs)
         if cache is None or isinstance(cache, Cache):
             past_key_values = one_cache(past_key_values, cache)
         else:  # an engine's, see ENGINE_ARGUMENTS
@@ -182,6 +217,22 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             **{CACHE_NAME: past_key_values},  # pyright: ignore[reportArgumentType]
         )
 
+    def stopped(self, state: torch.Tensor, attention_mask=None, position_ids=None) -> torch.Tensor:
+        """What the head reads in a call without a cache whose last loop left `state`: (B, T, D) -> (B, T, D).
+
+        So a state that `observe` shows gives what a call with fewer loops would give.
+
+        Args:
+            state: of all batch rows, as `observe` shows it.
+            attention_mask, position_ids: of the call.
+        """
+        if self.config.num_coda_layers == 0:
+            return self.readout_norm(state)
+        if position_ids is None:
+            position_ids = make_position_ids(state, attention_mask, None)
+        context = self.open_context(Call(state, attention_mask, position_ids, past_key_values=None, num_loops=1))
+        return self.readout_norm(self.run_section(self.coda, state, context))
+
     def is_cut(self, num_tokens: int) -> bool:
         """Whether a call of so many tokens is run chunk by chunk."""
         return self.config.prefill_chunk is not None and num_tokens > self.config.prefill_chunk
@@ -207,9 +258,11 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
 
     def open_context(self, call: Call) -> CallContext:
         """What the layers of a call share: the mask, the rotary angles, and the cache with its slots open."""
+        self.sharing.check_attention()
         cache, position_ids = call.past_key_values, call.position_ids
-        mask = create_causal_mask(self.config, call.embeds, call.attention_mask, cache, position_ids)
-        context = CallContext(mask, self.positions(call.embeds, position_ids), position_ids, cache, OWN_KEYS)
+        mask = make_causal_mask(self.config, call.embeds, call.attention_mask, cache, position_ids)
+        angles = self.positions(call.embeds, position_ids)
+        context = CallContext(mask, angles, position_ids, cache, OWN_KEYS, call.num_loops)
         if call.rows_may_halt:
             context.check_rows_can_leave()
         open_slots(self.core, call.most_loops)
@@ -245,14 +298,27 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             embeds: (b, T, D), the output of the prelude.
             context: of these b batch rows.
         """
-        x, carry = self.connection.read(state, embeds, loop)
+        connection = self.connection.at(context.num_loops)
+        x, carry = connection.read(state, embeds, loop)
         x = self.run_section(self.core, x, context, loop, **kwargs)
         x = self.loop_embedding(self.core_norm(x), loop)
-        return self.connection.write(state, carry, x, loop)
+        return connection.write(state, carry, x, loop)
 
 
-@auto_docstring
 class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
+    """A looped transformer that predicts the next token, with `generate`.
+
+    >>> model = LoopedForCausalLM(LoopedConfig(vocab_size=100, hidden_size=64, num_attention_heads=4)).eval()
+    >>> ids = torch.tensor([[5, 3, 8]])
+    >>> model(ids, num_loops=8).logits.shape
+    torch.Size([1, 3, 100])
+    >>> model.generate(ids, num_loops=8, max_new_tokens=4).shape
+    torch.Size([1, 7])
+
+    Args:
+        config: sizes, and how the loop reads, writes, caches and starts.
+    """
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
@@ -274,7 +340,6 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         return self.lm_head(self.model.readout_norm(state))
 
     @can_return_tuple
-    @auto_docstring(custom_args=FORWARD_DOCSTRING)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -294,6 +359,45 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> LoopedCausalLMOutput:
+        """One call of the model: logits, with the loss where labels are given.
+
+        B batch rows, T tokens, D hidden size, V vocabulary.
+
+        Args:
+            input_ids: (B, T) tokens; these or `inputs_embeds`.
+            attention_mask: (B, T), 0 for padding, or a mask that a library has prepared, (B, 1, T, cached + T).
+            position_ids: (B, T) or (1, T); by default they count the tokens that are not padding.
+            past_key_values: keys and values of earlier calls, from which this one goes on and to which it adds; a new
+                `DynamicCache` if not given.
+            inputs_embeds: (B, T, D), in place of `input_ids`.
+            labels: (B, T), the tokens themselves: the loss shifts them. -100 has no loss.
+            use_cache: return the cache; `config.use_cache` by default.
+            logits_to_keep: compute the logits of so many last tokens, 0 for all, or of the positions in a LongTensor.
+            num_loops: loops of the core, >= 1; `config.num_loops` by default. With a (B,) LongTensor every batch row
+                gets a loop count of its own, as if it were run alone, and leaves the batch after its last loop.
+            num_grad_loops: only so many last loops are differentiated (truncated back-propagation). Head and exit
+                gate learn from all loops they read.
+            cut_chunks: with `config.prefill_chunk`, no gradient goes from a chunk of tokens to the cached entries of
+                earlier ones.
+            halting: rule by which a batch row halts before `num_loops`: the name of one of `RULES` in
+                `halting_looped.py`, such as `"kl_entropy"`; a dict with the rule's thresholds, `{"rule":
+                "kl_entropy", "kl_threshold": 0.01, "max_entropy": 3.0}`; or a rule object. `"q_exit"` needs
+                `exit_gate=True` in the configuration. The rule reads the positions of `logits_to_keep`, padding
+                excluded. A batch row halts when all of them agree.
+            observe: called after every loop as `observe(rows, state)`: with a (b,) LongTensor of the batch rows that
+                ran it, and what coda and readout see of their state, (b, T, D), before the final norm.
+            generator: seed of `state_init="normal"`, see `connections_looped.py`.
+            cache: the same as `past_key_values`: its name in transformers from 5.24 on.
+            **kwargs: `shift_labels` (B, T), the next token of every token, in place of `labels`;
+                `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
+
+        Returns:
+            Logits (B, T, V), or of the tokens kept; the loss in nats; the cache; and `loops_used` (B, T).
+
+        Raises:
+            ValueError: a loop count, mask, token id or halting rule does not fit.
+            TypeError: a keyword is unknown.
+        """
         shift_labels = kwargs.pop("shift_labels", None)
         trains = labels is not None or shift_labels is not None
         states = self.objective.states(logits_to_keep, observe) if trains else None
@@ -366,6 +470,12 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
 
 
 class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPreTrainedModel):
+    """A looped transformer that scores classes at the last token of a text, or one number.
+
+    Args:
+        config: sizes, how the loop reads, writes, caches and starts, and `num_labels`.
+    """
+
     def __init__(self, config: LoopedConfig):
         # The generic head would build its model through AutoModel, which refuses a config class loaded as remote code.
         PreTrainedModel.__init__(self, config)
@@ -376,6 +486,59 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
             self.model.exit_gate.requires_grad_(False)
         self.score = nn.Linear(config.hidden_size, len(config.id2label or {}), bias=False)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | torch.Tensor | None = None,
+        num_grad_loops: int | None = None,
+        cut_chunks: bool = False,
+        halting: str | dict | Rule | None = None,
+        observe: Observer | None = None,
+        generator: torch.Generator | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """One call of the model: a score for every class, with the loss where labels are given.
+
+        What is not listed here is as in `LoopedForCausalLM.forward`.
+
+        Args:
+            labels: (B,), classes from 0 on; numbers where `config.num_labels` is 1.
+            halting: a rule that needs no logits, `"latent"` or `"q_exit"`.
+
+        Returns:
+            Scores (B, num_labels), read at the last token that is not padding; the loss; the cache.
+
+        Raises:
+            ValueError: several rows and no `config.pad_token_id`; a loop count or halting rule that does not fit.
+            TypeError: a keyword is unknown.
+        """
+        of_the_body = {
+            CACHE_NAME: one_cache(past_key_values, cache),
+            "num_loops": num_loops,
+            "num_grad_loops": num_grad_loops,
+            "cut_chunks": cut_chunks,
+            "halting": halting,
+            "observe": observe,
+            "generator": generator,
+        }
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,  # pyright: ignore[reportArgumentType]
+            use_cache=use_cache,
+            **of_the_body,
+            **kwargs,
+        )
 
 
 # Trainer and pipelines know a model's task by the names in these tables. Trainer takes a causal model's labels for the

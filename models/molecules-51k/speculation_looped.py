@@ -28,11 +28,10 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.masking_utils import create_causal_mask
 
 from .cache_layers_looped import CACHE_NAME, CACHE_NAMES, RewritingLayer, one_cache
 from .cache_looped import OWN_KEYS, KeySource
-from .calls_looped import CallContext
+from .calls_looped import CallContext, make_causal_mask
 from .depth_looped import check_loops_of_rows
 
 
@@ -90,6 +89,7 @@ class Halves:
         self.slots = self.body.sharing.slots
         self.length = int(cache.get_seq_length())  # tokens that both halves have seen, and that are to stay
         self.layer_calls = 0
+        cache.activate_past_recording()  # sliding layers keep what a cropped draft had pushed out
 
     def first(self, token: torch.Tensor, ahead: int) -> Halfway:
         """Run the prelude and the first `draft_loops` loops on one token (1, 1).
@@ -150,9 +150,9 @@ class Halves:
         if mask is not None:
             mask = F.pad(mask, (0, length - mask.shape[1]), value=1)
         slot = self.slots.slot("core", 0, loop)
-        causal_mask = create_causal_mask(self.model.config, embeds, mask, self.cache, position_ids, layer_idx=slot)
+        causal_mask = make_causal_mask(self.model.config, embeds, mask, self.cache, position_ids, slot)
         angles = self.body.positions(embeds, position_ids)
-        return CallContext(causal_mask, angles, position_ids, self.cache, key_source)
+        return CallContext(causal_mask, angles, position_ids, self.cache, key_source, self.num_loops)
 
     def loop(self, state, embeds, context: CallContext, loops: range) -> torch.Tensor:
         """The state (1, T, ...) after these loops."""
@@ -192,6 +192,7 @@ class Text:
 
     @property
     def length(self) -> int:
+        """Tokens of the text so far, the prompt included."""
         return self.ids.shape[1]
 
     def recorded(self) -> dict:
@@ -226,6 +227,7 @@ class Draft:
 
     @property
     def confidence(self) -> float:
+        """The probability that the draft gave to the token."""
         return float(self.probabilities[0, self.token[0, 0]])
 
 
@@ -378,6 +380,11 @@ class SelfSpeculation:
                 "'first'",
             ),
             (
+                sharing == "natural" and config.sliding_window is not None,
+                f"kv_sharing='natural' reads the entries of all drafted tokens from the newest, which sliding_window="
+                f"{config.sliding_window} does not show it: use prompt_lookup_num_tokens",
+            ),
+            (
                 input_ids.shape[0] != 1,
                 f"it decodes one row, got {input_ids.shape[0]} (num_return_sequences counts): rows accept different "
                 "numbers of tokens. Call generate row by row",
@@ -457,22 +464,22 @@ def prefill(model, input_ids, num_loops, chunk_size, model_kwargs) -> torch.Tens
     return outputs.logits[:, -1]
 
 
-def self_speculation(model, call: dict, settings: dict) -> SelfSpeculation | None:
-    """The decoding method that a call of `generate` asks for, or None; `draft_loops` is taken out of its settings.
+def self_speculation(model, draft_loops: int | None, call: dict, settings: dict) -> SelfSpeculation | None:
+    """The decoding method that a call of `generate` asks for, or None.
 
     Args:
-        call: named arguments of `generate`, without its `**kwargs`.
-        settings: these; where they do not say, the generation config of the call does, then that of the model.
+        draft_loops: of the call; where it is None, the generation config of the call decides, then that of the model.
+        call: the other arguments of `generate` that are named as in transformers.
+        settings: what else it was called with.
 
     Raises:
         ValueError: it asks for another way of decoding as well.
     """
     configs = [call.get("generation_config"), model.generation_config]
     stored = [config.to_dict().get("draft_loops") for config in configs if config is not None]
-    asked = [value for value in (settings.pop("draft_loops", None), *stored) if value is not None]
-    if not asked:
+    draft_loops = next((value for value in (draft_loops, *stored) if value is not None), None)
+    if draft_loops is None:
         return None
-    draft_loops = asked[0]
     if isinstance(draft_loops, bool) or not isinstance(draft_loops, int):
         raise ValueError(f"draft_loops must be an int: loops of the draft, or 0 for none, got {draft_loops!r}.")
     if draft_loops == 0:

@@ -1,4 +1,4 @@
-"""Rows of a data set that the user names: what `datasets.load_dataset` takes, or a folder of `save_to_disk`."""
+"""Rows of a data set that the user names: what `datasets.load_dataset` takes, or a folder that datasets saved."""
 
 from pathlib import Path
 

@@ -43,7 +43,7 @@ def write_mlx(
     quantize: str | None = None,
     loops: dict | None = None,
 ) -> None:
-    """Fill an empty folder with what `mlx_lm.load` loads.
+    """Fill an empty folder with what mlx-lm loads.
 
     Args:
         quantize: "f16", or one of `BITS`, which needs mlx.

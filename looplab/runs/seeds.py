@@ -19,7 +19,8 @@ from .sections import flatten
 SHARED = {
     "data.config": "cpu", "data.weighting": "rows", "data.readout": "token", "data.pad_to": None,
     "data.at_least_hops": False, "data.files": None, "data.sequence_length": None, "data.tokenizer": None,
-    "data.vocab_size": None, "data.validation_tokens": None, "data.spellings": None, "curriculum.start_hops": None,
+    "data.vocab_size": None, "data.validation_tokens": None, "data.spellings": None, "data.assistant_only_loss": None,
+    "curriculum.start_hops": None,
     "curriculum.stop_hops": None, "curriculum.threshold": 0.95, "curriculum.min_steps": 0,
     "curriculum.after_last": "continue", "curriculum.restart_optimizer": False,
 }  # fmt: skip

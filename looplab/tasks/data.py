@@ -139,6 +139,7 @@ class Copy:
     splits: "DatasetDict"
 
     def small(self) -> bool:
+        """Whether the rows are at most `KEPT_BYTES` in memory, so that a run keeps a copy of them."""
         return sum(rows.data.nbytes for rows in self.splits.values()) <= KEPT_BYTES
 
     def save_pretrained(self, folder: Path) -> None:

@@ -27,7 +27,7 @@ WRITING = {
     "frozen": ["frozen {here}/study.yaml --stages cost"],
     "bench": ["bench --quick --no-compile --output {here}/bench"],
     "convert": ["convert {here}/llama {here}/looped"],
-    "export": ["export {here}/hops --to gguf", "export {here}/text --to mlx"],
+    "export": ["export {here}/hops --to gguf", "export {here}/hops --to mlx"],
 }
 # halting and harness write one file, by the same function; fetch a folder that must not exist, as convert does; what
 # train writes is looked at in tests/training/test_run_folder.py.

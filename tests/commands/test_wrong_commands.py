@@ -16,9 +16,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from command_lines import READ, VERBS, arguments_of, command, readable
-from looplab import mistakes
+from looplab import cli, mistakes
 from looplab.cli import Whole, main
-from looplab.mistakes import run_command
+from looplab.mistakes import Real, run_command
 from looplab.shipped import recipe_files
 from toy_runs import edit_json
 from toys import ROOT
@@ -84,7 +84,8 @@ def test_every_number_says_its_range():
     """Where it is declared; what is no number is a name, a choice or a text."""
     for verb in VERBS:
         for action in arguments_of(verb):
-            assert action.type in (None, str) or isinstance(action.type, Whole), f"{verb} {action.dest}"
+            known = action.type in (None, str, cli.named, cli.fields) or isinstance(action.type, Whole | Real)
+            assert known, f"{verb} {action.dest}"
 
 
 def wrong_paths():
@@ -444,17 +445,15 @@ def test_train_says_a_sentence_once(tmp_path):
 # Packages that come with an extra
 
 
-def extras() -> dict[str, str]:
-    """Module -> an extra of the project that installs it."""
+def extras() -> dict[str, set[str]]:
+    """Module -> the extras of the project that install it."""
     needs = [Requirement(need) for need in metadata.requires("looped-transformers")]
-    named = [
-        (need.name.replace("-", "_"), extra)
-        for need in needs
-        if need.marker
-        for extra in ("plots", "eval", "molecules", "serve", "export", "demo")
-        if need.marker.evaluate({"extra": extra})
-    ]
-    return dict(named)
+    found = {}
+    for need in (need for need in needs if need.marker):
+        for extra in ("plots", "eval", "molecules", "serve", "export", "demo"):
+            if need.marker.evaluate({"extra": extra}):
+                found.setdefault(need.name.replace("-", "_"), set()).add(extra)
+    return found
 
 
 @pytest.mark.parametrize("module", extras())
@@ -462,7 +461,8 @@ def test_a_package_of_an_extra_that_is_missing_names_the_extra(module, monkeypat
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(ImportError) as error:
         import_module(module)
-    assert mistakes.sentence(error.value).endswith(f"pip install 'looped-transformers[{extras()[module]}]'.")
+    commands = tuple(f"pip install 'looped-transformers[{extra}]'." for extra in extras()[module])
+    assert mistakes.sentence(error.value).endswith(commands)
 
 
 def test_another_package_that_is_missing_is_named():

@@ -61,6 +61,8 @@ OTHER = {
     "exit_gate": True,
     "exit_loss": "gate",
     "exit_entropy_weight": 0.2,
+    "damped_beta": 0.4,
+    "damped_horizon": 0.7,
     "use_cache": False,
     "pad_token_id": 3,
     "bos_token_id": 4,

@@ -174,7 +174,7 @@ def test_the_command_writes_a_row_per_item(benchmarks, tmp_path, monkeypatch, ca
     share = sum(row["acc"] for row in rows) / 3
     assert f"hellaswag test: acc {100 * share:.1f} +- " in said
     assert main(["harness", str(tmp_path / "none"), "--task", "hellaswag"]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "there is no run folder" in capsys.readouterr().err
 
 
 def rows_of(right, said) -> list[dict]:

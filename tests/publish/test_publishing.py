@@ -361,12 +361,6 @@ def test_the_space_is_the_page_and_names_the_published_model(hops, hub, api):
     assert [item["type"] for item in collection["items"]] == ["dataset", "model", "space"]
 
 
-def test_there_is_no_page_for_text(text, hub, api):
-    with pytest.raises(ValueError, match="looped demo is not for text: it is for hops, molecules"):
-        publish(open_run(text), REPO, space=True, api=api)
-    assert writes(hub) == []
-
-
 def test_publishing_again_changes_nothing(hops, hub, api):
     first = publish(open_run(hops), REPO, dataset=True, space=True, api=api)
     hub.requests.clear()

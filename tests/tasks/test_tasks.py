@@ -123,7 +123,7 @@ def test_every_picture_and_file_that_is_named_in_a_task_is_declared(task):
                 assert node.value in files | set(TRAINED) | OTHER, f"{page}: {node.value}"
 
 
-OTHER = {"config.json", "model.json"}  # of a model's folder, and of samples/
+OTHER = {"config.json", "tokenizer.json", "model.json"}  # of a model's folder, and of samples/
 
 
 def code_outside(kind: str) -> list[Path]:

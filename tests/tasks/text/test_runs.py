@@ -423,10 +423,3 @@ def test_runs_of_different_tasks_are_read_apart(runs, capfd):
     recipe.write_text("name: x\n")
     with pytest.raises(ValueError, match=r"recipe\.yaml has no data\.task"):
         task_of(runs)
-
-
-@pytest.mark.parametrize("command", ["ask", "lens"])
-def test_commands_about_hops_refuse_a_run_on_text(evaluated, capfd, command):
-    assert f"is a run on text, and looped {command} is not for text: it is for hops" in failure(
-        capfd, command, evaluated[0]
-    )

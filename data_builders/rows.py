@@ -12,7 +12,7 @@ def load_rows(arguments: dict, field: str, split: str | None) -> datasets.Datase
 
     Args:
         arguments: of `datasets.load_dataset`, such as {"path": "user/name"}; or {"path": FOLDER}, of a folder that
-            `datasets.Dataset.save_to_disk` or that of a `datasets.DatasetDict` wrote. A leading ~ is the home folder.
+            `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote. A leading ~ is the home folder.
         field: that names the split, for messages.
         split: a name, or None for a data set without splits.
 

@@ -53,7 +53,7 @@ PROJECT = frozenset().union(*(names_of(tree) for tree in TREES.values())) | {
 }
 OF_LIBRARIES = frozenset(
     {*dir(builtins), *keyword.kwlist, "true", *dir(torch), *dir(transformers), *dir(datasets), *dir(huggingface_hub)}
-    | {*dir(GenerationConfig()), *signature_names(TrainingArguments)}
+    | {*dir(GenerationConfig()), *dir(datasets.Dataset), *signature_names(TrainingArguments)}
     | signature_names(GenerationMixin.generate) | signature_names(PreTrainedModel.from_pretrained)
     | set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     | {"torch", "transformers", "datasets", "attn_implementation", "device_map", "quantization_config"}

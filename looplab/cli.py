@@ -76,10 +76,10 @@ def report(run, text: str, path) -> None:
     print(f"{text}\n\n{kept}")
 
 
-def refuse_unkept(run, option: str) -> None:
-    """Raise ValueError if nothing that is written for a run stays."""
+def refuse_unkept(run, what: str, option: str = "--to") -> None:
+    """Raise ValueError if nothing that `what` writes for a run stays. option: names a folder where it does."""
     if run.given is not None:
-        raise ValueError(f"{run} is not a run, and {option} makes files: name a folder for them by --to.")
+        raise ValueError(f"{run} is not a run, and {what} makes files: name a folder for them by {option}.")
 
 
 def run_train(arguments) -> None:
@@ -117,8 +117,7 @@ def run_halting(arguments) -> None:
 def run_plot(arguments) -> None:
     with opened("plot", arguments.runs, arguments, "format") as (runs, task, given):
         for run in runs if arguments.output is None else ():
-            if run.given is not None:
-                raise ValueError(f"{run} is not a run: name a folder for its figures by --output.")
+            refuse_unkept(run, "looped plot", "--output")
         for path in task.plot(runs, arguments.output, **given):
             print(path)
 
@@ -149,7 +148,6 @@ def run_fetch(arguments) -> None:
 
 def run_harness(arguments) -> None:
     import logging
-    from pathlib import Path
 
     from looplab.pretrained.harness import accuracies, score, settle_depth
     from looplab.runs.folder import to_json_lines

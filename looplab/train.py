@@ -5,7 +5,7 @@
         batch = task.batches[step]        rows of one length and one loop count; a pure function of (seed, step)
         loss  = model(batch, num_loops)   mean cross-entropy of the labels of all ranks and micro-batches
         update                            AdamW, or Muon for the matrices of the layers and AdamW for the rest; of all
-                                      weights, of the core's, or of adapters (`train`)
+                                          weights, of the core's, or of adapters (`train`)
         every check_every steps:          task.check on held-out rows, and task.advance
         every checkpoint_every steps:     save the whole training state
 

@@ -12,6 +12,7 @@ from looplab.runs.sources import find
 from looplab.runs.writing import below, whole_folder
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.depth_looped import generation_count
+from modeling_looped.generation_looped import CALIBRATED
 
 from .stock import LLAMA, Target, check_count, family_of, rope_of, rotates_evenly, unroll
 
@@ -146,7 +147,7 @@ def remarks(model: LoopedForCausalLM) -> Iterator[str]:
     """What `generate` would do and no engine does."""
     if model.config.exit_gate:
         yield "its exit gate is left out: no engine halts by one"
-    if vars(model.generation_config).get("halting") is not None:
+    if any(vars(model.generation_config).get(name) is not None for name in ("halting", CALIBRATED)):
         yield "its halting rule is left out: every token runs all loops"
     if model.config.max_num_loops is not None:
         yield f"max_num_loops={model.config.max_num_loops} is not known there: ask for no more"

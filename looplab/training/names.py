@@ -222,7 +222,7 @@ ANSWERED: dict[str, tuple[str, ...]] = {
     FILES: ("train_file", "train_data_file", "train_dir"),
     ROWS: ("max_train_samples", "max_eval_samples", "max_predict_samples"),
     LENGTH: ("max_seq_length", "max_length", "truncation_mode"),
-    "none is like it; `train` has rank, alpha, dropout and target_modules of LoRA": (
+    "none is like it; LoRA has `train.r`, `train.lora_alpha`, `train.lora_dropout` and `train.target_modules`": (
         "lora_target_parameters", "lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora",
     ),
     "none is like it; `looped quantize RUN` quantizes a run after its training": (

@@ -220,7 +220,8 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
     def stopped(self, state: torch.Tensor, attention_mask=None, position_ids=None) -> torch.Tensor:
         """What the head reads in a call without a cache whose last loop left `state`: (B, T, D) -> (B, T, D).
 
-        So a state that `observe` shows gives what a call with fewer loops would give.
+        So a state that `observe` shows gives what a call with fewer loops would give, except where the connection
+        counts loops.
 
         Args:
             state: of all batch rows, as `observe` shows it.

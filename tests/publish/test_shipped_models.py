@@ -34,6 +34,15 @@ def test_a_shipped_model_has_its_card_recipe_and_records_and_is_small(name):
         check_measured(run)  # every record is of these weights
 
 
+@every_model
+def test_the_code_beside_the_weights_is_that_of_the_package(name, tmp_path):
+    """What `save_pretrained` writes today: a copy that is left behind lacks what was mended since."""
+    folder = shipped("models") / name
+    LoopedForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    written, there = ({path.name: path.read_bytes() for path in place.glob("*.py")} for place in (tmp_path, folder))
+    assert there == written, f"copy modeling_looped/*.py to models/{name}, those that are there or that they import"
+
+
 SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

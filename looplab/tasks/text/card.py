@@ -5,6 +5,7 @@ from huggingface_hub import EvalResult
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
 from looplab.tasks.card import Card, Names, spread
+from modeling_looped.generation_looped import CALIBRATED
 
 from .data import TextData
 from .records import EVALUATION, PERPLEXITY
@@ -68,7 +69,7 @@ class TextCard(Card):
 def text_part(run: Run) -> dict:
     """The section of demo.json about a run, see `Task.demo_part`."""
     size = "" if run.bare else f" of {run.summary()['parameters']:,} parameters"
-    chosen = run.generation_settings().get("calibrated_halting")
+    chosen = run.generation_settings().get(CALIBRATED)
     rule = chosen or {"rule": "kl", "kl_threshold": 0.01}
     thresholds = ", ".join(f"{name} {value:.3g}" for name, value in rule.items() if isinstance(value, int | float))
     source = "chosen by looped halting --save" if chosen else "not calibrated for this model: read it with care"

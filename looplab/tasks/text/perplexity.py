@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks
+from data_builders.molecule_batches import IGNORED
 from data_builders.text_batches import spread_blocks
 from looplab.instruments.at_loops import at_loops
 from looplab.instruments.halting_settings import saved_setting
@@ -36,7 +37,6 @@ from looplab.tasks.quantizing import Quantizing
 from .data import TextData
 from .records import EVALUATION, PERPLEXITY
 
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 HALTED = 64  # most blocks that are decoded with a saved halting rule
 TOKENS = 2048  # tokens in one forward pass; its logits have this many times the vocabulary numbers
 

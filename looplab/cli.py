@@ -541,7 +541,8 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run_bench)
 
     command = commands.add_parser(
-        "convert", help="make a looped model from a pretrained Llama, Mistral, Qwen2, Qwen3 or Ouro"
+        "convert",
+        help="make a looped model from a pretrained Llama, Mistral, Qwen2 or Qwen3, or from a looped Ouro or Nanbeige",
     )
     command.add_argument("source", metavar="SOURCE", help="folder or Hub name of a causal language model")
     command.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")
@@ -553,14 +554,17 @@ def parser() -> argparse.ArgumentParser:
         help="first and last layer that loop, counted from 0 (default: four around 0.48 of the depth)",
     )
     command.add_argument(
-        "--loops", type=LOOPS, metavar="K", help="the model's default loop count (default: 1; for Ouro its own)"
+        "--loops",
+        type=LOOPS,
+        metavar="K",
+        help="the model's default loop count (default: 1; of a looped source its own)",
     )
     command.add_argument("--gguf-file", metavar="NAME", help="read this gguf file in SOURCE")
     command.add_argument(
         "--loop-connection",
         choices=("damped", "plain"),
         help="what more loops do before training: the training-free blend, which loses nothing; or the core again as "
-        "it is, which loses much (default: damped; an Ouro has its own)",
+        "it is, which loses much (default: damped; a looped source has its own)",
     )
     command.set_defaults(call=run_convert)
 

@@ -1,4 +1,4 @@
-"""Make a model from another one: a looped model from a dense one or from Ouro's files, and weights of fewer bits.
+"""Make a model from another one: a looped model from a dense or a published looped one, and weights of fewer bits.
 
 It may import tasks/registry.py and what lies below.
 """

@@ -1,10 +1,10 @@
-"""`looped convert SOURCE TARGET`: make a looped model from a pretrained dense transformer, or from Ouro.
+"""`looped convert SOURCE TARGET`: make a looped model of a pretrained dense transformer, or of a looped one.
 
 The layers before the core become the prelude, the layers after it the coda, and no weight changes, so that at one loop
 the looped model equals its source. At more loops it is the training-free blend of the source (`frozen_looped.py`),
 which loses nothing before training; or, where asked for, the plain loop. Both are measured on the written files before
-they get their name. Ouro is a looped model already: only names change (`ouro.py`), and the tensors are compared
-instead.
+they get their name. The models of LAYOUTS are looped already: only names change (`ouro.py`, `nanbeige.py`), and the
+tensors are compared instead.
 """
 
 import copy
@@ -34,7 +34,9 @@ from modeling_looped import looped as training_free
 from modeling_looped.frozen_looped import default_window
 from modeling_looped.initial_looped import SetsInitialValues
 
-from .ouro import check_tokenizer, ouro_config, ouro_generation_settings, ouro_weights
+from .nanbeige import NANBEIGE
+from .ouro import OURO
+from .published import Layout, read_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +74,8 @@ FAMILIES = {
     "qwen2": Family(lambda config: {"attention_bias": True}, zeros=("self_attn.o_proj.bias",)),
     "qwen3": Family(lambda config: {"attention_bias": config.attention_bias, "qk_norm": True}),
 }
+# Architectures that are looped already.
+LAYOUTS: dict[str, Layout] = {"ouro": OURO, "nanbeige": NANBEIGE}
 # Why an architecture cannot be converted, for those that users ask for most.
 MIXTURE = "its MLPs are mixtures of experts, and a looped layer has one MLP"
 GEMMA = "its norms multiply by 1 + weight and its embeddings by sqrt(hidden_size), which a looped model does not"
@@ -111,7 +115,8 @@ class Conversion:
         core: first and last layer of the core, both inclusive, counted in the source.
         num_layers: layers of the source.
         num_loops: default loop count.
-        identity: the check at one loop; None for Ouro, whose tensors are compared since its code does not run.
+        identity: the check at one loop; None for a model of LAYOUTS, whose tensors are compared since its code does
+            not run.
         blend: (loops, the check against the training-free blend of so many); None for a plain loop.
     """
 
@@ -147,7 +152,7 @@ def check_architecture(model_type: str | None) -> None:
     """Raise ValueError, with the reason, for an architecture that is not in FAMILIES."""
     if model_type not in FAMILIES:
         reason = REASONS.get(str(model_type), "its layers are not known to be those of a looped model")
-        known = ", ".join([*FAMILIES, "ouro"])
+        known = ", ".join([*FAMILIES, *LAYOUTS])
         remedy = f"take a model of {known}, or loop it unconverted with modeling_looped/frozen_looped.py"
         raise refuse("model_type", model_type, reason, remedy)
 
@@ -392,16 +397,16 @@ def load_source(source: str, config: PreTrainedConfig, gguf_file: str | None) ->
     return model
 
 
-def convert_ouro(source: str, target: Path, fields: dict, num_loops: int | None) -> Conversion:
-    """`convert` for a published Ouro checkpoint: its tensors are written bit for bit."""
-    config = ouro_config(fields)
+def convert_published(source: str, target: Path, fields: dict, layout: Layout, num_loops: int | None) -> Conversion:
+    """`convert` for a checkpoint in one of LAYOUTS: its tensors are written bit for bit."""
+    config = layout.config(fields)
     if num_loops is not None:
         config.num_loops = num_loops
     tokenizer = load_tokenizer(source, config=config)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, fields)
+        layout.check_tokenizer(tokenizer, fields)
     with whole_folder(target) as partial:
-        weights = ouro_weights(source)
+        weights = layout.tensors(read_tensors(source), fields)
         dtypes = {tensor.dtype for tensor in weights.values()}
         if len(dtypes) > 1:
             raise ValueError(
@@ -412,7 +417,7 @@ def convert_ouro(source: str, target: Path, fields: dict, num_loops: int | None)
         looped.tie_weights()
         check_tensors(weights, looped.state_dict())
         looped.load_state_dict(weights)
-        looped.generation_config = ouro_generation_settings(source, fields, num_loops)
+        looped.generation_config = layout.settings(source, fields, num_loops)
         looped.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -422,8 +427,10 @@ def convert_ouro(source: str, target: Path, fields: dict, num_loops: int | None)
             raise ValueError(
                 f"{len(changed)} tensors differ from the source's after writing: {', '.join(changed[:4])}."
             )
-    layers = config.num_core_layers
-    return Conversion(target, (0, layers - 1), layers, config.num_loops, None)
+    first = config.num_prelude_layers
+    outside = first + config.num_coda_layers
+    core = (first, first + config.num_core_layers - 1)
+    return Conversion(target, core, outside + config.num_core_layers, config.num_loops, None)
 
 
 def convert(
@@ -434,16 +441,17 @@ def convert(
     gguf_file: str | None = None,
     loop_connection: str | None = None,
 ) -> Conversion:
-    """Make a looped model from a pretrained dense causal LM or from Ouro, and write it to a folder with its tokenizer;
-    transformers loads it with `trust_remote_code=True`.
+    """Make a looped model from a pretrained dense causal LM, or of a looped one that others published, and write it to
+    a folder with its tokenizer; transformers loads it with `trust_remote_code=True`.
 
     Args:
-        source: folder or Hub name of a Llama, Mistral, Qwen2, Qwen3 or Ouro causal LM.
+        source: folder or Hub name of a causal LM in FAMILIES or LAYOUTS.
         target: a folder that does not exist; it appears when everything is written and checked.
-        core: first and last layer of the core, both inclusive; `default_window` unless given. In Ouro all layers loop.
-        num_loops: default loop count, >= 1; unless given it is 1, and for Ouro the loop count it was trained with.
+        core: first and last layer of the core, both inclusive; `default_window` unless given. A published looped model
+            has its own, and so with the other arguments, but for `num_loops`.
+        num_loops: default loop count, >= 1; unless given it is 1, and the source's own if that is looped.
         gguf_file: name of a gguf file in `source`; its tensors are dequantised.
-        loop_connection: how it loops, one of STARTS; `"damped"` unless given. Ouro has its own.
+        loop_connection: how it loops, one of STARTS; `"damped"` unless given.
 
     Raises:
         ValueError: the target exists, a field or tensor cannot be mapped exactly, or the logits differ.
@@ -464,13 +472,14 @@ def convert_checked(
 ) -> Conversion:
     """`convert`, without the blame of unexpected errors on the source's files."""
     fields = read_fields(source, gguf_file)
-    if fields.get("model_type") == "ouro":
+    layout = LAYOUTS.get(str(fields.get("model_type")))
+    if layout is not None:
         if (core, gguf_file, loop_connection) != (None, None, None):
             raise ValueError(
-                "an Ouro has no core to choose, a loop of its own, and is read from safetensors: leave out core, "
-                "gguf_file and loop_connection."
+                f"a {layout.name} has no core to choose, a loop of its own, and is read from safetensors: leave out "
+                "core, gguf_file and loop_connection."
             )
-        return convert_ouro(source, target, fields, num_loops)
+        return convert_published(source, target, fields, layout, num_loops)
     loop_connection = "damped" if loop_connection is None else loop_connection
     if loop_connection not in STARTS:
         raise ValueError(f"loop_connection must be one of {', '.join(STARTS)}, got {loop_connection!r}.")

@@ -9,15 +9,12 @@
 The published code is not run. It runs all loops whatever its exit gate says, and does not load in transformers 5.
 """
 
-import json
-from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from modeling_looped import LoopedConfig
+
+from .published import Layout, Tensors, stored_settings
 
 logger = logging.get_logger(__name__)
 
@@ -117,13 +114,11 @@ def ouro_generation_settings(source: str, fields: dict, num_loops: int | None = 
         fields: of its config.json.
         num_loops: default loop count; the one of the source unless given.
     """
-    stored = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
-    settings = GenerationConfig() if stored is None else GenerationConfig.from_pretrained(source)
-    for name, value in special_ids(fields).items():
-        setattr(settings, name, value)
     step = fields.get("early_exit_step")  # counted from 0
     trained = fields["total_ut_steps"] if step is None else step + 1
-    settings.num_loops = trained if num_loops is None else num_loops
+    settings = stored_settings(source, trained if num_loops is None else num_loops)
+    for name, value in special_ids(fields).items():
+        setattr(settings, name, value)
     q = fields.get("early_exit_threshold", 1.0)
     if q < 1:
         settings.halting = {"rule": "q_exit", "q": q}
@@ -142,15 +137,9 @@ def ouro_name(name: str) -> str:
     return name
 
 
-def ouro_weights(source: str) -> dict[str, torch.Tensor]:
-    """Name in the looped model -> tensor, for all tensors in the checkpoint's safetensors files.
+def ouro_tensors(published: Tensors, fields: dict) -> Tensors:
+    """The tensors of the looped model by name."""
+    return {ouro_name(name): tensor for name, tensor in published.items()}
 
-    Raises:
-        OSError: there are no such files.
-    """
-    index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    files = [cached_file(source, name) for name in names]
-    return {ouro_name(name): tensor for file in files if file for name, tensor in load_file(file).items()}
+
+OURO = Layout("Ouro", ouro_config, ouro_tensors, ouro_generation_settings, check_tokenizer)

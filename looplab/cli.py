@@ -1,5 +1,5 @@
 """The command line: `looped train | recipes | eval | halting | memory | plot | table | lens | fetch | harness |
-frozen | ask | demo | bench | convert | quantize | export | publish | serve`.
+frozen | ask | demo | bench | convert | quantize | export | publish | serve | study`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -301,6 +301,27 @@ def run_serve(arguments) -> None:
 
     limits = Limits(**{name: getattr(arguments, name) for name in LIMITS})
     serve(arguments.model, host=arguments.host, port=arguments.port, device=arguments.device, limits=limits)
+
+
+def run_study(arguments) -> None:
+    from looplab.study.page import check_study, draw_study
+    from looplab.study.study_file import read_study
+
+    name, study = read_study(arguments.study)
+    folder, runs = Path(arguments.to), Path(arguments.runs)
+    if arguments.check:
+        wrong = check_study(name, study, folder, runs)
+        if wrong:
+            raise ValueError(f"{wrong[0]} does not say what {folder / name}.jsonl says: run `looped study {name}`.")
+        print(f"{name}: the pages say what the rows say")
+        return
+    from looplab.study.cells import run_study
+
+    failed = [] if arguments.draw else run_study(name, study, folder / f"{name}.jsonl", runs, arguments.jobs)
+    for path in draw_study(name, study, folder, runs):
+        print(path)
+    if failed:
+        raise ValueError(f"{len(failed)} cells failed, first {failed[0]} The same command tries them again.")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -655,6 +676,20 @@ def parser() -> argparse.ArgumentParser:
         kind = Whole(0 if name == "grace_seconds" else 1, 2**40)
         command.add_argument(option(name), type=kind, default=default, metavar="N", help=what)
     command.set_defaults(call=run_serve)
+
+    command = commands.add_parser(
+        "study", help="train and measure what a study compares, and draw its page from the rows, to FOLDER/NAME.*"
+    )
+    command.add_argument("study", metavar="NAME", help="a file, or a study of this package, such as far_hops")
+    command.add_argument("--jobs", type=Whole(highest=1024), default=1, metavar="N", help="trainings at once")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--draw", action="store_true", help="train nothing: draw the rows there are")
+    what.add_argument(
+        "--check", action="store_true", help="write nothing: look whether the pages say what the rows say"
+    )
+    command.add_argument("--to", default="docs/results", metavar="FOLDER", help="of rows, page and figure")
+    command.add_argument("--runs", default="runs", metavar="FOLDER", help="of the trainings")
+    command.set_defaults(call=run_study)
 
     for command in commands.choices.values():
         command.register("type", None, named)  # the type of options that name none

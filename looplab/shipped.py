@@ -1,4 +1,4 @@
-"""Recipes, templates, models and pages of this package: folders of a checkout, within looplab/ in the wheel."""
+"""Recipes, studies, templates, models and pages of this package: folders of a checkout, in looplab/ of the wheel."""
 
 import difflib
 import glob
@@ -8,7 +8,7 @@ from textwrap import shorten
 
 
 def shipped(name: str) -> Path:
-    """The folder recipes/, hub_cards/, models/ or docs/: that of the wheel, or else that of the checkout."""
+    """The folder recipes/, studies/, hub_cards/, models/ or docs/: that of the wheel, or else that of the checkout."""
     here = Path(__file__).parent
     within = here / name
     return within if within.is_dir() else here.parent / name
@@ -46,6 +46,20 @@ def find_recipe(text: str) -> Path:
         near = difflib.get_close_matches(name, files, n=1)
         hint = f"did you mean {near[0]}?" if near else "`looped recipes` lists those that come with this package."
         raise ValueError(f"there is no recipe {text}, neither a file nor a name; {hint}")
+    return path
+
+
+def find_study(text: str) -> Path:
+    """The file `text`, or the study of this package with that name.
+
+    Raises ValueError, with the names there are, for neither.
+    """
+    path = shipped("studies") / f"{text}.yaml"
+    if Path(text).is_file():
+        return Path(text)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise ValueError(f"there is no study {text}, neither a file nor a name; there are {names}.")
     return path
 
 

@@ -32,6 +32,7 @@ BELOW = {
     "looplab/export": ("looplab/tasks/registry.py",),
     "looplab/publish": ("looplab/tasks/registry.py",),
     "looplab/pretrained": ("looplab/instruments",),
+    "looplab/study": ("looplab/training",),
     "looplab/cli.py": (
         "looplab/__init__.py",
         "looplab/train.py",
@@ -40,6 +41,7 @@ BELOW = {
         "looplab/export",
         "looplab/publish",
         "looplab/pretrained",
+        "looplab/study",
     ),
     "looplab/__init__.py": (),
     "looplab/train.py": ("looplab/training",),

@@ -7,7 +7,7 @@ from looplab.shipped import find_recipe
 
 from .yaml_text import read_yaml
 
-TRAIN, FROZEN = "a recipe of `looped train`", "a recipe of `looped frozen`"
+TRAIN, FROZEN, STUDY = "a recipe of `looped train`", "a recipe of `looped frozen`", "a file of `looped study`"
 # Field at the top of a file -> what the file is.
 KINDS = {
     "data": TRAIN,
@@ -16,6 +16,8 @@ KINDS = {
     "sweep": FROZEN,
     "confirm": FROZEN,
     "grid": FROZEN,
+    "arms": STUDY,
+    "seeds": STUDY,
     "distributed_type": "a configuration of `accelerate launch --config_file`",
     "model_type": "the configuration of a model",
 }
@@ -25,7 +27,7 @@ def read_recipe_file(name: str | Path, kind: str) -> tuple[Path, dict]:
     """The file `name`, or of the recipe of that name (see `find_recipe`), and its fields as they are written.
 
     Args:
-        kind: what the file has to be, TRAIN or FROZEN.
+        kind: what the file has to be, TRAIN, FROZEN or STUDY.
 
     Raises:
         ValueError: there is no such file, it cannot be read, or it is something else.

@@ -1,0 +1,141 @@
+"""The file of a study, studies/NAME.yaml: what is compared, on which seeds, and what counts as success.
+
+question: Do fresh seeds reach 80 hops?
+arms:
+  quickstart: {recipe: quickstart}
+  short: {recipe: quickstart, overrides: {max_steps: 2400}}
+seeds: [10, 11, 12, 13, 14]
+tuned_on: [0, 100]
+evaluate: {loops: [16, 80], limit: 100}
+keep: {loops: [80]}
+table: {columns: hops, value: accuracy, scale: 100}
+success:
+  - {arm: quickstart, where: {hops: 80}, at_least: 0.99}
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+
+from data_builders.fields import Number, check_fields, number, numbers
+from looplab.runs.recipes import STUDY, TRAIN, read_recipe_file
+from looplab.runs.sections import build, check_name, flatten
+from looplab.shipped import find_study
+
+
+@strict
+@dataclass
+class Arm:
+    """What is trained once per seed."""
+
+    recipe: str  # a file, or a name of `looped recipes`
+    overrides: dict = field(default_factory=dict)  # fields of the recipe put over it, such as optim.lr
+
+
+@strict
+@dataclass
+class Table:
+    """What is shown of the rows: a line per arm, a column per value of a field."""
+
+    columns: str  # field of the rows whose values are the columns
+    value: str = "accuracy"  # field of the rows that is shown
+    where: dict = field(default_factory=dict)  # field -> value of the rows that are shown
+    shown: list | None = None  # values of `columns` that the table has; all, unless given. The figure has all
+    scale: Number = number(1, above=0)  # every value is multiplied by it
+    digits: int = number(1, at_least=0, at_most=9)  # after the point
+
+
+@strict
+@dataclass
+class Success:
+    """What was asked for before the runs. Of several rows that `where` leaves, the mean counts."""
+
+    arm: str  # the arm that is judged
+    where: dict = field(default_factory=dict)  # field -> value of the rows that are judged
+    at_least: Number | None = number()  # the value, or the difference to `over`, has to be
+    at_most: Number | None = number()  # instead of `at_least`
+    over: str | None = None  # another arm, whose value of the same seed is subtracted
+    of: Literal["every seed", "mean", "interval"] = "every seed"  # which value: interval, its end that is nearer
+
+
+@strict
+@dataclass
+class Study:
+    """Fields of the file, see the module docstring."""
+
+    question: str  # one sentence
+    arms: dict[str, Arm]
+    seeds: list[int] = numbers(at_least=0, distinct=True)  # that are reported
+    tuned_on: list[int] = numbers(at_least=0, distinct=True)  # that choices were made on: never reported
+    seed_fields: list[str] = field(default_factory=lambda: ["seed", "data.seed"])  # of the recipe, that get the seed
+    evaluate: dict = field(default_factory=dict)  # options of `looped eval`, such as max_loops
+    record: str = "grid.jsonl"  # file of the run whose lines become rows
+    keep: dict = field(default_factory=dict)  # field -> values of the lines that become rows; all, unless given
+    table: Table = field(default_factory=lambda: Table("hops"))
+    success: list[Success] = field(default_factory=list)
+    pages: list[str] = field(default_factory=list)  # pages that show the table, see page.py
+
+    def __post_init__(self):
+        check_fields(self)
+        if not self.seeds or not self.arms:
+            raise ValueError("a study has at least one arm and one seed: fill in `arms` and `seeds`.")
+        for name in self.arms:
+            check_name(name)
+        both = sorted(set(self.seeds) & set(self.tuned_on))
+        if both:
+            raise ValueError(f"seed {both[0]} is in tuned_on and in seeds: report on seeds without choices.")
+        for index, asked in enumerate(self.success):
+            for arm in filter(None, (asked.arm, asked.over)):
+                if arm not in self.arms:
+                    raise ValueError(f"success[{index}] names {arm!r}: the arms are {', '.join(self.arms)}.")
+            if (asked.at_least is None) == (asked.at_most is None):
+                raise ValueError(f"success[{index}] needs at_least or at_most, and one of them.")
+
+
+def listed(values, name: str, form: type, of: type) -> list | dict:
+    """Sections `form` of a list, or of a dict if `of` is dict. Raises ValueError, with the place, for other values."""
+    if not isinstance(values, of):
+        raise ValueError(f"{name} must be {'fields and values' if of is dict else 'a list'}, got {values!r}.")
+    if isinstance(values, dict):
+        return {str(key): build(value, form, prefix=f"{name}.{key}.") for key, value in values.items()}
+    return [build(value, form, prefix=f"{name}[{index}].") for index, value in enumerate(values)]
+
+
+def read_study(name: str) -> tuple[str, Study]:
+    """(name, study) of a file, or of a study of this package.
+
+    Raises:
+        ValueError: what is wrong and where.
+    """
+    path, values = read_recipe_file(find_study(name), STUDY)
+    try:
+        values = dict(values)
+        values["arms"] = listed(values.get("arms", {}), "arms", Arm, dict)
+        values["success"] = listed(values.get("success", []), "success", Success, list)
+        study = build(values, Study)
+        check_name(path.stem)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return path.stem, study
+
+
+def flags_of(study: Study, arm: Arm, seed: int) -> list[str]:
+    """The flags of `looped train` for one arm and seed."""
+    values = flatten(arm.overrides) | dict.fromkeys(study.seed_fields, seed)
+    return [f"--{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def digest_of(study: Study, arm: Arm) -> str:
+    """What the rows of an arm depend on, as it is written: recipe, overrides, seeds' fields, evaluation."""
+    _, recipe = read_recipe_file(arm.recipe, TRAIN)
+    said = [recipe, arm.overrides, study.seed_fields, study.evaluate, study.record, study.keep]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def matches(row: Mapping, where: Mapping) -> bool:
+    """Whether a row has these values, or one of a list of values."""
+    return all(row.get(name) in (value if isinstance(value, list) else [value]) for name, value in where.items())

@@ -1,0 +1,199 @@
+"""`looped study`: rows are the only source of its pages, cells with rows do not run again, and mistakes come first."""
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from looplab.cli import main
+from looplab.runs.folder import to_json_lines
+from looplab.runs.yaml_text import to_yaml
+from looplab.study.cells import cells_of, missing
+from looplab.study.page import BLOCK, by_seed, check_study, draw_study, replaced, verdict
+from looplab.study.study_file import Success, digest_of, flags_of, read_study
+from toys import ROOT
+
+PLAIN = {
+    "question": "Does it learn?",
+    "arms": {"long": {"recipe": "smoke"}, "short": {"recipe": "smoke", "overrides": {"max_steps": 1}}},
+    "seeds": [10, 11],
+    "evaluate": {"loops": [1, 2], "max_loops": 2, "limit": 2},
+    "keep": {"loops": [2]},
+    "table": {"columns": "hops"},
+    "success": [{"arm": "long", "where": {"hops": 2}, "at_least": 0.5}],
+}
+
+
+def write(folder: Path, **changes) -> Path:
+    path = folder / "toy.yaml"
+    path.write_text(to_yaml(PLAIN | changes))
+    return path
+
+
+def rows_of(study, values) -> list[dict]:
+    """Rows of every cell, values[arm][seed], as if it had run."""
+    return [
+        {"arm": arm, "seed": seed, "recipe": digest_of(study, study.arms[arm]), "commit": "c0ffee", "loops": 2}
+        | {"hops": hops, "accuracy": value}
+        for arm, seeds in values.items()
+        for seed, value in seeds.items()
+        for hops in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arms": {}}, "at least one arm"),
+        ({"seeds": []}, "at least one arm and one seed"),
+        ({"seeds": [3, 3]}, "twice"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"seeds": [10], "tuned_on": [9, 10]}, "seed 10 is in tuned_on"),
+        ({"arms": {"a": {"recpie": "smoke"}}}, "recpie"),
+        ({"arms": {"../a": {"recipe": "smoke"}}}, "plain folder name"),
+        ({"arms": [1]}, "arms must be fields and values"),
+        ({"success": [{"arm": "nobody", "at_least": 1}]}, "nobody"),
+        ({"success": [{"arm": "long", "over": "nobody", "at_least": 1}]}, "nobody"),
+        ({"success": [{"arm": "long"}]}, "at_least or at_most"),
+        ({"success": [{"arm": "long", "at_least": 1, "at_most": 1}]}, "one of them"),
+        ({"success": [{"arm": "long", "at_least": 1, "of": "median"}]}, "of"),
+        ({"success": {}}, "success must be a list"),
+        ({"sedes": [1]}, "seeds"),
+        ({"table": {"columns": "hops", "digits": -1}}, "digits"),
+    ],
+)
+def test_mistakes_in_the_file(changes, said, tmp_path):
+    with pytest.raises(ValueError, match=r"toy\.yaml") as error:
+        read_study(write(tmp_path, **changes))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("arm", [{"recipe": "smoke", "overrides": {"max_stpes": 1}}, {"recipe": "nowhere"}])
+def test_a_recipe_that_cannot_run_stops_the_study_before_it_begins(arm, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", str(write(tmp_path, arms={"good": {"recipe": "smoke"}, "bad": arm}, success=[]))]) == 2
+    assert re.search("max_steps|nowhere", capsys.readouterr().err)
+    assert not Path("runs").exists()
+
+
+values = st.dictionaries(st.integers(0, 40), st.floats(0, 1), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    found=values,
+    other=values,
+    bound=st.floats(-1, 1),
+    up=st.booleans(),
+    over=st.booleans(),
+    of=st.sampled_from(["every seed", "mean", "interval"]),
+)
+def test_the_verdict_is_that_of_the_rows(found, other, bound, up, over, of, tmp_path_factory):
+    seeds = sorted(found.keys() | other.keys())
+    _, study = read_study(write(tmp_path_factory.mktemp("study"), seeds=seeds))
+    rows = rows_of(study, {"long": found, "short": other})
+    assert by_seed(rows, "long", {"hops": 2}, "accuracy") == found
+    assert by_seed(rows, "long", {"hops": [1, 2]}, "accuracy") == pytest.approx(found)
+    asked = Success("long", {"hops": 2}, bound if up else None, None if up else bound, "short" if over else None, of)
+    judged = {s: v - (other[s] if over else 0) for s, v in found.items() if not over or s in other}
+    text = verdict(study, asked, rows)
+    if not judged:
+        assert "Not run" in text
+        return
+    sign = 1 if up else -1
+    each = [sign * value >= sign * bound for value in judged.values()]
+    met = {"every seed": all(each), "mean": sign * fmean(judged.values()) >= sign * bound}
+    if of in met and (len(judged) == len(seeds) or (of == "every seed" and not met[of])):
+        assert ("**Met**" in text, "**Not met**" in text) == (met[of], not met[of])
+    elif len(judged) < len(seeds):
+        assert f"Open, {len(judged)} of {len(seeds)}" in text
+    if of == "interval" and "**Met**" in text:  # no seed's mean lies on the wrong side of a met interval
+        assert met["mean"]
+
+
+def test_pages_follow_the_rows_and_check_sees_a_changed_digit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = Path("page.md")
+    page.write_text("before\n\n" + BLOCK.format(name="toy", text="old") + "\n\nafter\n")
+    name, study = read_study(write(tmp_path, pages=["page.md"]))
+    rows = rows_of(study, {"long": {10: 0.25, 11: 0.75}, "short": {10: 0.5}})
+    Path("out").mkdir()
+    Path("out/toy.jsonl").write_text(to_json_lines(rows))
+    draw_study(name, study, Path("out"), Path("runs"))
+    for path in (page, Path("out/toy.md")):
+        assert "0.5 [0.2, 0.8]" in path.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("\nafter\n")
+    assert "Not run: short seed 11." in Path("out/toy.md").read_text()
+    assert check_study(name, study, Path("out"), Path("runs")) == []
+    arguments = ["study", "toy.yaml", "--check", "--to", "out"]
+    assert main(arguments) == 0
+    for path in (page, Path("out/toy.md")):
+        text = path.read_text()
+        path.write_text(text.replace("[0.2, 0.8]", "[0.2, 0.9]"))
+        assert main(arguments) == 2
+        assert str(path) in capsys.readouterr().err
+        path.write_text(text)
+    Path("out/toy.jsonl").write_text(to_json_lines([*rows, {"seed": 1}]))
+    assert main(arguments) == 2
+    assert "damaged" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no line <!-- study toy -->"):
+        replaced("no marks", "toy", "text")
+
+
+def test_a_changed_recipe_makes_its_rows_old(tmp_path):
+    _, study = read_study(write(tmp_path))
+    rows = rows_of(study, {"long": {10: 1.0, 11: 1.0}, "short": {10: 1.0, 11: 1.0}})
+    assert missing(cells_of("toy", study, tmp_path), rows) == []
+    changed = PLAIN["arms"] | {"short": {"recipe": "smoke", "overrides": {"max_steps": 2}}}
+    _, study = read_study(write(tmp_path, arms=changed))
+    assert {cell.arm for cell in missing(cells_of("toy", study, tmp_path), rows)} == {"short"}
+    _, study = read_study(write(tmp_path, evaluate={"loops": [1]}))
+    assert len(missing(cells_of("toy", study, tmp_path), rows)) == 4
+
+
+def test_the_seed_goes_into_every_field_named(tmp_path):
+    _, study = read_study(
+        write(tmp_path, arms={"a": {"recipe": "smoke", "overrides": {"depth": {"rate": 2}}}}, success=[])
+    )
+    assert flags_of(study, study.arms["a"], 12) == ["--depth.rate=2", "--seed=12", "--data.seed=12"]
+
+
+@pytest.mark.slow
+def test_cells_run_once_and_a_failed_one_is_told(tmp_path, monkeypatch, capsys):
+    """The second arm's batch is refused when the training begins: its recipe alone does not show that."""
+    monkeypatch.chdir(tmp_path)
+    short = {"max_steps": 2, "check_every": 2, "checkpoint_every": 2, "optim.warmup_steps": 0}
+    arms = {
+        "good": {"recipe": "smoke", "overrides": short},
+        "bad": {"recipe": "smoke", "overrides": short | {"trackers": ["nobody"]}},
+    }
+    path = write(tmp_path, arms=arms, seeds=[10], success=[])
+    assert main(["study", str(path), "--jobs", "2", "--to", "out"]) == 2
+    assert "bad, seed 10" in capsys.readouterr().err
+    rows = [json.loads(line) for line in Path("out/toy.jsonl").read_text().splitlines()]
+    assert {row["arm"] for row in rows} == {"good"}
+    assert {row["loops"] for row in rows} == {2}
+    assert "Not run: bad seed 10." in Path("out/toy.md").read_text()
+    before = Path("runs/toy/good-seed10/summary.json").stat().st_mtime_ns
+    Path("toy.yaml").write_text(to_yaml(PLAIN | {"arms": {"good": arms["good"]}, "seeds": [10], "success": []}))
+    assert main(["study", str(path), "--to", "out"]) == 0
+    assert Path("runs/toy/good-seed10/summary.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_pages_say_what_committed_rows_say(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, study = read_study(str(path))
+    assert check_study(name, study, Path("docs/results"), Path("runs")) == []
+
+
+def test_every_block_on_a_page_is_of_a_study_that_names_the_page():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for name in re.findall(r"^<!-- study ([\w.-]+) -->$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            _, study = read_study(str(ROOT / "studies" / f"{name}.yaml"))
+            assert page.relative_to(ROOT).as_posix() in study.pages

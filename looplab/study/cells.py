@@ -73,6 +73,21 @@ def missing(cells: Sequence[Cell], rows: Sequence[Mapping]) -> list[Cell]:
     return [cell for cell in cells if not any(matches(row, cell.key) for row in rows)]
 
 
+def check_arms(study: Study) -> None:
+    """Raise ValueError if a recipe cannot run, or `looped eval` lacks an option for its task."""
+    from looplab.tasks.registry import TASKS
+    from looplab.training.recipe import read_recipe
+
+    for name, what in study.arms.items():
+        try:
+            task = read_recipe(what.recipe, flags_of(study, what, study.seeds[0])).data.task
+        except ValueError as error:
+            raise ValueError(f"arms.{name}: {error}") from error
+        unknown = sorted((study.evaluate | what.evaluate).keys() - TASKS[task].options("eval"))
+        if unknown:
+            raise ValueError(f"evaluate.{unknown[0]} is no option of `looped eval` for {task}: leave it out.")
+
+
 def run_study(name: str, study: Study, path: Path, runs: Path, jobs: int = 1) -> list[str]:
     """Train and measure the cells that have no rows in `path`, and add their rows; returns what failed, a line each.
 
@@ -82,10 +97,7 @@ def run_study(name: str, study: Study, path: Path, runs: Path, jobs: int = 1) ->
     Raises:
         ValueError: a recipe that cannot run, before anything runs; another process runs the study.
     """
-    from looplab.training.recipe import read_recipe
-
-    for what in study.arms.values():
-        read_recipe(what.recipe, flags_of(study, what, study.seeds[0]))
+    check_arms(study)
     cells = cells_of(name, study, runs)
     (runs / name).mkdir(parents=True, exist_ok=True)
     with locked(runs / name / "lock", f"the study {name} is running"):
@@ -112,7 +124,7 @@ def run_cell(study: Study, cell: Cell, threads: int) -> list[dict]:
     what = study.arms[cell.arm]
     place = [f"--output_dir={cell.folder.parent}", f"--name={cell.folder.name}"]
     options = []
-    for option, value in study.evaluate.items():
+    for option, value in (study.evaluate | what.evaluate).items():
         options += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     log = cell.folder.with_suffix(".log")
     with open(log, "w", encoding="utf-8") as output:

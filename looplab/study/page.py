@@ -30,12 +30,12 @@ def known(cells: Sequence[Cell], rows: Sequence[Mapping]) -> list[Mapping]:
     return [row for row in rows if (row["arm"], row["seed"], row["recipe"]) in keys]
 
 
-def by_seed(rows: Sequence[Mapping], arm: str, where: Mapping, value: str) -> dict[int, float]:
-    """Seed -> mean of `value` over the rows of the arm."""
-    found = {}
+def by_seed(study: Study, rows: Sequence[Mapping], arm: str, where: Mapping) -> dict[int, float]:
+    """Seed -> mean of the table's value over the rows of the arm."""
+    found, where = {}, where | study.arms[arm].where
     for row in rows:
         if row["arm"] == arm and matches(row, where):
-            found.setdefault(row["seed"], []).append(row[value])
+            found.setdefault(row["seed"], []).append(row[study.table.value])
     return {seed: fmean(values) for seed, values in sorted(found.items())}
 
 
@@ -45,9 +45,9 @@ def table_of(study: Study, rows: Sequence[Mapping]) -> str:
     columns = table.shown or columns_of(study, rows)
     lines = []
     for arm in study.arms:
-        cells = {"arm": arm, "seeds": str(len(by_seed(rows, arm, table.where, table.value)))}
+        cells = {"arm": arm, "seeds": str(len(by_seed(study, rows, arm, table.where)))}
         for column in columns:
-            found = by_seed(rows, arm, {**table.where, table.columns: column}, table.value)
+            found = by_seed(study, rows, arm, {**table.where, table.columns: column})
             cells[f"{column}"] = span(found.values(), table.digits, table.scale)
         lines.append(cells)
     return to_markdown(lines)
@@ -61,9 +61,9 @@ def columns_of(study: Study, rows: Sequence[Mapping]) -> list:
 def verdict(study: Study, asked: Success, rows: Sequence[Mapping]) -> str:
     """A sentence: what was asked for, whether it is met, and what was measured."""
     value = study.table.value
-    found = by_seed(rows, asked.arm, asked.where, value)
+    found = by_seed(study, rows, asked.arm, asked.where)
     if asked.over is not None:
-        other = by_seed(rows, asked.over, asked.where, value)
+        other = by_seed(study, rows, asked.over, asked.where)
         found = {seed: found[seed] - other[seed] for seed in found if seed in other}
     sign, bound = ("at least", asked.at_least) if asked.at_most is None else ("at most", asked.at_most)
     where = ", ".join(f"{name} {number}" for name, number in asked.where.items())
@@ -184,7 +184,7 @@ def figure_of(study: Study, rows: Sequence[Mapping]):
     for index, arm in enumerate(study.arms):
         points, places = [], []
         for place, column in enumerate(columns):
-            found = by_seed(rows, arm, {**table.where, table.columns: column}, table.value).values()
+            found = by_seed(study, rows, arm, {**table.where, table.columns: column}).values()
             if found:
                 places.append(column if numeric else place)
                 points.append(tuple(table.scale * each for each in (fmean(found), min(found), max(found))))

@@ -34,6 +34,8 @@ class Arm:
 
     recipe: str  # a file, or a name of `looped recipes`
     overrides: dict = field(default_factory=dict)  # fields of the recipe put over it, such as optim.lr
+    evaluate: dict = field(default_factory=dict)  # options of `looped eval`, over those of the study
+    where: dict = field(default_factory=dict)  # field -> value of its rows that are shown and judged, such as loops
 
 
 @strict
@@ -132,7 +134,7 @@ def flags_of(study: Study, arm: Arm, seed: int) -> list[str]:
 def digest_of(study: Study, arm: Arm) -> str:
     """What the rows of an arm depend on, as it is written: recipe, overrides, seeds' fields, evaluation."""
     _, recipe = read_recipe_file(arm.recipe, TRAIN)
-    said = [recipe, arm.overrides, study.seed_fields, study.evaluate, study.record, study.keep]
+    said = [recipe, arm.overrides, study.seed_fields, study.evaluate | arm.evaluate, study.record, study.keep]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 

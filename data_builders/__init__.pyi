@@ -28,6 +28,16 @@ from .molecules import canonical_smiles as canonical_smiles
 from .molecules import random_smiles as random_smiles
 from .multiple_choice import MultipleChoice as MultipleChoice
 from .multiple_choice import MultipleChoiceConfig as MultipleChoiceConfig
+from .questions import Questions as Questions
+from .questions import QuestionsConfig as QuestionsConfig
+from .sequence_batches import OneLength as OneLength
+from .sequence_batches import PackedSequences as PackedSequences
+from .sequence_rows import EncodedRows as EncodedRows
+from .sequence_rows import encode_questions as encode_questions
+from .sequence_rows import reader_of as reader_of
+from .sequences import SameAnswer as SameAnswer
+from .sequences import SequenceGenerator as SequenceGenerator
+from .sequences import Verifier as Verifier
 from .text import Text as Text
 from .text import TextConfig as TextConfig
 from .text_batches import TextBatches as TextBatches
@@ -37,6 +47,8 @@ from .tokenizers import dataset_byte_bpe as dataset_byte_bpe
 from .tokenizers import dataset_smiles_tokenizer as dataset_smiles_tokenizer
 from .tokenizers import dataset_tokenizer as dataset_tokenizer
 from .tokenizers import hop_tokenizer as hop_tokenizer
+from .tokenizers import sequence_bpe as sequence_bpe
+from .tokenizers import sequence_tokenizer as sequence_tokenizer
 from .tokenizers import smiles_tokenizer as smiles_tokenizer
 from .tokenizers import train_byte_bpe as train_byte_bpe
 
@@ -44,6 +56,7 @@ __all__ = [
     "Composition",
     "CompositionConfig",
     "DepthSampler",
+    "EncodedRows",
     "HopBatches",
     "Khop",
     "KhopConfig",
@@ -54,11 +67,18 @@ __all__ = [
     "MoleculesConfig",
     "MultipleChoice",
     "MultipleChoiceConfig",
+    "OneLength",
     "PackedMolecules",
+    "PackedSequences",
+    "Questions",
+    "QuestionsConfig",
+    "SameAnswer",
+    "SequenceGenerator",
     "Text",
     "TextBatches",
     "TextBlocks",
     "TextConfig",
+    "Verifier",
     "augment",
     "canonical_smiles",
     "dataset_byte_bpe",
@@ -66,6 +86,7 @@ __all__ = [
     "dataset_tokenizer",
     "encode_groups",
     "encode_hops",
+    "encode_questions",
     "encode_rows",
     "encode_text",
     "export_parquet",
@@ -74,6 +95,9 @@ __all__ = [
     "load_task",
     "load_text",
     "random_smiles",
+    "reader_of",
+    "sequence_bpe",
+    "sequence_tokenizer",
     "smiles_tokenizer",
     "stack_rows",
     "task_builder",

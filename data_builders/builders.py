@@ -15,9 +15,11 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from .composition import Composition
 from .khop import Khop
 from .molecules import Molecules
+from .questions import Questions
+from .sequences import SequenceGenerator
 from .text import Text
 
-BUILDERS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Molecules}
+BUILDERS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Molecules, "sequence": Questions}
 
 
 def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetBuilder:
@@ -57,6 +59,28 @@ def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = Non
     Raises ValueError as `task_builder`.
     """
     return build_splits(task_builder(name, config_name, cache_dir=cache_dir, **overrides))
+
+
+def generator_names() -> list[str]:
+    """The builders of questions for the task `sequence`."""
+    return [name for name, builder in BUILDERS.items() if issubclass(builder, SequenceGenerator)]
+
+
+def generator_of(name: str) -> tuple[str, dict]:
+    """The builder of a generator NAME or NAME/PART, and the fields that its name sets, see `sequences.py`.
+
+    Raises ValueError for an unknown name, naming the nearest one, and for a part that is missing or that the builder
+    does not have.
+    """
+    builder, slash, part = name.partition("/")
+    known = generator_names()
+    if builder not in known:
+        raise ValueError(_unknown("generator", builder, known) if known else "there are no generators yet.")
+    wanted = BUILDERS[builder].PART
+    if bool(slash) != (wanted is not None) or (slash and not part):
+        form = builder if wanted is None else f"{builder}/{wanted.upper()}"
+        raise ValueError(f"the generator is called {form}, got {name!r}.")
+    return builder, {} if wanted is None else {wanted: part}
 
 
 def build_splits(builder: DatasetBuilder) -> DatasetDict:

@@ -23,12 +23,12 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from .files import read_text
+from .packing import IGNORED
 from .text_batches import TextBlocks, TokenStream
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 UNSAID = "the chat template does not say which tokens an assistant wrote"
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 def read_chats(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,8 +1,12 @@
-"""Row numbers of epoch after epoch, each epoch in a new random order, as a pure function of seed and position."""
+"""Row numbers of epoch after epoch, each epoch in a new random order, as a pure function of seed and position; and
+groups of rows, of which every batch has one."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from .depth import UPDATES_AT_ONCE
 from .seeding import stream
 
 
@@ -35,6 +39,56 @@ class ShuffledEpochs:
                 self._orders.pop(min(self._orders))
             self._orders[block] = torch.from_numpy(shuffled.ravel())
         return self._orders[block]
+
+
+class GroupedEpochs:
+    """Batches of one group of rows each; within a group the rows come in shuffled epochs.
+
+    num_rows: group -> number of its rows. weights: of the groups, which are drawn in proportion. groups, rows: names
+    of the random streams, see `seeding.stream`.
+    """
+
+    def __init__(
+        self,
+        num_rows: Mapping[int, int],
+        weights: Sequence[float],
+        batch_size: int,
+        seed: int,
+        *,
+        groups: str,
+        rows: str,
+    ):
+        self.names, self.batch_size, self.seed, self.purpose = list(num_rows), batch_size, seed, groups
+        self._weights = np.array(weights) / np.sum(weights)
+        # How often each group was drawn before draw 0, 1 .., as far as known; and the draw in use.
+        self._counts = [np.zeros(len(self.names), dtype=np.int64)]
+        self._drawn = (-1, np.empty(0), np.empty(0))
+        self._epochs = {name: ShuffledEpochs(n, batch_size, seed, rows, name) for name, n in num_rows.items()}
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[int, torch.Tensor]:
+        """The group of update `step`, and the row numbers (batch_size / world,) in it that are a rank's share."""
+        group, earlier = self._group_of(step)
+        share = self.batch_size // world
+        return group, self._epochs[group].between(earlier * self.batch_size + rank * share, share)
+
+    def _group_of(self, step: int) -> tuple[int, int]:
+        """Group of update `step`, and how many earlier updates had the same group."""
+        draw, offset = divmod(step, UPDATES_AT_ONCE)
+        if self._drawn[0] != draw:
+            while len(self._counts) <= draw:
+                drawn = self._draw(len(self._counts) - 1)
+                self._counts.append(self._counts[-1] + np.bincount(drawn, minlength=len(self.names)))
+            drawn = self._draw(draw)
+            earlier = np.empty(UPDATES_AT_ONCE, dtype=np.int64)
+            for i, count in enumerate(self._counts[draw]):
+                earlier[drawn == i] = count + np.arange((drawn == i).sum())
+            self._drawn = draw, drawn, earlier
+        _, drawn, earlier = self._drawn
+        return self.names[drawn[offset]], int(earlier[offset])
+
+    def _draw(self, draw: int) -> np.ndarray:
+        """Indices into `names` (UPDATES_AT_ONCE,) of the updates that are drawn together."""
+        return stream(self.seed, self.purpose, draw).choice(len(self.names), size=UPDATES_AT_ONCE, p=self._weights)
 
 
 def check_share(batch_size: int, rank: int, world: int):

@@ -1,7 +1,9 @@
 """Find and read the files that a user names. A file is read whole or refused, with line and column of the fault."""
 
+import csv
 import glob
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Iterator
@@ -25,10 +27,16 @@ def expand_home(name: str, path: str) -> str:
     return expanded
 
 
-def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetched: Path, command: str) -> list[Path]:
+def find_files(
+    name: str,
+    patterns: list[str],
+    suffixes: tuple[str, ...],
+    fetched: Path | None = None,
+    command: str = "",
+) -> list[Path]:
     """The files that match paths and globs, sorted.
 
-    name: of the field. fetched, command: a folder, and the command that fills it, for the message.
+    name: of the field. fetched, command: a folder, and the command that fills it, if there is one, for the message.
     Raises MissingData, with `name`, for a pattern that matches no file, and ValueError for a file with another suffix.
     """
     paths = set()
@@ -36,7 +44,7 @@ def find_files(name: str, patterns: list[str], suffixes: tuple[str, ...], fetche
         # The name of a file may have the brackets of a glob in it.
         matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         found = {Path(path).absolute() for path in matches if os.path.isfile(path)}
-        if not found and Path(pattern).is_relative_to(fetched):
+        if not found and fetched is not None and Path(pattern).is_relative_to(fetched):
             raise MissingData(f"there is no {pattern}: run `{command}`, or name files.")
         if not found:
             raise MissingData(f"{name}: nothing matches {pattern!r} in {os.getcwd()}.")
@@ -76,6 +84,30 @@ def read_text(path: Path) -> str:
             "convert it to UTF-8, or leave it out."
         )
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_csv(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(line from 1 where it begins, cells) of every row of a CSV text, the header first; blank lines are skipped.
+
+    Raises ValueError, with the line, for a row with more or fewer cells than the header, and quotes that are not
+    closed.
+    """
+    rows, line = csv.reader(io.StringIO(text), strict=True), 1
+    try:
+        header = next(rows, [])
+        yield line, header
+        line = rows.line_num + 1
+        for row in rows:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"{path}, line {line}: the row has {len(row)} cells, and the header {len(header)}: correct it, or "
+                    "take it out."
+                )
+            if row:
+                yield line, row
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: the row that begins there is no CSV ({error}): correct it.") from error
 
 
 def gzip_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -17,10 +17,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .depth import UPDATES_AT_ONCE, DepthSampler
-from .epochs import ShuffledEpochs, check_share
+from .depth import DepthSampler
+from .epochs import GroupedEpochs, check_share
 from .hop_rows import hop_table
-from .seeding import stream
 
 
 def encode_hops(
@@ -132,19 +131,15 @@ class HopBatches(torch.utils.data.Dataset):
         self.num_rows = {k: len(answers) for k, (_, answers) in self._rows.items()}
         self.batch_size, self.seed, self.depth, self.rank, self.world = batch_size, seed, depth, rank, world
         self.at_least_hops = at_least_hops
-        weights = np.array([self.num_rows[k] if weighting == "rows" else 1 for k in self.hops])
-        self._weights = weights / weights.sum()
-        # How often each hop count was drawn before draw 0, 1 .., as far as known; and the draw in use.
-        self._counts = [np.zeros(len(self.hops), dtype=np.int64)]
-        self._drawn = (-1, np.empty(0), np.empty(0))
-        self._epochs = {k: ShuffledEpochs(n, batch_size, seed, "rows of epochs", k) for k, n in self.num_rows.items()}
+        weights = [self.num_rows[k] if weighting == "rows" else 1 for k in self.hops]
+        self._epochs = GroupedEpochs(
+            self.num_rows, weights, batch_size, seed, groups="hops of steps", rows="rows of epochs"
+        )
 
     def __getitem__(self, step: int) -> dict:
         if step < 0:
             raise IndexError(f"step must be >= 0, got {step}.")
-        k, earlier = self._hops_of(step)
-        share = self.batch_size // self.world
-        chosen = self._epochs[k].between(earlier * self.batch_size + self.rank * share, share)
+        k, chosen = self._epochs.batch(step, self.rank, self.world)
         input_ids, answers = self._rows[k]
         batch = {
             # Four times as fast as input_ids[chosen].
@@ -155,25 +150,6 @@ class HopBatches(torch.utils.data.Dataset):
             "hops": k,
         }
         return batch if self.pad_to is None else batch | pad_rows(batch["input_ids"], self.pad_to)
-
-    def _hops_of(self, step: int) -> tuple[int, int]:
-        """Hop count of update `step`, and how many earlier updates had the same hop count."""
-        draw, offset = divmod(step, UPDATES_AT_ONCE)
-        if self._drawn[0] != draw:
-            while len(self._counts) <= draw:
-                drawn = self._draw(len(self._counts) - 1)
-                self._counts.append(self._counts[-1] + np.bincount(drawn, minlength=len(self.hops)))
-            drawn = self._draw(draw)
-            earlier = np.empty(UPDATES_AT_ONCE, dtype=np.int64)
-            for i, count in enumerate(self._counts[draw]):
-                earlier[drawn == i] = count + np.arange((drawn == i).sum())
-            self._drawn = draw, drawn, earlier
-        _, drawn, earlier = self._drawn
-        return self.hops[drawn[offset]], int(earlier[offset])
-
-    def _draw(self, draw: int) -> np.ndarray:
-        """Indices into `hops` (UPDATES_AT_ONCE,) of the updates that are drawn together."""
-        return stream(self.seed, "hops of steps", draw).choice(len(self.hops), size=UPDATES_AT_ONCE, p=self._weights)
 
 
 def pad_rows(input_ids: torch.Tensor, length: int) -> dict:

@@ -21,9 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from .depth import DepthSampler
 from .epochs import ShuffledEpochs, check_share
 from .molecules import augment
+from .packing import pack
 from .text_batches import TokenStream
-
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 class PackedMolecules:
@@ -69,42 +68,12 @@ class PackedMolecules:
 
         {"input_ids": (r, T) long, "position_ids": (r, T) long, "shift_labels": (r, T) long, -100 at padding}
         """
-        return pack([self.tokens(number) for number in numbers.tolist()], self.sequence_length, self._bos, self._pad)
+        return self.pack([self.tokens(number) for number in numbers.tolist()])
 
-
-def pack(molecules: Sequence[np.ndarray], length: int, bos: int, pad: int) -> dict[str, torch.Tensor]:
-    """Molecules, each as its tokens (L,) with `<eos>` at the end, packed into sequences of `length` tokens.
-
-    Returns {"input_ids", "position_ids", "shift_labels": (r, length) long}, see the module docstring.
-    """
-    places = first_fit([len(tokens) for tokens in molecules], length)
-    shape = 1 + max(number for number, _ in places), length
-    input_ids = np.full(shape, pad, dtype=np.int64)
-    shift_labels = np.full(shape, IGNORED, dtype=np.int64)
-    begins = np.zeros(shape, dtype=np.int64)  # for each token, where its molecule begins
-    # From left to right: a molecule that is placed later overwrites the padding behind the one before.
-    for (number, start), tokens in sorted(zip(places, molecules, strict=True), key=lambda placed: placed[0]):
-        stop = start + len(tokens)
-        input_ids[number, start] = bos
-        input_ids[number, start + 1 : stop] = tokens[:-1]
-        shift_labels[number, start:stop] = tokens
-        begins[number, start:stop] = start
-        begins[number, stop:] = stop
-    packed = {"input_ids": input_ids, "position_ids": np.arange(length) - begins, "shift_labels": shift_labels}
-    return {name: torch.from_numpy(values) for name, values in packed.items()}
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """(sequence, start) of each molecule: the longest first, each in the first sequence with room (Johnson 1973).
-
-    lengths: tokens of each molecule. capacity: tokens of a sequence.
-    """
-    places, filled = [(0, 0)] * len(lengths), np.zeros(len(lengths), dtype=np.int64)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        number = int((filled + lengths[i] <= capacity).argmax())
-        places[i] = number, int(filled[number])
-        filled[number] += lengths[i]
-    return places
+    def pack(self, molecules: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Molecules, each as its tokens (L,) with `<eos>` at the end, packed as by `rows`."""
+        rows = [(np.concatenate([[self._bos], tokens[:-1]]), tokens) for tokens in molecules]
+        return pack(rows, self.sequence_length, self._pad)
 
 
 class MoleculeBatches(torch.utils.data.Dataset):
@@ -161,6 +130,6 @@ class MoleculeBatches(torch.utils.data.Dataset):
         share = self.batch_size // self.world
         own = slice(self.rank * share, (self.rank + 1) * share)
         sequences = [molecules.tokens(i) for molecules, i in zip(spelt[own], numbers[own], strict=True)]
-        rows = pack(sequences, self._sequence_length, self._tokenizer.bos_token_id, self._tokenizer.pad_token_id)
+        rows = spelt[0].pack(sequences)
         num_labels = sum(int(molecules.lengths[i]) for molecules, i in zip(spelt, numbers, strict=True))
         return rows | {"num_loops": self.depth(step), "num_labels": num_labels}

@@ -10,9 +10,7 @@ A molecule has many SMILES, one for each walk along its atoms and bonds: `augmen
 SMILES in every epoch.
 """
 
-import csv
 import hashlib
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ from datasets.fingerprint import Hasher
 from huggingface_hub.constants import HF_HOME
 
 from .fields import check_fields, number
-from .files import find_files, read_text
+from .files import find_files, read_csv, read_text
 from .seeding import TABLE_ROWS, source_hash, stream
 from .tokenizers import SMILES_TOKEN
 
@@ -234,28 +232,16 @@ def csv_cells(path: Path, text: str, column: str | None) -> Iterator[tuple[int, 
     Raises ValueError for a header that has the column not at all or twice, a row with more or fewer cells than the
     header, and quotes that are not closed.
     """
-    rows = csv.reader(io.StringIO(text), strict=True)
-    line = 1
-    try:
-        header = next(rows, [])
-        names = ["SMILES", "smiles"] if column is None else [column]
-        found = [i for i, name in enumerate(header) if name in names]
-        if len(found) != 1:
-            raise ValueError(
-                f"{path} must have one column called {' or '.join(names)}, and has {', '.join(header)}: set column."
-            )
-        line = rows.line_num + 1
-        for row in rows:
-            if row and len(row) != len(header):
-                raise ValueError(
-                    f"{path}, line {line}: the row has {len(row)} cells, and the header {len(header)}: correct it, or "
-                    "take it out."
-                )
-            if row:
-                yield line, row[found[0]]
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: the row that begins there is no CSV ({error}): correct it.") from error
+    rows = read_csv(path, text)
+    _, header = next(rows)
+    names = ["SMILES", "smiles"] if column is None else [column]
+    found = [i for i, name in enumerate(header) if name in names]
+    if len(found) != 1:
+        raise ValueError(
+            f"{path} must have one column called {' or '.join(names)}, and has {', '.join(header)}: set column."
+        )
+    for line, row in rows:
+        yield line, row[found[0]]
 
 
 def augment(train: datasets.Dataset, seed: int, epoch: int) -> datasets.Dataset:

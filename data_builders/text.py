@@ -10,19 +10,19 @@ that the user names for validation or test is in no other split, wherever else i
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 from huggingface_hub.constants import HF_HOME
 
-from . import chats
-from .fields import check_fields, number
-from .files import find_files, read_text
-from .rows import load_rows
+from . import chats, named_data
+from .fields import number
+from .files import read_text
+from .named_data import NamedConfig
 from .seeding import source_hash
 
 VERSION = datasets.Version("1.0.0")
@@ -31,94 +31,31 @@ VERSION = datasets.Version("1.0.0")
 CORPUS = Path(HF_HOME) / "looped" / "corpus"
 
 SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz")
-HELD_OUT = ("test", "validation")  # a document that is named for both is in the first
 
 
 @dataclass
-class TextConfig(datasets.BuilderConfig):
+class TextConfig(NamedConfig):
     """Where the text comes from and how it is cut; any field may be given to `Text` or `load_task` by name."""
 
+    what: ClassVar = "text"
     version: datasets.Version = VERSION
-    files: list[str] = field(default_factory=list)  # paths and globs; `**` is any number of folders
-    dataset: dict = field(default_factory=dict)  # arguments of `datasets.load_dataset`, `path` and `split` among them
-    validation_files: list[str] = field(default_factory=list)  # the split validation, in place of `validation_share`
-    test_files: list[str] = field(default_factory=list)
-    validation_split: str | None = None  # the split of `dataset` to validate on, in place of `validation_share`
-    test_split: str | None = None
     column: str = "text"  # the column of `dataset` that holds the text
     messages: bool = False  # the rows are conversations
     document_characters: int = number(4_000, at_least=1, whole=True)  # a file is cut at the next blank line
-    validation_share: int | float = number(0.01, above=0, below=0.5)  # share of the documents
-    test_share: int | float = number(0.01, above=0, below=0.5)
-    seed: int = number(0, at_least=0, whole=True)  # of the split
 
-    def create_config_id(self, config_kwargs: dict, custom_features: datasets.Features | None = None) -> str:
-        """Name of the cache folder: the name that `datasets` gives, and a fingerprint of the text itself.
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return chats.SUFFIXES if self.messages else SUFFIXES
 
-        Raises ValueError for a field out of range, and as `sources` and `rows`.
-        """
-        self.check()
-        contents = hashlib.sha256()
-        for rows in map(self.rows, self.named()):
-            contents.update(b"" if rows is None else rows._fingerprint.encode())
-        for split, sources in self.sources().items():
-            for source, path in sources.items():
-                digest = hashlib.sha256(read_text(path).encode()).hexdigest()
-                contents.update(f"{source}\n{digest}\n{'' if split == 'train' else split}".encode())
-        return f"{super().create_config_id(config_kwargs, custom_features)}-{contents.hexdigest()[:16]}"
+    @property
+    def columns(self) -> dict[str, str]:
+        return {"column": self.column}
 
-    def check(self) -> None:
-        """Raise ValueError for a field out of range, and for fields that contradict each other."""
-        check_fields(self)
-        if bool(self.files) == bool(self.dataset):
-            raise ValueError("name the text: either files, a list of paths and globs, or dataset.")
-        for split in HELD_OUT:
-            files, name, share = (f"{split}_{what}" for what in ("files", "split", "share"))
-            given = [field for field in (files, name) if vars(self)[field]]
-            if len(given) > 1:
-                raise ValueError(f"{files} and {name} name the same thing: leave one of them out.")
-            if vars(self)[name] and not self.dataset:
-                raise ValueError(f"{name} is a split of dataset, and there is none: name {files}, or leave it out.")
-            default = type(self).__dataclass_fields__[share].default
-            if given and vars(self)[share] != default:
-                raise ValueError(f"{share} deals documents to the split that {given[0]} names: leave one of them out.")
+    def fetched(self) -> tuple[Path, str]:
+        return CORPUS, "looped fetch corpus"
 
-    def named(self) -> list[str]:
-        """The splits whose documents the user names; those of train are dealt to the splits that have none."""
-        return [split for split in HELD_OUT if vars(self)[f"{split}_files"] or vars(self)[f"{split}_split"]] + [
-            "train"
-        ]
-
-    def sources(self) -> dict[str, dict[str, Path]]:
-        """Split -> name -> file, sorted by file; a name is the path below the deepest folder that holds all files.
-
-        Raises ValueError as `find_files`.
-        """
-        paths, suffixes = {}, chats.SUFFIXES if self.messages else SUFFIXES
-        for split, name in (("test", "test_files"), ("validation", "validation_files"), ("train", "files")):
-            if vars(self)[name]:
-                paths[split] = find_files(name, vars(self)[name], suffixes, CORPUS, "looped fetch corpus")
-        every = [path.parent for found in paths.values() for path in found]
-        shared = os.path.commonpath(every) if every else ""
-        return {split: {path.relative_to(shared).as_posix(): path for path in found} for split, found in paths.items()}
-
-    def rows(self, split: str) -> datasets.Dataset | None:
-        """The rows of `dataset` that a split is made of; None if there are none.
-
-        Raises ValueError as `load_rows`, or if there is no column `column`.
-        """
-        field = "dataset.split" if split == "train" else f"{split}_split"
-        name = self.dataset.get("split") if split == "train" else vars(self)[field]
-        if not self.dataset or (split != "train" and name is None):
-            return None
-        arguments = {key: value for key, value in self.dataset.items() if key != "split"}
-        rows = load_rows(arguments, field, name)
-        if self.column not in rows.column_names:
-            raise ValueError(f"column must be one of {', '.join(rows.column_names)}, got {self.column!r}.")
-        # pandas renames the second of two columns with one name to `NAME.1`.
-        if arguments.get("path") == "csv" and f"{self.column}.1" in rows.column_names:
-            raise ValueError(f"column {self.column} is there twice in dataset {arguments}: rename one of them.")
-        return rows
+    def digest_of(self, path: Path) -> str:
+        return hashlib.sha256(read_text(path).encode()).hexdigest()
 
     def texts(self, split: str = "train") -> Iterator[tuple[str, str]]:
         """(source, text) of every file, or of every row of `dataset`, that a split is made of."""
@@ -153,15 +90,6 @@ class TextConfig(datasets.BuilderConfig):
             place = f"row {row} (the first is 0), column {self.column} of dataset {self.dataset}"
             document = chats.conversation(rows[row][self.column], place)
             yield {"text": document, "source": str(row), "line": row}
-
-    def split_of(self, digest: bytes) -> str:
-        """The split that a document is dealt to, from the hash of its text, read as a number in [0, 1)."""
-        place, below = int.from_bytes(digest[:8], "big") / 2**64, 0.0
-        for split in HELD_OUT:
-            below += 0.0 if split in self.named() else vars(self)[f"{split}_share"]
-            if place < below:
-                return split
-        return "train"
 
 
 class Text(datasets.GeneratorBasedBuilder):
@@ -206,7 +134,7 @@ class Text(datasets.GeneratorBasedBuilder):
     ]
 
     def __init__(self, *args, hash: str | None = None, **kwargs):
-        super().__init__(*args, hash=hash or source_hash(__file__, chats.__file__), **kwargs)
+        super().__init__(*args, hash=hash or source_hash(__file__, chats.__file__, named_data.__file__), **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
         features = datasets.Features({"text": datasets.Value("string"), "source": datasets.Value("string")})

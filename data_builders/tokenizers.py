@@ -3,6 +3,7 @@
 hops        a token per word, and a readout token at the end, where the answer is read
 text        byte-level BPE
 molecules   a token per atom, bond, branch or ring bond of a SMILES
+sequence    a token per character, per word, or per digit and word; or byte-level BPE
 """
 
 import re
@@ -24,6 +25,9 @@ from .hop_rows import hop_table
 
 PAD, EOS, READOUT = "<pad>", "<eos>", "<ans>"
 BOS = "<bos>"
+
+# How a question is cut into tokens: every cut, joined again, is the question.
+CUTS = {"characters": r"[\s\S]", "digits": r"\d|[^\W\d]+|[\s\S]"}
 
 # The grammar of opensmiles.org, and the arrows of dative bonds that rdkit writes. Tokens of several characters: atoms
 # in brackets, elements of two letters, ring bonds of two digits or more, arrows.
@@ -128,6 +132,52 @@ def dataset_byte_bpe(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast
                 if not folder.is_dir():  # otherwise another process was first, with the same tokenizer
                     raise
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def sequence_tokenizer(
+    texts: Iterable[str], cut: Literal["characters", "words", "digits"], readout: bool = True
+) -> PreTrainedTokenizerFast:
+    """Tokenizer of questions: ids 0 `<pad>`, 1 `<eos>`, 2 `<ans>`, then the tokens of `texts` in alphabetical order.
+
+    cut         tokens of "add 17, 5"
+    characters  a d d _ 1 7 , _ 5        every character
+    words       add 17, 5                what stands between white space, which is written as one space
+    digits      add _ 1 7 , _ 5          every digit, every other word, every other character
+
+    With `readout`, `tokenizer("17+5")` ends in `<ans>`, after which the answer is written. Padding goes to the left.
+    The tokenizer raises for what `texts` do not have, since there is no `<unk>`.
+    """
+    special = [PAD, EOS, READOUT]
+    pre_tokenizer = WhitespaceSplit() if cut == "words" else Split(Regex(CUTS[cut]), "isolated")
+    words = {word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text)}
+    vocabulary = [*special, *sorted(words - set(special))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    if cut != "words":
+        tokenizer.decoder = decoders.Fuse()
+    return ended(tokenizer, readout)
+
+
+def sequence_bpe(texts: Iterable[str], vocab_size: int, readout: bool = True) -> PreTrainedTokenizerFast:
+    """`train_byte_bpe` for questions, whose prompts end in `<ans>`: it is the last token of the vocabulary."""
+    tokenizer = train_byte_bpe(texts, vocab_size - 1).backend_tokenizer
+    tokenizer.add_special_tokens([READOUT])
+    return ended(tokenizer, readout)
+
+
+def ended(tokenizer: Tokenizer, readout: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer with `<pad>`, `<eos>` and `<ans>`, which with `readout` ends a prompt."""
+    if readout:
+        number = tokenizer.token_to_id(READOUT)
+        tokenizer.post_processor = TemplateProcessing(single=f"$A {READOUT}", special_tokens=[(READOUT, number)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        extra_special_tokens=[READOUT],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def smiles_tokenizer(smiles: Iterable[str], max_length: int | None = None) -> PreTrainedTokenizerFast:

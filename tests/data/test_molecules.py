@@ -37,7 +37,7 @@ from data_builders import (
 )
 from data_builders import molecules as molecules_module
 from data_builders.builders import BUILDERS
-from data_builders.molecule_batches import first_fit
+from data_builders.packing import first_fit
 from data_builders.tokenizers import SMILES_TOKEN
 from looplab.cli import main
 from looplab.pretrained.parts import PARTS, Part, part_folder, unpack_moses

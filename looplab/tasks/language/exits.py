@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from data_builders.molecule_batches import IGNORED
+from data_builders.packing import IGNORED
 from looplab.instruments.halting_settings import HaltingSetting, saved_text, threshold_text
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text
 

@@ -42,8 +42,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
-from data_builders.molecule_batches import IGNORED
 from data_builders.molecules import rdkit_chem
+from data_builders.packing import IGNORED
 from data_builders.text_batches import spread_blocks
 from looplab.instruments.halting_settings import HaltingSetting, exit_settings, saved_text, setting_of, threshold_text
 from looplab.instruments.timing import counted_calls, interleaved, ratio_of, ratio_text

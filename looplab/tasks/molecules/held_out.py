@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
-from data_builders.molecule_batches import IGNORED
+from data_builders.packing import IGNORED
 from looplab.instruments.at_loops import at_loops
 from looplab.runs.folder import Run
 

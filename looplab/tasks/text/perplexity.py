@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import TextBlocks
-from data_builders.molecule_batches import IGNORED
+from data_builders.packing import IGNORED
 from data_builders.text_batches import spread_blocks
 from looplab.instruments.at_loops import at_loops
 from looplab.instruments.halting_settings import saved_setting

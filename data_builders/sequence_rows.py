@@ -182,10 +182,13 @@ class EncodedRows:
         return batches
 
 
-def encode_questions(split: Dataset, reader: Reader, longest: int | None = None) -> EncodedRows:
+def encode_questions(
+    split: Dataset, reader: Reader, longest: int | None = None, limit: str = "longest"
+) -> EncodedRows:
     """The rows of a split as tokens; they are written once into the `datasets` cache.
 
-    split: rows with the columns of `sequences.FEATURES`. longest: most tokens that a row may read.
+    split: rows with the columns of `sequences.FEATURES`. longest: most tokens that a row may read, which the
+    field `limit` says.
 
     Raises ValueError, with file and line, for a part that the tokenizer has no token for, a prompt or an answer
     without tokens, an answer with the token that ends answers in it, and a row that is too long.
@@ -214,7 +217,8 @@ def encode_questions(split: Dataset, reader: Reader, longest: int | None = None)
                 ids, labels, first = reader.lay(prompt, answer)
                 if longest is not None and len(ids) > longest:
                     raise ValueError(
-                        f"prompt and answer have {len(prompt)} and {len(answer)} tokens, and a row may read {longest}"
+                        f"prompt and answer have {len(prompt)} and {len(answer)} tokens, and a row may read {longest} "
+                        f"({limit})"
                     )
                 found.append((ids, labels, first))
         return dict(zip(FEATURES, map(list, zip(*found, strict=True)), strict=True))

@@ -334,7 +334,7 @@ def dataset_upload(run: Run, names: Names, place: Path) -> Upload:
     preset, fields = data.preset()
     splits = data.splits_of(run)
     run.check_data(splits)
-    export_parquet(data.task, preset, place, splits=splits, **fields)
+    export_parquet(data.builder, preset, place, splits=splits, **fields)
     exported = DatasetCard.load(place / "README.md")
     card = dataset_card(run, names, exported, splits)
     files = {path.relative_to(place).as_posix(): path for path in sorted(place.glob("*/*.parquet"))}

@@ -78,7 +78,7 @@ def data_of(splits: Mapping) -> dict:
         whole = hashlib.sha256()
         for rows in splits[split].iter(batch_size=10_000):
             whole.update(json.dumps(rows, sort_keys=True).encode())
-            pairs = zip(rows.get("source", ()), rows["text"], strict=False)
+            pairs = zip(rows.get("source", ()), texts_of(rows), strict=False)
             for source, group in groupby(pairs, key=lambda pair: pair[0]):
                 if len(sources) <= MAX_SOURCES:
                     digest = sources.setdefault(source, hashlib.sha256())
@@ -86,6 +86,12 @@ def data_of(splits: Mapping) -> dict:
         digests[split] = whole.hexdigest()
     sources = sources if len(sources) <= MAX_SOURCES else {}
     return {"splits": digests, "sources": {name: digest.hexdigest() for name, digest in sources.items()}}
+
+
+def texts_of(rows: dict[str, list]) -> list[str]:
+    """What the rows of a batch say, a text each: the column text, or all columns but the place, as JSON."""
+    names = sorted(rows.keys() - {"source", "line"})
+    return rows.get("text") or [json.dumps(each) for each in zip(*(rows[name] for name in names), strict=True)]
 
 
 def data_changes(before: dict, after: dict) -> str:

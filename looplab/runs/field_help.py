@@ -58,8 +58,9 @@ def comments(form: type) -> dict[str, str]:
 def value_of(item: Field) -> str:
     """What stands for the value of a field: its choices, or the kind of its type."""
     kinds = [kind for kind in (get_args(item.type) or (item.type,)) if kind is not type(None)]
-    if get_origin(item.type) is Literal:
-        return "|".join(map(str, get_args(item.type)))
+    for kind in (item.type, *kinds):
+        if get_origin(kind) is Literal:
+            return "|".join(map(str, get_args(kind)))
     if get_origin(item.type) is list or list in map(get_origin, kinds):
         return "[..]"
     if dict in (item.type, get_origin(item.type)):

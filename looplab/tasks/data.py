@@ -52,8 +52,13 @@ class Data:
             if vars(self).get(name):
                 raise ValueError(f"data.{name} and data.overrides.{name} name the same thing: leave one of them out.")
 
+    @property
+    def builder(self) -> str:
+        """The builder of the data, a name of `data_builders.builders.BUILDERS`."""
+        return self.task
+
     def preset(self) -> tuple[str, dict]:
-        """(preset of the builder `task`, fields in place of the preset's)."""
+        """(preset of the builder, fields in place of the preset's)."""
         return "default", {"seed": self.seed} | self.overrides
 
     def load(self, **changed) -> "DatasetDict":
@@ -65,7 +70,7 @@ class Data:
         from data_builders import load_task
 
         preset, fields = self.preset()
-        return load_task(self.task, preset, **(fields | changed))
+        return load_task(self.builder, preset, **(fields | changed))
 
     def kept(self) -> bool:
         """Whether a run keeps a copy of its data: of files that the user named, and not of what is made or fetched."""

@@ -12,11 +12,14 @@ from looplab.runs.records import PICTURES
 from .base import Argument, Task
 from .hops.task import Composition, Khop
 from .molecules.task import MoleculeTask
+from .sequence.task import SequenceTask
 from .text.task import TextTask
 
 # Verbs that need no data: of a model without the recipe of its training, they are those of the task text.
 ANY_MODEL = ("ask", "lens", "demo")
-TASKS: dict[str, Task] = {task.name: task for task in (Khop(), Composition(), TextTask(), MoleculeTask())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Khop(), Composition(), TextTask(), MoleculeTask(), SequenceTask())
+}
 
 
 def task_of(runs: Sequence[Run]) -> Task:

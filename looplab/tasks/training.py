@@ -20,6 +20,7 @@ from modeling_looped import LoopedForCausalLM
 class TrainingRecipe(Protocol):
     """The part of a recipe that a task may read: its own two sections, and these fields."""
 
+    model: dict
     data: Data
     curriculum: Curriculum
     init_from: str | None

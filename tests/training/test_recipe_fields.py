@@ -236,6 +236,7 @@ def test_a_field_or_a_section_named_twice_is_refused(section, tmp_path):
 
 
 BASES = {"khop": HOPS, "composition": put(HOPS, "data.task", "composition"), "text": TEXT, "molecules": MOLECULES}
+BASES["sequence"] = put(TEXT, "data", {"task": "sequence", "files": ["a.jsonl"]})
 FOREIGN = [
     (task, name)
     for task in TASKS
@@ -259,7 +260,7 @@ def test_a_field_of_another_task_is_refused_and_its_default_passed_over(task, na
 @pytest.mark.parametrize("task", ["tex", "hops", "", None, 3, [], {"task": "text"}])
 def test_a_task_that_does_not_exist_is_refused(task):
     with pytest.raises(
-        ValueError, match=r"data\.task must be one of khop, composition, text, molecules, got .*mean \w+"
+        ValueError, match=r"data\.task must be one of khop, composition, text, molecules, sequence, got .*mean \w+"
     ):
         build_recipe(put(HOPS, "data.task", task))
 

@@ -5,8 +5,9 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
-from data_builders.fields import Number, number
-from looplab.tasks.data import Curriculum, Data
+from data_builders.fields import number
+from looplab.tasks.data import Data
+from looplab.tasks.stages import StagedCurriculum
 
 
 @strict
@@ -27,16 +28,12 @@ class HopData(Data):
 
 @strict
 @dataclass
-class HopCurriculum(Curriculum):
+class HopCurriculum(StagedCurriculum):
     """Stage k trains on 1 .. k hops together until k hops pass the held-out check. Both ends are the deepest hop count
     in the data unless given."""
 
     start_hops: int | None = number(at_least=1)  # hops of the first stage
     stop_hops: int | None = number(at_least=1)  # hops of the last stage
-    threshold: Number = number(0.95, at_least=0, below=1)  # share of right answers above which a stage is passed
-    min_steps: int = number(0, at_least=0)  # fewest updates of a stage
-    after_last: Literal["stop", "continue"] = "continue"  # when stop_hops has passed and budget remains
-    restart_optimizer: bool = False  # restart optimizer and warm-up at each stage, as the paper does
 
     def check(self) -> None:
         if self.start_hops is not None and self.stop_hops is not None and self.start_hops > self.stop_hops:

@@ -11,6 +11,7 @@ from datasets import DatasetDict
 
 from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups
 from looplab.instruments.at_loops import at_loops
+from looplab.tasks.stages import Stages
 from looplab.tasks.training import State, TaskTraining, TrainingRecipe, load_tokenizer
 from modeling_looped import LoopedForCausalLM
 
@@ -47,17 +48,14 @@ class HopTraining(TaskTraining):
         self.held_out = encode_groups(splits["validation"], self.tokenizer)
         self.held_out_hops = sorted({hops for hops, _ in self.held_out})
         self.train_hops = sorted(self.train_rows.unique("hops"))
-        self.start_hops = curriculum.start_hops or self.train_hops[-1]
-        self.stop_hops = curriculum.stop_hops or self.train_hops[-1]
-        ends = {self.start_hops, self.stop_hops}
-        if self.start_hops > self.stop_hops or not ends <= set(self.train_hops) & set(self.held_out_hops):
-            raise ValueError(
-                f"curriculum.start_hops {self.start_hops} and stop_hops {self.stop_hops} must be in order and have "
-                f"both training rows (hops {self.train_hops}) and held-out rows (hops {self.held_out_hops})."
-            )
+        deepest = self.train_hops[-1]
+        self.stages = Stages(
+            curriculum, self.train_hops, self.held_out_hops, curriculum.start_hops or deepest,
+            curriculum.stop_hops or deepest, ("start_hops", "stop_hops", "hops"),
+        )  # fmt: skip
 
     def first_state(self) -> State:
-        return State(stage=self.start_hops)
+        return State(stage=self.stages.start)
 
     def begin(self, state: State) -> None:
         """Train on 1 .. `state.stage` hops."""
@@ -71,10 +69,10 @@ class HopTraining(TaskTraining):
 
     def is_through(self, state: State) -> bool:
         """Whether the last stage has passed and the recipe stops there."""
-        return self.recipe.curriculum.after_last == "stop" and state.learnable_depth == self.stop_hops
+        return self.stages.is_through(state)
 
     def schedule_step(self, state: State) -> int:
-        return state.step - state.stage_start if self.recipe.curriculum.restart_optimizer else state.step
+        return self.stages.schedule_step(state)
 
     def describe(self, batch: dict, state: State) -> dict:
         return {"stage": state.stage, "hops": batch["hops"]}
@@ -96,18 +94,10 @@ class HopTraining(TaskTraining):
 
     def advance(self, state: State) -> bool:
         """Note a passed stage and begin the next one; after the last one, the run may end."""
-        curriculum = self.recipe.curriculum
-        rested = state.step - state.stage_start >= curriculum.min_steps
-        if not rested or state.gate[str(state.stage)] <= curriculum.threshold:
+        if not self.stages.advance(state):
             return False
-        state.learnable_depth = state.stage
-        if state.stage == self.stop_hops:
-            state.finished |= curriculum.after_last == "stop"
-        elif not state.finished:
-            state.stage, state.stage_start = next(k for k in self.train_hops if k > state.stage), state.step
-            self.begin(state)
-            return curriculum.restart_optimizer
-        return False
+        self.begin(state)
+        return self.recipe.curriculum.restart_optimizer
 
     def progress(self, state: State) -> dict:
         return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}

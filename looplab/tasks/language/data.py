@@ -1,4 +1,4 @@
-"""The fields of `data` that the recipes of text and molecules share."""
+"""The fields of `data` that the recipes of text, molecules and sequences share."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +13,10 @@ from looplab.tasks.data import Data
 
 @strict
 @dataclass
-class LanguageData(Data):
+class NamedData(Data):
+    """Data that a user may name: files, or a data set in `overrides`."""
+
     files: list[str] | None = path()  # names and globs; a preset of the builder unless given
-    sequence_length: int | None = number(at_least=1)  # tokens of a sequence
-    validation_tokens: int | None = number(at_least=1)  # most held-out tokens that are measured; all unless given
 
     def of_files(self, otherwise: str) -> tuple[str, dict]:
         """`preset` for files or a data set that the recipe names; the preset `otherwise` if it names neither."""
@@ -41,6 +41,15 @@ class LanguageData(Data):
         if "dataset" in overrides:
             overrides["dataset"] = located_rows(overrides["dataset"], folder)
         return replace(self, files=files, overrides=overrides)
+
+
+@strict
+@dataclass
+class LanguageData(NamedData):
+    """Data in sequences of one length."""
+
+    sequence_length: int | None = number(at_least=1)  # tokens of a sequence
+    validation_tokens: int | None = number(at_least=1)  # most held-out tokens that are measured; all unless given
 
     def check(self, init_from: str | None) -> None:
         super().check(init_from)

@@ -1,0 +1,140 @@
+"""`looped eval` on questions: right answers and right tokens over loops x grade, on the splits validation and test.
+
+    grades.jsonl      a record per split, loop count, grade and kind:
+        exact         share of answers that are right as a whole, with Wilson's interval over rows
+        tokens        share of right tokens, each read after the right ones before it. Its interval is Wilson's with a
+                      trial per row, as if the tokens of an answer were right or wrong together: rather too wide
+        score         mean worth of the written answers, where a verifier judges them (`sequences.Verifier`)
+    evaluation.json   chance, the share of test rows with the commonest training answer; how answers were read
+
+The model is the published one, RUN/model. How an answer is read, `measures.py` says.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_builders import EncodedRows
+from looplab.runs.folder import Run, to_json_lines
+from looplab.runs.intervals import wilson_interval
+from looplab.runs.models import count_parameters, load_run_model, loops_to_try
+
+from .data import SequenceData
+from .measures import Said, decodes, said_at
+from .records import EVALUATION, GRADES
+from .rows import Line, encoded, groups_of, load_questions
+
+
+def loops_of(run: Run, model: PreTrainedModel) -> list[int]:
+    """Loop counts that are measured unless given: 1, 2, 4 .. to twice those of the training, the model's own, and the
+    recipe's `eval_loops`."""
+    most = 2 * run.trained_loops()[1]
+    doubled = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    counts = {*doubled, most, model.config.num_loops, *run.recipe()["eval_loops"]}
+    return sorted(loops_to_try(model, sorted(counts)))
+
+
+def record(said: Said, scores: torch.Tensor | None) -> dict:
+    """The measures of rows at one loop count, see the module docstring."""
+    n = len(said.right)
+    exact, tokens = float(said.exact.double().mean()), float(said.right.sum() / said.labels.sum())
+    found = {
+        "exact": exact,
+        "exact_interval": list(wilson_interval(exact, n)),
+        "tokens": tokens,
+        "tokens_interval": list(wilson_interval(tokens, n)),
+        "loss": float(said.loss.sum() / said.labels.sum()),
+        "n": n,
+    }
+    if scores is not None:
+        score = float(scores.mean())
+        found |= {"score": score, "score_interval": list(wilson_interval(score, n))}
+    return found
+
+
+def lines_at(
+    model: PreTrainedModel, rows: EncodedRows, groups: Mapping[Line, np.ndarray], loops: Sequence[int], what: str
+) -> dict[Line, dict[int, Said]]:
+    """Line -> loop count -> what the model says to its rows."""
+    total = sum(map(len, groups.values()))
+    with tqdm(total=total, desc=what, unit="row", mininterval=1) as bar:
+        return {line: said_at(model, rows, numbers, loops, bar=bar) for line, numbers in groups.items()}
+
+
+def chance_of(splits: Mapping) -> float:
+    """The share of test rows whose answer is the commonest of the training."""
+    commonest = Counter(splits["train"]["answer"][:]).most_common(1)[0][0]
+    answers = splits["test"]["answer"][:]
+    return sum(answer == commonest for answer in answers) / len(answers)
+
+
+def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None = None) -> Path:
+    """Write RUN/grades.jsonl and RUN/evaluation.json; returns the first.
+
+    Args:
+        run: a finished one.
+        loops: loop counts, `loops_of` unless given.
+        limit: most rows of a grade and kind, the same ones every time; all unless given.
+
+    Raises:
+        ValueError: the run has not finished, its data have changed, or the model may not run so many loops.
+    """
+    trained = set(run.summary()["trained_grades"])
+    model, tokenizer = load_run_model(run, *(loops or ()))
+    loops = sorted(set(loops or loops_of(run, model)))
+    data, splits = SequenceData.of(run), load_questions(run)
+    rows = encoded(data, splits, tokenizer, ("validation", "test"))
+    verifier, records = data.verifier(), []
+    for split in rows:
+        found = lines_at(model, rows[split], groups_of(rows[split], limit), loops, split)
+        numbers = groups_of(rows[split], limit)
+        for count in loops:
+            for (grade, kind), at in found.items():
+                scores = None
+                if not verifier.exact:
+                    scores = scored(model, tokenizer, splits[split], numbers[grade, kind], at[count], count, verifier)
+                cell = {"split": split, "loops": count, "grade": grade, "kind": kind}
+                records.append(cell | record(at[count], scores) | {"trained": grade in trained})
+    facts = {
+        "chance": chance_of(splits),
+        "limit": limit,
+        "by": "decoding" if decodes(model) else "one pass",
+        "num_loops": model.config.num_loops,
+        "parameters": count_parameters(model),
+    }
+    return run.write({EVALUATION.name: json.dumps(facts, indent=1) + "\n", GRADES.name: to_json_lines(records)})
+
+
+def scored(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split,
+    numbers: Sequence[int],
+    said: Said,
+    num_loops: int,
+    verifier,
+) -> torch.Tensor:
+    """Worth (N,) of the answers that the model writes to the rows `numbers`. Where `said` is exact, that is the row's
+    own answer; the others are generated."""
+    scores = torch.zeros(len(numbers), dtype=torch.float64)
+    for i, (number, exact) in enumerate(zip(numbers.tolist(), said.exact.tolist(), strict=True)):
+        row = split[number]
+        text = row["answer"] if exact else written(model, tokenizer, row["prompt"], num_loops)
+        scores[i] = verifier.score(row, text)
+    return scores
+
+
+@torch.inference_mode()
+def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_loops: int) -> str:
+    """The answer that the model writes to a prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).to(model.device)
+    output = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], num_loops=num_loops, do_sample=False
+    )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -28,7 +28,7 @@ from looplab.runs.folder import Run, open_run
 from looplab.runs.models import load_run_model
 from looplab.runs.records import locked, owned, replaced_folder, settle
 from looplab.runs.sections import defaults
-from looplab.runs.seeds import recipe_key
+from looplab.runs.seeds import SHARED, recipe_key
 from looplab.runs.writing import write_whole
 from looplab.runs.yaml_text import to_yaml
 from looplab.tasks.hops.evaluation import evaluate_run, grid_table
@@ -36,7 +36,7 @@ from looplab.tasks.hops.records import EVALUATION, GRID
 from looplab.tasks.hops.results import depth_text, markdown_table
 from looplab.tasks.hops.run_figures import training_curves
 from looplab.tasks.registry import TASKS, task_for
-from looplab.training.recipe import Recipe, build_recipe, own_sections, read_recipe, recipe_defaults
+from looplab.training.recipe import Recipe, build_recipe, own_sections, read_recipe
 from looplab.training.run_folder import FREE, RunFolder, files_in, read_state
 from toy_runs import reset_accelerator
 from toys import ROOT, write_pages
@@ -331,13 +331,12 @@ def test_only_budget_and_logging_may_change(finished, tmp_path, name):
 
 
 def as_older_versions_wrote(recipe: dict) -> dict:
-    """recipe.yaml with the fields of all tasks, and `check_every` in the curriculum."""
+    """recipe.yaml with the fields of all tasks of that time, and `check_every` in the curriculum."""
     old = recipe | {"data": dict(recipe["data"]), "curriculum": {"check_every": recipe["check_every"]}}
     del old["check_every"]
-    for name, value in recipe_defaults(recipe["data"]["task"]).items():
+    for name, value in SHARED.items():
         section, _, leaf = name.partition(".")
-        if section in ("data", "curriculum"):
-            old[section].setdefault(leaf, recipe[section].get(leaf, value))
+        old[section].setdefault(leaf, recipe[section].get(leaf, value))
     return old
 
 

@@ -4,12 +4,16 @@ Keys and values are kept in float32 and flash attention is off, so that only rou
 keeps them in float16.
 """
 
+import copy
+
+import gguf
 import numpy as np
 import pytest
 import torch
 
 from exports import GGUF_GELU, GGUF_LOOPING, GGUF_UNROLLED, TOKENIZERS, rough_model, texts_of, tokenizer_of
 from looplab.export.exporting import export
+from looplab.export.gguf_file import KINDS
 from toys import FP32, make_ids
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not built here: make test-engines")
@@ -94,6 +98,7 @@ def test_text_goes_in_and_comes_out_as_with_the_model(kind, load, tmp_path):
     tokenizer = tokenizer_of(kind)
     eos = tokenizer.eos_token_id
     model = rough_model(vocab_size=len(tokenizer) + 3, eos_token_id=eos, bos_token_id=tokenizer.bos_token_id)
+    model.get_input_embeddings().weight.data[len(tokenizer) :] = 0  # ids without a token, which are never written
     llama = load(export(model, tokenizer, tmp_path / "new.gguf", "gguf").path)
     special = set(tokenizer.all_special_ids)
     for text in texts_of(kind):
@@ -102,28 +107,44 @@ def test_text_goes_in_and_comes_out_as_with_the_model(kind, load, tmp_path):
         words = [token for token in ids if token not in special]
         joined = tokenizer.decode(words) if kind == "text" else "".join(tokenizer.convert_ids_to_tokens(words))
         assert llama.detokenize(words).decode(errors="replace") == joined
-    for text in texts_of(kind)[:6]:  # the high-level call tokenizes, generates, ends and decodes
+    for text in texts_of(kind)[:6]:
         ids = tokenizer(text, return_tensors="pt").input_ids
         if ids.shape[1] > 50 or "<" in text:
             continue
         made = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+        if eos not in made:
+            assert greedy(llama, ids[0].tolist(), 6) == made
         words = [token for token in made if token not in special]
         joined = tokenizer.decode(words) if kind == "text" else "".join(tokenizer.convert_ids_to_tokens(words))
+        if "\ufffd" in joined:  # bytes that are no text, of which a toy writes many: the call waits for their end
+            continue
+        # The high-level call tokenizes, generates, ends and decodes.
         said = llama(text, max_tokens=6, temperature=0.0)["choices"][0]["text"]
-        assert said == joined.encode().decode(errors="ignore") or special & set(made)
+        assert said == joined or special & set(made)
+
+
+def rounded(model, quantize: str):
+    """The model with the numbers that a file of it holds."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            kind = KINDS["q8_0" if quantize == "q4_0" and "embed_tokens" in name else quantize][0]
+            stored = gguf.quants.quantize(parameter.data.numpy(), kind)
+            parameter.data = torch.from_numpy(gguf.quants.dequantize(stored, kind).copy()).view_as(parameter)
+    return model
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("quantize", "least"), [("f16", 0.9999), ("q8_0", 0.999), ("q4_0", 0.9)])
-def test_fewer_bits_are_near_at_any_depth(quantize, least, load, tmp_path):
+@pytest.mark.parametrize(("quantize", "least"), [("f16", 0.99999), ("q8_0", 0.999), ("q4_0", 0.999)])
+def test_fewer_bits_cost_at_any_depth_what_they_cost_the_weights(quantize, least, load, tmp_path):
+    """llama.cpp also rounds what it multiplies with these weights, to 8 bits."""
     model, ids = rough_model(hidden_size=64, intermediate_size=96), make_ids(1, TOKENS)
     done = export(model, tokenizer_of("hops"), tmp_path / "new.gguf", "gguf", quantize)
-    for num_loops in (1, 6):
-        found, expected = (
-            logits(load(done.path, num_loops), ids[0].tolist()),
-            model(ids, num_loops=num_loops).logits[0],
-        )
-        assert torch.cosine_similarity(found, expected, dim=-1).mean() > least
+    expected = rounded(model, quantize)
+    for num_loops in (1, 6, 16):
+        found = logits(load(done.path, num_loops), ids[0].tolist())
+        near = torch.cosine_similarity(found, expected(ids, num_loops=num_loops).logits[0], dim=-1)
+        assert near.mean() > least
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
 # make test-oldest, make test-newest: the tests on the oldest versions that pyproject.toml admits, and on the newest
 #                  there are, each in an environment of its own. Some GB: torch of PyPI comes with its CUDA libraries.
 #                  Saved models are also run on the versions of transformers that serving engines pin.
-# make test-engines: llama.cpp, built from source (some minutes), in an environment of its own.
+# make test-engines: llama.cpp, built from source (some minutes), and CTranslate2 in an environment of their own; and
+#                  vLLM for CPUs in another. tests/engines/requirements-*.txt have the versions.
 # make fuzz N=10000: as many random models and calls for every law; `make test` tries the same few each time.
 PYTHON ?= python3
 N      ?= 1000
@@ -71,13 +72,20 @@ test-newest:
 	.venv-newest/bin/python tests/saved_folders.py write .venv-newest/saved
 	.venv-newest/bin/python tests/saved_folders.py check .venv-newest/saved
 
-.venv-engines/installed: pyproject.toml constraints.txt tests/engines/requirements.txt
+.venv-engines/installed: pyproject.toml constraints.txt tests/engines/requirements-llama.txt
 	$(PYTHON) -m venv --clear .venv-engines
 	.venv-engines/bin/pip install --quiet -c constraints.txt -e '.[export,eval,mlx]' pytest
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" .venv-engines/bin/pip install -r tests/engines/requirements.txt
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" .venv-engines/bin/pip install -r tests/engines/requirements-llama.txt
 	touch $@
 
-test-engines: .venv-engines/installed
+# vLLM reads no pictures or sound here, and PyPI's packages for them want a torch with CUDA.
+.venv-vllm/installed: tests/engines/requirements-vllm.txt
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/pip install --quiet -r tests/engines/requirements-vllm.txt
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-engines: .venv-engines/installed .venv-vllm/installed
 	.venv-engines/bin/python -m pytest tests/engines -rs
 
 bench: .venv/installed

@@ -159,12 +159,14 @@ class LoopedAttention(nn.Module):
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else as_is
         self.has_slot_per_loop = section == "core" and config.kv_slots().per_loop
-        self.attentions = nn.ModuleDict()  # by loop; a ModuleList is slower to read, ten times per token
+        # By loop; a ModuleList is slower to read, ten times per token. No name is a number: vLLM wants one number in
+        # the name of an attention, and the layer has one.
+        self.attentions = nn.ModuleDict()
         self.open_slots(config.num_loops)
 
     def at(self, loop: int) -> SlotAttention:
         """The attention of the slot of a loop, counted from 0."""
-        return self.attentions[str(loop) if self.has_slot_per_loop else "0"]  # pyright: ignore[reportReturnType]
+        return self.attentions[f"loop_{loop if self.has_slot_per_loop else 0}"]  # pyright: ignore[reportReturnType]
 
     def open_slots(self, num_loops: int) -> None:
         """Have an attention for the slot of every loop. They are only ever added, by one thread at a time."""
@@ -172,7 +174,7 @@ class LoopedAttention(nn.Module):
         needed = num_loops if self.has_slot_per_loop else 1
         for loop in range(len(self.attentions), needed):
             attention = SlotAttention(self.config, slots.slot(self.section, self.index, loop))
-            self.attentions[str(loop)] = attention.train(self.training)
+            self.attentions[f"loop_{loop}"] = attention.train(self.training)
 
     def forward(
         self,

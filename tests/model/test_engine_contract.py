@@ -15,23 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedModel
 from modeling_looped.checks_looped import SERVING_ENGINES
+from served import GREEDY, SERVED
 from toys import make_config, make_ids
-
-SERVED = {
-    "per_loop": {},
-    "first": {"kv_sharing": "first"},
-    "prelude and coda": {"num_prelude_layers": 1, "num_coda_layers": 2},
-    "first, prelude and coda": {"kv_sharing": "first", "num_prelude_layers": 2, "num_coda_layers": 1},
-    "injection": {"loop_connection": "inject_add", "num_prelude_layers": 1, "norm_between_loops": True},
-    "streams": {"loop_connection": "hyper", "max_num_loops": 8, "hyper_gates": "shared", "num_coda_layers": 1},
-    "layernorm and gelu": {"norm_type": "layernorm", "gated_mlp": False, "hidden_act": "gelu"},
-    "sandwich": {"norm_placement": "sandwich", "qk_norm": True, "loop_embedding": "sinusoidal"},
-    "no positions, exit gate": {"position_embedding": "none", "exit_gate": True},
-    "learned positions": {"position_embedding": "learned", "attention_bias": True},
-    "sliding window": {"sliding_window": 4, "num_prelude_layers": 1},
-    "zero start": {"loop_connection": "inject_concat", "state_init": "zeros"},
-}
-GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
 class StandInEngine:
@@ -125,6 +110,9 @@ def test_every_slot_is_declared_by_one_attention(shape, loaded_loops, engine):
     model = make_served(engine[0], loaded_loops, **SERVED[shape])
     attentions = [module for module in model.modules() if isinstance(vars(module).get("layer_idx"), int)]
     assert sorted(module.layer_idx for module in attentions) == list(range(model.config.num_hidden_layers))
+    for name, module in model.named_modules():
+        if module in attentions:  # vLLM sorts its caches by the one number in a name
+            assert sum(part.isdecimal() for part in name.split(".")) == 1
     for module in attentions:
         check_attention(module)
         assert module.config._attn_implementation == engine[0]

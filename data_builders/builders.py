@@ -13,13 +13,35 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from .composition import Composition
+from .generators.addition import Addition
+from .generators.list_ops import ListOps
+from .generators.mano import Mano
+from .generators.mazes import Mazes
+from .generators.p_hop import PHop
+from .generators.parity import Parity
+from .generators.permutations import Permutations
+from .generators.prefix_sums import PrefixSums
+from .generators.sudoku import Sudoku
 from .khop import Khop
 from .molecules import Molecules
 from .questions import Questions
 from .sequences import SequenceGenerator
 from .text import Text
 
+# The generators of the task sequence.
+GENERATORS = {
+    "addition": Addition,
+    "parity": Parity,
+    "prefix_sums": PrefixSums,
+    "p_hop": PHop,
+    "permutations": Permutations,
+    "mano": Mano,
+    "list_ops": ListOps,
+    "sudoku": Sudoku,
+    "mazes": Mazes,
+}
 BUILDERS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Molecules, "sequence": Questions}
+BUILDERS |= GENERATORS
 
 
 def task_builder(name: str, config_name: str, *, cache_dir: str | Path | None = None, **overrides) -> DatasetBuilder:

@@ -21,6 +21,7 @@ from .generators.p_hop import PHop
 from .generators.parity import Parity
 from .generators.permutations import Permutations
 from .generators.prefix_sums import PrefixSums
+from .generators.reasoning_gym import ReasoningGym
 from .generators.sudoku import Sudoku
 from .khop import Khop
 from .molecules import Molecules
@@ -39,6 +40,7 @@ GENERATORS = {
     "list_ops": ListOps,
     "sudoku": Sudoku,
     "mazes": Mazes,
+    "reasoning_gym": ReasoningGym,
 }
 BUILDERS = {"khop": Khop, "composition": Composition, "text": Text, "molecules": Molecules, "sequence": Questions}
 BUILDERS |= GENERATORS

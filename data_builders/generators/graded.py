@@ -109,9 +109,9 @@ class GradedGenerator(SequenceGenerator):
 
     def distinct(self, grade: int, wanted: int) -> list[dict]:
         """The first `wanted` rows of a grade with different prompts, or as many as there are."""
-        rows, vain = {}, 0
+        rows, vain, easier = {}, 0, self.easier(grade)
         for row in self.draw(grade):
-            if row["prompt"] in rows:
+            if row["prompt"] in rows or row["prompt"] in easier:
                 vain += 1
                 if vain == VAIN_DRAWS:
                     break
@@ -120,6 +120,10 @@ class GradedGenerator(SequenceGenerator):
                 if len(rows) == wanted:
                     break
         return list(rows.values())
+
+    def easier(self, grade: int) -> set[str]:
+        """Prompts of easier grades that this one may have, too."""
+        return set()
 
     def draw(self, grade: int) -> Iterator[dict]:
         """Rows of a grade, one after the other, without end; some may be equal."""

@@ -99,7 +99,7 @@ def generator_of(name: str) -> tuple[str, dict]:
     builder, slash, part = name.partition("/")
     known = generator_names()
     if builder not in known:
-        raise ValueError(_unknown("generator", builder, known) if known else "there are no generators yet.")
+        raise ValueError(_unknown("generator", builder, known))
     wanted = BUILDERS[builder].PART
     if bool(slash) != (wanted is not None) or (slash and not part):
         form = builder if wanted is None else f"{builder}/{wanted.upper()}"

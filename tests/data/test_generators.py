@@ -11,9 +11,11 @@ import pytest
 from data_builders import load_task, task_builder
 from data_builders.builders import GENERATORS
 from data_builders.sequences import FEATURES
+from toys import ROOT
 
 # Each with presets that are quick to build: laws do not need thousands of rows.
 FEW = {"train_per_grade": 40, "validation_per_grade": 6, "test_per_grade": 8}
+GENERATORS = {name: builder for name, builder in GENERATORS.items() if builder.PART is None}
 PRESETS = [(name, preset) for name, builder in GENERATORS.items() for preset in builder.builder_configs]
 
 
@@ -228,6 +230,16 @@ def test_the_docstring_draws_a_real_example(name, cache):
     )
     assert len(parsed.examples) == 1
     assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(parsed).failed == 0
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_guide_shows_a_row_of_each(name, cache):
+    """The first test row of the third grade, broken into lines."""
+    page = (ROOT / "docs" / "guides" / "generators.md").read_text(encoding="utf-8")
+    builder = task_builder(name, "cpu", cache_dir=cache, train_per_grade=1)
+    row = builder.deal(builder.EASIEST + 2)["test"][0]
+    shown = re.search(rf"^### {name}\n.*?```text\n(.*?)```$", page, flags=re.S | re.M)[1]
+    assert " ".join(shown.split()) == f"{row['prompt']} -> {row['answer']}"
 
 
 def test_a_small_grade_leaves_three_quarters_to_train(cache):

@@ -230,6 +230,7 @@ RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "docs/guides/tune_loops.md": (a_calibrated_model_of_chains, check_tuning),
     "docs/guides/drafts_and_halting.md": (nothing, check_drafts),
     "docs/guides/frozen.md": (a_dense_model, check_frozen),
+    "docs/guides/generators.md": (nothing, lambda names, told: None),
     "docs/guides/engines.md": (an_exported_model, check_exported),
     "docs/guides/hyperloop.md": (nothing, nothing),
     "docs/guides/melt.md": (nothing, nothing),

@@ -47,6 +47,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file,
 from .depth_looped import SavedDepth, count_to_save, generation_count, mark_saved_settings
 from .frozen_solvers_looped import METHODS
 from .frozen_window_looped import Layer, Window, decoder_layers, default_window
+from .growing_looped import GrowingCacheMixin, GrowingLayer
 
 AUTO_MAP = {
     "AutoConfig": "frozen_looped.FrozenLoopedConfig",
@@ -316,7 +317,7 @@ class Loop(Generic[Model]):
         if self.config.cache == "first" or cache is None or layer.index >= len(cache.layers):
             return
         kind = type(cache.layers[layer.index])
-        if kind not in (DynamicLayer, StaticLayer):
+        if kind not in (DynamicLayer, GrowingLayer, StaticLayer):
             raise ValueError(
                 f"cache='last' overwrites rows, which layer {layer.index}'s {kind.__name__} does not allow: use "
                 "cache='first', or a DynamicCache or StaticCache without sliding windows or quantisation."
@@ -431,7 +432,7 @@ def detach(model: Model) -> Model:
     return model.loop.detach()
 
 
-class FrozenLooped:
+class FrozenLooped(GrowingCacheMixin):
     """A base class in front of the class of a looped model: loop settings in `forward`, `generate` and saving."""
 
     base_class: type

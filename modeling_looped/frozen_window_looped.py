@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .frozen_solvers_looped import METHODS
+from .growing_looped import GrowingLayer
 from .two_sources_looped import own_columns, replaced, two_source_mask, two_sources
 
 CACHE_ARGUMENTS = ("past_key_values", "cache", "layer_past")
@@ -181,7 +182,11 @@ class NaturalCache(LayerCache):
         """Overwrite the entries of the first `num_tokens` tokens of this call; returns all, (B, H, S, d) each."""
         columns, written = self.columns[:num_tokens], self.cache.layers[self.layer.index]
         keys, values = key_states[:, :, :num_tokens], value_states[:, :, :num_tokens]
-        if isinstance(written, StaticLayer):  # compiled code holds on to its tensors
+        # Compiled code holds on to the tensors of a static layer; a growing one would copy all of them to new room.
+        in_place = isinstance(written, StaticLayer) or (
+            isinstance(written, GrowingLayer) and not torch.is_grad_enabled()
+        )
+        if in_place:
             written.keys.index_copy_(-2, columns, keys)
             written.values.index_copy_(-2, columns, values)
         else:

@@ -12,6 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOut
 
 from .checks_looped import cuts_show, is_row_mask, no_engine
 from .depth_looped import asked_count, generation_count
+from .growing_looped import GrowingCacheMixin
 from .halting_looped import Rule, calibrated_rule, halting_rule
 from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
 
@@ -31,7 +32,7 @@ class LoopedGenerateOutput(GenerateDecoderOnlyOutput):
     loops_used: torch.Tensor | None = None
 
 
-class LoopedGenerationMixin(GenerationMixin):
+class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
     """`GenerationMixin` with `num_loops`, `halting` and `draft_loops`."""
 
     def generate(

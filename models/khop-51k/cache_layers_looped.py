@@ -28,6 +28,8 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .growing_looped import GrowingLayer, GrowingSlidingWindowLayer
+
 # What models, their outputs and generate call the KV cache: transformers 5.24 renamed it from `past_key_values`. Calls
 # of transformers go by this name; forward takes both. Since then an attention layer writes the cache of an engine
 # itself, too; before, the attention function did.
@@ -99,15 +101,27 @@ def blank_like(layer: DynamicLayer | StaticLayer) -> DynamicLayer | StaticLayer:
         return StaticSlidingWindowLayer(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
+    grows = isinstance(layer, (GrowingLayer, GrowingSlidingWindowLayer))
     if isinstance(layer, DynamicSlidingWindowLayer):
-        blank = DynamicSlidingWindowLayer(layer.sliding_window)
+        kind = GrowingSlidingWindowLayer if grows else DynamicSlidingWindowLayer
+        blank = kind(layer.sliding_window)
         blank.record_past = layer.record_past
-        return blank
-    return DynamicLayer()
+    else:
+        blank = GrowingLayer() if grows else DynamicLayer()
+    if grows:
+        blank.most, blank.record_past = layer.most, layer.record_past
+    return blank
 
 
 # The most special first.
-STOCK_LAYERS = (StaticSlidingWindowLayer, StaticLayer, DynamicSlidingWindowLayer, DynamicLayer)
+STOCK_LAYERS = (
+    StaticSlidingWindowLayer,
+    StaticLayer,
+    GrowingSlidingWindowLayer,
+    DynamicSlidingWindowLayer,
+    GrowingLayer,
+    DynamicLayer,
+)
 
 
 def append(layer: object, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> None:
@@ -220,7 +234,7 @@ class RewritingDynamicLayer(RewritingLayer, DynamicLayer):
     def write(self, keys, values):
         if self.step_is_open:
             self.step_is_open = False
-            return DynamicLayer.update(self, keys, values)
+            return stock_update(self, keys, values)
         past = self.keys.shape[-2] - keys.shape[-2]
         if not torch.is_grad_enabled():
             self.keys[:, :, past:], self.values[:, :, past:] = keys, values
@@ -236,6 +250,10 @@ class RewritingDynamicLayer(RewritingLayer, DynamicLayer):
     def close_step(self) -> None:
         super().close_step()
         self.before = None
+
+
+class RewritingGrowingLayer(RewritingDynamicLayer, GrowingLayer):
+    """The same in room that grows by doubling."""
 
 
 class RewritingStaticLayer(RewritingLayer, StaticLayer):
@@ -282,10 +300,25 @@ class RewindingLayer(RewritingLayer):
 
 
 class RewindingDynamicLayer(RewindingLayer, DynamicSlidingWindowLayer):
+    # What the first loop of this step was shown, and every loop is: keys and values, (B, K, S, d) each.
+    shown: tuple[torch.Tensor, torch.Tensor]
+
     def __init__(self, like: DynamicSlidingWindowLayer, stays: LastEntries | MeanEntries):
         """A rewriting layer of the window of an empty stock one."""
         super().__init__(like.sliding_window)
         self.record_past, self.stays = like.record_past, stays
+
+    def write(self, keys, values):
+        if self.step_is_open or torch.is_grad_enabled():
+            self.shown = super().write(keys, values)
+        else:  # keys and values of this layer are views of these
+            for shown, entries in zip(self.shown, (keys, values), strict=True):
+                shown[:, :, -entries.shape[2] :] = entries
+        return self.shown
+
+    def close_step(self) -> None:
+        super().close_step()
+        del self.shown
 
     def held(self):
         return self.keys, self.values
@@ -293,6 +326,10 @@ class RewindingDynamicLayer(RewindingLayer, DynamicSlidingWindowLayer):
     def put_back(self, num_tokens, keys, values):
         self.keys, self.values = keys, values
         self.cumulative_length -= num_tokens
+
+
+class RewindingGrowingLayer(RewindingDynamicLayer, GrowingSlidingWindowLayer):
+    """The same in room of twice the window."""
 
 
 class RewindingStaticLayer(RewindingLayer, StaticSlidingWindowLayer):

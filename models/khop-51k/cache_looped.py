@@ -48,8 +48,10 @@ from .cache_layers_looped import (
     LastEntries,
     MeanEntries,
     RewindingDynamicLayer,
+    RewindingGrowingLayer,
     RewindingStaticLayer,
     RewritingDynamicLayer,
+    RewritingGrowingLayer,
     RewritingLayer,
     RewritingStaticLayer,
     blank_like,
@@ -59,6 +61,7 @@ from .cache_layers_looped import (
     recent_entries,
 )
 from .gates_looped import KV_GATES
+from .growing_looped import Growing
 from .layers_looped import GatedLoopedLayer, LoopedLayer, NaturalLoopedLayer
 from .two_sources_looped import own_columns, two_source_mask
 
@@ -337,9 +340,15 @@ class OneEntrySharing(Sharing):
             return RewindingStaticLayer(layer, self.stays())
         if isinstance(layer, StaticLayer):
             return RewritingStaticLayer(layer, self.stays())
+        grows = isinstance(layer, Growing)
         if isinstance(layer, DynamicSlidingWindowLayer):
-            return RewindingDynamicLayer(layer, self.stays())
-        return RewritingDynamicLayer(self.stays())
+            kind = RewindingGrowingLayer if grows else RewindingDynamicLayer
+            rewriting = kind(layer, self.stays())
+        else:
+            rewriting = (RewritingGrowingLayer if grows else RewritingDynamicLayer)(self.stays())
+        if grows:
+            rewriting.most, rewriting.record_past = layer.most, layer.record_past
+        return rewriting
 
     def previous(self, slot: int) -> int:
         return slot

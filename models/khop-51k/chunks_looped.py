@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_layers_looped import append, readable, recent_entries, reorder_recent
 from .calls_looped import Call, Decision, LoopStates, Observer
+from .growing_looped import growing_cache
 from .versions_looped import slice_logits_to_keep
 
 
@@ -147,7 +148,7 @@ class Chunks:
                 "halting rule, or give calls of at most prefill_chunk tokens."
             )
         self.model, self.size, self.cut_gradients = model, size, cut_gradients
-        self.cache = DynamicCache(config=model.config) if call.past_key_values is None else call.past_key_values
+        self.cache = growing_cache(model.config) if call.past_key_values is None else call.past_key_values
         self.kept_cache = self.cache
         self.past = int(self.cache.get_seq_length())
         self.keeps_cache = call.past_key_values is not None
@@ -208,7 +209,7 @@ class Chunks:
 
     def _recording_copy(self, cache: Cache, num_loops: int) -> DynamicCache:
         """A cache with the same entries, whose sliding layers keep what leaves the window as well."""
-        copy = DynamicCache(config=self.model.config)
+        copy = growing_cache(self.model.config)
         self.model.sharing.open(copy, num_loops)
         copy.activate_past_recording()
         if self.past:
@@ -251,7 +252,7 @@ class Chunks:
         past = chain.from_iterable((layer.keys, layer.values) for layer in filled)
 
         def run(embeds: torch.Tensor, *past: torch.Tensor):
-            cache = DynamicCache(config=self.model.config)
+            cache = growing_cache(self.model.config)
             self.model.sharing.open(cache, self.call.most_loops)
             if self.cache is not self.kept_cache:
                 cache.activate_past_recording()

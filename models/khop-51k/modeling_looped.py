@@ -62,6 +62,7 @@ from .chunks_looped import Chunks
 from .configuration_looped import LoopedConfig
 from .connections_looped import CONNECTIONS, LOOP_EMBEDDINGS, STARTS
 from .generation_looped import LoopedGenerationMixin
+from .growing_looped import growing_cache
 from .halting_looped import Rule, halting_rule
 from .initial_looped import SetsInitialValues
 from .layers_looped import POSITIONS, LoopedLayer, as_is, make_dropout, make_norm, open_slots
@@ -193,7 +194,8 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
 
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            new_cache = DynamicCache if torch.compiler.is_compiling() else growing_cache
+            past_key_values = new_cache(config=self.config)
         if position_ids is None:
             position_ids = make_position_ids(embeds, attention_mask, past_key_values)
         call = Call(
@@ -369,7 +371,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
             attention_mask: (B, T), 0 for padding, or a mask that a library has prepared, (B, 1, T, cached + T).
             position_ids: (B, T) or (1, T); by default they count the tokens that are not padding.
             past_key_values: keys and values of earlier calls, from which this one goes on and to which it adds; a new
-                `DynamicCache` if not given.
+                `DynamicCache` if not given, whose layers grow by doubling (`growing_looped.py`).
             inputs_embeds: (B, T, D), in place of `input_ids`.
             labels: (B, T), the tokens themselves: the loss shifts them. -100 has no loss.
             use_cache: return the cache; `config.use_cache` by default.

@@ -1,7 +1,8 @@
 """`looped bench --contexts`: what each KV policy costs in decoding at long contexts and in training with chunks.
 
     context   one decoded token after N cached tokens, new tokens/s and KV bytes per token, for each kv_sharing and
-              loop count, against a Llama of the unrolled depth; batch 1, dynamic caches
+              loop count, against a Llama of the unrolled depth; batch 1. Both have the cache of transformers
+              ("dynamic"), which copies all entries in every layer call, or the one that grows by doubling ("growing")
     chunks    an update with kv_sharing="gated" at each `prefill_chunk`, tokens/s, against kv_sharing="per_loop"
 
 Weights and cached entries are random. Models are timed in turn, as in `bench.py`.
@@ -19,13 +20,21 @@ from looplab.instruments.timing import compared, interleaved, ratio_text
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.cache_layers_looped import CACHE_NAME
 from modeling_looped.cache_looped import SHARINGS
+from modeling_looped.growing_looped import growing_cache
 
 from .pair import Workload, build_pair, kv_bytes_per_token, model_sizes, training_step
 
 
-def filled_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
-    """A cache with the layers that the model's KV policy uses, each with random entries of `tokens` tokens."""
-    cache = DynamicCache(config=model.config)
+CACHES = {"dynamic": lambda config: DynamicCache(config=config), "growing": growing_cache}
+
+
+def filled_cache(model: PreTrainedModel, tokens: int, kind: str = "growing") -> DynamicCache:
+    """A cache with the layers that the model's KV policy uses, each with random entries of `tokens` tokens.
+
+    kind: one of CACHES.
+    """
+    cache = CACHES[kind](model.config)
+    cache.activate_past_recording()  # `step_at` crops after every token
     model(torch.ones(1, 1, dtype=torch.long), **{CACHE_NAME: cache})  # the call puts in the layers of the policy
     draw = torch.Generator().manual_seed(0)
     for layer in cache.layers:
@@ -34,11 +43,11 @@ def filled_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
     return cache
 
 
-def step_at(model: PreTrainedModel, context: int, steps: int) -> Callable[[], None]:
+def step_at(model: PreTrainedModel, context: int, steps: int, kind: str = "growing") -> Callable[[], None]:
     """A call that decodes `steps` tokens, each after `context` cached tokens: the new entry is cropped each time."""
     model.eval()
     with torch.inference_mode():
-        cache = filled_cache(model, context)
+        cache = filled_cache(model, context, kind)
     token = torch.ones(1, 1, dtype=torch.long)
 
     @torch.inference_mode()
@@ -50,14 +59,16 @@ def step_at(model: PreTrainedModel, context: int, steps: int) -> Callable[[], No
     return decode
 
 
-def context_row(width: int, work: Workload, rounds: int, kv_sharing: str, loops: int, context: int) -> dict:
+def context_row(
+    width: int, work: Workload, rounds: int, kv_sharing: str, loops: int, context: int, kind: str = "growing"
+) -> dict:
     """Decoding after `context` cached tokens at batch 1: new tokens per second of the looped model and of Llama, the
-    ratio, and the KV bytes per token of both."""
+    ratio, and the KV bytes per token of both, whose caches are of the same `kind` (one of CACHES)."""
     work = replace(work, loops=loops)
     looped, llama = build_pair(width, work, kv_sharing)
-    pairs = interleaved(*(step_at(model, context, work.steps) for model in (looped, llama)), rounds)
+    pairs = interleaved(*(step_at(model, context, work.steps, kind) for model in (looped, llama)), rounds)
     row = {"measure": "context", "unit": "tokens/s", "mode": kv_sharing, "width": width, "row_loops": loops}
-    row |= compared(pairs, work.steps) | {"context": context}
+    row |= compared(pairs, work.steps) | {"context": context, "cache": kind}
     bytes_of = [kv_bytes_per_token(model, 4) for model in (looped, llama)]
     return row | {"kv_bytes": bytes_of[0], "llama_kv_bytes": bytes_of[1]}
 
@@ -83,11 +94,12 @@ def memory_plan(
 ) -> list[Callable[[], dict]]:
     """The measurements of this module, each a call that returns its row."""
     plan = [
-        partial(context_row, width, work, rounds, kv_sharing, count, context)
+        partial(context_row, width, work, rounds, kv_sharing, count, context, kind)
         for width in widths
         for context in contexts
         for count in loops
         for kv_sharing in SHARINGS
+        for kind in CACHES
     ]
     return plan + [partial(chunk_row, width, work, rounds, chunk) for width in widths for chunk in work.chunks]
 
@@ -99,12 +111,13 @@ def context_lines(rows: Sequence[dict]) -> list[str]:
     if contexts:
         text.append("\ndecoding one token after a context, against a Llama of the unrolled depth")
         text.append(
-            f"{'kv_sharing':<11}{'loops':>6}{'context':>9}{'width':>7}{'KV bytes':>10}{'looped':>9}{'Llama':>9}  ratio"
+            f"{'kv_sharing':<11}{'cache':<8}{'loops':>6}{'context':>9}{'width':>7}{'KV bytes':>10}{'looped':>9}"
+            f"{'Llama':>9}  ratio"
         )
     for row in contexts:
         text.append(
-            f"{row['mode']:<11}{row['row_loops']:>6}{row['context']:>9}{row['width']:>7}{row['kv_bytes']:>10.0f}"
-            f"{row['looped']:>9.1f}{row['llama']:>9.1f}  {ratio_text(row)} {row['unit']}"
+            f"{row['mode']:<11}{row['cache']:<8}{row['row_loops']:>6}{row['context']:>9}{row['width']:>7}"
+            f"{row['kv_bytes']:>10.0f}{row['looped']:>9.1f}{row['llama']:>9.1f}  {ratio_text(row)} {row['unit']}"
         )
     chunks = [row for row in rows if row["measure"] == "chunks"]
     if chunks:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from looplab.bench.contexts import context_row, filled_cache, step_at
+from looplab.bench.contexts import CACHES, context_row, filled_cache, step_at
 from looplab.bench.flops import connection_flops, forward_flops, update_flops
 from looplab.bench.pair import QUICK, build_pair
 from looplab.bench.speed import kv_row
@@ -12,6 +12,7 @@ from looplab.instruments.timing import compared, interleaved
 from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
 from modeling_looped.gates_looped import KV_GATES
+from modeling_looped.growing_looped import Growing
 from toys import make_config, make_ids, make_model
 
 CONFIGS = {
@@ -85,22 +86,25 @@ def test_both_sides_of_a_comparison_do_the_same_work():
     assert looped == llama
 
 
+@pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("kv_sharing", SHARINGS)
-def test_a_step_at_a_context_leaves_it_as_it_was(kv_sharing, monkeypatch):
+def test_a_step_at_a_context_leaves_it_as_it_was(kv_sharing, kind, monkeypatch):
     """Every timed step sees the same number of cached tokens, in every slot."""
     model = make_model(kv_sharing=kv_sharing)
     caches = []
 
-    def fill(model, tokens):
-        caches.append(filled_cache(model, tokens))
+    def fill(model, tokens, kind):
+        caches.append(filled_cache(model, tokens, kind))
         return caches[-1]
 
     monkeypatch.setattr("looplab.bench.contexts.filled_cache", fill)
-    step_at(model, 9, steps=3)()
+    step_at(model, 9, 3, kind)()
     cache = caches[0]
+    assert isinstance(cache.layers[-1], Growing) == (kind == "growing")
     slots = model.config.kv_slots().count(model.config.num_loops)
     assert [cache.get_seq_length(slot) for slot in range(len(cache.layers))] == [9] * slots
-    row = context_row(32, QUICK, 1, kv_sharing, loops=4, context=5)
+    row = context_row(32, QUICK, 1, kv_sharing, loops=4, context=5, kind=kind)
+    assert row["cache"] == kind
     assert row["llama_kv_bytes"] / row["kv_bytes"] == (1 if kv_sharing == "per_loop" else 4)
 
 

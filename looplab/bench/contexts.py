@@ -24,7 +24,6 @@ from modeling_looped.growing_looped import growing_cache
 
 from .pair import Workload, build_pair, kv_bytes_per_token, model_sizes, training_step
 
-
 CACHES = {"dynamic": lambda config: DynamicCache(config=config), "growing": growing_cache}
 
 

@@ -563,7 +563,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "convert",
-        help="make a looped model from a pretrained Llama, Mistral, Qwen2 or Qwen3, or from a looped Ouro or Nanbeige",
+        help="make a looped model from a pretrained Llama, Mistral, Qwen2, Qwen3, Ouro, Nanbeige or Huginn",
     )
     command.add_argument("source", metavar="SOURCE", help="folder or Hub name of a causal language model")
     command.add_argument("target", metavar="TARGET", help="a folder that does not exist yet")

@@ -13,5 +13,7 @@ SERVED = {
     "learned positions": {"position_embedding": "learned", "attention_bias": True},
     "sliding window": {"sliding_window": 4, "num_prelude_layers": 1},
     "zero start": {"loop_connection": "inject_concat", "state_init": "zeros"},
+    "norms of sums": {"norm_placement": "sandwich_sum", "norm_before_coda": True, "num_coda_layers": 1},
+    "embeddings multiplied": {"embedding_multiplier": 4.0, "attention_bias": True},
 }
 GREEDY = {"do_sample": False, "eos_token_id": None}

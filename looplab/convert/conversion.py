@@ -3,8 +3,8 @@
 The layers before the core become the prelude, the layers after it the coda, and no weight changes, so that at one loop
 the looped model equals its source. At more loops it is the training-free blend of the source (`frozen_looped.py`),
 which loses nothing before training; or, where asked for, the plain loop. Both are measured on the written files before
-they get their name. The models of LAYOUTS are looped already: only names change (`ouro.py`, `nanbeige.py`), and the
-tensors are compared instead.
+they get their name. The models of LAYOUTS are looped already: tensors get other names, and where they are fused other
+shapes (`ouro.py`, `nanbeige.py`, `huginn.py`). They are compared instead.
 """
 
 import copy
@@ -34,6 +34,7 @@ from modeling_looped import looped as training_free
 from modeling_looped.frozen_looped import default_window
 from modeling_looped.initial_looped import SetsInitialValues
 
+from .huginn import HUGINN
 from .nanbeige import NANBEIGE
 from .ouro import OURO
 from .published import Layout, read_tensors
@@ -75,7 +76,7 @@ FAMILIES = {
     "qwen3": Family(lambda config: {"attention_bias": config.attention_bias, "qk_norm": True}),
 }
 # Architectures that are looped already.
-LAYOUTS: dict[str, Layout] = {"ouro": OURO, "nanbeige": NANBEIGE}
+LAYOUTS: dict[str, Layout] = {"ouro": OURO, "nanbeige": NANBEIGE, "huginn_raven": HUGINN}
 # Why an architecture cannot be converted, for those that users ask for most.
 MIXTURE = "its MLPs are mixtures of experts, and a looped layer has one MLP"
 GEMMA = "its norms multiply by 1 + weight and its embeddings by sqrt(hidden_size), which a looped model does not"

@@ -58,6 +58,8 @@ NEEDED = {
     "kv_sharing": ("per_loop", "in every engine each layer call has keys and values of its own"),
     "sliding_window": (None, "no engine has a window in every layer of such a model"),
     "norm_placement": ("pre", "no engine has these layers with norms after the sublayers as well"),
+    "norm_before_coda": (False, "no engine has a norm between its layers"),
+    "embedding_multiplier": (1.0, "no engine multiplies the embeddings of such a model"),
 }
 # Wavelengths of no positions: with them no token is rotated, whatever its position, to the last bit of float32.
 NO_ROTATION = {"rope_type": "linear", "factor": 1e30, "rope_theta": 10000.0}

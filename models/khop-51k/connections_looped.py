@@ -677,7 +677,6 @@ class ZerosStart(Start):
         return torch.zeros_like(embeds)
 
 
-@final
 class NormalStart(Start):
     """The loop starts from N(0, state_init_std^2) (Huginn, arXiv 2502.05171).
 
@@ -695,11 +694,15 @@ class NormalStart(Start):
 
     def __call__(self, embeds, position_ids, generator, training):
         if training:
-            noise = torch.randn(embeds.shape, generator=generator, device=embeds.device, dtype=torch.float32)
+            noise = self.draw(embeds.shape, generator, embeds.device)
         else:
             seed = 0 if generator is None else generator.initial_seed()
             noise = self._noise(int(position_ids.max()) + 1, seed).to(embeds.device)[position_ids].expand(embeds.shape)
         return (self.std * noise).to(embeds.dtype)
+
+    def draw(self, shape, generator: torch.Generator | None, device) -> torch.Tensor:
+        """Noise of this shape and of standard deviation 1, in float32."""
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
     def _noise(self, num_positions: int, seed: int) -> torch.Tensor:
         """Noise of at least `num_positions` positions, (positions, D). Each block of positions has its own seed: more
@@ -708,8 +711,7 @@ class NormalStart(Start):
         table = table if seed == drawn_seed else self._empty()
         while len(table) < num_positions:
             block = torch.Generator("cpu").manual_seed((seed * 1_000_003 + len(table)) % 2**63)
-            noise = torch.randn(self.block, self.hidden_size, generator=block, device="cpu", dtype=torch.float32)
-            table = torch.cat([table, noise])
+            table = torch.cat([table, self.draw((self.block, self.hidden_size), block, "cpu")])
         self.drawn = (seed, table)
         return table
 
@@ -718,4 +720,18 @@ class NormalStart(Start):
         return torch.empty(0, self.hidden_size, device="cpu", dtype=torch.float32)
 
 
-STARTS: dict[str, type[Start]] = {"embeddings": EmbeddingsStart, "zeros": ZerosStart, "normal": NormalStart}
+@final
+class TruncatedNormalStart(NormalStart):
+    """As `NormalStart`, without what is beyond three standard deviations (Huginn's published code)."""
+
+    def draw(self, shape, generator, device):
+        noise = torch.empty(shape, device=device, dtype=torch.float32)
+        return nn.init.trunc_normal_(noise, a=-3.0, b=3.0, generator=generator)
+
+
+STARTS: dict[str, type[Start]] = {
+    "embeddings": EmbeddingsStart,
+    "zeros": ZerosStart,
+    "normal": NormalStart,
+    "truncated_normal": TruncatedNormalStart,
+}

@@ -65,7 +65,7 @@ from .generation_looped import LoopedGenerationMixin
 from .growing_looped import growing_cache
 from .halting_looped import Rule, halting_rule
 from .initial_looped import SetsInitialValues
-from .layers_looped import POSITIONS, LoopedLayer, as_is, make_dropout, make_norm, open_slots
+from .layers_looped import POSITIONS, LoopedLayer, as_is, make_dropout, make_multiplier, make_norm, open_slots
 from .losses_looped import ExitObjective, make_objective
 from .outputs_looped import LoopedCausalLMOutput, LoopedModelOutput, choose_hidden_states
 from .versions_looped import slice_logits_to_keep
@@ -81,6 +81,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
     def __init__(self, config: LoopedConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.multiply = make_multiplier(config.embedding_multiplier)
         self.positions = POSITIONS[config.position_embedding](config)
         self.dropout = make_dropout(config.embedding_dropout)
         self.sharing = SHARINGS[config.kv_sharing](config)
@@ -105,6 +106,11 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         core_norm(core(h_{t-1})) the state is normalised already, logits_t = W h_t, and this is the identity.
         """
         return self.norm
+
+    @property
+    def coda_norm(self) -> Callable:
+        """What the coda reads the state through, (B, T, D) -> (B, T, D): the final norm, or nothing."""
+        return self.norm if self.config.norm_before_coda else as_is
 
     def pieces(self) -> list[nn.Module]:
         """What to compile one by one: the layers, and the modules of the loop connection.
@@ -234,7 +240,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         if position_ids is None:
             position_ids = make_position_ids(state, attention_mask, None)
         context = self.open_context(Call(state, attention_mask, position_ids, past_key_values=None, num_loops=1))
-        return self.readout_norm(self.run_section(self.coda, state, context))
+        return self.readout_norm(self.run_section(self.coda, self.coda_norm(state), context))
 
     def is_cut(self, num_tokens: int) -> bool:
         """Whether a call of so many tokens is run chunk by chunk."""
@@ -254,7 +260,8 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             if not active.leave(loop, self.connection.close):  # batch rows that halt leave, with all that is theirs
                 break
         state, loops_used = active.gather()  # every batch row again
-        hidden_states = self.run_section(self.coda, self.connection.close(state), context, **kwargs)  # (B, T, D)  once
+        hidden_states = self.coda_norm(self.connection.close(state))  # (B, T, D)
+        hidden_states = self.run_section(self.coda, hidden_states, context, **kwargs)  # (B, T, D)  once
         if call.past_key_values is not None:
             self.sharing.close(call.past_key_values, active.loops_run, embeds.shape[1])
         return self.readout_norm(hidden_states), loops_used
@@ -275,7 +282,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
 
     def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings (B, T, D) at positions (B or 1, T) -> what the prelude runs on, (B, T, D)."""
-        return self.dropout(self.positions.embed(embeds, position_ids))
+        return self.dropout(self.positions.embed(self.multiply(embeds), position_ids))
 
     def run_section(self, layers, hidden_states: torch.Tensor, context: CallContext, loop: int = 0, **kwargs):
         """The layers of a section one after the other, in a loop counted from 0: (b, T, D) -> (b, T, D)."""

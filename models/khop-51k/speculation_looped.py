@@ -168,7 +168,7 @@ class Halves:
 
     def readout(self, state: torch.Tensor, context: CallContext) -> torch.Tensor:
         """The state (1, T, ...) after the last loop that runs -> logits (1, T, V) in float32."""
-        hidden_states = self.body.connection.close(state)
+        hidden_states = self.body.coda_norm(self.body.connection.close(state))
         hidden_states = self.run(self.body.coda, hidden_states, context.with_keys(OWN_KEYS))
         return self.model.readout(hidden_states).float()
 

@@ -155,9 +155,12 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         num_coda_layers (`int`, defaults to 0): layers run once after the loop.
         num_loops (`int`, defaults to 4): loops run when the caller does not say (>= 1).
         norm_type (`"rmsnorm"` | `"layernorm"`): every norm of the model, epsilon `norm_eps`.
-        norm_placement (`"pre"` | `"sandwich"`): sandwich also normalises sublayer outputs (Ouro, 2510.25741).
+        norm_placement (`"pre"` | `"sandwich"` | `"sandwich_sum"`): sandwich also normalises sublayer outputs (Ouro,
+            2510.25741), sandwich_sum also what they and the residual add up to (Huginn, 2502.05171).
         norm_between_loops (`bool`): feed the normalised state into the next loop (Ouro). With no coda that norm is the
             final norm.
+        norm_before_coda (`bool`): the final norm is also what the coda reads the last loop's state through (Huginn).
+        embedding_multiplier (`float`): times the token embeddings; the head, also a tied one, is as it is.
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` if true, else `down(act(up(x)))`.
         qk_norm (`bool`): normalise queries and keys per head before the rotary embedding.
         position_embedding (`"rope"` | `"learned"` | `"none"`).
@@ -183,8 +186,9 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             `HYPER_INITS`; `"euler"` puts a pretrained core into a damped loop.
         damped_beta, damped_horizon (`float`): for `loop_connection="damped"` (2605.23872): initial weight of the first
             loop's output in what leaves the loop, and initial length of all steps together. By default 0.5 and 1.
-        state_init (`"embeddings"` | `"zeros"` | `"normal"`): what the first loop starts from.
-        state_init_std (`float`): standard deviation of `state_init="normal"`.
+        state_init (`"embeddings"` | `"zeros"` | `"normal"` | `"truncated_normal"`): what the first loop starts from;
+            the last is normal noise without what is beyond three standard deviations (Huginn).
+        state_init_std (`float`): standard deviation of normal noise, before it is truncated.
         kv_sharing (`"per_loop"` | `"first"` | `"natural"` | `"last"` | `"mean"` | `"gated"`): which loops of a token
             its cached entries keep, see `cache_looped.py`.
         kv_gate (`"elementwise"` | `"low_rank"` | `"scalar"` | `"mean"` | `"ema"` | `"last"`): how `kv_sharing="gated"`
@@ -225,8 +229,10 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: int | float = epsilon(default=1e-6)
-    norm_placement: Literal["pre", "sandwich"] = "pre"
+    norm_placement: Literal["pre", "sandwich", "sandwich_sum"] = "pre"
     norm_between_loops: bool = False
+    norm_before_coda: bool = False
+    embedding_multiplier: int | float = scale(default=1.0)
     hidden_act: str = activation(default="silu")
     gated_mlp: bool = True
     attention_bias: bool = False
@@ -376,6 +382,18 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             raise ValueError(too_many_loops(self.num_loops, self.max_num_loops))
         if self.loops_have_parameters and self.max_num_loops is None:
             raise ValueError("max_num_loops must say how many loops have gates or embeddings of their own, got None.")
+
+    def validate_norms(self):
+        """Norms that would do nothing, or undo what another field says."""
+        if self.norm_before_coda and not self.num_coda_layers:
+            raise ValueError(
+                "norm_before_coda=True needs a coda, and num_coda_layers=0: leave it out, or add layers to the coda."
+            )
+        if self.norm_placement == "sandwich_sum" and self.residual_init == "zero":
+            raise ValueError(
+                "residual_init='zero' starts layers as the identity, which no layer with "
+                "norm_placement='sandwich_sum' is: use residual_init='normal'."
+            )
 
     def validate_start(self):
         """Said, not refused: such a model is a building block of tests, and nothing else."""

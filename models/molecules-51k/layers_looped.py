@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Literal, final
 
 import torch
@@ -44,6 +45,11 @@ def as_is(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
+def make_multiplier(factor: float) -> Callable:
+    """Multiplication by a number, or nothing at all where it is 1."""
+    return as_is if factor == 1 else partial(torch.mul, other=factor)
+
+
 def make_dropout(probability: float) -> Callable:
     """Dropout, or nothing at all where the probability is 0."""
     return nn.Dropout(probability) if probability else as_is
@@ -52,6 +58,20 @@ def make_dropout(probability: float) -> Callable:
 def make_outer_norm(config: PreTrainedConfig) -> Callable:
     """What `norm_placement` puts behind a sublayer: a norm, or nothing."""
     return as_is if config.norm_placement == "pre" else make_norm(config)
+
+
+def add_normalised(norm: Callable, dropout: Callable, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """residual + norm(output), of (B, T, D) each."""
+    return residual + dropout(norm(output))
+
+
+def normalise_sum(norm: Callable, dropout: Callable, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """norm(residual + output), of (B, T, D) each."""
+    return norm(residual + dropout(output))
+
+
+# How a sublayer's output joins the residual; without norms behind sublayers, the norm is `as_is`.
+JOINS = {"pre": add_normalised, "sandwich": add_normalised, "sandwich_sum": normalise_sum}
 
 
 class LoopedMLP(nn.Module):
@@ -203,7 +223,7 @@ class LoopedAttention(nn.Module):
 
 
 class LoopedLayer(GradientCheckpointingLayer, SetsInitialValues):
-    """Pre-norm layer; with `norm_placement="sandwich"` each sublayer's output is normalised as well (Ouro)."""
+    """Pre-norm layer; each sublayer's output, or its sum with the residual, may be normalised as well."""
 
     def __init__(self, config: PreTrainedConfig, section: Section = "core", index: int = 0):
         super().__init__()
@@ -215,6 +235,7 @@ class LoopedLayer(GradientCheckpointingLayer, SetsInitialValues):
         self.input_layernorm_2 = make_outer_norm(config)
         self.post_attention_layernorm_2 = make_outer_norm(config)
         self.dropout = make_dropout(config.residual_dropout)
+        self.join = JOINS[config.norm_placement]
         self.starts_as_identity = config.residual_init == "zero"
         self.has_outer_norms = config.norm_placement == "sandwich"
 
@@ -247,9 +268,9 @@ class LoopedLayer(GradientCheckpointingLayer, SetsInitialValues):
 
     def add_and_transform(self, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The layer after its attention, whose output is (B, T, D)."""
-        hidden_states = hidden_states + self.dropout(self.input_layernorm_2(output))
+        hidden_states = self.join(self.input_layernorm_2, self.dropout, hidden_states, output)
         output = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.dropout(self.post_attention_layernorm_2(output))
+        return self.join(self.post_attention_layernorm_2, self.dropout, hidden_states, output)
 
 
 @final

@@ -31,6 +31,8 @@ OTHER = {
     "norm_eps": 1e-2,
     "norm_placement": "sandwich",
     "norm_between_loops": True,
+    "norm_before_coda": True,
+    "embedding_multiplier": 4.0,
     "hidden_act": "relu",
     "gated_mlp": False,
     "attention_bias": True,
@@ -68,7 +70,11 @@ OTHER = {
     "bos_token_id": 4,
     "eos_token_id": 5,
 }
-NEEDS = {"prefill_chunk": {"kv_sharing": "last"}, "state_init": {"loop_connection": "inject_add"}}
+NEEDS = {
+    "prefill_chunk": {"kv_sharing": "last"},
+    "state_init": {"loop_connection": "inject_add"},
+    "norm_before_coda": {"num_coda_layers": 1},
+}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ LOOPS = 6
 KINDS = [
     {},
     {"num_prelude_layers": 1},
-    {"num_coda_layers": 1},
+    {"num_coda_layers": 1, "norm_before_coda": True, "norm_placement": "sandwich_sum", "embedding_multiplier": 4.0},
     {"norm_between_loops": True, "norm_placement": "sandwich"},
     {"loop_connection": "inject_add", "state_init": "zeros"},
     {"loop_connection": "inject_concat", "state_init": "normal"},

@@ -211,6 +211,8 @@ def assert_other_model(fields, changed):
         ("norm_type", "layernorm"),
         ("norm_eps", 0.1),
         ("norm_placement", "sandwich"),
+        ("norm_placement", "sandwich_sum"),
+        ("embedding_multiplier", 3.0),
         ("norm_between_loops", True),
         ("hidden_act", "gelu"),
         ("gated_mlp", False),
@@ -233,6 +235,7 @@ def assert_other_model(fields, changed):
         ("loop_embedding", "sinusoidal"),
         ("state_init", "zeros"),
         ("state_init", "normal"),
+        ("state_init", "truncated_normal"),
         ("exit_gate", True),
     ],
 )
@@ -256,6 +259,22 @@ def test_every_field_changes_the_model(field, value):
 )
 def test_every_field_of_hyper_connections_changes_the_model(field, value):
     assert_other_model({"loop_connection": "hyper"}, {field: value})
+
+
+def test_a_norm_before_the_coda_changes_the_model():
+    assert_other_model({"num_coda_layers": 1}, {"norm_before_coda": True})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"norm_before_coda": True}, "norm_before_coda=True needs a coda"),
+        ({"norm_placement": "sandwich_sum", "residual_init": "zero"}, "residual_init='zero' starts layers as"),
+    ],
+)
+def test_norms_that_do_nothing_or_undo_another_field_are_refused(fields, message):
+    with pytest.raises(CONFIG_ERRORS, match=message):
+        make_config(**fields)
 
 
 @pytest.mark.parametrize(("field", "value"), [("damped_beta", 0.2), ("damped_horizon", 1.5), ("num_loops", 5)])

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceClassification
-from modeling_looped.connections_looped import NormalStart
+from modeling_looped.connections_looped import STARTS
 from modeling_looped.layers_looped import SlotAttention
 from toys import BF16, FP32, KV_SHARINGS, count_layer_calls, make_config, make_ids, make_model
 
@@ -27,7 +27,15 @@ SHAPES = {
     },
     "nope": {"position_embedding": "none", "qk_norm": True},
     "add": {"loop_connection": "inject_add"},
-    "huginn": {"loop_connection": "inject_concat", "state_init": "normal", "num_prelude_layers": 1},
+    "huginn": {
+        "loop_connection": "inject_concat",
+        "state_init": "truncated_normal",
+        "num_prelude_layers": 1,
+        "num_coda_layers": 1,
+        "norm_placement": "sandwich_sum",
+        "norm_before_coda": True,
+        "embedding_multiplier": 4.0,
+    },
     "hyperloop": {"loop_connection": "hyper", "loop_embedding": "learned", "max_num_loops": 8, "num_coda_layers": 1},
     "mhc": {"loop_connection": "hyper", "hyper_mixing": "sinkhorn", "hyper_gates": "shared"},
     "static": {"loop_connection": "hyper", "hyper_mixing": "static", "max_num_loops": 8, "norm_between_loops": True},
@@ -214,15 +222,18 @@ def test_random_start_is_reproducible_and_local():
     assert not logits(ids).equal(logits(ids))
 
 
-def test_random_starts_of_far_positions_are_new_and_stay():
-    start = NormalStart(make_config(state_init="normal"))
+@pytest.mark.parametrize("name", ["normal", "truncated_normal"])
+def test_random_starts_of_far_positions_are_new_and_stay(name):
+    start = STARTS[name](make_config(state_init=name))
     embeds = torch.zeros(1, 200, 32)
     positions = torch.arange(200)[None]
     noise = start(embeds, positions, None, training=False)[0]
     assert len(noise.unique(dim=0)) == 200
     assert start(embeds[:, :3], positions[:, 150:153], None, training=False)[0].equal(noise[150:153])
-    fresh = NormalStart(make_config(state_init="normal"))
+    fresh = STARTS[name](make_config(state_init=name))
     assert fresh(embeds[:, :70], positions[:, :70], None, training=False)[0].equal(noise[:70])
+    assert (noise.abs().max() < 3) == (name == "truncated_normal")
+    assert noise.std() == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("kv_sharing", KV_SHARINGS)

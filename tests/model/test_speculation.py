@@ -122,6 +122,12 @@ def test_the_laws_saw_drafts_that_were_accepted_and_drafts_that_were_not():
         {"norm_placement": "sandwich", "norm_between_loops": True, "exit_gate": True},
         {"norm_type": "layernorm", "gated_mlp": False, "qk_norm": True, "num_coda_layers": 2},
         {"kv_sharing": "first", "num_prelude_layers": 1},
+        {
+            "norm_placement": "sandwich_sum",
+            "norm_before_coda": True,
+            "num_coda_layers": 1,
+            "embedding_multiplier": 4.0,
+        },
         {"kv_sharing": "natural", "loop_connection": "damped", "num_prelude_layers": 1, "num_coda_layers": 1},
     ],
     ids=lambda fields: "+".join(fields),

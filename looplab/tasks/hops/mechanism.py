@@ -108,7 +108,9 @@ class Kept:
 
     def __init__(self, run: Run, name: str, weights: dict[str, str]):
         self.run, self.name, self.weights = run, name, weights
-        self.left, self.rows = rows_so_far(run.folder / name), []
+        known = set(weights.values())
+        self.left = [row for row in rows_so_far(run.folder / name) if row.get("weights") in known]
+        self.rows = []
 
     def measure(self, facts: dict, parts: Iterable[Part]) -> None:
         """Add the records of the parts, each with `facts`; those that are on file with the same facts are kept."""
@@ -116,15 +118,19 @@ class Kept:
             wanted = facts | fields
             found = [row for row in self.left if wanted.items() <= row.items()]
             if not found:
-                found = [facts | row for row in measured()]
-                self.rows += found
-                self.finish()
+                self.rows += [facts | row for row in measured()]
+                # What is on file of parts that are not reached yet stays: this command may be killed, too.
+                reached = set(map(id, self.rows))
+                self.write([*self.rows, *(row for row in self.left if id(row) not in reached)])
             else:
                 self.rows += found
 
     def finish(self) -> Path:
-        """Write the records so far; returns the path."""
-        return self.run.write({self.name: to_json_lines(self.rows)}, self.weights)
+        """Write the records that were asked for, and no others; returns the path."""
+        return self.write(self.rows)
+
+    def write(self, rows: list[dict]) -> Path:
+        return self.run.write({self.name: to_json_lines(rows)}, self.weights)
 
 
 def facts_about(

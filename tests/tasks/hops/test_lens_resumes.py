@@ -75,6 +75,25 @@ def test_a_killed_lens_goes_on_where_it_was(toy_runs, tmp_path, dying, counted, 
     assert counted[0] == effort  # nothing was measured twice
 
 
+def test_a_killed_lens_keeps_what_it_has_not_reached_again(toy_runs, tmp_path, dying, counted):
+    """The first part was lost; measuring it anew wrote the file without the later parts, and a kill then cost them."""
+    folder, name = shutil.copytree(toy_runs / "hops", tmp_path / "hops"), "lens.jsonl"
+    command = ["lens", str(folder), *LENSES[name], "--no-probes"]
+    assert main(command) == 0
+    whole, effort = (folder / name).read_bytes(), counted[0]
+    lines = whole.splitlines(keepends=True)
+    first = rows_of(folder / name)[0]
+    part = [row["measure"] == first["measure"] for row in rows_of(folder / name)]
+    (folder / name).write_bytes(b"".join(line for line, lost in zip(lines, part, strict=True) if not lost))
+    dying(1)
+    with pytest.raises(Killed):
+        main(command)
+    dying(None)
+    assert main(command) == 0
+    assert (folder / name).read_bytes() == whole
+    assert counted[0] - effort < effort / 2  # most of it was on file
+
+
 def test_a_lens_of_other_weights_or_options_begins_anew(toy_runs, tmp_path, counted):
     folder = shutil.copytree(toy_runs / "hops", tmp_path / "hops")
     command = ["lens", str(folder), "--hops", "2", "--no-probes", "--limit"]

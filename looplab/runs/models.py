@@ -66,14 +66,6 @@ def load_model(
         return model.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def load_any_looped(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `load_run_model`, and a frozen model that is looped is loaded, too."""
-    model, tokenizer = load_model(run.model_folder(), run.again)
-    if not isinstance(model, FrozenLooped):
-        check_loops(model, run.model_folder(), *loops)
-    return model, tokenizer
-
-
 def loops_to_try(model: PreTrainedModel, loops: Sequence[int]) -> list[int]:
     """Those of `loops` that the model may run; some models have a largest count."""
     most = None if isinstance(model, FrozenLooped) else model.config.max_num_loops
@@ -157,18 +149,24 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_run_model(run: Run, *loops: int | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_run_model(
+    run: Run, *loops: int | None, frozen: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The saved model and tokenizer of a finished run, see `load_model`.
 
     Args:
         loops: loop counts that it is going to run; None is its own loop count.
+        frozen: a frozen model that is looped will do, too. It runs any loop count, and its weights are not the run's:
+            their digest is not kept.
 
     Raises:
         ValueError: there is no model yet, it is damaged or not a looped model, or it may not run so many loops.
     """
-    run.weights  # noqa: B018 (keeps the digest of the weights now: a training may replace them during a measurement)
+    if not frozen:
+        run.weights  # noqa: B018 (keeps the digest now: a training may replace the weights during a measurement)
     model, tokenizer = load_model(run.model_folder(), run.again)
-    check_loops(model, run.model_folder(), *loops)
+    if not (frozen and isinstance(model, FrozenLooped)):
+        check_loops(model, run.model_folder(), *loops)
     return model, tokenizer
 
 

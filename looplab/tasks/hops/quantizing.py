@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from looplab.instruments.at_loops import at_loops
 from looplab.runs.folder import Run
 from looplab.tasks.quantizing import Quantizing
 
@@ -37,16 +38,15 @@ class HopQuantizing(Quantizing):
 
     @torch.inference_mode()
     def losses(self, model: PreTrainedModel, loops: Sequence[int]) -> dict[int, torch.Tensor]:
-        found = {}
-        for num_loops in loops:
-            parts = []
-            for group in self.test:
-                for ids, answers in zip(group.input_ids.split(BATCH), group.answers.split(BATCH), strict=True):
-                    call = {"num_loops": num_loops, "logits_to_keep": 1, "use_cache": False}
-                    logits = model(ids.to(model.device), **call).logits[:, -1].float().cpu()
-                    parts.append(F.cross_entropy(logits, answers, reduction="none").double())
-            found[num_loops] = torch.cat(parts)
-        return found
+        parts = []
+        for group in self.test:
+            for ids, answers in zip(group.input_ids.split(BATCH), group.answers.split(BATCH), strict=True):
+
+                def read(logits: torch.Tensor, answers: torch.Tensor = answers) -> torch.Tensor:
+                    return F.cross_entropy(logits[:, -1].float().cpu(), answers, reduction="none").double()
+
+                parts.append(at_loops(model, loops, read, input_ids=ids.to(model.device), logits_to_keep=1))
+        return {count: torch.cat([part[count] for part in parts]) for count in loops}
 
     def measure(self, model: PreTrainedModel, num_loops: int, losses: torch.Tensor) -> dict:
         right = [answered(model, each.input_ids, each.answers, num_loops=num_loops)[0] for each in self.test]

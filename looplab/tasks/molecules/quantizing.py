@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
+from looplab.instruments.at_loops import at_loops
 from looplab.runs.folder import Run
 from looplab.tasks.quantizing import Quantizing
 
@@ -46,15 +47,15 @@ class MoleculeQuantizing(Quantizing):
 
     @torch.inference_mode()
     def losses(self, model: PreTrainedModel, loops: Sequence[int]) -> dict[int, torch.Tensor]:
-        found = {}
-        for num_loops in loops:
-            parts = []
-            for ids, labels in self.test:
-                logits = model(ids.to(model.device), num_loops=num_loops, use_cache=False).logits.float().cpu()
-                each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-                parts.append(each.view_as(labels).double().mean(1))
-            found[num_loops] = torch.cat(parts)
-        return found
+        parts = []
+        for ids, labels in self.test:
+
+            def read(logits: torch.Tensor, labels: torch.Tensor = labels) -> torch.Tensor:
+                each = F.cross_entropy(logits.float().cpu().flatten(0, 1), labels.flatten(), reduction="none")
+                return each.view_as(labels).double().mean(1)
+
+            parts.append(at_loops(model, loops, read, input_ids=ids.to(model.device)))
+        return {count: torch.cat([part[count] for part in parts]) for count in loops}
 
     def measure(self, model: PreTrainedModel, num_loops: int, losses: torch.Tensor) -> dict:
         return {"loss": losses.mean().item()}

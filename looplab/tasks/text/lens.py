@@ -26,7 +26,7 @@ from data_builders.text_batches import spread_blocks
 from looplab.instruments.at_loops import at_loops
 from looplab.instruments.drawing import save
 from looplab.runs.folder import Run, rows_on_file, to_json_lines
-from looplab.runs.models import check_loops, load_any_looped
+from looplab.runs.models import load_run_model
 from looplab.runs.writing import below
 
 from .lens_figures import MEASURES, lens_figure, lens_text
@@ -120,8 +120,7 @@ def lens_run(
     """
     if text is None and run.bare:
         raise ValueError(f"{run} does not say which text it was trained on: name a text to look at by --text.")
-    model, tokenizer = load_any_looped(run)
-    check_loops(model, run.model_folder(), num_loops)
+    model, tokenizer = load_run_model(run, num_loops)
     num_loops = model.config.num_loops if num_loops is None else num_loops
     model.eval()
     if text is None:

@@ -111,10 +111,10 @@ class TextTask(Task):
             question = first_words(run)
         if not question:
             raise ValueError("there is no text to go on from: give some, in quotes.")
-        from looplab.runs.models import load_any_looped
+        from looplab.runs.models import load_run_model
         from looplab.tasks.language.ask import ask
 
-        ask(*load_any_looped(run, *(loops or ())), question, loops, new_tokens, temperature, seed)
+        ask(*load_run_model(run, *(loops or ()), frozen=True), question, loops, new_tokens, temperature, seed)
 
     def measure(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int | None):
         from .perplexity import TextMeasure

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import torch
+from huggingface_hub import create_repo
 from huggingface_hub.dataclasses import as_validated_field, strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -521,8 +522,10 @@ class FrozenLooped(GrowingCacheMixin):
         Args:
             base_model: Hub name or folder to load the weights from; where the model was loaded from by default.
             base_revision: its commit.
+            push_to_hub: push all that is written, as `repo_id` among the keywords; by default the folder's name.
             save_base: put the base model with its weights into the wrapper, as BASE_FOLDER: then nothing else is
                 needed to load it.
+            **kwargs: `commit_message`, and what `huggingface_hub.create_repo` takes (token, private).
 
         Raises:
             ValueError: the base model has no name, or none that others know where it is pushed; it is no causal LM;
@@ -535,25 +538,32 @@ class FrozenLooped(GrowingCacheMixin):
             )
         if weight_versions(self) != self.loop.versions:
             raise ValueError(
-                "the weights were changed since the loop was attached, and a wrapper holds none: detach(model), save "
-                "the model, load it from there and loop it again."
+                "the weights were changed since the loop was attached, and are not those that a wrapper names: "
+                "detach(model), save the model, load it from there and loop it again."
             )
         settings = self.loop.config.to_dict()
         name = base_model or settings["base_model"] or (BASE_FOLDER if save_base else "")
-        own_folder = Path(save_directory).absolute() / BASE_FOLDER
-        local = own_folder if save_base else Path(name).absolute() if name and Path(name).is_dir() else None
-        if push_to_hub and local is not None and not save_base:
-            raise ValueError(
-                f"base_model={name!r} is a folder of this machine, which the Hub does not have: name the base model's "
-                "repository as base_model, or put it into the wrapper with save_base=True."
-            )
+        folder = Path(save_directory).absolute()
         settings |= {"base_model": name, "base_path": None, "base_revision": base_revision}
-        if local is not None:
-            settings["base_model"] = BASE_FOLDER if save_base else str(local)
-            settings["base_path"] = os.path.relpath(local, Path(save_directory).absolute())
+        if save_base:
+            settings |= {"base_model": BASE_FOLDER, "base_path": BASE_FOLDER}
+        elif name and Path(name).is_dir():
+            if push_to_hub:
+                raise ValueError(
+                    f"base_model={name!r} is a folder of this machine, which the Hub does not have: name the base "
+                    "model's repository as base_model, or put it into the wrapper with save_base=True."
+                )
+            local = Path(name).absolute()
+            settings |= {"base_model": str(local), "base_path": os.path.relpath(local, folder)}
         config = FrozenLoopedConfig(**{name: settings[name] for name in FrozenLoopedConfig.settings()})
         config.architectures = [FrozenLoopedForCausalLM.__name__]
         config.check_base()  # before anything is written
+        if push_to_hub:
+            message, repo_id = kwargs.pop("commit_message", None), kwargs.pop("repo_id", folder.name)
+            repo_id = create_repo(repo_id, exist_ok=True, **kwargs).repo_id
+            folder.mkdir(parents=True, exist_ok=True)
+            before = self._get_files_timestamps(folder)
+            before.pop(BASE_FOLDER, None)  # its own time is not that of the files in it
         # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
         fields = self.generation_config.to_diff_dict()
         count = count_to_save(self.loop.config, self.generation_config)
@@ -562,11 +572,13 @@ class FrozenLooped(GrowingCacheMixin):
         fields.pop("_from_model_config", None)
         GenerationConfig(**fields).save_pretrained(save_directory)
         if save_base:
-            self.base_class.save_pretrained(self, own_folder)
+            self.base_class.save_pretrained(self, folder / BASE_FOLDER)
         tokenizer = tokenizer_beside(self)  # pyright: ignore[reportArgumentType]
         if tokenizer is not None:
             tokenizer.save_pretrained(save_directory)
-        config.save_pretrained(save_directory, push_to_hub, **kwargs)
+        config.save_pretrained(save_directory)
+        if push_to_hub:  # the configuration alone would be pushed with what is written after it begins
+            self._upload_modified_files(folder, repo_id, before, commit_message=message, token=kwargs.get("token"))
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -660,11 +672,13 @@ class FrozenLoopedForCausalLM(PreTrainedModel, GenerationMixin):
         own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
         shared = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         settings = {name: kwargs.pop(name) for name in FrozenLoopedConfig.settings() if name in kwargs}
-        if config is not None and settings:
+        if config is not None:
             config = copy.deepcopy(config)  # the caller's stays as it is
+            if "base_model" in settings:  # another one than the path leads to, as in `FrozenLoopedConfig.from_dict`
+                settings.setdefault("base_path", None)
             for name, value in settings.items():
                 setattr(config, name, value)
-        if config is None:
+        else:
             config = FrozenLoopedConfig.from_pretrained(pretrained_model_name_or_path, **own, **shared, **settings)
         for name in ("_from_auto", "adapter_kwargs"):  # the wrapper's, not the base model's
             kwargs.pop(name, None)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from data_builders.tokenizers import hop_tokenizer
 from families import make_frozen, make_tokens
+from hub_server import TOKEN, LocalHub
 from modeling_looped.frozen_looped import FrozenLoopedForCausalLM, attach, detach, looped
 from toys import shipped_with
 
@@ -188,6 +189,66 @@ def test_a_base_model_that_is_gone_is_named_with_both_its_places(base, tmp_path)
     for kind in (AutoModelForCausalLM, FrozenLoopedForCausalLM):
         found = kind.from_pretrained(tmp_path / "saved", base_model=str(tmp_path / "elsewhere"))
         assert found.loop.config.window == [2, 4]
+
+
+def test_another_base_model_is_taken_also_where_the_saved_one_is_there(base, tmp_path):
+    attach(base, (2, 4)).save_pretrained(tmp_path / "saved")
+    other = make_frozen("llama", dtype=torch.float32)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    for given in ({}, {"config": AutoConfig.from_pretrained(tmp_path / "saved")}):
+        found = FrozenLoopedForCausalLM.from_pretrained(
+            tmp_path / "saved", base_model=str(tmp_path / "other"), **given
+        )
+        assert found.lm_head.weight.equal(other.lm_head.weight)
+
+
+def test_the_configuration_of_a_caller_stays_as_it_is(base, tmp_path):
+    attach(base, (2, 4)).save_pretrained(tmp_path / "saved", save_base=True)
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    before = config.to_dict()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved", config=config)
+    assert config.to_dict() == before
+
+
+PUSHING = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from modeling_looped.frozen_looped import attach
+model = attach(AutoModelForCausalLM.from_pretrained("base"), (2, 4), 4)
+model.save_pretrained(Path("saved"), push_to_hub=True, save_base=True, private=True)
+(Path("saved") / "notes.txt").write_text("of the user")
+model.save_pretrained(Path("saved"), push_to_hub=True, save_base=True, repo_id="tester/again", commit_message="Go on")
+ids = torch.tensor([[3, 4, 5]])
+loaded = AutoModelForCausalLM.from_pretrained("tester/saved", trust_remote_code=True)
+assert loaded(ids).logits.equal(model(ids).logits)
+"""
+
+
+@pytest.mark.slow
+def test_all_that_is_written_is_pushed(tmp_path):
+    """Only what was written after the configuration began was: the base model inside stayed behind."""
+    with_tokenizer(tmp_path / "base")
+    hub = LocalHub(tmp_path / "hub")
+    places = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", **places}
+    command = [sys.executable, "-c", PUSHING]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        folder = tmp_path / "saved"
+        written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert {"config.json", "generation_config.json", "tokenizer.json", "base_model/model.safetensors"} <= written
+        for name in ("tester/saved", "tester/again"):
+            assert set(hub.files("model", name)) - {".gitattributes"} == written - {"notes.txt"}
+        assert hub.repositories["model", "tester/saved"].private
+    finally:
+        hub.close()
 
 
 def test_a_folder_of_this_machine_is_not_pushed_as_a_base_model(base, tmp_path):

@@ -1,5 +1,5 @@
-"""The command line: `looped train | recipes | eval | halting | memory | plot | table | lens | fetch | harness |
-frozen | ask | demo | bench | convert | quantize | export | publish | serve | study`.
+"""The command line: `looped train | recipes | eval | halting | memory | plot | table | lens | dynamics | fetch |
+harness | frozen | ask | demo | bench | convert | quantize | export | publish | serve | study`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -132,6 +132,18 @@ def run_lens(arguments) -> None:
     with opened("lens", arguments.run, arguments, *names, to=arguments.to) as ([run], task, given):
         refuse_unkept(run, "looped lens")
         for path in task.lens(run, **given):
+            print(path)
+
+
+def run_dynamics(arguments) -> None:
+    from looplab.instruments.dynamics import dynamics_run
+    from looplab.tasks.base import DYNAMICS
+
+    with opened("dynamics", arguments.run, arguments, to=arguments.to) as ([run], task, _):
+        refuse_unkept(run, "looped dynamics")
+        for path in dynamics_run(
+            run, DYNAMICS, task.sorts, arguments.loops, arguments.limit, arguments.format or "png"
+        ):
             print(path)
 
 
@@ -470,6 +482,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--format", **formats)
     add_data(command)
     command.set_defaults(call=run_lens)
+
+    command = commands.add_parser(
+        "dynamics", help=f"watch how the state moves from loop to loop, to RUN/{files('dynamics')} and a figure"
+    )
+    add_run(command, "dynamics")
+    command.add_argument("--loops", type=LOOPS, metavar="R", help="default: twice the model's own")
+    command.add_argument("--limit", type=COUNT, metavar="N", help="at most N test rows of each sort (default: 16)")
+    add_to(command)
+    command.add_argument("--format", **formats)
+    add_data(command)
+    command.set_defaults(call=run_dynamics)
 
     command = commands.add_parser(
         "fetch",

@@ -7,6 +7,7 @@
     looped halting, lens, ask  halting, lens, ask           measurements; an answer
     looped memory              measure                      the quality of a model under another KV policy
     looped quantize            quantizing                   rows to calibrate and measure on
+    looped dynamics            sorts                        rows to watch the state on
     looped bench --run         prompts or time_halting      drafts, or halting, on a trained run
     looped publish             card; data_licence           a page of the Hub
     looped demo                demo_part                    a tab of the page with the loop slider
@@ -46,6 +47,7 @@ METHODS = {
     "ask": ("ask",),
     "memory": ("measure",),
     "quantize": ("quantizing",),
+    "dynamics": ("sorts",),
     "bench": ("prompts", "time_halting"),
     "publish": ("card",),
     "demo": ("demo_part",),
@@ -57,6 +59,9 @@ MEMORY = RecordFile(
     "memory",
     {"kv_sharing": str, "chunk": int, "kv_bytes": int, "interval": [NUMBER], "trained": bool},
 )
+
+# What `looped dynamics` writes, whatever the task.
+DYNAMICS = RecordFile("dynamics.jsonl", "dynamics", {"sort": str, "loops": int, "n": int})
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,10 @@ class Task(ABC):
 
     def quantizing(self, run: Run, tokenizer: "PreTrainedTokenizerBase") -> "Quantizing":
         """Rows of the run's data, see `tasks.quantizing.Quantizing`."""
+        raise NotImplementedError
+
+    def sorts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int) -> "dict[str, list[torch.Tensor]]":
+        """Test rows by sort, as batches of ids (b, T) without padding. limit: most rows of a sort."""
         raise NotImplementedError
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":

@@ -21,6 +21,7 @@ WRITING = {
         "eval {here}/molecules --limit 4 --loops 1",
     ],
     "memory": ["memory {here}/text --limit 1"],
+    "dynamics": ["dynamics {here}/text --limit 1 --loops 2"],
     "lens": ["lens {here}/hops --limit 4 --loops 1 --snapshot all"],
     "plot": ["plot {here}/hops", "plot {here}/molecules --output {here}/drawn", "plot {here}/text {here}/text2"],
     "quantize": ["quantize {here}/text --calibration-rows 1"],

@@ -1,7 +1,7 @@
 """Files with measurements on hops."""
 
 from looplab.runs.folder import NUMBER, SHARE, RecordFile
-from looplab.tasks.base import MEMORY
+from looplab.tasks.base import DYNAMICS, MEMORY
 from looplab.tasks.quantizing import QUANTIZATION
 
 EVALUATION = RecordFile("evaluation.json", "eval", {"chance": SHARE})
@@ -22,4 +22,4 @@ HALTING = RecordFile("halting.jsonl", "halting", {"measure": str, "rule": str})
 LENS = RecordFile("lens.jsonl", "lens", of_snapshots=True)
 STAGES = RecordFile("lens_stages.jsonl", "lens")
 
-RECORDS = (EVALUATION, GRID, LOOPS, HALTING, MEMORY, LENS, STAGES, QUANTIZATION)
+RECORDS = (EVALUATION, GRID, LOOPS, HALTING, MEMORY, LENS, STAGES, DYNAMICS, QUANTIZATION)

@@ -31,6 +31,7 @@ class HopTask(Task):
         "hops": Figure("Accuracy by hops, at the loops chosen on the validation questions"),
         "halting": Figure("Accuracy against loops used, by halting rule"),
         "learning": Figure("Accuracy by kind of question, over training"),
+        "dynamics": Figure("How the state moves from loop to loop", "dynamics"),
         "training": Figure("Training: loss and held-out measure over time"),
         "lens": Figure("Share of chains in which a state reads out the bridge, and the answer", "lens", True),
         "patch": Figure("Share of corrupted runs that give the clean answer after one clean state was put in", "lens",
@@ -135,6 +136,19 @@ class HopTask(Task):
         from .quantizing import HopQuantizing
 
         return HopQuantizing(run, tokenizer)
+
+    def sorts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int):
+        """By hop count, or by split kind where all rows have one: at most six of them, from the first to the last."""
+        from looplab.instruments.drawing import spread
+
+        from .rows import KIND_WORDS, groups_of, load_run_task
+
+        groups = groups_of(load_run_task(run)["test"], tokenizer, limit)
+        deep = len({group.hops for group in groups}) > 1
+        kinds = [KIND_WORDS.get(group.split_kind, group.split_kind) for group in groups]
+        names = [f"{group.hops} hops" for group in groups] if deep else kinds
+        found = {name: [group.input_ids] for name, group in zip(names, groups, strict=True)}
+        return {name: found[name] for name in spread(list(found), 6)}
 
     def time_halting(self, run: Run, number: int, rounds: int) -> list[dict]:
         from .halting import halting_rows

@@ -26,8 +26,12 @@ class MoleculeQuantizing(Quantizing):
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase):
         splits, length = run_molecules(run), MoleculeData.of(run).sequence_length
         self.bos = tokenizer.bos_token_id
-        self.train, test = (PackedMolecules(splits[split], tokenizer, length) for split in ("train", "test"))
-        self.test = [batch for batch in self.batches(test, range(min(len(test), LOSS_MOLECULES)))]
+        self.train, self.test_molecules = (
+            PackedMolecules(splits[split], tokenizer, length) for split in ("train", "test")
+        )
+        self.test = [
+            batch for batch in self.batches(self.test_molecules, range(min(len(self.test_molecules), LOSS_MOLECULES)))
+        ]
         self.test_tokens = sum(labels.numel() for _, labels in self.test)
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """Files with measurements on molecules."""
 
 from looplab.runs.folder import NUMBER, RecordFile
+from looplab.tasks.base import DYNAMICS
 from looplab.tasks.quantizing import QUANTIZATION
 
 EVALUATION = RecordFile(
@@ -12,4 +13,4 @@ PROBES = RecordFile("probes.jsonl", "lens")
 ABLATIONS = RecordFile("ablations.jsonl", "lens")
 READOUTS = RecordFile("readouts.jsonl", "lens")
 
-RECORDS = (EVALUATION, MOLECULES, HALTING, PROBES, ABLATIONS, READOUTS, QUANTIZATION)
+RECORDS = (EVALUATION, MOLECULES, HALTING, PROBES, ABLATIONS, READOUTS, DYNAMICS, QUANTIZATION)

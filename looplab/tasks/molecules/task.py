@@ -37,6 +37,7 @@ class MoleculeTask(Task):
         "ablations": Figure("Validity without one attention head, by loop and head"),
         "readouts": Figure("Validity if every loop is read by a head of its own, or by the head of the last loop"),
         "training": Figure("Training: loss and held-out measure over time"),
+        "dynamics": Figure("How the state moves from loop to loop", "dynamics"),
     }
     files = ("samples/model.json", "samples/*-loops*.jsonl")
     arguments: ClassVar = {
@@ -145,6 +146,13 @@ class MoleculeTask(Task):
         from .quantizing import MoleculeQuantizing
 
         return MoleculeQuantizing(run, tokenizer)
+
+    def sorts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int):
+        """Test molecules, in batches of one length."""
+        from .quantizing import MoleculeQuantizing
+
+        held_out = MoleculeQuantizing(run, tokenizer)
+        return {"molecules": [ids for ids, _ in held_out.batches(held_out.test_molecules, range(limit))]}
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
         """`<bos>` and the first tokens of test molecules."""

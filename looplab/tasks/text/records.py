@@ -1,7 +1,7 @@
 """Files with measurements on text."""
 
 from looplab.runs.folder import NUMBER, RecordFile
-from looplab.tasks.base import MEMORY
+from looplab.tasks.base import DYNAMICS, MEMORY
 from looplab.tasks.quantizing import QUANTIZATION
 
 EVALUATION = RecordFile("evaluation.json", "eval", {"num_loops": int, "parameters": {"all": int}})
@@ -17,4 +17,4 @@ HALTING = RecordFile("halting.jsonl", "halting", {"measure": str, "rule": str})
 
 LENS = RecordFile("lens.jsonl", "lens", {"measure": str, "loops": int})
 
-RECORDS = (EVALUATION, PERPLEXITY, HALTING, MEMORY, LENS, QUANTIZATION)
+RECORDS = (EVALUATION, PERPLEXITY, HALTING, MEMORY, LENS, DYNAMICS, QUANTIZATION)

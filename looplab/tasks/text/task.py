@@ -26,6 +26,7 @@ class TextTask(Task):
         "perplexity": Figure("Perplexity on unseen documents, by loops"),
         "lens": Figure("Likeliest next token after every loop, and how far each loop is from the last", "lens"),
         "training": Figure("Training: loss and held-out measure over time"),
+        "dynamics": Figure("How the state moves from loop to loop", "dynamics"),
     }
     defaults: ClassVar = {
         "eval --loops": "the model's own and the recipe's eval_loops",
@@ -125,6 +126,15 @@ class TextTask(Task):
         from .perplexity import TextQuantizing
 
         return TextQuantizing(run, tokenizer)
+
+    def sorts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int):
+        """Blocks of test text, one at a time."""
+        from data_builders.text_batches import spread_blocks
+
+        from .perplexity import run_blocks
+
+        blocks = run_blocks(run, tokenizer)["test"]
+        return {"text": list(blocks.rows(spread_blocks(len(blocks), limit))["input_ids"].split(1))}
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
         from data_builders.text_batches import spread_blocks

@@ -53,7 +53,7 @@ class Export:
             )
         else:
             lines.append(
-                f"{self.num_loops} loops by default; 16: llama-completion -m {self.path} --override-kv "
+                f"{self.num_loops} loops by default; 16: llama-server -m {self.path} --override-kv "
                 "nanbeige.num_loops=int:16"
             )
         return "\n".join([*lines, *self.remarks])
@@ -105,7 +105,7 @@ def export(
     loops_there = can_loop(config, target)
     stock = unroll(model, 1 if loops_there else num_loops, target)
     layers = stock.config.num_hidden_layers
-    loops = None
+    loops, said = None, [*remarks(model)]
     if loops_there:
         loops = {"num_loops": num_loops, "skip_loop_final_norm": not config.norm_between_loops}
     if target == "gguf":
@@ -119,6 +119,11 @@ def export(
                 "for fewer."
             )
         vocabulary = read_vocabulary(tokenizer, config.vocab_size, list_of(model.generation_config.eos_token_id))
+        if vocabulary.after is not None:
+            said.append(
+                "llama-completion takes no tokenizer that ends a text with a token, as this one with "
+                f"{vocabulary.tokens[vocabulary.after]!r}: use llama-server"
+            )
         kind = quantize or GGUF_OF.get(model.dtype, "f32")
         write_gguf(path, stock, vocabulary, name or path.stem, kind, loops)
     else:
@@ -135,7 +140,7 @@ def export(
         layers=layers,
         num_loops=num_loops,
         loops_there=loops_there,
-        remarks=tuple(remarks(model)),
+        remarks=tuple(said),
     )
 
 

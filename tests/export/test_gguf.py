@@ -96,7 +96,9 @@ def test_no_id_of_a_tokenizer_is_left_to_llama_cpp(kind, tmp_path):
     tokenizer = tokenizer_of(kind)
     size = len(tokenizer) + 3  # a model may have embeddings that no token uses
     model = make_model(vocab_size=size, eos_token_id=tokenizer.eos_token_id)
-    keys, _ = read(export(model, tokenizer, tmp_path / "new.gguf", "gguf").path)
+    done = export(model, tokenizer, tmp_path / "new.gguf", "gguf")
+    assert any("use llama-server" in remark for remark in done.remarks) is (kind == "hops")
+    keys, _ = read(done.path)
     tokens = keys["tokenizer.ggml.tokens"]
     assert len(tokens) == len(set(tokens)) == len(keys["tokenizer.ggml.token_type"]) == size
     assert [tokenizer.convert_tokens_to_ids(token) for token in tokens[:-3]] == list(range(size - 3))

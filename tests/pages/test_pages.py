@@ -333,7 +333,8 @@ def test_the_time_of_the_quickstart_stands_in_one_place():
 # ---- commands
 
 SHELL = ("sh", "bash")
-OTHERS = {"pip", "curl", "hf", "lm_eval", "git", "cd", "docker", "llama-completion"}  # programs of others
+# Programs of others.
+OTHERS = {"pip", "curl", "hf", "lm_eval", "git", "cd", "docker", "llama-completion", "llama-server"}
 
 
 def commands_of(page: str) -> list[list[str]]:

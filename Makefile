@@ -74,7 +74,7 @@ test-newest:
 
 .venv-engines/installed: pyproject.toml constraints.txt tests/engines/requirements-llama.txt
 	$(PYTHON) -m venv --clear .venv-engines
-	.venv-engines/bin/pip install --quiet -c constraints.txt -e '.[export,eval,mlx]' pytest
+	.venv-engines/bin/pip install --quiet -c constraints.txt -e '.[export,eval,mlx]' pytest hypothesis
 	.venv-engines/bin/pip install --quiet -r tests/engines/requirements-llama.txt
 	touch $@
 

@@ -1,8 +1,8 @@
 """`generate` of a looped model: its three more settings, and where transformers' decoding has to know of loops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
 
 from .checks_looped import cuts_show, is_row_mask, no_engine
+from .depth_batching_looped import DepthBatching, Request
 from .depth_looped import asked_count, generation_count
 from .growing_looped import GrowingCacheMixin
 from .halting_looped import Rule, calibrated_rule, halting_rule
@@ -155,6 +156,43 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         if self.model.is_cut(tokens.shape[1]) and not is_row_mask(inputs.get("attention_mask")):
             inputs["attention_mask"] = kwargs.get("attention_mask")  # chunks cannot be cut from a prepared mask
         return inputs
+
+    def depth_batching(self, max_rows: int = 64) -> DepthBatching:
+        """A scheduler of requests of different depth, see `depth_batching_looped.py`.
+
+        Args:
+            max_rows: most requests at work; the others wait. It bounds the memory.
+
+        Raises:
+            ValueError: max_rows is no int >= 1, or requests of this model cannot be run together.
+        """
+        return DepthBatching(self, max_rows)
+
+    def generate_each(
+        self, requests: Iterable[Mapping | Sequence[int] | torch.Tensor], *, max_rows: int = 64, **settings
+    ) -> list[Request]:
+        """Answer many prompts, each at its own depth and with its own settings, as `generate` answers it alone.
+
+        Args:
+            requests: the tokens of a prompt, (T,); or the arguments of `DepthBatching.add` as a dict, such as
+                `{"input_ids": [5, 3, 8], "num_loops": 12, "max_new_tokens": 4, "eos_token_id": 7}`.
+            max_rows: most requests at work; the others wait. It bounds the memory.
+            **settings: of the requests that do not say otherwise.
+
+        Returns:
+            The requests, in the order given, with their `tokens`, `loops_used` and, where one failed, its `error`.
+
+        Raises:
+            ValueError: as `depth_batching` and `DepthBatching.add`, before any work.
+        """
+        batch = self.depth_batching(max_rows)
+        asked: list[dict[str, Any]] = [
+            dict(each) if isinstance(each, Mapping) else {"input_ids": each} for each in requests
+        ]
+        added = [batch.add(**settings | each) for each in asked]
+        for _ in batch.stream():
+            pass
+        return added
 
     def init_continuous_batching(self, generation_config=None, *args, **kwargs):
         """As in transformers. Every request runs `config.num_loops` loops, since the paged cache is sized by them.

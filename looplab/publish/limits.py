@@ -9,6 +9,7 @@ LIMITS = {
     "max_body_bytes": "bytes of a request's body",
     "max_seconds": "seconds until a request is answered, waiting included",
     "max_requests": "requests at work or waiting; more are refused",
+    "max_rows": "requests that loop together; the others wait",
     "max_cache_bytes": "bytes of all KV caches together; a request waits until its own fits",
     "grace_seconds": "seconds that requests still have after SIGTERM",
 }
@@ -24,6 +25,7 @@ class Limits:
     max_body_bytes: int = 2**20
     max_seconds: int = 300
     max_requests: int = 128
+    max_rows: int = 64
     max_cache_bytes: int = 2**32
     grace_seconds: int = 10
 

@@ -3,6 +3,8 @@
     serving.py            the endpoints, on Starlette and uvicorn
     serving_requests.py   the fields of a request, and the rules they are checked by
     serving_jobs.py       requests at work at the same time
+    serving_batch.py      what computes those of a looped model
+    serving_threads.py    what computes those of a looped frozen model
 
 `transformers serve` cannot be extended to this: it answers one request after the other, has no limits, and loads
 whatever model a request names. The model runs with this package's code, not with the copy saved in its folder.

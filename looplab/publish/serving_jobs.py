@@ -1,9 +1,10 @@
-"""Requests at work: each generates in a thread of its own, and one thread computes at a time.
+"""Requests at work. What computes them is chosen once, by the kind of the model:
 
-    after every loop of the core:   client gone, time over, or server shutting down  -> the request ends
-                                    other requests wait                              -> another thread computes
+    serving_batch.py     a looped model runs one loop of every request at a time (continuous depth batching)
+    serving_threads.py   a frozen model keeps the state of its loop in its layers: every request is a thread, and one
+                         computes at a time
 
-So a request holds up the others for one loop at most, and a request without a client ends after its present loop.
+After every loop a request ends whose client has gone, whose time is over, or whose server is shutting down.
 """
 
 import asyncio
@@ -11,17 +12,15 @@ import contextlib
 import copy
 import logging
 import secrets
-import threading
 import time
-from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jinja2 import TemplateError
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,7 +31,9 @@ from modeling_looped.cache_layers_looped import CACHE_NAME
 from modeling_looped.depth_looped import generation_count
 
 from .limits import Limits, option
+from .serving_batch import Batch
 from .serving_requests import Bounds, Refusal, check_generation_config, short
+from .serving_threads import Threads
 
 # Fields of a saved generation config that are dropped: a request says its length itself, and drafts change no text.
 NOT_SERVED = ("max_length", "draft_loops", "num_assistant_tokens", "assistant_confidence_threshold")
@@ -41,56 +42,14 @@ CUT = "\N{REPLACEMENT CHARACTER}"  # the first bytes of a character decode to it
 logger = logging.getLogger("uvicorn.error")
 
 
-class AtWork(threading.local):
-    """The job that the present thread works at."""
+class Worker(Protocol):
+    """What computes the requests of a model."""
 
-    job: "Job | None" = None
+    def start(self, job: "Job") -> None:
+        """Begin to work at a job that has its plan; `job.end` is called when the work ends."""
 
-
-at_work = AtWork()
-
-
-class Turns:
-    """Lets one thread compute at a time.
-
-    A thread that passes its turn on goes to the end of the queue, so that every waiting thread has exactly one turn
-    between two turns of another.
-    """
-
-    def __init__(self):
-        self.lock, self.waiting, self.taken = threading.Lock(), deque(), False
-
-    def take(self) -> None:
-        """Wait for a first turn."""
-        with self.lock:
-            if not self.taken:
-                self.taken = True
-                return
-            mine = self._queue_up()
-        mine.acquire()
-
-    def give(self) -> None:
-        """End the last turn of this thread."""
-        with self.lock:
-            if self.waiting:
-                self.waiting.popleft().release()
-            else:
-                self.taken = False
-
-    def pass_on(self) -> None:
-        """Let the waiting threads compute first, if there are any."""
-        with self.lock:
-            if not self.waiting:
-                return
-            mine = self._queue_up()
-            self.waiting.popleft().release()
-        mine.acquire()
-
-    def _queue_up(self) -> threading.Lock:
-        mine = threading.Lock()
-        mine.acquire()
-        self.waiting.append(mine)
-        return mine
+    def room(self, num_tokens: int) -> int:
+        """Tokens that the KV cache of a request of so many has room for."""
 
 
 @dataclass(frozen=True)
@@ -116,33 +75,8 @@ class Plan:
     cache_bytes: int
 
 
-class Draws(LogitsProcessor):
-    """Gives a request the random numbers that follow `torch.manual_seed(seed)`.
-
-    `generate` draws from torch's global generator, and so do other requests in between: this processor sets the state
-    of the generator before each draw, and `keep` notes it after.
-    """
-
-    def __init__(self, seed: int, device: torch.device):
-        self.generator = torch if device.type == "cpu" else torch.get_device_module(device)
-        self.state = torch.Generator(device).manual_seed(seed).get_state()
-
-    def __call__(self, input_ids, scores):
-        if (scores == -float("inf")).all():
-            raise Refusal(
-                "the generation config leaves no token to go on with (no_repeat_ngram_size, or min_new_tokens where "
-                "every token is an end token): ask for fewer tokens."
-            )
-        self.generator.set_rng_state(self.state)
-        return scores
-
-    def keep(self) -> None:
-        """Note the state of the generator after a draw."""
-        self.state = self.generator.get_rng_state()
-
-
 class Job:
-    """One request at work: a thread that generates, and `events`, which it sends to the event loop.
+    """One request at work, and `events`, which go from the thread that computes to the event loop.
 
     An event is a piece of the text; the last event is None, or a Refusal.
     """
@@ -152,58 +86,37 @@ class Job:
         self.deadline = time.monotonic() + service.limits.max_seconds
         self.events, self.event_loop = asyncio.Queue(), asyncio.get_running_loop()
         self.left = False  # whether the client has left
-        self.thread: threading.Thread | None = None
+        self.started = False
         self.cache_bytes, self.loops, self.tokens, self.text, self.stopped = 0, 0, [], "", False
 
     def start(self, plan: Plan) -> None:
-        """Start the thread."""
-        self.plan, self.draws = plan, Draws(plan.seed, plan.input_ids.device)
-        thread = threading.Thread(target=self.run, daemon=True)
-        thread.start()  # if this fails, `thread` stays None, and `leave` releases the job
-        self.thread = thread
+        """Begin the work. If this fails, `leave` releases the job."""
+        self.plan = plan
+        self.service.worker.start(self)
+        self.started = True
 
     def leave(self) -> None:
         """Note that nobody waits for the answer any more; the answer may be there already."""
         self.left = True
-        if self.thread is None:
+        if not self.started:
             self.service.release(self)
 
     def tell(self, event: str | Refusal | None) -> None:
-        """Send an event to the event loop, from the thread."""
+        """Send an event to the event loop, from the thread that computes."""
         self.event_loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    def run(self) -> None:
-        """The work of the thread."""
-        at_work.job = self
-        self.service.turns.take()
-        try:
-            end = self.generate()
-        finally:
-            self.service.turns.give()
-            self.event_loop.call_soon_threadsafe(self.service.release, self)
-        self.tell(end)
-
-    def generate(self) -> Refusal | None:
-        """Generate the reply; returns the Refusal if there is one."""
-        plan = self.plan
-        try:
-            self.check()
-            self.service.model.generate(
-                plan.input_ids,
-                attention_mask=torch.ones_like(plan.input_ids),
-                generation_config=plan.config,
-                logits_processor=[self.draws],
-                stopping_criteria=[self.after_token],
-                **plan.depth,
-            )
+    def end(self, error: Exception | None = None) -> None:
+        """Send the last event, from the thread that computes, and release the job. error: what ends it early."""
+        if error is None:
             self.grow(final=True)
-        except Refusal as refusal:
-            return refusal.with_traceback(None)  # the traceback would keep the cache in memory
-        except ValueError as error:  # the model refuses its arguments, before it computes
-            return Refusal(str(error))
-        except Exception:
-            logger.exception("a request failed")
-            return Refusal("the server failed at this request; its log says why.", status=500)
+        self.event_loop.call_soon_threadsafe(self.service.release, self)
+        if error is None or isinstance(error, Refusal):
+            self.tell(error)
+        elif isinstance(error, ValueError):  # the model refuses its arguments, before it computes
+            self.tell(Refusal(str(error)))
+        else:
+            logger.error("a request failed", exc_info=error)
+            self.tell(Refusal("the server failed at this request; its log says why.", status=500))
 
     def check(self) -> None:
         """Raise Refusal if the client has left, the time of the request is over, or the server is shutting down."""
@@ -219,24 +132,12 @@ class Job:
                 status=503,
             )
 
-    def after_loop(self) -> None:
-        self.loops += 1
-        self.check()
-
-    def pass_on(self) -> None:
-        self.service.turns.pass_on()
-        self.check()
-
-    def after_token(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        """Whether a stop string ends the reply here, (1,) bool; `generate` itself ends it at an end token or its
-        length."""
-        self.draws.keep()
-        self.tokens.append(int(input_ids[0, -1]))
+    def after_token(self, token: int) -> bool:
+        """Add a token to the reply; whether a stop string ends it here."""
+        self.tokens.append(token)
         if self.streams or self.plan.stops:
             self.grow()
-        if not self.service.turns_are_loops:
-            self.pass_on()
-        return torch.tensor([self.stopped], device=input_ids.device)
+        return self.stopped
 
     def grow(self, final: bool = False) -> None:
         """Bring `text` up to date: the reply so far, up to a stop string, without a beginning of a stop string.
@@ -280,7 +181,7 @@ class Service:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, limits: Limits):
         self.model, self.tokenizer, self.name, self.limits = model.eval(), tokenizer, name, limits
-        self.turns, self.jobs, self.freed = Turns(), set(), asyncio.Event()
+        self.jobs, self.freed = set(), asyncio.Event()
         self.end = float("inf")  # of the grace period
         self.created = int(time.time())
         looped = isinstance(model, LoopedForCausalLM)
@@ -297,12 +198,10 @@ class Service:
         self.check_own_settings()
         self.nothing = {special: tokenizer("", add_special_tokens=special)["input_ids"] for special in (True, False)}
         self.one_loop, self.further_loop = self.measure_cache()
-        self.turns_are_loops = looped
-        if looped:
-            model.model.core[-1].register_forward_hook(after_loop_and_pass_on)
-        else:  # a window keeps the state of its loop in the model, so that turns change between tokens only
-            for window in model.loop.windows[:1]:
-                window.layers[-1].module.register_forward_hook(after_loop)
+        try:
+            self.worker: Worker = Batch(model, limits.max_rows) if looped else Threads(model)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be served as it is: {error}") from error
 
     def check_own_settings(self) -> None:
         """Drop NOT_SERVED from the saved generation config. Raises ValueError if a request might not say the rest."""
@@ -356,7 +255,7 @@ class Service:
         ends = frozenset(ends if isinstance(ends, list) else [ends])
         depth = {name: fields[name] for name in ("num_loops", "halting") if name in fields}
         loops = depth.get("num_loops") or generation_count(self.depth_config, config, own)
-        cost = (len(input_ids) + new_tokens) * (self.one_loop + (loops - 1) * self.further_loop)
+        cost = self.worker.room(len(input_ids) + new_tokens) * (self.one_loop + (loops - 1) * self.further_loop)
         if cost > self.limits.max_cache_bytes:
             raise Refusal(
                 f"{len(input_ids)} + {new_tokens} tokens at {loops} loops need a KV cache of {cost:,} bytes, more "
@@ -466,17 +365,6 @@ class Service:
         """Admit no more requests, and end the requests at work after the grace period."""
         self.end = time.monotonic() + self.limits.grace_seconds
         self.freed.set()
-
-
-def after_loop(*_) -> None:
-    if at_work.job:
-        at_work.job.after_loop()
-
-
-def after_loop_and_pass_on(*_) -> None:
-    if at_work.job:
-        at_work.job.after_loop()
-        at_work.job.pass_on()
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from reprlib import Repr
 
+from transformers import LogitsProcessor
+
 from modeling_looped.halting_looped import calibrated_rule, halting_rule
 
 from .limits import option
@@ -37,6 +39,18 @@ class Refusal(Exception):
     def body(self) -> dict:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.field, "code": None}}
+
+
+class LeavesOne(LogitsProcessor):
+    """Refuses scores that leave no token to go on with."""
+
+    def __call__(self, input_ids, scores):
+        if (scores == -float("inf")).all():
+            raise Refusal(
+                "the generation config leaves no token to go on with (no_repeat_ngram_size, or min_new_tokens where "
+                "every token is an end token): ask for fewer tokens."
+            )
+        return scores
 
 
 @dataclass(frozen=True)

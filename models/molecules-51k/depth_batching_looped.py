@@ -523,7 +523,8 @@ class DepthBatching:
         core, outer = self.pools
         pages = request.num_loops if self.page_per_loop else 1
         chunk = self.model.config.prefill_chunk
-        return Row(request, chunk, Pages(core, pages), Pages(outer, 1 if self.outer_layers else 0))
+        most = len(request.input_ids) + request.choose.max_new_tokens
+        return Row(request, chunk, Pages(core, pages, most), Pages(outer, 1 if self.outer_layers else 0, most))
 
     def _run_outer(
         self, layers: Sequence[Any], first: int, x: torch.Tensor, cells: Cells, rows: Sequence[Row]

@@ -5,8 +5,8 @@ it belongs. A page holds the entries of one request in one slot, in every layer 
 
     short   contexts of at most SHORT[-1] tokens lie in pools that all requests share: one gather reads the pages of
             all cells. At such lengths it costs less than a call per request
-    long    longer contexts lie in tensors of the request's own, which double: a call per request reads views of them,
-            and no context is copied
+    long    longer contexts lie in tensors of the request's own, twice as long as needed, but never longer than the
+            request may get: a call per request reads views of them, and no context is copied
 
 Legend: N cells, b requests, T tokens of one of them, S tokens that are read, K key-value heads, d head size.
 """
@@ -24,9 +24,15 @@ from .layers_looped import SlotAttention
 SHORT = (32, 128)  # tokens of a page, of each pool
 
 
+def page_capacity(num_tokens: int) -> int:
+    """Tokens that a page has room for which is made for so many."""
+    fits = [capacity for capacity in SHORT if num_tokens <= capacity]
+    return fits[0] if fits else -(-num_tokens // SHORT[-1]) * SHORT[-1]
+
+
 @final
 class Pool:
-    """Short pages of all requests: a tensor (pages, capacity, 2, K, d) per layer, twice as long when it is full.
+    """Short pages of all requests: a tensor (pages, capacity, 2, K, d) per layer, longer by a quarter when it is full.
 
     Args:
         num_layers: of the section.
@@ -45,7 +51,7 @@ class Pool:
     def take(self, count: int) -> list[int]:
         """Pages that nobody has."""
         if len(self.free) < count:
-            more = max(self.num_pages, count)
+            more = max(self.num_pages // 4, count)
             self.free = [*range(self.num_pages, self.num_pages + more), *self.free]
             self.num_pages += more
         taken = self.free[len(self.free) - count :]
@@ -71,14 +77,15 @@ class Pages:
     Args:
         pools: of the section, the smallest capacity first.
         count: how many pages.
+        most: the most tokens that the request may have.
 
     Attributes:
         pool: which pool they are in, and `short` their numbers in it, while the context is short.
         long: of each layer, (count, 2, K, capacity, d), from then on; None before the first entry.
     """
 
-    def __init__(self, pools: Sequence[Pool], count: int):
-        self.pools, self.count, self.capacity = pools, count, 0
+    def __init__(self, pools: Sequence[Pool], count: int, most: int):
+        self.pools, self.count, self.most, self.capacity = pools, count, most, 0
         self.pool: Pool | None = None
         self.short: list[int] = []
         self.long: list[torch.Tensor | None] = []
@@ -91,7 +98,7 @@ class Pages:
         old_pool, old_pages, used = self.pool, self.short, self.capacity
         self.pool = next((pool for pool in self.pools if num_tokens <= pool.capacity), None)
         if self.pool is None:
-            self.capacity = max(2 * self.pools[-1].capacity, 2 ** (num_tokens - 1).bit_length())
+            self.capacity = min(page_capacity(self.most), page_capacity(2 * num_tokens))
             self.short, self.long = [], [None if old is None else self._grown(old) for old in olds]
         else:
             self.capacity, self.short = self.pool.capacity, self.pool.take(self.count)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.halting_looped import LatentRule
+from modeling_looped.halting_looped import LatentRule, Rule
 from modeling_looped.pages_looped import SHORT
 from strategies import SIZES, VOCABULARY, configs
 from toys import KV_SHARINGS, count_layer_calls, make_ids, make_model, open_gates
@@ -92,6 +92,30 @@ def test_requests_that_come_at_any_time_get_what_generate_computes_for_each_alon
         ends = asked["eos_token_id"] or []
         assert request.ended == ("stop" if request.tokens[-1] in ends else "length")
     assert all(tensor is None for pool in itertools.chain(*scheduler.pools) for tensor in pool.tensors)
+
+
+class ByChannel(Rule):
+    """Halts after as many loops as the largest channel of the first state says, so that no two tokens are alike."""
+
+    def step(self, memory, state, readout):
+        if memory is None:
+            memory = torch.stack([torch.zeros(len(state)), 1 + state[:, -1].argmax(-1) % 6], dim=1)
+        memory = memory + torch.tensor([1, 0])
+        return memory, (memory[:, 0] >= memory[:, 1]).unsqueeze(1).expand(state.shape[:2])
+
+
+@pytest.mark.parametrize("start", [3, SHORT[0] - 2, SHORT[-1] - 2])
+@pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
+def test_a_token_that_halts_early_leaves_what_later_ones_read_as_in_generate(kv_sharing, start):
+    """Replies that outgrow their pages, of tokens that halt after different loops."""
+    model = open_gates(make_model(kv_sharing=kv_sharing, loop_connection="inject_add", max_position_embeddings=256))
+    asked = [{"input_ids": make_ids(1, start + row, seed=row)[0].tolist()} for row in range(2)]
+    common = {"max_new_tokens": 6, "eos_token_id": None, "halting": ByChannel(), "num_loops": 7, "do_sample": True}
+    drawn = [each | {"generator": torch.Generator().manual_seed(row)} for row, each in enumerate(asked)]
+    answers = model.generate_each(drawn, **common)
+    for row, request in enumerate(answers):
+        assert (request.tokens, request.loops_used) == alone(model, seed=row, **asked[row], **common)
+    assert len({loops for request in answers for loops in request.loops_used}) > 1
 
 
 # ---- work

@@ -1,5 +1,6 @@
 """`looped serve` answers as generate does at the depth that each request asks for, and no request harms another."""
 
+import collections
 import concurrent.futures
 import contextlib
 import itertools
@@ -27,8 +28,9 @@ from data_builders.tokenizers import hop_tokenizer, train_byte_bpe
 from looplab.cli import main
 from looplab.publish.limits import LIMITS, Limits
 from looplab.publish.serving import Server, check_kind, listen
-from looplab.publish.serving_jobs import Service, Turns, at_work, begun
+from looplab.publish.serving_jobs import Service, begun
 from looplab.publish.serving_requests import CHAT, COMPLETION, GENERATION
+from looplab.publish.serving_threads import Turns, at_work
 from looplab.runs.models import load_model
 from modeling_looped import attach
 from toys import make_model, open_gates
@@ -561,9 +563,9 @@ def test_more_requests_than_the_limit_are_told_to_come_back():
 
 
 def test_caches_fit_in_their_limit_or_wait():
-    """Bytes of a token: keys and values of 2 heads of 8 floats in 2 layers, of every loop."""
+    """Bytes of a token: keys and values of 2 heads of 8 floats in 2 layers, of every loop; a page has 32 tokens."""
     model = make("per_loop")
-    most = 10 * 8 * (2 * 2 * 8 * 4 * 2)
+    most = 32 * 8 * (2 * 2 * 8 * 4 * 2)
     reserved = []
     with served(model, max_cache_bytes=most) as client:
         model.lm_head.register_forward_hook(
@@ -612,16 +614,40 @@ def note_turns(layer, log: list) -> None:
     layer.register_forward_hook(lambda *_: log.append(at_work.job), prepend=True)
 
 
-def test_between_two_loops_of_a_request_every_other_has_one_at_most():
-    """However greedy they are: a token of theirs is 64 loops, of which none waits for the next."""
-    model, log = make("per_loop"), []
-    with served(model) as client, client.busy(), client.busy() as greedy:
-        note_turns(model.model.core[-1], log)
-        answers = [client.ask(num_loops=loops) for loops in (1, 7, 16)]
-        assert greedy in client.service.jobs
-    assert [answer["usage"]["completion_tokens"] for answer in answers] == [5] * 3
-    check_fair(log)
-    assert len(set(log)) == 5
+def test_every_step_runs_one_loop_of_every_request_at_work():
+    """However greedy some are: a token of theirs is 64 loops, in none of which another waits."""
+    model, steps = make("per_loop"), []
+    with served(model) as client, client.busy(), client.busy():
+        batch = client.service.worker.batch
+        model.model.core[-1].register_forward_hook(lambda *_: steps.append([row.request for row in batch.looping]))
+        usages = [client.ask(num_loops=loops)["usage"] for loops in (1, 7, 16)]
+        assert len(client.service.jobs) == 2
+    counts = collections.Counter(itertools.chain(*steps))
+    asked = [request for request in counts if request.num_loops < 64]
+    assert [counts[request] for request in asked] == [usage["loops"] for usage in usages] == [5, 35, 80]
+    for request in asked:
+        places = [place for place, each in enumerate(steps) if request in each]
+        assert places[-1] - places[0] + 1 == len(places)
+        assert {len(steps[place]) for place in places} == {3}
+
+
+def test_requests_above_the_rows_wait_for_one():
+    model, most = make("per_loop"), []
+    with served(model, max_rows=2) as client, concurrent.futures.ThreadPoolExecutor(8) as clients:
+        batch = client.service.worker.batch
+        model.model.core[-1].register_forward_hook(lambda *_: most.append(len(batch.looping)))
+        answers = list(clients.map(lambda loops: client.text(num_loops=loops), range(1, 9)))
+    assert answers == [generated(make("per_loop"), num_loops=loops) for loops in range(1, 9)]
+    assert max(most) == 2
+
+
+def test_a_model_that_fails_fails_the_requests_at_work_and_serves_the_next():
+    model = make("per_loop")
+    with served(model) as client:
+        hook = model.model.core[-1].register_forward_hook(lambda *_: 1 / 0)
+        check_refusal(client.post(ASKS["completions"]), "the server failed at this request", status=500)
+        hook.remove()
+        assert client.text(num_loops=3) == generated(make("per_loop"), num_loops=3)
 
 
 def test_between_two_tokens_of_a_frozen_model_every_other_request_has_one_at_most():

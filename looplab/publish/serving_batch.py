@@ -1,7 +1,7 @@
 """The jobs of a looped model: one thread runs one loop of all of them per step, each at its own depth."""
 
 import threading
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -11,12 +11,9 @@ from modeling_looped.pages_looped import page_capacity
 
 from .serving_requests import LeavesOne, Refusal
 
-if TYPE_CHECKING:
-    from .serving_jobs import Job
-
 
 class Batch:
-    """A worker, see `serving_jobs.py`. Its thread lives while there are jobs.
+    """A worker of jobs, see `serving_jobs.py`. Its thread lives while there are jobs.
 
     Args:
         max_rows: most requests that loop together.
@@ -32,7 +29,7 @@ class Batch:
     def room(self, num_tokens: int) -> int:
         return page_capacity(num_tokens)
 
-    def start(self, job: "Job") -> None:
+    def start(self, job) -> None:
         with self.lock:
             if not self.runs:
                 threading.Thread(target=self.run, daemon=True).start()
@@ -41,7 +38,7 @@ class Batch:
 
     def run(self) -> None:
         """The work of the thread."""
-        jobs: dict[Request, Job] = {}
+        jobs: dict[Request, Any] = {}
         while True:
             with self.lock:
                 coming, self.coming = self.coming, []
@@ -58,7 +55,7 @@ class Batch:
                     jobs.pop(request).end(refusal.with_traceback(None))
             self.step(jobs)
 
-    def add(self, job: "Job", jobs: dict) -> None:
+    def add(self, job, jobs: dict) -> None:
         """Make a request of a job."""
         plan = job.plan
         try:

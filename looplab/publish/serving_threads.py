@@ -5,7 +5,7 @@ The layers of its window keep the state of the loop, so that another thread may 
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor
@@ -14,14 +14,11 @@ from modeling_looped import FrozenLoopedForCausalLM
 
 from .serving_requests import LeavesOne, Refusal
 
-if TYPE_CHECKING:
-    from .serving_jobs import Job
-
 
 class AtWork(threading.local):
     """The job that the present thread works at."""
 
-    job: "Job | None" = None
+    job: Any = None
 
 
 at_work = AtWork()
@@ -91,7 +88,7 @@ class Draws(LogitsProcessor):
 
 
 class Threads:
-    """A worker, see `serving_jobs.py`."""
+    """A worker of jobs, see `serving_jobs.py`."""
 
     def __init__(self, model: FrozenLoopedForCausalLM):
         self.model, self.turns = model, Turns()
@@ -101,10 +98,10 @@ class Threads:
     def room(self, num_tokens: int) -> int:
         return num_tokens
 
-    def start(self, job: "Job") -> None:
+    def start(self, job) -> None:
         threading.Thread(target=self.run, args=(job,), daemon=True).start()
 
-    def run(self, job: "Job") -> None:
+    def run(self, job) -> None:
         """The work of the thread of a job."""
         at_work.job = job
         self.turns.take()
@@ -114,7 +111,7 @@ class Threads:
             self.turns.give()
         job.end(error)
 
-    def generate(self, job: "Job") -> Exception | None:
+    def generate(self, job) -> Exception | None:
         """Generate the reply; returns what ends it early."""
         plan = job.plan
         draws = Draws(plan.seed, plan.input_ids.device)

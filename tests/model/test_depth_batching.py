@@ -69,7 +69,7 @@ def batches(draw):
 
 
 @given(batches(), st.integers(0, 3), st.sampled_from(["sdpa", "eager"]))
-@settings(derandomize=True, max_examples=25, deadline=None)
+@settings(derandomize=True, max_examples=12, deadline=None)
 def test_requests_that_come_at_any_time_get_what_generate_computes_for_each_alone(batch, seed, attention):
     config, arriving, max_rows = batch
     torch.manual_seed(seed)
@@ -92,6 +92,28 @@ def test_requests_that_come_at_any_time_get_what_generate_computes_for_each_alon
         ends = asked["eos_token_id"] or []
         assert request.ended == ("stop" if request.tokens[-1] in ends else "length")
     assert all(tensor is None for pool in itertools.chain(*scheduler.pools) for tensor in pool.tensors)
+
+
+KINDS = [
+    {"sliding_window": 3},
+    {"loop_connection": "hyper", "num_streams": 2, "max_num_loops": 8, "num_coda_layers": 1},
+    {"loop_connection": "damped", "loop_embedding": "sinusoidal", "num_prelude_layers": 1},
+    {"state_init": "normal", "loop_connection": "inject_add", "position_embedding": "learned"},
+]
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=lambda fields: "-".join(map(str, fields.values())))
+@pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
+def test_every_kind_of_model_answers_together_as_alone(kv_sharing, fields):
+    chunk = {"prefill_chunk": 2} if kv_sharing == "gated" else {}
+    model = open_gates(make_model(kv_sharing=kv_sharing, **fields, **chunk))
+    asked = [
+        {"input_ids": make_ids(1, length, seed=length)[0].tolist(), "num_loops": num_loops}
+        for length, num_loops in ((5, 2), (SHORT[0] - 1, 4), (1, 3))
+    ]
+    common = {"max_new_tokens": 4, "eos_token_id": None}
+    for request, each in zip(model.generate_each(asked, max_rows=2, **common), asked, strict=True):
+        assert (request.tokens, request.loops_used) == alone(model, **each, **common)
 
 
 class ByChannel(Rule):

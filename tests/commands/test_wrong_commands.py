@@ -5,14 +5,13 @@ Most cases are made from the parser: an option or a command that is new has them
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+from forks import Fork
 from packaging.requirements import Requirement
 
 from command_lines import READ, VERBS, arguments_of, command, readable
@@ -417,20 +416,14 @@ def test_debug_may_stand_anywhere(toy_runs, capsys, line):
 @pytest.mark.slow
 def test_train_says_a_sentence_once(tmp_path):
     """As `looped` does, with --debug its traceback; the second process on a machine leaves it to the first."""
-    command = [
-        sys.executable,
-        ROOT / "train.py",
-        ROOT / "recipes" / "smoke.yaml",
-        "--lr=3",
-        "--curriculum.check_every=5",
-        f"--output_dir={tmp_path}",
+    arguments = [str(ROOT / "recipes" / "smoke.yaml"), "--lr=3", "--curriculum.check_every=5"]
+    arguments += [f"--output_dir={tmp_path / 'runs'}"]
+    forks = [
+        Fork(ROOT / "train.py", *arguments, *more, log=tmp_path / f"{number}.log", LOCAL_RANK=rank)
+        for number, (more, rank) in enumerate([([], "0"), ([], "1"), (["--debug"], "0")])
     ]
-    processes = [
-        subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=os.environ | {"LOCAL_RANK": rank})
-        for line, rank in ((command, "0"), (command, "1"), ([*command, "--debug"], "0"))
-    ]
-    once, nothing, debugged = (process.communicate()[1] for process in processes)
-    assert [process.returncode for process in processes] == [2, 2, 2]
+    assert [fork.status() for fork in forks] == [2, 2, 2]
+    once, nothing, debugged = (fork.printed() for fork in forks)
     # Libraries that are installed may say something of their own when they are imported.
     assert [said.count("train.py: lr is not a recipe field; did you mean optim.lr?") for said in (once, debugged)] == [
         1,
@@ -439,7 +432,7 @@ def test_train_says_a_sentence_once(tmp_path):
     assert [said.count("curriculum.check_every is now check_every") for said in (once, nothing)] == [1, 0]
     assert "train.py:" not in nothing
     assert ["Traceback" in said for said in (once, nothing, debugged)] == [False, False, True]
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "runs").exists()
 
 
 # Packages that come with an extra

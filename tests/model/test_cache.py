@@ -322,9 +322,11 @@ def test_forward_takes_the_cache_by_both_its_names():
 @every_sharing
 @every_window
 def test_compiled_static_generation_equals_eager(kv_sharing, sliding_window):
+    """The graph is what may differ, and aot_eager runs it as it is; inductor, which takes ten times as long, once."""
     model = open_gates(make_model(kv_sharing=kv_sharing, sliding_window=sliding_window))
     ids = make_ids()
-    compile_config = CompileConfig(mode="default", fullgraph=True, dynamic=False)
+    backend = "inductor" if (kv_sharing, sliding_window) == ("gated", None) else "aot_eager"
+    compile_config = CompileConfig(mode="default", fullgraph=True, dynamic=False, backend=backend)
     compile_config._compile_all_devices = True  # generate compiles on accelerators only, unless told
     for num_loops in (2, 4):
         torch.compiler.reset()

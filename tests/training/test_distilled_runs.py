@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_looped import LoopedForCausalLM
-from toy_runs import measured, reset_accelerator, two_processes
+from toy_runs import measured, reset_accelerator, train_in_two
 from train import main
 
 GATED = "--model={kv_sharing: gated, prefill_chunk: 5, num_loops: 3}"
@@ -81,7 +81,7 @@ def test_two_processes_distil_one_batch(text, trained, teacher, tmp_path):
     flags = distilled_from(teacher, "alignment", "--optim.kind=adamw")
     main(text("one", *flags))
     data = [flag for flag in trained.data["text"] if "vocab_size" not in flag]
-    two_processes("smoke_text.yaml", f"--output_dir={tmp_path}", "--name=two", *data, *flags)
+    train_in_two(tmp_path, "smoke_text.yaml", f"--output_dir={tmp_path}", "--name=two", *data, *flags)
     losses = [[loss for _, loss in measured(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 

@@ -1,10 +1,14 @@
 """Two processes train and read as one does."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from toy_runs import measured, two_processes
+from toy_runs import measured, train_in_two
+from toys import ROOT
 from train import main
 
 HYPER = ("--model.loop_connection=hyper", "--model.num_streams=2")
@@ -15,7 +19,11 @@ AT_LOOPS = "held_out_at_loops"
 def test_two_processes_are_one_batch(hops, tmp_path):
     """DDP over gloo, accumulating; `accelerate launch --cpu --num_processes 2` would start one process only."""
     flags = ["--optim.kind=adamw", "--accumulation_steps=2"]
-    two_processes("smoke.yaml", f"--output_dir={tmp_path}", "--name=two", *flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    command += [str(ROOT / "recipes" / "smoke.yaml"), f"--output_dir={tmp_path}", "--name=two", *flags]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     main(hops("one", *flags))
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["hardware"]["processes"] == 2
     one, two = measured(tmp_path / "one"), measured(tmp_path / "two")
@@ -38,7 +46,7 @@ def test_two_processes_read_one_text(text, trained, tmp_path):
     ]
     main(text("one", *flags))
     flags += [f"--output_dir={tmp_path}", "--name=two", *trained.data["text"]]
-    two_processes("smoke_text.yaml", *flags, HF_DATASETS_CACHE=str(tmp_path / "other_cache"))
+    train_in_two(tmp_path, "smoke_text.yaml", *flags, HF_DATASETS_CACHE=str(tmp_path / "other_cache"))
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["hardware"]["processes"] == 2
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["held_out_tokens"] == 7 * 32
     for path in ([], ["1"], ["4"]):

@@ -3,8 +3,6 @@
 import glob
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from looplab.bench.flops import update_flops
 from looplab.training.optimizers import build_optimizers
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.layers_looped import LoopedLayer
+from toy_runs import two_processes
 from toys import ROOT
 from train import Recipe, main, read_recipe
 
@@ -320,11 +319,9 @@ def test_two_sharded_processes_train_as_one_does(tmp_path):
     flags = [f"--output_dir={tmp_path}", "--max_steps=6", "--check_every=3"]
     script = tmp_path / "sharded_on_cpu.py"
     script.write_text(SHARDED_ON_CPU)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
-    command += ["--main_process_port=0", str(script), str(smoke), *flags, "--name=two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = launch_environment(RECIPES / "accelerate" / "fsdp2.yaml")
+    environment = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    two_processes(tmp_path, script, str(smoke), *flags, "--name=two", **environment)
     # The whole, its one layer, and what is tied together: embeddings, final norm and head.
     units = (tmp_path / "two" / "units").read_text().split()
     assert units[0] == "FSDPLoopedForCausalLM"

@@ -5,9 +5,10 @@ import time
 
 import pytest
 import torch
+from forks import Fork
 
 from modeling_looped import LoopedForCausalLM
-from toy_runs import launch, measured
+from toy_runs import measured
 from toys import ROOT
 from train import main
 
@@ -34,13 +35,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(hops, tmp_path):
 def test_a_killed_run_equals_an_uninterrupted_one(hops, tmp_path):
     """kill -9 at any moment, then the same command: no row is lost, doubled or different."""
     flags = ["--max_steps=300", "--checkpoint_every=40", "--check_every=50", DROPOUT]
-    process = launch("train.py", str(SMOKE), f"--output_dir={tmp_path}", "--name=killed", *flags)
+    log = tmp_path / "printed"
+    killed = Fork(ROOT / "train.py", str(SMOKE), f"--output_dir={tmp_path}", "--name=killed", *flags, log=log)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 60:
-        assert process.poll() is None, process.communicate()[0]
+        assert killed.process.is_alive(), killed.printed()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    killed.process.kill()
+    assert killed.status() == -signal.SIGKILL
     killed_at = len(measured(tmp_path / "killed"))
     assert 60 - 2 <= killed_at < 300
     main(hops("killed", *flags))

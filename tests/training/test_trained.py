@@ -11,7 +11,7 @@ from looplab.training.optimizers import build_optimizers
 from looplab.training.recipe import Optim, Train
 from looplab.training.trained import TRAINED
 from modeling_looped import LoopedForCausalLM
-from toy_runs import measured, rows_of, two_processes
+from toy_runs import measured, rows_of, train_in_two
 from toys import FP32, make_ids, make_melt, make_model
 from train import main
 
@@ -123,7 +123,7 @@ def test_two_processes_train_adapters_as_one_does(text, trained, tmp_path):
     ]  # fmt: skip
     main(text("one", *flags))
     flags += [f"--output_dir={tmp_path}", "--name=two", *trained.data["text"], "--data.vocab_size=null"]
-    two_processes("smoke_text.yaml", *flags)
+    train_in_two(tmp_path, "smoke_text.yaml", *flags)
     losses = [[loss for _, loss in measured(tmp_path / name)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 

@@ -35,9 +35,16 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, int]]:
 
     lengths: tokens of each row. capacity: tokens of a sequence.
     """
-    places, filled = [(0, 0)] * len(lengths), np.zeros(len(lengths), dtype=np.int64)
+    leaves = 1 << (len(lengths) - 1).bit_length()
+    # A tree over sequences: node i has the children 2 i and 2 i + 1, and the most room below it.
+    room, places = [capacity] * (2 * leaves), [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        number = int((filled + lengths[i] <= capacity).argmax())
-        places[i] = number, int(filled[number])
-        filled[number] += lengths[i]
+        node = 1
+        while node < leaves:
+            node = 2 * node if room[2 * node] >= lengths[i] else 2 * node + 1
+        places[i] = node - leaves, capacity - room[node]
+        room[node] -= lengths[i]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return places

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -15,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .depth import DepthSampler
 from .epochs import ShuffledEpochs, check_share
+from .tokenizers import SMILES_SPLIT, SMILES_TOKEN
+
+PRIVATE_USE = 0xE000  # the first of 6,400 characters that Unicode leaves to its users
 
 
 def spread_blocks(total: int, limit: int | None) -> torch.Tensor:
@@ -60,6 +66,14 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
             raise
         return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
+    smiles = SmilesTable.of(tokenizer)
+
+    def encode_smiles(batch: pa.Table) -> pa.Table:
+        ids = None if smiles is None else smiles.encode(batch["text"].to_pylist())
+        if ids is None:  # what is wrong is said below
+            ids = pa.array(encode(batch.to_pydict())["input_ids"], pa.list_(pa.int32()))
+        return pa.table({"input_ids": ids})
+
     features = Features({"input_ids": List(Value("int32"))})
     if not len(split):  # `map` would not change the columns of an empty split
         return Dataset.from_dict({"input_ids": []}, features=features)
@@ -67,15 +81,67 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
     made_of = (split._fingerprint, json.dumps(parts), tokenizer.eos_token_id)
-    return split.map(
-        encode,
-        batched=True,
-        batch_size=100,
-        remove_columns=split.column_names,
-        features=features,
-        new_fingerprint=Hasher.hash(made_of),
-        desc="Tokenize",
+    return (
+        split.with_format("arrow")
+        .map(
+            encode_smiles,
+            batched=True,
+            batch_size=100 if smiles is None else 10_000,
+            remove_columns=split.column_names,
+            features=features,
+            new_fingerprint=Hasher.hash(made_of),
+            desc="Tokenize",
+        )
+        .with_format(None)
     )
+
+
+@dataclass(frozen=True)
+class SmilesTable:
+    """The ids of a `smiles_tokenizer`, by a table of characters: its ids, a hundred times as fast.
+
+    Tokens of several characters are first replaced by characters of their own, which no SMILES has. No such token
+    begins within another one, so that the order in which they are replaced does not matter, but for the brackets:
+    [Cl-] is one token, and has Cl in it.
+
+    Args:
+        stands_for: token of several characters -> the character in its place.
+        ids: (65536,) int32, the id of every character of two bytes; -1 of those that are no token.
+    """
+
+    stands_for: dict[str, str]
+    ids: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self | None:
+        """The table of a tokenizer; None if it splits text otherwise than `smiles_tokenizer`."""
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        words, added = parts["model"].get("vocab"), [token["content"] for token in parts["added_tokens"]]
+        plain = parts["model"]["type"] == "WordLevel" and parts["normalizer"] is None
+        if not plain or parts["pre_tokenizer"] != SMILES_SPLIT or set(added) - set(tokenizer.all_special_tokens):
+            return None
+        tokens = [word for word in words if re.fullmatch(SMILES_TOKEN, word)]
+        long = sorted((token for token in tokens if len(token) > 1), key=lambda token: token[0] != "[")
+        stands_for = {token: chr(PRIVATE_USE + i) for i, token in enumerate(long)}
+        ids = np.full(2**16, -1, dtype=np.int32)
+        for token in tokens:
+            ids[ord(stands_for.get(token, token))] = words[token]
+        ids[ord("\n")] = tokenizer.eos_token_id
+        return cls(stands_for, ids)
+
+    def encode(self, texts: Sequence[str]) -> pa.ListArray | None:
+        """The ids of each text, the end-of-text token last; None if one has a character that is in no token."""
+        joined = "".join(f"{text}\n" for text in texts)
+        if not joined.isascii() or joined.count("\n") != len(texts):
+            return None
+        for token, character in self.stands_for.items():
+            joined = joined.replace(token, character)
+        codes = np.frombuffer(joined.encode("utf-16-le"), dtype="<u2")
+        ids = self.ids[codes]
+        if ids.min(initial=0) < 0:
+            return None
+        ends = 1 + np.flatnonzero(codes == ord("\n"))
+        return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]), pa.int32()), pa.array(ids))
 
 
 def lacking(what: str, batch: dict, i: int, split: Dataset) -> str:

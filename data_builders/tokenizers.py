@@ -8,12 +8,13 @@ sequence    a token per character, per word, or per digit and word; or byte-leve
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
+from datasets.fingerprint import Hasher
 from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Split, WhitespaceSplit
@@ -34,6 +35,8 @@ CUTS = {"characters": r"[\s\S]", "digits": r"\d|[^\W\d]+|[\s\S]"}
 LONG_SMILES_TOKEN = r"\[[^\[\]\s]+\]|Br|Cl|%[0-9]{2}|%\([0-9]+\)|->|<-"
 # And tokens of one character: atoms without brackets, bonds, branches, the dot between molecules, ring bonds.
 SMILES_TOKEN = LONG_SMILES_TOKEN + r"|[BCNOPSFIbcnops*]|[-=#$:/\\]|[().]|[0-9]"
+# The pre-tokenizer of `smiles_tokenizer`, as tokenizer.json has it.
+SMILES_SPLIT = {"type": "Split", "pattern": {"Regex": SMILES_TOKEN}, "behavior": "Isolated", "invert": False}
 
 
 def hop_tokenizer(
@@ -116,13 +119,23 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def dataset_byte_bpe(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """`train_byte_bpe` on the column text of a split from the `datasets` cache; the tokenizer is kept beside its file.
+    """`train_byte_bpe` on the column text of a split from the `datasets` cache, kept beside the file of the split."""
+    return kept_beside(
+        train, f"byte_bpe-{vocab_size}", lambda: train_byte_bpe((row["text"] for row in train), vocab_size)
+    )
 
-    Several processes may build it at once: each has a folder of its own, and the first to finish renames its folder.
+
+def kept_beside(split: Dataset, name: str, make: Callable[[], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """The tokenizer that `make` makes of a split, from the folder `name` beside the file of the split.
+
+    Several processes may build it at once: each has a folder of its own, and the first to finish renames its folder. A
+    split that lies in memory keeps none.
     """
-    folder = Path(train.cache_files[0]["filename"]).parent / f"byte_bpe-{vocab_size}"
+    if not split.cache_files:
+        return make()
+    folder = Path(split.cache_files[0]["filename"]).parent / name
     if not folder.exists():
-        tokenizer = train_byte_bpe((row["text"] for row in train), vocab_size)
+        tokenizer = make()
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
             made = Path(temporary, folder.name)
             tokenizer.save_pretrained(made)
@@ -209,9 +222,18 @@ def smiles_tokenizer(smiles: Iterable[str], max_length: int | None = None) -> Pr
 
 
 def dataset_smiles_tokenizer(dataset: DatasetDict, max_length: int | None = None) -> PreTrainedTokenizerFast:
-    """The `smiles_tokenizer` of the training molecules; it raises for a token that only held-out molecules have."""
-    batches = dataset["train"].select_columns("text").iter(batch_size=10_000)
-    return smiles_tokenizer((text for batch in batches for text in batch["text"]), max_length)
+    """The `smiles_tokenizer` of the training molecules; it raises for a token that only held-out molecules have.
+
+    It is kept beside the file of the split train.
+    """
+
+    def make() -> PreTrainedTokenizerFast:
+        batches = dataset["train"].select_columns("text").iter(batch_size=10_000)
+        return smiles_tokenizer((text for batch in batches for text in batch["text"]), max_length)
+
+    return kept_beside(
+        dataset["train"], f"smiles-{Hasher.hash((SMILES_TOKEN, max_length, dataset['train']._fingerprint))}", make
+    )
 
 
 def smiles_tokens(smiles: Iterable[str]) -> set[str]:

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import train
@@ -36,8 +38,10 @@ from data_builders import (
     train_byte_bpe,
 )
 from data_builders import molecules as molecules_module
+from data_builders import tokenizers as tokenizers_module
 from data_builders.builders import BUILDERS
 from data_builders.packing import first_fit
+from data_builders.text_batches import SmilesTable
 from data_builders.tokenizers import SMILES_TOKEN
 from looplab.cli import main
 from looplab.pretrained.parts import PARTS, Part, part_folder, unpack_moses
@@ -367,6 +371,57 @@ def test_molecules_in_a_row_end_with_the_end_token(toys):
     assert tokenizer.batch_decode(rows, skip_special_tokens=True) == list(dataset["validation"]["text"])
 
 
+SINGLE = st.sampled_from("BCNOPSFIbcnops*-=#$:/\\().0123456789")
+LONG = st.sampled_from(
+    ["Br", "Cl", "[nH]", "[Cl-]", "[Br]", "[C@@H]", "[->]", "%10", "%12", "%(7)", "%(123)", "->", "<-"]
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    rows=st.lists(st.lists(SINGLE | LONG, min_size=1).map("".join), min_size=1, max_size=8),
+    odd=st.text(alphabet="CBrl[]%->< \ne\ue000<bos>", max_size=4),
+)
+def test_a_table_has_the_ids_of_the_tokenizer(rows, odd):
+    """Of any row of tokens of the language, also "CBr", "--->" and "%123"; and it leaves to the tokenizer what is no
+    SMILES, in which a token of several characters may begin and not end."""
+    tokenizer = smiles_tokenizer(rows)
+    table = SmilesTable.of(tokenizer)
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in rows]
+    assert table.encode(rows).to_pylist() == ids
+    assert table.encode([]).to_pylist() == []
+    mixed = [*rows, rows[0] + odd]
+    try:
+        ids.append([*tokenizer(mixed[-1], add_special_tokens=False, split_special_tokens=True)["input_ids"], 2])
+    except Exception:  # `tokenizers` raises plain Exceptions
+        assert table.encode(mixed) is None
+    else:
+        assert table.encode(mixed).to_pylist() == ids
+
+
+def test_a_table_is_made_of_a_tokenizer_of_smiles_alone(tmp_path):
+    tokenizer = smiles_tokenizer(HARD)
+    tokenizer.save_pretrained(tmp_path)
+    assert SmilesTable.of(AutoTokenizer.from_pretrained(tmp_path)).encode(HARD) is not None
+    assert SmilesTable.of(train_byte_bpe(HARD, 300)) is None
+    tokenizer.add_tokens(["CC"])  # is found before anything else
+    assert SmilesTable.of(tokenizer) is None
+
+
+def test_the_tokenizer_is_kept_beside_the_molecules(toys, monkeypatch):
+    """It is made once per split of the cache, and a part of a split has its own."""
+    train = toys()["train"]
+    first = dataset_smiles_tokenizer({"train": train})
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenizers_module, "smiles_tokens", None)
+        again = dataset_smiles_tokenizer({"train": toys()["train"]})
+    assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
+    assert again.special_tokens_map == first.special_tokens_map
+    assert again.padding_side == first.padding_side
+    part = dataset_smiles_tokenizer({"train": train.select([0])})
+    assert set(part.get_vocab()) < set(first.get_vocab())
+
+
 # Spellings
 
 
@@ -464,6 +519,38 @@ def test_every_molecule_is_in_a_row_once(packed, toys):
     # No two rows would fit into one.
     filled = sorted((labels >= 0).sum(1).tolist())
     assert filled[0] + filled[1] > 40
+
+
+def first_fit_by_hand(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
+    """Every molecule looks at every row."""
+    places, filled = [(0, 0)] * len(lengths), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next(row for row, full in enumerate(filled) if full + lengths[i] <= capacity)
+        places[i] = row, filled[row]
+        filled[row] += lengths[i]
+    return places
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(data=st.data(), capacity=st.integers(1, 60))
+def test_rows_are_those_of_a_search_through_all_rows(data, capacity):
+    """Row by row and token by token, so that batches are those of earlier versions."""
+    lengths = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=70))
+    assert first_fit(lengths, capacity) == first_fit_by_hand(lengths, capacity)
+
+
+def test_the_work_of_a_row_grows_with_the_logarithm_of_the_batch():
+    """Comparisons are counted; 2,000 molecules that find no room in the rows before theirs took 2,000 x 2,000 / 2."""
+
+    class Counted(int):
+        compared = 0
+
+        def __le__(self, other):
+            Counted.compared += 1
+            return int(self) <= other
+
+    first_fit([Counted(40)] * 2000, 76)
+    assert 0 < Counted.compared <= 2000 * 11
 
 
 @pytest.mark.parametrize("count", [64, 256])

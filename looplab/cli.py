@@ -220,6 +220,7 @@ def run_bench(arguments) -> None:
             quick=arguments.quick,
             contexts=arguments.contexts,
             memory_loops=arguments.memory_loops,
+            growth=arguments.growth,
         )
 
 
@@ -580,6 +581,11 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--memory-loops", type=LOOPS, nargs="+", default=(4, 8), metavar="R", help="for --contexts (default: 4 8)"
+    )
+    command.add_argument(
+        "--growth",
+        action="store_true",
+        help="measure and draw instead how time and memory grow with loops (to 1,000), batch rows, context and chunks",
     )
     add_data(command)
     command.set_defaults(call=run_bench)

@@ -6,6 +6,7 @@
     hyper        an update of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
     context      decoding at long contexts, new tokens/s; see `contexts.py`
     chunks       an update with gated KV, tokens/s; see `contexts.py`
+    growth       seconds and bytes over loops, batch rows, context and tokens trained in chunks; see `growth.py`
     halting      layer calls and seconds of the KL + entropy rule against a fixed loop count, on a trained run
     speculation  decoding with `draft_loops` against plain decoding at batch 1, new tokens/s: on a trained run, and, as
                  the upper limit, in a model whose loops change nothing, so that all drafts are accepted
@@ -44,6 +45,7 @@ def bench(
     quick: bool = False,
     contexts: Sequence[int] = (),
     memory_loops: Sequence[int] = (4, 8),
+    growth: bool = False,
 ) -> Path:
     """Measure, print a table and write OUTPUT/bench.jsonl, one line per measurement; returns its path.
 
@@ -55,12 +57,14 @@ def bench(
         quick: tiny sizes and two rounds, to see that it works.
         contexts: cached tokens; if given, only `contexts.py` is measured.
         memory_loops: loop counts for `contexts`.
+        growth: measure what `growth.py` does instead, and draw OUTPUT/growth.png.
 
     Raises:
         ValueError: the task of the run has no such rows, `output` is not a folder, or more memory is needed than is
             free.
     """
     from .contexts import context_lines, memory_plan
+    from .growth import FEW_POINTS, POINTS, draw_growth, growth_lines, growth_plan
 
     check_folder(Path(output))
     if run is not None:
@@ -71,7 +75,9 @@ def bench(
     check_memory(max(widths), work, max(contexts, default=0), max(memory_loops) if contexts else work.loops)
     compiling = (False, True) if compiled else (False,)
     peak = matmul_peak(work.matmul)
-    if contexts:
+    if growth:
+        plan = growth_plan(widths, work, rounds, FEW_POINTS if quick else POINTS)
+    elif contexts:
         plan = memory_plan(widths, work, rounds, contexts, memory_loops)
     else:
         plan = [partial(training_row, width, work, rounds, how, peak) for width in widths for how in compiling]
@@ -80,11 +86,13 @@ def bench(
         plan += [partial(hyper_row, width, work, rounds, how) for width in widths for how in compiling]
         plan += [partial(accepted_row, width, work, rounds) for width in widths]
     rows = [measure() for measure in tqdm(plan, desc="measuring", unit="row")]
-    if run is not None and not contexts:
+    if run is not None and not (contexts or growth):
         rows += task_rows(run, work, rounds)
     facts = machine() | {"matmul_peak_gflops": peak, "layers": work.layers, "loops": work.loops}
     rows = [facts | row for row in rows]
-    print("\n".join([bench_table(rows), *context_lines(rows)]))
+    print("\n".join([bench_table(rows), *context_lines(rows), *growth_lines(rows)]))
+    if growth:
+        draw_growth(rows, Path(output))
     return write_whole(Path(output) / "bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -18,7 +18,7 @@ longest batch row of the chunks, C tokens of a chunk, D hidden size.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import final
@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .cache_layers_looped import append, readable, recent_entries, reorder_recent
 from .calls_looped import Call, Decision, LoopStates, Observer
 from .growing_looped import growing_cache
+from .saved_entries_looped import SavedEntries
 from .versions_looped import slice_logits_to_keep
 
 
@@ -182,6 +183,8 @@ class Chunks:
     def run(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """The (B, T, D) that the head reads, and the loops run for each token (B, T)."""
         recomputes = self.model.gradient_checkpointing and self.model.training and torch.is_grad_enabled()
+        learns = torch.is_grad_enabled() and not recomputes and not self.keeps_cache
+        saved = SavedEntries(self.cache) if learns else None
         outputs, visits = [], []
         with layers_not_checkpointed(self.model):
             for start in range(0, self.num_tokens, self.size):
@@ -190,10 +193,13 @@ class Chunks:
                 if recomputes:
                     outputs.append(self._run_recomputed(chunk, visited, **kwargs))
                 else:
-                    outputs.append(self.model.run_call(chunk, **kwargs))
+                    with nullcontext() if saved is None else saved.kept():
+                        outputs.append(self.model.run_call(chunk, **kwargs))
                 visits.append(visited)
                 if self.cut_gradients:
                     self._cut()
+                if saved is not None:
+                    saved.note(chunk.embeds.shape[1])
         hidden_states, loops_used = (
             self.layout.to_call_rows(torch.cat(parts, dim=1)) for parts in zip(*outputs, strict=True)
         )

@@ -59,6 +59,8 @@ def main(recipe: Recipe) -> dict:
         FloatingPointError: the loss is no longer finite.
     """
     check_trackers(recipe.trackers)
+    if recipe.compile:
+        check_compiler()
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
         log_with=recipe.trackers or None,
@@ -136,6 +138,8 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
     if recipe.init_from is not None and state.step == 0:
         write_row({"step": 0, "seconds": 0.0} | task.check(looped, state, check_loops))
     model.train()
+    paces = recipe.log_every, recipe.check_every, recipe.checkpoint_every
+    unread: list[tuple[int, torch.Tensor]] = []  # (step, loss and seconds) of updates whose loss was not read yet
     began = time.perf_counter() - state.seconds
     while not state.finished:
         # The schedule follows the steps, or the clock where only that limits the run.
@@ -159,18 +163,19 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
                 accelerator.backward(part)
             loss += part.detach()
 
-        # The update, unless the loss has gone. The clock is the main process's, so that all ranks stop at one step.
+        # The clock is the main process's, so that all ranks stop at one step. The loss of the update before is read,
+        # while an accelerator computes on; an update after which something is written reads its own.
         seconds = time.perf_counter() - began if accelerator.is_main_process else 0.0
         shares = torch.stack([loss / accelerator.num_processes, loss.new_tensor(seconds)])
-        loss, seconds = accelerator.reduce(shares).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss} at step {state.step + 1}; that update was not made. Lower the learning rate or set "
-                f"optim.clip under another --name. The checkpoints before it are in {run.checkpoints}."
-            )
         state.step += 1
         state.tokens += num_tokens
-        state.seconds = seconds
+        unread.append((state.step, accelerator.reduce(shares)))
+        writes = (
+            over(recipe, state) or any(state.step % every == 0 for every in paces) or state.step in recipe.snapshots
+        )
+        while len(unread) > (0 if writes else 1):
+            loss, state.seconds = read_loss(*unread.pop(0), run)
+            writes |= over(recipe, state)
         state.finished = over(recipe, state)
         logs = state.step % recipe.log_every == 0 or state.finished
         if recipe.optim.clip is not None or logs:
@@ -187,11 +192,11 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
                 {"step": state.step, "loss": loss, "lr": recipe.optim.lr * factor, "num_loops": batch["num_loops"]}
                 | {"grad_norm": number_of(norm)}
                 | task.describe(batch, state)
-                | {"seconds": seconds, "tokens": state.tokens}
+                | {"seconds": state.seconds, "tokens": state.tokens}
             )
             progress_bar.set_postfix(loss=f"{loss:.3f}", **task.progress(state), refresh=False)
         if state.step % recipe.check_every == 0 or state.finished:
-            write_row({"step": state.step, "seconds": seconds} | task.check(looped, state, check_loops))
+            write_row({"step": state.step, "seconds": state.seconds} | task.check(looped, state, check_loops))
             if task.advance(state):
                 restart(optimizers)
         if state.step in recipe.snapshots and accelerator.is_main_process:
@@ -220,6 +225,29 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         run.write_summary(summary)
     accelerator.print(f"{run.folder}: {state.step} steps, {task.headline(summary)}")
     return summary
+
+
+def check_compiler() -> None:
+    """ValueError if torch.compile finds no compiler for code that runs on the CPU."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise ValueError(
+            "compile=true needs a C++ compiler, and torch found none: install g++, or set compile to false."
+        ) from error
+
+
+def read_loss(step: int, shares: torch.Tensor, run: RunFolder) -> tuple[float, float]:
+    """Loss and seconds of an update, from the device; FloatingPointError if the loss is no longer finite."""
+    loss, seconds = shares.tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"loss is {loss} at step {step}; nothing was saved since. Lower the learning rate or set optim.clip under "
+            f"another --name. The checkpoints before it are in {run.checkpoints}."
+        )
+    return loss, seconds
 
 
 def over(recipe: Recipe, state: State) -> bool:

@@ -54,10 +54,18 @@ def make_objective(
     return LabelLoss(recipe, task.logits_to_keep)
 
 
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Of logits (b, K, V) and labels (b, K), in float32."""
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), label_smoothing=label_smoothing, reduction="sum"
+    )
+
+
 class LabelLoss(Objective):
-    """Cross-entropy of the labels."""
+    """Cross-entropy of the labels. Compiled, it takes no float32 copy of logits in bfloat16."""
 
     def __init__(self, recipe: Recipe, logits_to_keep: int):
+        self.cross_entropy = torch.compile(summed_cross_entropy) if recipe.compile else summed_cross_entropy
         self.logits_to_keep, self.label_smoothing = logits_to_keep, recipe.optim.label_smoothing
         self.settings = {"num_grad_loops": recipe.num_grad_loops, "cut_chunks": recipe.cut_chunks}
 
@@ -65,8 +73,7 @@ class LabelLoss(Objective):
         logits = model(
             **rows, logits_to_keep=self.logits_to_keep, num_loops=num_loops, use_cache=False, **self.settings
         ).logits  # (b, K, V)
-        logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="sum")
+        return self.cross_entropy(logits, labels, self.label_smoothing)
 
 
 class ExitLoss(Objective):

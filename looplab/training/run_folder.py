@@ -54,8 +54,10 @@ from .recipe import Recipe, move_check_every, recipe_defaults
 logger = logging.getLogger(__name__)
 
 # Fields of a recipe that may change when a run goes on: none of them changes what an update does, but for schedules
-# that follow the budget.
-FREE = frozenset({"max_steps", "max_seconds", "log_every", "checkpoint_every", "eval_loops", "snapshots", "trackers"})
+# that follow the budget, and the last digits where layers are compiled.
+FREE = frozenset(
+    {"max_steps", "max_seconds", "log_every", "checkpoint_every", "eval_loops", "snapshots", "trackers", "compile"}
+)
 
 # Fields that say where something is -> the digest in run.json that tells whether it is the same. They may change, too.
 PLACES = {

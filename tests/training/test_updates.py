@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import json
+import math
 
 import pytest
 import torch
 import yaml
+from torch._inductor.exc import InvalidCxxCompiler
 
 from looplab.training.optimizers import lr_factor
 from looplab.training.recipe import Optim
@@ -135,9 +137,37 @@ def test_schedules():
     assert [lr_factor(cosine, 100, progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(hops, tmp_path):
-    """The update that would have spread the NaN is not made, and no checkpoint holds it."""
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_a_loss_that_is_not_finite_stops_the_run(hops, tmp_path, every):
+    """No row and no checkpoint holds it, whether the loss of an update is read with it or with the next one."""
+    flags = ["--optim.kind=adamw", "--optim.lr=1e30", f"--checkpoint_every={every}", "--log_every=5"]
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+"):
-        main(hops("run", "--optim.kind=adamw", "--optim.lr=1e30", "--checkpoint_every=1"))
+        main(hops("run", *flags))
+    assert all(math.isfinite(loss) for _, loss in measured(tmp_path / "run"))
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
         json.loads((checkpoint / "state.json").read_text())
+        weights = torch.load(checkpoint / "pytorch_model.bin")
+        assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_row_has_the_loss_of_its_own_update(hops, tmp_path):
+    """Whichever updates have rows."""
+    main(hops("all", "--log_every=1"))
+    every = dict(measured(tmp_path / "all"))
+    for pace in (3, 7):
+        main(hops(f"some-{pace}", f"--log_every={pace}", "--check_every=9", "--checkpoint_every=8"))
+        some = dict(measured(tmp_path / f"some-{pace}"))
+        assert some == {step: every[step] for step in [*range(pace, 20, pace), 20]}
+
+
+def test_compiling_without_a_compiler_ends_in_a_sentence(hops, monkeypatch, tmp_path):
+    """Before any work."""
+    from torch._inductor import cpp_builder
+
+    def none():
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(ValueError, match=r"compile=true needs a C\+\+ compiler .* install g\+\+"):
+        main(hops("run", "--compile=true"))
+    assert not (tmp_path / "run").exists()

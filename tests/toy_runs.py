@@ -14,11 +14,11 @@ from pathlib import Path
 
 import yaml
 from accelerate.state import AcceleratorState
-from forks import Fork
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
 from data_builders.tokenizers import hop_tokenizer
+from forks import Fork
 from looplab.cli import main
 from looplab.runs.folder import Run, open_run
 from toys import ROOT, SIZES, write_pages

@@ -17,7 +17,7 @@ from toys import make_config
 SERIES = {
     "loops": [{"loops": count} for count in (4, 8, 16)],
     "batch": [{"batch": count} for count in (4, 8, 16)],
-    "tokens": [{"tokens": count} for count in (64, 128, 256)],
+    "tokens": [{"tokens": count} for count in (32, 64, 128)],
 }
 CHUNKED = {
     f"{kv_sharing}, {heads} key-value heads": {"kv_sharing": kv_sharing, "num_key_value_heads": heads}
@@ -48,7 +48,7 @@ def test_a_training_step_keeps_twice_as_much_for_twice_as_much(of, kv_sharing, c
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("fields", CHUNKED.values(), ids=CHUNKED)
 def test_training_in_chunks_keeps_twice_as_much_for_twice_as_many_tokens(fields, autocast):
-    """The entries of earlier chunks are kept once, and not in every chunk, layer and loop: that grew as T^1.6 here."""
+    """The entries of earlier chunks are kept once, and not in every chunk, layer and loop: that grew as T^1.4 here."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert 0.9 < grown(fields | {"prefill_chunk": 8}, SERIES["tokens"], batch=1) < 1.05
 

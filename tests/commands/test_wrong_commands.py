@@ -11,10 +11,10 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
-from forks import Fork
 from packaging.requirements import Requirement
 
 from command_lines import READ, VERBS, arguments_of, command, readable
+from forks import Fork
 from looplab import cli, mistakes
 from looplab.cli import Whole, main
 from looplab.mistakes import Real, run_command

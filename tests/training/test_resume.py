@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
-from forks import Fork
 
+from forks import Fork
 from modeling_looped import LoopedForCausalLM
 from toy_runs import measured
 from toys import ROOT

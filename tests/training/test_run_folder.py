@@ -6,8 +6,6 @@ A smoke run is trained once; each test works on a copy. The whole sweep of kills
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from data_builders import dataset_byte_bpe
+from forks import Fork
 from looplab.cli import main as looped
 from looplab.publish.publishing import check_measured
 from looplab.runs.digests import sha256_of, weights_of
@@ -76,11 +75,10 @@ def rows(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_equals_one_that_was_not_killed():
+def test_a_killed_run_equals_one_that_was_not_killed(tmp_path):
     """At a sample of the file events; fresh, with more steps, over an old run, and while a measurement is written."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_sweep.py"), "--every", "131"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    sweep = Fork(ROOT / "tests" / "kill_sweep.py", "--every", "131", log=tmp_path / "printed")
+    assert sweep.status() == 0, sweep.printed()[-6000:]
 
 
 NAMES = (

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -141,13 +142,12 @@ def test_schedules():
 def test_a_loss_that_is_not_finite_stops_the_run(hops, tmp_path, every):
     """No row and no checkpoint holds it, whether the loss of an update is read with it or with the next one."""
     flags = ["--optim.kind=adamw", "--optim.lr=1e30", f"--checkpoint_every={every}", "--log_every=5"]
-    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+"):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+") as error:
         main(hops("run", *flags))
+    gone = int(re.search(r"at step (\d+)", str(error.value))[1])
     assert all(math.isfinite(loss) for _, loss in measured(tmp_path / "run"))
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        json.loads((checkpoint / "state.json").read_text())
-        weights = torch.load(checkpoint / "pytorch_model.bin")
-        assert all(weight.isfinite().all() for weight in weights.values())
+        assert json.loads((checkpoint / "state.json").read_text())["state"]["step"] < gone
 
 
 def test_a_row_has_the_loss_of_its_own_update(hops, tmp_path):
@@ -168,6 +168,6 @@ def test_compiling_without_a_compiler_ends_in_a_sentence(hops, monkeypatch, tmp_
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    with pytest.raises(ValueError, match=r"compile=true needs a C\+\+ compiler .* install g\+\+"):
+    with pytest.raises(ValueError, match=r"compile=true needs a C\+\+ compiler.*install g\+\+"):
         main(hops("run", "--compile=true"))
     assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@
 #                  Saved models are also run on the versions of transformers that serving engines pin.
 # make test-engines: llama.cpp, built from source (some minutes), and CTranslate2 in an environment of their own; and
 #                  vLLM for CPUs in another. tests/engines/requirements-*.txt have the versions.
+# make bench-engines: how fast llama.cpp, MLX and transformers decode one model.
 # make fuzz N=10000: as many random models and calls for every law; `make test` tries the same few each time.
 PYTHON ?= python3
 N      ?= 1000
@@ -17,7 +18,7 @@ PINNED_BY_ENGINES := 5.16.1 5.19.0 5.20.2
 # Each process takes about 1 GB; one that is idle takes over half of what another has left.
 PYTEST := -m pytest -n $(CORES) --maxprocesses 8 --dist worksteal
 
-.PHONY: quickstart docs test test-fast fuzz test-oldest test-newest test-engines lint bench
+.PHONY: quickstart docs test test-fast fuzz test-oldest test-newest test-engines bench-engines lint bench
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -87,6 +88,9 @@ test-newest:
 
 test-engines: .venv-engines/installed .venv-vllm/installed
 	.venv-engines/bin/python -m pytest tests/engines -rs
+
+bench-engines: .venv-engines/installed
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv-engines/bin/python tests/engines/decode_speed.py
 
 bench: .venv/installed
 	$(BIN)/looped bench --run $(RUN)

@@ -1,10 +1,8 @@
 """Tokens per second of one looped model in llama.cpp, mlx-lm and transformers, by turns in one process and thread.
 
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 .venv-engines/bin/python tests/engines/decode_speed.py
-
-In every round each engine writes the same number of tokens after the same prompt, greedily, at batch 1. Speeds are by
-the CPU time of the process, so that other work of the machine counts less. A ratio is to transformers eager in the
-same round: the median of the rounds, and their range.
+`make bench-engines` starts it. In every round each engine writes the same number of tokens after the same prompt,
+greedily, at batch 1. Speeds are by the CPU time of the process, so that other work of the machine counts less. A ratio
+is to transformers eager in the same round: the median of the rounds, and their range.
 """
 
 import argparse

@@ -10,12 +10,13 @@ from transformers.generation import GenerationMixin, LogitsProcessorList, Stoppi
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
 
-from .checks_looped import cuts_show, is_row_mask, no_engine
+from .checks_looped import cuts_show, is_row_mask, no_engine, no_pattern
 from .depth_batching_looped import DepthBatching, Request
 from .depth_looped import asked_count, generation_count
 from .growing_looped import GrowingCacheMixin
 from .halting_looped import Rule, calibrated_rule, halting_rule
-from .speculation_looped import CALLS_ARE_PREPARED, calls_are_prepared, self_speculation
+from .masks_looped import ANSWER, PATTERNS, PROMPT
+from .speculation_looped import CALLS_ARE_PREPARED, NO_DRAFTS, calls_are_prepared, self_speculation
 
 LOOP_SETTINGS = ("num_loops", "halting")
 CALIBRATED = "calibrated_halting"  # the rule that `halting=True` stands for; alone it changes nothing
@@ -88,6 +89,11 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
             ValueError: a setting has the wrong value, or two settings exclude each other; True as `halting` where no
                 rule was calibrated.
         """
+        if not self.model.pattern.takes_cache:
+            raise ValueError(
+                f"generate writes one token after the other, and attention_pattern={self.config.attention_pattern!r} "
+                "lets every token see later ones: read the answers in place, from the logits of one call."
+            )
         call = {
             "inputs": inputs,
             "generation_config": generation_config,
@@ -103,6 +109,8 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         }
         asked = {"num_loops": num_loops, "halting": halting}
         settings = kwargs | {name: value for name, value in asked.items() if value is not None}
+        if self.config.attention_pattern == "prefix" and settings.get("token_type_ids") is None:
+            settings["token_type_ids"] = types_of_prompt(inputs, settings)
         speculation = self_speculation(self, draft_loops, call, settings)
         if speculation is not None:
             call["custom_generate"] = speculation
@@ -128,6 +136,11 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
             raise ValueError(
                 f"prefill_chunk_size={cut}: {cuts_show(self.config.kv_sharing)}. Leave it out; the model's own cuts "
                 "are config.prefill_chunk, which bounds memory too."
+            )
+        if cut is not None and self.config.attention_pattern == "prefix":
+            raise ValueError(
+                f"prefill_chunk_size={cut} cuts the prompt, whose tokens see each other where "
+                "attention_pattern='prefix': leave it out."
             )
         if cut is not None and calls_are_prepared(self):
             raise ValueError(f"prefill_chunk_size={cut}: {CALLS_ARE_PREPARED}: leave it out.")
@@ -207,6 +220,8 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         num_loops = asked_count(generation_config, self.generation_config)
         settings = (self.generation_config if generation_config is None else generation_config).to_dict()
         halting = calibrated_rule(settings.get("halting"), settings.get(CALIBRATED))
+        if self.config.attention_pattern != "causal":
+            raise ValueError(no_pattern(self.config.attention_pattern, "continuous batching"))
         other = num_loops is not None and (isinstance(num_loops, torch.Tensor) or num_loops != self.config.num_loops)
         if other or halting_rule(halting) is not None:
             raise ValueError(
@@ -229,6 +244,8 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
                 "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'."
             )
+        if self.config.attention_pattern == "prefix":
+            raise ValueError(f"drafts: {NO_DRAFTS}: decode without.")
         if calls_are_prepared(self):
             raise ValueError(f"drafts of {type(self).__name__}: {CALLS_ARE_PREPARED}: decode without.")
         if assistant_model is not None:
@@ -248,9 +265,29 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         if "loops_of_calls" in model_kwargs:  # decoding loops of other libraries call this as well
             # A call that verifies a draft makes several tokens, all with the same loop count.
             model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:].expand(-1, num_new_tokens))
-        return super()._update_model_kwargs_for_generation(
+        model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
         )
+        if model_kwargs.get("token_type_ids") is not None:  # transformers goes on with the type of the last token
+            model_kwargs["token_type_ids"][:, -num_new_tokens:] = ANSWER
+        return model_kwargs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, token_type_ids=None, **kwargs
+    ):
+        """The mask of a call with a static cache, which `generate` makes itself."""
+        pattern = PATTERNS[config.attention_pattern]
+        return pattern.mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids)
+
+
+def types_of_prompt(inputs: torch.Tensor | None, settings: dict) -> torch.Tensor:
+    """(B, T) `token_type_ids` of what `generate` is given: all of it is the prompt; one token where nothing is."""
+    given = [inputs, settings.get("input_ids"), settings.get("inputs_embeds")]
+    tokens = next((each for each in given if each is not None), None)
+    if tokens is None:
+        return torch.full((1, 1), PROMPT)
+    return torch.full(tokens.shape[:2], PROMPT, device=tokens.device)
 
 
 def with_loops_used(decode: Callable, *args, **kwargs):

@@ -56,6 +56,7 @@ NEEDED = {
     "loop_embedding": ("none", "no engine tells a layer which loop it is in"),
     "state_init": ("embeddings", "in every engine the first layer reads the embeddings"),
     "kv_sharing": ("per_loop", "in every engine each layer call has keys and values of its own"),
+    "attention_pattern": ("causal", "in every engine a token sees earlier ones alone"),
     "sliding_window": (None, "no engine has a window in every layer of such a model"),
     "norm_placement": ("pre", "no engine has these layers with norms after the sublayers as well"),
     "norm_before_coda": (False, "no engine has a norm between its layers"),

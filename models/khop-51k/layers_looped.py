@@ -29,6 +29,7 @@ from transformers.utils import TransformersKwargs
 from .cache_layers_looped import LAYERS_WRITE_ENGINE_CACHES
 from .gates_looped import KV_GATES
 from .initial_looped import SetsInitialValues
+from .masks_looped import PATTERNS
 from .two_sources_looped import FirstPass, LaterPass
 
 Section = Literal["prelude", "core", "coda"]
@@ -117,7 +118,7 @@ class SlotAttention(nn.Module):
         assert config.num_key_value_heads is not None  # both filled by the configuration
         self.config = config
         self.layer_idx = slot
-        self.is_causal = True
+        self.is_causal = PATTERNS[config.attention_pattern].is_causal
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout

@@ -46,13 +46,13 @@ from .calls_looped import (
     Decision,
     LoopStates,
     Observer,
-    make_causal_mask,
     make_position_ids,
 )
 from .checks_looped import (
     check_grad_loops,
     check_inputs,
     check_loops,
+    check_no_cache,
     check_served,
     leave_graph,
     refuse_engine,
@@ -67,6 +67,7 @@ from .halting_looped import Rule, halting_rule
 from .initial_looped import SetsInitialValues
 from .layers_looped import POSITIONS, LoopedLayer, as_is, make_dropout, make_multiplier, make_norm, open_slots
 from .losses_looped import ExitObjective, make_objective
+from .masks_looped import PATTERNS, check_pattern
 from .outputs_looped import LoopedCausalLMOutput, LoopedModelOutput, choose_hidden_states
 from .versions_looped import slice_logits_to_keep
 
@@ -85,6 +86,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         self.positions = POSITIONS[config.position_embedding](config)
         self.dropout = make_dropout(config.embedding_dropout)
         self.sharing = SHARINGS[config.kv_sharing](config)
+        self.pattern = PATTERNS[config.attention_pattern]
         check_served(config, self.sharing)
         self.prelude = nn.ModuleList([LoopedLayer(config, "prelude", i) for i in range(config.num_prelude_layers)])
         self.core = nn.ModuleList([self.sharing.core_layer(config, "core", i) for i in range(config.num_core_layers)])
@@ -160,6 +162,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         observe: Observer | None = None,
         generator: torch.Generator | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> LoopedModelOutput:
         """One call of the model: the hidden states (B, T, D) that a head reads, after the final norm.
@@ -175,8 +178,8 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         """
         refuse_unknown(kwargs, LoopedForCausalLM.forward.__annotations__)
         check_served(self.config, self.sharing, num_loops, halting is not None)
-        if not self.sharing.takes_engines:
-            refuse_engine(self.config.kv_sharing, self.sharing.engine_trouble, cache, kwargs)
+        if not (self.sharing.takes_engines and self.config.attention_pattern == "causal"):
+            refuse_engine(self.config, self.sharing, cache, kwargs)
         if cache is None or isinstance(cache, Cache):
             past_key_values = one_cache(past_key_values, cache)
         else:  # an engine's, see ENGINE_ARGUMENTS
@@ -199,7 +202,10 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             halting = Decision.of(halting, gate=self.exit_readout)
 
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
-        if use_cache and past_key_values is None:
+        self.pattern.check_types(token_type_ids, embeds)
+        if not self.pattern.takes_cache:
+            check_no_cache(self.config.attention_pattern, past_key_values)
+        elif use_cache and past_key_values is None:
             new_cache = DynamicCache if torch.compiler.is_compiling() else growing_cache
             past_key_values = new_cache(config=self.config)
         if position_ids is None:
@@ -214,6 +220,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             halting=halting,
             observe=observe,
             generator=generator,
+            token_type_ids=token_type_ids,
         )
         if self.is_cut(num_tokens):
             hidden_states, loops_used = Chunks(self, call, cut_chunks).run(**kwargs)
@@ -225,7 +232,9 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             **{CACHE_NAME: past_key_values},  # pyright: ignore[reportArgumentType]
         )
 
-    def stopped(self, state: torch.Tensor, attention_mask=None, position_ids=None) -> torch.Tensor:
+    def stopped(
+        self, state: torch.Tensor, attention_mask=None, position_ids=None, token_type_ids=None
+    ) -> torch.Tensor:
         """What the head reads in a call without a cache whose last loop left `state`: (B, T, D) -> (B, T, D).
 
         So a state that `observe` shows gives what a call with fewer loops would give, except where the connection
@@ -233,13 +242,14 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
 
         Args:
             state: of all batch rows, as `observe` shows it.
-            attention_mask, position_ids: of the call.
+            attention_mask, position_ids, token_type_ids: of the call.
         """
         if self.config.num_coda_layers == 0:
             return self.readout_norm(state)
         if position_ids is None:
             position_ids = make_position_ids(state, attention_mask, None)
-        context = self.open_context(Call(state, attention_mask, position_ids, past_key_values=None, num_loops=1))
+        call = Call(state, attention_mask, position_ids, None, num_loops=1, token_type_ids=token_type_ids)
+        context = self.open_context(call)
         return self.readout_norm(self.run_section(self.coda, self.coda_norm(state), context))
 
     def is_cut(self, num_tokens: int) -> bool:
@@ -269,8 +279,11 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
     def open_context(self, call: Call) -> CallContext:
         """What the layers of a call share: the mask, the rotary angles, and the cache with its slots open."""
         self.sharing.check_attention()
+        check_pattern(self.config)
         cache, position_ids = call.past_key_values, call.position_ids
-        mask = make_causal_mask(self.config, call.embeds, call.attention_mask, cache, position_ids)
+        mask = self.pattern.mask(
+            self.config, call.embeds, call.attention_mask, cache, position_ids, call.token_type_ids
+        )
         angles = self.positions(call.embeds, position_ids)
         context = CallContext(mask, angles, position_ids, cache, OWN_KEYS, call.num_loops)
         if call.rows_may_halt:
@@ -367,6 +380,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         observe: Observer | None = None,
         generator: torch.Generator | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> LoopedCausalLMOutput:
         """One call of the model: logits, with the loss where labels are given.
@@ -398,6 +412,9 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
                 ran it, and what coda and readout see of their state, (b, T, D), before the final norm.
             generator: seed of `state_init="normal"`, see `connections_looped.py`.
             cache: the same as `past_key_values`: its name in transformers from 5.24 on.
+            token_type_ids: (B, T), 0 for a token of the prompt and 1 for one of the answer, where
+                `config.attention_pattern` is `"prefix"`. By default a text is a prompt and what follows it in the
+                cache an answer; a call with labels has to say.
             **kwargs: `shift_labels` (B, T), the next token of every token, in place of `labels`;
                 `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
 
@@ -417,6 +434,11 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
                 "exit_gate=True nothing: leave out label_smoothing_factor and compute_loss_func, or set "
                 "exit_gate=False."
             )
+        if trains and token_type_ids is None and self.config.attention_pattern == "prefix":
+            raise ValueError(
+                "labels of attention_pattern='prefix' need token_type_ids, 0 for the prompt's tokens and 1 for the "
+                "answer's: without them the whole text is a prompt, which sees what it has to predict."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -431,6 +453,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
             halting=Decision.of(halting, head=self.readout, gate=self.model.exit_readout, positions=logits_to_keep),
             observe=observe if states is None else states,
             generator=generator,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, K, V)
@@ -454,6 +477,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         num_loops: int | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The exit gate's logits and the cross-entropies (nats) of every loop, (B, T, R) each.
 
@@ -463,7 +487,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
             input_ids: (B, T).
             shift_labels: (B, T), the next token of every token; -100 has no loss.
             num_loops: R, by default the configuration's.
-            attention_mask, position_ids: as in `forward`; positions that begin anew separate texts in a batch row.
+            attention_mask, position_ids, token_type_ids: as in `forward`; positions that begin anew separate texts in
+                a batch row.
 
         Raises:
             ValueError: the model has no exit gate.
@@ -473,7 +498,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         states = LoopStates()
         self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, num_loops=num_loops,
-            use_cache=False, observe=states,
+            use_cache=False, observe=states, token_type_ids=token_type_ids,
         )  # fmt: skip
         gate_logits, losses = self.objective.read(self, states, shift_labels)
         return states.spread(gate_logits), states.spread(losses)
@@ -513,6 +538,7 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
         observe: Observer | None = None,
         generator: torch.Generator | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """One call of the model: a score for every class, with the loss where labels are given.
@@ -538,6 +564,7 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
             "halting": halting,
             "observe": observe,
             "generator": generator,
+            "token_type_ids": token_type_ids,
         }
         return super().forward(
             input_ids=input_ids,

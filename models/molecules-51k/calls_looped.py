@@ -20,7 +20,6 @@ from typing import final
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .cache_looped import ActiveCache, KeySource, Sharing
 from .checks_looped import check_positions, is_row_mask
@@ -85,6 +84,7 @@ class Call:
         observe: is shown the states after every loop, see `forward`; or None.
         generator: seed of the initial state.
         read_at: (B, T) bool, the tokens that the rule reads; None for all that are real.
+        token_type_ids: (B, T), see `masks_looped.py`; or None.
     """
 
     embeds: torch.Tensor
@@ -97,6 +97,7 @@ class Call:
     observe: Observer | None = None
     generator: torch.Generator | None = None
     read_at: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
 
     @property
     def most_loops(self) -> int:
@@ -318,16 +319,6 @@ class LoopStates:
 def in_graph(state: torch.Tensor) -> torch.Tensor:
     """The state, with a gradient: where no input has one, `use_reentrant=True` gives the weights none either."""
     return state.detach().requires_grad_() if torch.is_grad_enabled() and not state.requires_grad else state
-
-
-def make_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, slot: int | None = None):
-    """The mask of a call as the attention of `config` takes it: all earlier tokens, or those in its sliding window.
-
-    Args:
-        slot: the cache layer that says how many tokens are seen; None where all of them say the same.
-    """
-    create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-    return create(config, inputs_embeds, attention_mask, past_key_values, position_ids, layer_idx=slot)
 
 
 def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:

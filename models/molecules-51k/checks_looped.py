@@ -44,18 +44,28 @@ def refuse_unknown(kwargs: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(f"forward got an unexpected keyword argument {name!r}.{hint}")
 
 
-def refuse_engine(kv_sharing: str, trouble: str, cache, kwargs: dict) -> None:
-    """ValueError where an engine packs requests, which this KV policy cannot take: `Sharing.engine_trouble`."""
+def refuse_engine(config, sharing, cache, kwargs: dict) -> None:
+    """ValueError where an engine packs requests, which this KV policy or pattern of attention cannot take."""
     engine = {name: value for name, value in kwargs.items() if name in ENGINE_ARGUMENTS and value is not None}
     engine |= {} if cache is None or isinstance(cache, Cache) else {"cache": cache}
     if engine:
         name = f"an engine that packs requests ({min(engine)} is given)"
-        raise ValueError(no_engine(kv_sharing, trouble, name))
+        if sharing.takes_engines:
+            raise ValueError(no_pattern(config.attention_pattern, name))
+        raise ValueError(no_engine(config.kv_sharing, sharing.engine_trouble, name))
 
 
 def no_engine(kv_sharing: str, trouble: str, engine: str) -> str:
     """What a refusal says of a KV policy that an engine cannot run."""
     return f"kv_sharing={kv_sharing!r} {trouble.format(engine)}: use generate, or kv_sharing='per_loop' or 'first'."
+
+
+def no_pattern(attention_pattern: str, engine: str) -> str:
+    """What a refusal says of a pattern of attention that looks ahead."""
+    return (
+        f"attention_pattern={attention_pattern!r} looks ahead, and {engine} lets a token see earlier ones alone: use "
+        "forward, or generate where attention_pattern='prefix'."
+    )
 
 
 def check_served(config, sharing, num_loops: int | torch.Tensor | None = None, halts: bool = False) -> None:
@@ -72,6 +82,8 @@ def check_served(config, sharing, num_loops: int | torch.Tensor | None = None, h
         return
     if not sharing.takes_engines:
         raise ValueError(no_engine(config.kv_sharing, sharing.engine_trouble, engine))
+    if config.attention_pattern != "causal":
+        raise ValueError(no_pattern(config.attention_pattern, engine))
     if halts:
         raise ValueError(
             f"{engine} keeps keys and values of all loops of every token, which a halting rule would leave out: use "
@@ -88,6 +100,15 @@ def check_served(config, sharing, num_loops: int | torch.Tensor | None = None, h
 def cuts_show(kv_sharing: str) -> str:
     """What a refusal says of a KV policy whose tokens depend on how a prompt is cut."""
     return f"kv_sharing={kv_sharing!r} gives other tokens where a prompt is cut"
+
+
+def check_no_cache(attention_pattern: str, past_key_values) -> None:
+    """ValueError for a cache where every token sees later ones, so that no call can go on from an earlier one."""
+    if past_key_values is not None:
+        raise ValueError(
+            f"attention_pattern={attention_pattern!r} has no cache, since every token sees later ones: give the whole "
+            "text in one call, without past_key_values."
+        )
 
 
 def check_positions(logits_to_keep: int | torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from .depth_looped import SavedDepth, too_many_loops
 from .gates_looped import KV_GATES
 from .layers_looped import POSITIONS
 from .losses_looped import EXIT_LOSSES
+from .masks_looped import PATTERNS
 
 logger = logging.get_logger(__name__)
 
@@ -164,6 +165,9 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` if true, else `down(act(up(x)))`.
         qk_norm (`bool`): normalise queries and keys per head before the rotary embedding.
         position_embedding (`"rope"` | `"learned"` | `"none"`).
+        attention_pattern (`"causal"` | `"prefix"` | `"bidirectional"`): which tokens a token sees: itself and earlier
+            ones; in a prompt the whole prompt, where `token_type_ids` say what is prompt (0) and answer (1); or the
+            whole text, for answers in place and without `generate`. See `masks_looped.py`.
         sliding_window (`int`, *optional*): in every layer and loop a token sees itself and the `sliding_window - 1`
             tokens before it, as in Mistral, and caches keep no more than these; >= 2. None: all earlier tokens.
         residual_init (`"zero"` | `"normal"`): zero makes every layer start as the identity (Fixup; arXiv 2604.07822).
@@ -245,6 +249,7 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     position_embedding: str = name_in(POSITIONS)(default="rope")
     rope_parameters: RopeParameters | dict | None = None
+    attention_pattern: str = name_in(PATTERNS)(default="causal")
     sliding_window: int | None = optional_window(default=None)
 
     residual_init: Literal["zero", "normal"] = "normal"
@@ -413,6 +418,20 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
         if self.hyper_mixing == "static" and self.hyper_init != "norm_preserving":
             raise ValueError(
                 f"hyper_init={self.hyper_init!r} is of gates, and hyper_mixing='static' has none: leave it out."
+            )
+
+    def validate_pattern(self):
+        """What a pattern of attention that looks ahead cannot be combined with."""
+        sharings, said = PATTERNS[self.attention_pattern].sharings, f"attention_pattern={self.attention_pattern!r}"
+        if sharings is not None and self.kv_sharing not in sharings:
+            raise ValueError(
+                f"{said} needs kv_sharing={' or '.join(map(repr, sharings))}, got {self.kv_sharing!r}: a token that "
+                "sees later ones would see other entries of them than a cache has."
+            )
+        if self.attention_pattern != "causal" and self.sliding_window is not None:
+            raise ValueError(
+                f"{said} sees more than earlier tokens, and sliding_window={self.sliding_window} less: leave "
+                "sliding_window out, or use attention_pattern='causal'."
             )
 
     def validate_chunks(self):

@@ -31,7 +31,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache_layers_looped import CACHE_NAME, CACHE_NAMES, RewritingLayer, one_cache
 from .cache_looped import OWN_KEYS, KeySource
-from .calls_looped import CallContext, make_causal_mask
+from .calls_looped import CallContext
 from .depth_looped import check_loops_of_rows
 
 
@@ -150,7 +150,7 @@ class Halves:
         if mask is not None:
             mask = F.pad(mask, (0, length - mask.shape[1]), value=1)
         slot = self.slots.slot("core", 0, loop)
-        causal_mask = make_causal_mask(self.model.config, embeds, mask, self.cache, position_ids, slot)
+        causal_mask = self.model.pattern.mask(self.model.config, embeds, mask, self.cache, position_ids, slot=slot)
         angles = self.body.positions(embeds, position_ids)
         return CallContext(causal_mask, angles, position_ids, self.cache, key_source, self.num_loops)
 
@@ -389,6 +389,7 @@ class SelfSpeculation:
                 f"it decodes one row, got {input_ids.shape[0]} (num_return_sequences counts): rows accept different "
                 "numbers of tokens. Call generate row by row",
             ),
+            (config.attention_pattern == "prefix", NO_DRAFTS),
             (calls_are_prepared(model), CALLS_ARE_PREPARED),
             ("halting" in model_kwargs, "halting ends loops early, and verification needs all: use one of the two"),
             (
@@ -424,6 +425,9 @@ class SelfSpeculation:
         return num_loops
 
 
+NO_DRAFTS = (
+    "attention_pattern='prefix' tells the prompt from what follows it, and drafted tokens come into one call with it"
+)
 CALLS_ARE_PREPARED = (
     "a library prepares each call of this model, as PEFT does for its prompt methods, and what it adds would be missed"
 )

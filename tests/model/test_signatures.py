@@ -18,7 +18,7 @@ from modeling_looped.generation_looped import LoopedGenerationMixin
 from toys import make_model
 
 LOOPED = [LoopedModel, LoopedForCausalLM, LoopedForSequenceClassification]
-FORWARD = {"num_loops", "num_grad_loops", "cut_chunks", "halting", "observe", "generator", "cache"}
+FORWARD = {"num_loops", "num_grad_loops", "cut_chunks", "halting", "observe", "generator", "cache", "token_type_ids"}
 
 
 def parameters(function) -> dict[str, inspect.Parameter]:

@@ -56,6 +56,7 @@ OTHER = {
     "state_init": "zeros",
     "state_init_std": 0.5,
     "kv_sharing": "first",
+    "attention_pattern": "prefix",
     "sliding_window": 4,
     "kv_gate": "scalar",
     "kv_gate_rank": 2,

@@ -711,6 +711,11 @@ def check_can_batch(model) -> None:
             f"attention {config._attn_implementation!r} does not take the mask of several requests: call "
             "model.set_attn_implementation('sdpa')"
         )
+    if config.attention_pattern != "causal":
+        troubles.append(
+            f"attention_pattern={config.attention_pattern!r} looks ahead, and a request sees earlier tokens alone: use "
+            "forward, or generate where attention_pattern='prefix'"
+        )
     if model.training:
         troubles.append("a model that trains drops out at random: call model.eval()")
     if (config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):

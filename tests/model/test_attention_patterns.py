@@ -270,6 +270,8 @@ def test_engines_are_refused(pattern, engine):
         make_model(attention_pattern=pattern)(make_ids(), block_table=torch.zeros(1))
     with pytest.raises(ValueError, match=f"attention_pattern='{pattern}' looks ahead, and continuous batching"):
         make_model(attention_pattern=pattern).init_continuous_batching()
+    with pytest.raises(ValueError, match=f"attention_pattern='{pattern}' looks ahead, and a request sees earlier"):
+        make_model(attention_pattern=pattern).depth_batching()
     assert NEEDED["attention_pattern"][0] == "causal"
 
 

@@ -713,8 +713,8 @@ def check_can_batch(model) -> None:
         )
     if config.attention_pattern != "causal":
         troubles.append(
-            f"attention_pattern={config.attention_pattern!r} looks ahead, and a request sees earlier tokens alone: use "
-            "forward, or generate where attention_pattern='prefix'"
+            f"attention_pattern={config.attention_pattern!r} looks ahead, and a request sees earlier tokens alone: "
+            "use forward, or generate where attention_pattern='prefix'"
         )
     if model.training:
         troubles.append("a model that trains drops out at random: call model.eval()")

@@ -150,7 +150,9 @@ class Halves:
         if mask is not None:
             mask = F.pad(mask, (0, length - mask.shape[1]), value=1)
         slot = self.slots.slot("core", 0, loop)
-        causal_mask = self.model.pattern.mask(self.model.config, embeds, mask, self.cache, position_ids, slot=slot)
+        causal_mask = self.model.model.pattern.mask(
+            self.model.config, embeds, mask, self.cache, position_ids, slot=slot
+        )
         angles = self.body.positions(embeds, position_ids)
         return CallContext(causal_mask, angles, position_ids, self.cache, key_source, self.num_loops)
 

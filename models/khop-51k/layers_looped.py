@@ -104,6 +104,19 @@ class LoopedGatedMLP(LoopedMLP):
 SHORT_HEAD = 48
 
 
+def in_float32(attend: Callable) -> Callable:
+    """An attention function that computes in float32 and returns the precision of its queries."""
+
+    def attend_in_float32(module, query, key, value, attention_mask, **settings):
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+        with torch.autocast("cpu", enabled=False):
+            output, weights = attend(module, query.float(), key.float(), value.float(), attention_mask, **settings)
+        return output.to(query.dtype), weights
+
+    return attend_in_float32
+
+
 @final
 class SlotAttention(nn.Module):
     """The attention of one KV slot, without parameters: caches, paged attention and engines find the slot here.
@@ -143,16 +156,20 @@ class SlotAttention(nn.Module):
             self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
             eager_attention_forward,
         )
-        kwargs |= {"scaling": self.scaling, "sliding_window": self.sliding_window}
-        kwargs["dropout"] = self.attention_dropout if self.training else 0.0
-        if not self.is_slow_in_bfloat16(query):
-            return attention_interface(self, query, key, value, attention_mask, **kwargs)
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
-        with torch.autocast("cpu", enabled=False):
-            inputs = query.float(), key.float(), value.float(), attention_mask
-            output, weights = attention_interface(self, *inputs, **kwargs)
-        return output.to(query.dtype), weights
+        if self.is_slow_in_bfloat16(query):
+            attention_interface = in_float32(attention_interface)
+        # The only call in this function, and with these arguments by name: vLLM looks for them in its source.
+        return attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
 
     def is_slow_in_bfloat16(self, query: torch.Tensor) -> bool:
         """Whether sdpa is faster in float32: in training on a CPU, with heads too short for the kernel in bfloat16."""

@@ -62,8 +62,16 @@ class Run:
 
     @property
     def again(self) -> str:
-        """The remedy for a damaged model."""
-        return AGAIN if self.given is None else "save it again, or delete it and download it again."
+        """The remedy for a damaged model, or for another one than was measured."""
+        if self.given is not None:
+            return "save it again, or delete it and download it again."
+        return f"delete {self}, and make it again by --to {self}." if self.copied else AGAIN
+
+    @property
+    def unfinished(self) -> str:
+        """What it means, and what to do, where the end of a training is missing."""
+        trained = self.given is None and not self.copied
+        return UNFINISHED if trained else "it was saved without the records of its training."
 
     @property
     def copied(self) -> bool:
@@ -94,13 +102,12 @@ class Run:
 
     def summary(self) -> dict:
         """`summary.json`, which a finished training writes; ValueError where it is missing or damaged."""
-        missing = UNFINISHED if self.given is None else "it was saved without the records of its training."
-        return self._parse("summary.json", json.loads, missing, SUMMARY)
+        return self._parse("summary.json", json.loads, self.unfinished, SUMMARY)
 
     def check_summary(self) -> None:
         """Raise ValueError if model/ does not hold the weights that the training ended with."""
         if self.note().get("weights", self.weights) != self.weights:
-            raise ValueError(f"{self}/model does not hold the weights that summary.json describes: {AGAIN}")
+            raise ValueError(f"{self}/model does not hold the weights that summary.json describes: {self.again}")
 
     def metrics(self) -> list[dict]:
         """The lines of `metrics.jsonl`; ValueError where it is missing or damaged."""
@@ -124,7 +131,7 @@ class Run:
         """The folder `model/`; ValueError where nothing was saved."""
         folder = self.folder / "model"
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{self} has no model/config.json: {UNFINISHED}")
+            raise ValueError(f"{self} has no model/config.json: {self.again if self.copied else UNFINISHED}")
         return folder if self.given is None else folder.resolve()
 
     def trained_loops(self) -> tuple[int, int]:
@@ -139,7 +146,7 @@ class Run:
 
     def note(self) -> dict:
         """The object in run.json; {} for a run that an older version made without it."""
-        return read_object(self.folder / "run.json", f"delete it, or {AGAIN}")
+        return read_object(self.folder / "run.json", f"delete it, or {self.again}")
 
     def check_data(self, splits: Mapping, only: str | None = None) -> None:
         """Check that the run was trained on these data.
@@ -201,9 +208,9 @@ class Run:
             ValueError: the file is missing or damaged, or model/ is a link.
         """
         path = below(self.folder, "model") / "generation_config.json"
-        fields = read_object(path, AGAIN)
+        fields = read_object(path, self.again)
         if not fields:
-            raise ValueError(f"{self} has no model/generation_config.json: {AGAIN}")
+            raise ValueError(f"{self} has no model/generation_config.json: {self.again}")
         if fields.get("_from_model_config"):
             fields["_from_model_config"] = False  # of a file marked so, transformers drops our fields on load
         text = json.dumps(fields | settings, indent=2, sort_keys=True) + "\n"

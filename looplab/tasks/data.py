@@ -110,13 +110,15 @@ class Data:
             gone = error
         if copy.is_dir():
             return read_copy(copy)
-        try:
-            return self.load(**changed)
-        except MissingData as error:
-            raise MissingData(
-                f"the data of {run} are not on this machine, and it keeps no copy of them ({gone}) Say where they are "
-                "by --data.files FILE [FILE ...], or by --data.overrides."
-            ) from error
+        if named != self:
+            try:
+                return self.load(**changed)
+            except MissingData:
+                pass
+        raise MissingData(
+            f"the data of {run} are not on this machine, and it keeps no copy of them ({gone}) Say where they are "
+            "by --data.files FILE [FILE ...], or by --data.overrides."
+        ) from gone
 
 
 def read_copy(folder: Path) -> "DatasetDict":

@@ -29,8 +29,10 @@ class NamedData(Data):
         return self.files is not None or bool(self.overrides.keys() & {"files", "dataset"})
 
     def here(self) -> bool:
-        path = str(self.overrides.get("dataset", {}).get("path", "."))
-        return Path(path).exists() or "data_files" in self.overrides["dataset"]
+        dataset = self.overrides.get("dataset", {})
+        path = str(dataset.get("path", "."))
+        # A kind of file, such as json, reads files of this machine; beside the name of a data set they are in it.
+        return Path(path).exists() or ("/" not in path and not dataset.keys().isdisjoint(("data_files", "data_dir")))
 
     def located(self, folder: Path) -> Self:
         files = None if self.files is None else [below(folder, name) for name in self.files]

@@ -367,9 +367,7 @@ def parser() -> argparse.ArgumentParser:
         words = "make this folder a run with a copy of the model, for what is measured, if RUN is a model and no run"
         command.add_argument("--to", metavar="FOLDER", help=words)
 
-    command = commands.add_parser(
-        "train", help="train a model by a recipe, in one process, to OUTPUT_DIR/NAME", allow_abbrev=False
-    )
+    command = commands.add_parser("train", help="train a model by a recipe, in one process, to OUTPUT_DIR/NAME")
     add_recipe(command)
     command.set_defaults(call=run_train, flags=())
 

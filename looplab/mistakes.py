@@ -139,7 +139,8 @@ class Parser(argparse.ArgumentParser):
     unsuggested: frozenset[str] = frozenset()
 
     def __init__(self, *args, formatter_class=HelpFormatter, **kwargs):
-        super().__init__(*args, formatter_class=formatter_class, **kwargs)
+        # No abbreviations: an option that is added later could take over what one means today.
+        super().__init__(*args, formatter_class=formatter_class, allow_abbrev=False, **kwargs)
 
     def format_help(self) -> str:
         return super().format_help() + (f"\n{self.more()}" if self.more else "")

@@ -270,11 +270,7 @@ def split(batch: dict, number: int, device: torch.device) -> list[dict[str, torc
 
 def program(name: str) -> int:
     """Train as the arguments of this process say, and return the exit status. name: how messages call the program."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_recipe(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake, too")
     arguments, flags = parser.parse_known_args()

@@ -11,6 +11,7 @@ transformers, accelerate and TRL, and older versions of all of them.
 An answer never names a field that deletes. Names that a recipe has itself, such as `seed`, are in neither table.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -269,6 +270,15 @@ def meaning(name: str, value, spelt: str) -> tuple[str, object]:
         return alias.field, alias.convert(value)
     except ValueError as error:
         raise ValueError(f"{spelt}, which is {alias.field} here, {error}.") from error
+
+
+def as_written(message: str, written: Mapping[str, str]) -> str:
+    """A message about fields, with the aliases that were written for them. written: as in `check_meaning`."""
+    for field, name in written.items():
+        if plain(name) in ALIASES and plain(name) != field:
+            said = rf"(?<![\w.]){re.escape(field)}(?![\w.])"
+            message = re.sub(said, f"{name}, which is {field} here,", message, count=1)
+    return message
 
 
 def find(values: Mapping, name: str):

@@ -373,6 +373,9 @@ def read_recipe(path: str | Path, flags: Sequence[str] = ()) -> Recipe:
         moved |= move_check_every(values)
     if moved:
         logger.warning("curriculum.check_every is now check_every: write it beside log_every.")
-    recipe = build_recipe(values)
+    try:
+        recipe = build_recipe(values)
+    except ValueError as error:
+        raise ValueError(names.as_written(str(error), written)) from error
     names.check_meaning(written, flatten(asdict(recipe)))
     return recipe

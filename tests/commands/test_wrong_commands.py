@@ -33,6 +33,15 @@ def all_files(folder: Path) -> dict[str, tuple]:
     return found
 
 
+def test_no_option_is_abbreviated():
+    """`--loop 3` was taken for `--loops 3`, and would mean another option once there is a --loop."""
+    parser = cli.parser()
+    for verb, of_verb in VERBS.items():
+        options = of_verb._option_string_actions
+        for short in {option[:-1] for option in options if len(option) > 4} - options.keys():
+            assert short in parser.parse_known_args([*command(verb), short])[1], (verb, short)
+
+
 @pytest.fixture
 def refused(toy_runs, tmp_path, monkeypatch, capfd):
     """refused(line, *words): run a wrong command line, and hold it to the law; `words` must be in the sentence."""

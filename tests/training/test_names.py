@@ -14,7 +14,7 @@ from looplab.cli import main
 from looplab.pretrained import study
 from looplab.runs.sections import field_names, flatten, leaves
 from looplab.runs.yaml_text import parse_yaml, to_yaml
-from looplab.training.names import ALIASES, ANSWERS, choice, clipped, listed, several
+from looplab.training.names import ALIASES, ANSWERS, choice, clipped, listed, same, several
 from looplab.training.recipe import Recipe, own_sections, read_recipe
 from toys import ROOT
 
@@ -90,15 +90,21 @@ def test_a_name_that_people_know_is_ours_or_an_alias_or_answered(name, tmp_path)
         assert f"{section}.{name} is not a recipe field: " in refused(SMOKE, f"--{section}.{name}=1")
 
 
-@pytest.mark.parametrize("name", ALIASES)
-def test_an_alias_means_its_field_in_every_spelling(name, tmp_path):
+def recipe_of(name: str, tmp_path) -> tuple:
+    """A recipe in which an alias means something, and the flags that it needs for that."""
     field = ALIASES[name].field
     (tmp_path / "lora.yaml").write_text(to_yaml(LORA), encoding="utf-8")
     (tmp_path / "chat.yaml").write_text(to_yaml(LORA | {"init_from": None, "data": CHAT}), encoding="utf-8")
     path = {"data": TEXT, "train": tmp_path / "lora.yaml"}.get(field.split(".")[0], SMOKE)
     path = tmp_path / "chat.yaml" if name == "assistant_only_loss" else path
     needed = {"optim.lr": ["--optim.kind=adamw"], "train.what": []}
-    needed = needed.get(field, ["--train.what=lora"] if field.startswith("train.") else [])
+    return path, needed.get(field, ["--train.what=lora"] if field.startswith("train.") else [])
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_an_alias_means_its_field_in_every_spelling(name, tmp_path):
+    field = ALIASES[name].field
+    path, needed = recipe_of(name, tmp_path)
     for written, value in theirs(name):
         text = to_yaml({name: written}).partition(": ")[2].strip() if not isinstance(written, list) else str(written)
         hyphens = name.replace("_", "-")
@@ -123,6 +129,17 @@ def without(values: dict, name: str) -> dict:
         return {n: v for n, v in values.items() if n != leaf}
     kept = {n: v for n, v in values.get(section, {}).items() if n != leaf}
     return values | {section: kept}
+
+
+@pytest.mark.parametrize("name", [name for name, alias in ALIASES.items() if alias.convert is same])
+def test_a_wrong_value_is_told_under_the_name_that_was_written(name, tmp_path):
+    path, needed = recipe_of(name, tmp_path)
+    field = ALIASES[name].field
+    for wrong in ("[[1]]", "wrong"):
+        assert f"{name}, which is {field} here, " in refused(path, *needed, f"--{name}={wrong}")
+        said = refused(path, *needed, f"--{field}={wrong}")
+        assert field in said
+        assert "which is" not in said
 
 
 @pytest.mark.parametrize("name", ALIASES)

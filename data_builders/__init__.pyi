@@ -53,6 +53,7 @@ from .tokenizers import smiles_tokenizer as smiles_tokenizer
 from .tokenizers import train_byte_bpe as train_byte_bpe
 
 __all__ = [
+    "ChatBlocks",
     "Composition",
     "CompositionConfig",
     "DepthSampler",
@@ -84,6 +85,7 @@ __all__ = [
     "dataset_byte_bpe",
     "dataset_smiles_tokenizer",
     "dataset_tokenizer",
+    "encode_chats",
     "encode_groups",
     "encode_hops",
     "encode_questions",

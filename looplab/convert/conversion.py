@@ -249,7 +249,9 @@ def to_looped(
         model: a dense Llama, Mistral, Qwen2 or Qwen3 causal LM.
         core: first and last layer of the core, both inclusive; `default_window` unless given.
         num_loops: default loop count, >= 1, in the configuration and the generation configuration.
-        loop_connection: `"plain"`, or `"damped"`: at every loop count the training-free blend `looped(model, core)`.
+        loop_connection: `"plain"`, the loop that papers train; or `"damped"`, the start of `convert`: at every loop
+            count the training-free blend `looped(model, core)`. Here the plain one is the default, since `"damped"`
+            also chooses a KV policy, which who builds a model in Python is to name.
 
     Raises:
         ValueError: a field or tensor cannot be mapped exactly, or the core lies outside the model's layers.

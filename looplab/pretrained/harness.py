@@ -28,9 +28,7 @@ from modeling_looped import LoopedForCausalLM
 from modeling_looped.depth_looped import generation_count
 from modeling_looped.frozen_looped import FrozenLooped
 
-from .parts import fetched
-
-BENCHMARK_FILES = Path(__file__).parent / "benchmarks"
+from .parts import BENCHMARK_FILES, fetched, task_names
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,6 @@ class Comparison:
             f"lost of {self.items} (McNemar p {self.mcnemar_p:.3g}); {self.nats:+.4f} nats "
             f"[{self.nats_interval[0]:+.4f}, {self.nats_interval[1]:+.4f}] (Wilcoxon p {self.wilcoxon_p:.3g})"
         )
-
-
-def task_names() -> list[str]:
-    """The benchmarks that `score` knows."""
-    return sorted(path.stem for path in BENCHMARK_FILES.glob("*.yaml"))
 
 
 def settle_depth(model: PreTrainedModel) -> None:

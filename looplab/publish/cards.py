@@ -59,11 +59,6 @@ def model_card(run: Run, names: Names) -> ModelCard:
         eval_results=results,
     )
     values = common_values(run, names, card.papers)
-    values["numbers"] = [
-        (f"{results[0].metric_value:g}", results[0].metric_name),
-        (values["parameters"], "parameters"),
-        (values["loops_text"], "loops in training"),
-    ]
     values |= card.values(run)
     return ModelCard(render(card.template, metadata=metadata.to_yaml(), **values))
 
@@ -100,7 +95,6 @@ def common_values(run: Run, names: Names, papers: Iterable[str]) -> dict:
         ),
         "loops_text": between(trained["minimum"], trained["maximum"]),
         "mean_loops": f"{trained['mean']:.1f}",
-        "one_seed": True,
         "limit": None,
     }  # fmt: skip
 

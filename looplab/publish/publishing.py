@@ -274,9 +274,9 @@ def model_upload(run: Run, names: Names, pinned: bool = True) -> Upload:
     task = task_of([run])
     names_of_records = [*TRAINED, "run.json", *(record.name for record in task.records)]
     files |= {f"run/{name}": own_file(run.folder, name) for name in names_of_records if (run.folder / name).is_file()}
-    if run.note():  # without the folder of this machine where the training began
-        note = {name: value for name, value in run.note().items() if name != "folder"}
-        files["run/run.json"] = to_json(note).encode()
+    note = run.note()
+    if note:  # without the folder of this machine where the training began
+        files["run/run.json"] = to_json({name: note[name] for name in note if name != "folder"}).encode()
     if (run.folder / "records" / "index.json").is_file():
         files["run/records/index.json"] = own_file(run.folder / "records", "index.json")
     figures = {f"figures/{name}.png": own_file(run.folder / "figures", f"{name}.png") for name in task.figures}

@@ -160,7 +160,6 @@ def trainer_values(trainer: Trainer, model: PreTrainedModel) -> dict:
             "seed": args.seed,
             "versions": f"torch {torch.__version__}, transformers {transformers_version}",
         },
-        "one_seed": True,
         "limit": None,
     }
 

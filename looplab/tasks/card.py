@@ -53,13 +53,13 @@ class Card(ABC):
         """The model-index, made with `result`: the measures at one loop count, since a card shows all others in its
         tables. Raises ValueError for a run that was not evaluated."""
 
+    @abstractmethod
     def values(self, run: Run) -> dict:
         """The values of the template beyond `publish.cards.common_values`, or in place of those.
 
         numbers: three pairs (number, what it is). limit: the most rows that were measured, None for all. limit_of:
         what these rows are.
         """
-        return {}
 
     def result(self, run: Run, names: Names, metric: str, name: str, value: float, arguments: dict) -> EvalResult:
         """One entry of the model-index, measured on the run's test split.

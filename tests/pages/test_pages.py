@@ -562,7 +562,7 @@ def test_the_methods_of_a_task_are_those_of_the_page():
         r"^\| ([`\w, ]+) \| `(?:looped )?([\w.]+)` \|", read("docs/design/tasks_and_systems.md"), re.MULTILINE
     )
     methods = {verb: set(re.findall(r"\w+", names)) for names, verb in lines}
-    assert methods.pop("train.py") == {"training"}
+    assert methods.pop("train") == {"training"}
     assert set(methods) == set(METHODS)
     for verb, names in methods.items():
         assert set(METHODS[verb]) <= names

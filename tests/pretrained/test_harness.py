@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data_builders import MultipleChoice
 from looplab.cli import main
 from looplab.pretrained import harness
-from looplab.pretrained.harness import answer_logprob, compare, mcnemar_p, score, task_names
+from looplab.pretrained.harness import answer_logprob, compare, mcnemar_p, score
+from looplab.pretrained.parts import task_names
 from looplab.runs import intervals as bootstrap
 from toy_questions import toy_tokenizer
 from toys import FP32, SIZES, make_model

@@ -11,7 +11,7 @@ from .data import TextData
 from .records import EVALUATION, PERPLEXITY
 
 
-def own_row(run: Run) -> dict:
+def shown_row(run: Run) -> dict:
     """The line of text.jsonl at the model's own loop count; at the largest, if that was not measured."""
     rows, own = run.read(PERPLEXITY), run.read(EVALUATION)["num_loops"]
     return next((row for row in rows if row["loops"] == own), rows[-1])
@@ -25,8 +25,8 @@ class TextCard(Card):
     metrics = ("perplexity",)
 
     def results(self, run: Run, names: Names) -> list[EvalResult]:
-        """Perplexity at the loop count of `own_row`."""
-        row = own_row(run)
+        """Perplexity at the loop count of `shown_row`."""
+        row = shown_row(run)
         loops, value = row["loops"], round(row["perplexity"], 3)
         return [self.result(run, names, "perplexity", f"Perplexity, {loops} loops", value, {"num_loops": loops})]
 
@@ -43,7 +43,7 @@ class TextCard(Card):
             }
             for row in rows
         ]
-        own, fewest = own_row(run), rows[0]
+        own, fewest = shown_row(run), rows[0]
         second = (f"{fewest['perplexity']:.2f}", f"perplexity of the same weights, with {fewest['loops']}")
         if fewest["loops"] == own["loops"]:
             second = (f"{summary['tokens']:,}", "tokens of training")

@@ -31,6 +31,7 @@ class SequenceBatches(torch.utils.data.Dataset, ABC):
         grades: train on rows of these grades alone; all unless given.
         learn_all: the next token of every token is a label, not those of the answer alone.
         at_least_grade: raise `num_loops` to the batch's grade where it is smaller.
+        token_types: a batch also has `token_type_ids` (r, T), for a model whose prompts see themselves.
 
     Raises:
         ValueError: a batch size that does not divide, or grades without rows.
@@ -48,6 +49,7 @@ class SequenceBatches(torch.utils.data.Dataset, ABC):
         world: int = 1,
         learn_all: bool = False,
         at_least_grade: bool = False,
+        token_types: bool = False,
     ):
         check_share(batch_size, rank, world)
         chosen = np.ones(len(rows), dtype=bool) if grades is None else np.isin(rows.grades, grades)
@@ -55,7 +57,7 @@ class SequenceBatches(torch.utils.data.Dataset, ABC):
             raise ValueError(f"no row has one of the grades {list(grades or [])}.")
         self.rows, self.numbers = rows, np.flatnonzero(chosen)
         self.batch_size, self.seed, self.depth, self.rank, self.world = batch_size, seed, depth, rank, world
-        self.learn_all, self.at_least_grade = learn_all, at_least_grade
+        self.learn_all, self.at_least_grade, self.token_types = learn_all, at_least_grade, token_types
         self.labels = rows.num_labels(learn_all)
 
     def __getitem__(self, step: int) -> dict:
@@ -63,7 +65,10 @@ class SequenceBatches(torch.utils.data.Dataset, ABC):
             raise IndexError(f"step must be >= 0, got {step}.")
         chosen = self.chosen(step)
         share = self.batch_size // self.world
-        batch = self.together(chosen[self.rank * share : (self.rank + 1) * share])
+        own = chosen[self.rank * share : (self.rank + 1) * share]
+        batch = self.together(own)
+        if self.token_types:
+            batch["token_type_ids"] = self.types(own)
         grade = int(self.rows.grades[chosen].max())
         num_loops = max(self.depth(step), grade if self.at_least_grade else 1)
         return batch | {"num_loops": num_loops, "num_labels": int(self.labels[chosen].sum()), "grade": grade}
@@ -75,6 +80,10 @@ class SequenceBatches(torch.utils.data.Dataset, ABC):
     @abstractmethod
     def together(self, numbers: np.ndarray) -> dict[str, torch.Tensor]:
         """The tensors of rows."""
+
+    @abstractmethod
+    def types(self, numbers: np.ndarray) -> torch.Tensor:
+        """`token_type_ids` (r, T) of `together`."""
 
 
 class PackedSequences(SequenceBatches):
@@ -97,6 +106,10 @@ class PackedSequences(SequenceBatches):
     def together(self, numbers):
         return pack([self.rows.row(number, self.learn_all) for number in numbers], self.sequence_length)
 
+    def types(self, numbers):
+        each = [self.rows.types(number) for number in numbers]
+        return pack([(types, types) for types in each], self.sequence_length, pad=1)["input_ids"]
+
 
 class OneLength(SequenceBatches):
     """Rows of one length, which is drawn in proportion to the rows that have it."""
@@ -117,3 +130,6 @@ class OneLength(SequenceBatches):
 
     def together(self, numbers):
         return self.rows.stacked(numbers, self.learn_all)
+
+    def types(self, numbers):
+        return torch.from_numpy(np.stack([self.rows.types(number) for number in numbers]))

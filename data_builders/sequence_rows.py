@@ -160,6 +160,10 @@ class EncodedRows:
             labels[: self.firsts[number]] = IGNORED
         return self.inputs.between(*span).astype(np.int64), labels
 
+    def types(self, number: int) -> np.ndarray:
+        """`token_type_ids` (T,) of a row: 0 for a token of the prompt, 1 for one of the answer."""
+        return (np.arange(self.lengths[number]) > self.firsts[number]).astype(np.int64)
+
     def num_labels(self, learn_all: bool = False) -> np.ndarray:
         """(N,), labels of each row."""
         return self.lengths if learn_all else self.lengths - self.firsts

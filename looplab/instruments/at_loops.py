@@ -38,7 +38,7 @@ def at_loops(
         loops: one loop count or more.
         logits_to_keep: as of the model's forward.
         observe: is shown the states of the call with most loops, see the model's forward.
-        inputs: `input_ids` (B, T), and `attention_mask` and `position_ids` if there are any.
+        inputs: `input_ids` (B, T), and `attention_mask`, `position_ids` and `token_type_ids` if there are any.
     """
     wanted, most = set(loops), max(loops)
     call = {"use_cache": False, "logits_to_keep": logits_to_keep, **inputs}
@@ -51,7 +51,7 @@ def at_loops(
         if observe is not None:
             observe(rows, state)
         if done in wanted and done < most and not apart:
-            masks = {name: inputs.get(name) for name in ("attention_mask", "position_ids")}
+            masks = {name: inputs.get(name) for name in ("attention_mask", "position_ids", "token_type_ids")}
             hidden_states = slice_logits_to_keep(model.model.stopped(state, **masks), logits_to_keep)
             readings[done] = read(model.lm_head(hidden_states))
 

@@ -82,6 +82,9 @@ def read_batch(
 ) -> list[torch.Tensor]:
     """right, labels and loss (3, b) of rows of one length, at every loop count, from one pass."""
     inputs = {name: value.to(model.device) for name, value in rows.stacked(batch).items()}
+    if model.config.attention_pattern == "prefix":
+        types = torch.from_numpy(np.stack([rows.types(number) for number in batch]))
+        inputs["token_type_ids"] = types.to(model.device)
     labels = inputs.pop("shift_labels")
     labels = labels[:, int(rows.firsts[batch].min()) :]  # (b, K)
     real = labels != IGNORED

@@ -37,6 +37,7 @@ class SequenceTraining(TaskTraining):
     ):
         self.recipe, self.depth, self.accelerator = recipe, depth, accelerator
         data, curriculum = recipe.data, recipe.curriculum
+        self.pattern = attention_pattern(recipe)
         self.padding = "data.batching packed" if data.batching == "packed" else None
         with accelerator.main_process_first():
             self.tokenizer = find_tokenizer(recipe, splits, kept_tokenizer)
@@ -70,6 +71,7 @@ class SequenceTraining(TaskTraining):
             "world": self.accelerator.num_processes,
             "learn_all": data.loss == "all",
             "at_least_grade": data.at_least_grade,
+            "token_types": self.pattern == "prefix",
         }
         rows, draws = self.rows["train"], (self.recipe.batch_size, self.recipe.seed, self.depth)
         if data.batching == "packed":
@@ -175,6 +177,27 @@ def by_kind(found: dict) -> dict[str, dict]:
 
 
 LIMIT = "data.sequence_length or model.max_position_embeddings"
+
+
+def attention_pattern(recipe: TrainingRecipe) -> str:
+    """The attention pattern of the model. Raises ValueError for one that the answers cannot be read from."""
+    pattern = recipe.model.get("attention_pattern", LoopedConfig().attention_pattern)
+    if recipe.init_from is not None:
+        with blaming(recipe.init_from, "name another folder in init_from."):
+            config = json.loads((Path(recipe.init_from) / "config.json").read_text(encoding="utf-8"))
+            pattern = config.get("attention_pattern", LoopedConfig().attention_pattern)
+    if pattern == "bidirectional" and not recipe.data.in_place:
+        raise ValueError(
+            "model.attention_pattern bidirectional sees the answer that it has to write: set data.answers in_place, "
+            "or model.attention_pattern prefix."
+        )
+    if pattern == "prefix" and (recipe.data.in_place or recipe.data.loss == "all"):
+        said = "data.answers in_place" if recipe.data.in_place else "data.loss all"
+        raise ValueError(
+            f"model.attention_pattern prefix lets the prompt see itself, and {said} has labels there: use "
+            f"{'bidirectional' if recipe.data.in_place else 'data.loss answer'}."
+        )
+    return pattern
 
 
 def longest_row(recipe: TrainingRecipe) -> int:

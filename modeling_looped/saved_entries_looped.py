@@ -11,7 +11,7 @@ Legend: B batch rows, K key-value heads, H query heads, S tokens of earlier chun
 """
 
 from contextlib import AbstractContextManager
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -52,9 +52,8 @@ class SavedEntries:
         for slot, layer in enumerate(self.cache.layers):
             if layer.is_initialized:
                 keys, values = self.parts.setdefault(slot, ([], []))
-                for parts, entries in zip(
-                    (keys, values), recent_entries(readable(self.cache, slot), num_tokens), strict=True
-                ):
+                recent = recent_entries(readable(self.cache, slot), num_tokens)
+                for parts, entries in zip((keys, values), recent, strict=True):
                     parts.append(entries.detach().clone())
         self.seen += num_tokens
         self.mask = None
@@ -78,7 +77,7 @@ class SavedEntries:
         """The parts of keys or values; the tensor itself if it is something else."""
         for is_of in (is_the_same, has_the_same_heads):
             for slot, (keys, values) in self.parts.items():
-                layer = self.cache.layers[slot]
+                layer: Any = self.cache.layers[slot]
                 for whole, parts in ((layer.keys, keys), (layer.values, values)):
                     if is_of(tensor, whole):
                         own = whole[:, :, self.seen :].detach().clone()

@@ -144,6 +144,6 @@ def draw_growth(rows: Sequence[dict], folder: Path) -> Path:
             colour, mark = PALETTE[index % len(PALETTE)], MARKS[index % len(MARKS)]
             name = f"{mode}, {width} wide: n^{exponent(points, of):.2f}"
             axes.loglog(x, y, color=colour, marker=mark, markersize=4.5, label=name)
-        tidy(axes, label, "loops, batch rows, cached tokens, or tokens trained in chunks")
+        tidy(axes, label, "loops, batch rows, or tokens")
         axes.legend(frameon=False, fontsize=7)
     return save(figure, folder / "growth.png")

@@ -119,7 +119,10 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def dataset_byte_bpe(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """`train_byte_bpe` on the column text of a split from the `datasets` cache, kept beside the file of the split."""
+    """`train_byte_bpe` on the column text of a split from the `datasets` cache; the tokenizer is kept beside its file.
+
+    Several processes may build it at once, see `kept_beside`.
+    """
     return kept_beside(
         train, f"byte_bpe-{vocab_size}", lambda: train_byte_bpe((row["text"] for row in train), vocab_size)
     )

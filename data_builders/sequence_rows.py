@@ -53,6 +53,18 @@ class Reader(ABC):
         said = self.tokenizer(list(answers), split_special_tokens=True, add_special_tokens=False, verbose=False)
         return list(zip(asked, said["input_ids"], strict=True))
 
+    def question(self, prompt: str) -> list[int]:
+        """The tokens of a prompt as it is asked."""
+        return self.tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
+
+    def answer(self, tokens: list[int]) -> str:
+        """The text of tokens that a model wrote."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def said(self, prompt: str) -> str:
+        """A prompt as people read it."""
+        return prompt
+
     @abstractmethod
     def lay(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int], int]:
         """(tokens that are read, labels, where the answer's labels begin); raises ValueError for what does not fit."""
@@ -86,8 +98,20 @@ class ChatPrompt(AfterPrompt):
         return [self.part(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def asked(self, prompt: str) -> list[dict]:
-        """The messages before the answer."""
-        return json.loads(prompt) if self.messages else [{"role": "user", "content": prompt}]
+        """The messages before the answer; a prompt that is no list of messages is a user's."""
+        if self.messages and prompt.startswith("["):
+            return json.loads(prompt)
+        return [{"role": "user", "content": prompt}]
+
+    def question(self, prompt):
+        text = self.template.write(self.asked(prompt), add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def answer(self, tokens):
+        return super().answer(tokens).strip()
+
+    def said(self, prompt):
+        return " / ".join(f"{message['role']}: {message['content']}" for message in self.asked(prompt))
 
     def part(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         messages, tokenizer = self.asked(prompt), self.tokenizer
@@ -136,6 +160,7 @@ class EncodedRows:
         firsts: (N,), where in each row the labels of the answer begin.
         grades: (N,).
         kinds: N names.
+        in_place: answers stand at the tokens of their prompts.
     """
 
     inputs: TokenStream
@@ -143,6 +168,7 @@ class EncodedRows:
     firsts: np.ndarray
     grades: np.ndarray
     kinds: list[str]
+    in_place: bool = False
 
     def __len__(self) -> int:
         return len(self.firsts)
@@ -249,6 +275,7 @@ def encode_questions(
         table["first"].to_numpy(),
         np.array(split["grade"][:], dtype=np.int64),
         list(split["kind"][:]),
+        reader.name == "in_place",
     )
 
 

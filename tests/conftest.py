@@ -52,7 +52,7 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """trained("hops" | "text" | "molecules", "--field=value", ...) is the folder of such a run: see `TrainedRuns`."""
+    """trained("hops" | "text" | .., "--field=value", ...) is the folder of such a run: see `TrainedRuns`."""
     from toy_runs import TrainedRuns
 
     runs = TrainedRuns(tmp_path_factory.mktemp("trained"))
@@ -76,6 +76,12 @@ def text(trained, tmp_path):
 def molecules(trained, tmp_path):
     """The same of the toy molecules."""
     return lambda name, *flags: trained.recipe("molecules", f"--output_dir={tmp_path}", f"--name={name}", *flags)
+
+
+@pytest.fixture
+def sequence(trained, tmp_path):
+    """The same of the toy questions."""
+    return lambda name, *flags: trained.recipe("sequence", f"--output_dir={tmp_path}", f"--name={name}", *flags)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,12 @@ from toys import ROOT, SIZES, write_pages
 
 SHORT = ["--max_steps=2", "--check_every=2", "--checkpoint_every=2", "--optim.warmup_steps=0"]
 SPLITS = "--data.overrides={document_characters: 500, validation_share: 0.1, test_share: 0.1}"
-RECIPES = {"hops": "smoke.yaml", "text": "smoke_text.yaml", "molecules": "molecules/smoke_molecules.yaml"}
+RECIPES = {
+    "hops": "smoke.yaml",
+    "text": "smoke_text.yaml",
+    "molecules": "molecules/smoke_molecules.yaml",
+    "sequence": "smoke_sequence.yaml",
+}
 
 
 def reset_accelerator() -> None:
@@ -46,6 +51,7 @@ class TrainedRuns:
             "hops": [],
             "text": [f"--data.files={write_pages(home / 'pages')}", "--data.vocab_size=280", SPLITS],
             "molecules": [f"--data.files=[{ROOT}/docs/molecules/toys.smi]"],
+            "sequence": [f"--data.files=[{ROOT}/docs/guides/reversals.jsonl]"],
         }
 
     def recipe(self, task: str, *flags: str) -> train.Recipe:
@@ -78,7 +84,7 @@ def times_of(folder: Path) -> dict[Path, int]:
 def make_toy_runs(folder: Path, trained: TrainedRuns) -> None:
     """Write all of it."""
     flags = {"hops": ["--snapshots=[1]"], "text": ["--model.loop_embedding=learned", "--model.max_num_loops=4"]}
-    for task in RECIPES:
+    for task in ("hops", "text", "molecules"):
         trained.copy(folder, task, f"--name={task}", *SHORT, *flags.get(task, []))
     assert main(["eval", str(folder / "hops"), "--loops", "1", "2", "--max-loops", "3"]) == 0
     assert main(["eval", str(folder / "text"), "--loops", "1", "2"]) == 0

@@ -647,6 +647,153 @@ def text_tab(text: Text) -> None:
     gr.on(events, write, given, shown, api_name="go_on", trigger_mode="always_last")
 
 
+# ---- questions
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The section of demo.json about a model that answers questions; the other fields are explained in `Text`.
+
+    Args:
+        examples: prompt, answer, grade and trained (whether the grade was) of test questions.
+        in_place: the answer stands at the tokens of the question.
+        chat: "messages" or "prompts" where the chat template writes the question, None elsewhere.
+    """
+
+    model: str
+    text: str
+    trained_loops: tuple[int, int]
+    max_loops: int
+    examples: list[dict]
+    in_place: bool
+    chat: str | None
+    halting: dict
+    halting_info: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer at one loop count, the probability of all of it, and the mean loops of its tokens."""
+
+    text: str
+    sure: float
+    used: float
+
+
+def messages_of(questions: Questions, prompt: str) -> list[dict]:
+    """The messages that a prompt stands for: those of a conversation, or one of a user."""
+    if questions.chat == "messages" and prompt.startswith("["):
+        return json.loads(prompt)
+    return [{"role": "user", "content": prompt}]
+
+
+def asked_tokens(questions: Questions, tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Tokens (1, T) of a question. Raises ValueError for an empty or too long one, or an unknown character."""
+    if not prompt.strip() or len(prompt) > MAX_TEXT:
+        raise ValueError(f"Write a question of 1 to {MAX_TEXT} characters, got {len(prompt)}.")
+    try:
+        if questions.chat:
+            prompt = tokenizer.apply_chat_template(
+                messages_of(questions, prompt), tokenize=False, add_generation_prompt=True
+            )
+        ids = tokenizer(prompt, add_special_tokens=not questions.chat, split_special_tokens=not questions.chat)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ValueError("The model knows no token for a part of the question.") from error
+    return torch.tensor([ids["input_ids"]])
+
+
+@torch.inference_mode()
+def reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    prompt: str,
+    num_loops: int,
+    halting: dict | None = None,
+) -> Reply:
+    """The model's answer. Raises ValueError as `asked_tokens`."""
+    ids = asked_tokens(questions, tokenizer, prompt).to(model.device)
+    if questions.in_place:
+        output = model(ids, num_loops=num_loops, halting=halting, use_cache=False)
+        logits, tokens, used = output.logits[0], output.logits[0].argmax(-1), output.loops_used[0]
+    else:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            num_loops=num_loops,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **({"halting": halting} if halting else {}),
+        )
+        tokens, logits = output.sequences[0, ids.shape[1] :], torch.stack(output.logits)[:, 0]
+        used = output.loops_used[0]
+    sure = logits.float().log_softmax(-1).gather(1, tokens[:, None]).sum().exp()
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Reply(text.strip() if questions.chat else text, float(sure), float(used.float().mean()))
+
+
+def replies_html(prompt: str, expected: str | None, replies: dict[int, Reply], trained: int) -> str:
+    """A line per loop count: the answer, the probability of all of it, and whether it is right."""
+    lines = []
+    for loops, each in replies.items():
+        mark = "" if expected is None else "&#10003;" if each.text == expected else "&#10007;"
+        beyond = " *" if loops > trained else ""
+        lines.append(
+            f'<tr><td class="loop">{loops}{beyond}</td><td>{mark}</td><td class="text">{escape(each.text)}</td>'
+            f"<td>{percent(each.sure)}</td><td>{each.used:.1f}</td></tr>"
+        )
+    known = "" if expected is None else f" The right answer is <b>{escape(expected)}</b>."
+    return (
+        f'<div class="looped"><p class="dim">{escape(prompt)}{known}</p><table><thead><tr><th class="loop">loops</th>'
+        "<th></th><th>it says</th><th>sure</th><th>loops per token</th></tr></thead><tbody>"
+        f"{''.join(lines)}</tbody></table>"
+        f'<p class="dim">* more loops than in training, which ended at {trained}.</p></div>'
+    )
+
+
+def loops_to_show(most: int) -> list[int]:
+    """1, 2, 4 .. and `most`."""
+    return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
+
+
+def questions_tab(questions: Questions) -> None:
+    model, tokenizer = load(questions.model)
+    trained = questions.trained_loops[1]
+    answers = {each["prompt"]: each["answer"] for each in questions.examples}
+
+    def ask(prompt, loops, halt):
+        try:
+            most = whole("Loops", loops, questions.max_loops)
+            rule = questions.halting if halt else None
+            said = {
+                count: reply(model, tokenizer, questions, prompt or "", count, rule) for count in loops_to_show(most)
+            }
+        except ValueError as error:  # the page or the model refuses
+            return problem_html(str(error))
+        return replies_html(prompt, answers.get(prompt), said, trained)
+
+    gr.Markdown(questions.text)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            prompt = gr.Textbox(questions.examples[0]["prompt"], label="Question", max_lines=6, max_length=MAX_TEXT)
+            gr.Examples([each["prompt"] for each in questions.examples], prompt, label="Test questions, easy to hard")
+            new = gr.Button("Ask", variant="primary")
+            loops = gr.Slider(
+                1,
+                questions.max_loops,
+                trained,
+                step=1,
+                label="Loops per token, at most",
+                info=f"Training ended at {trained} loops.",
+                buttons=[],
+            )
+            halt = gr.Checkbox(False, label="Halt a token when it has settled", info=questions.halting_info)
+        with gr.Column(scale=3, min_width=300):
+            shown = html()
+    gr.on([new.click, prompt.submit], ask, [prompt, loops, halt], shown, api_name="answer", trigger_mode="always_last")
+
+
 # ---- the page
 
 
@@ -664,6 +811,9 @@ def make_page(folder: Path) -> gr.Blocks:
         if "text" in settings:
             with gr.Tab("Text"):
                 text_tab(Text(**settings["text"]))
+        if "sequence" in settings:
+            with gr.Tab("Questions"):
+                questions_tab(Questions(**settings["sequence"]))
         gr.Markdown(settings["project"])
     return page
 

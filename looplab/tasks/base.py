@@ -214,7 +214,7 @@ class Task(ABC):
         raise NotImplementedError
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
-        """Token ids (count, length): the beginnings of test texts."""
+        """Token ids (at most count, at most length): the beginnings of test texts."""
         raise NotImplementedError
 
     def time_halting(self, run: Run, number: int, rounds: int) -> list[dict]:

@@ -17,14 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from data_builders import EncodedRows
+from data_builders import EncodedRows, Verifier
+from data_builders.sequence_rows import Reader
 from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.intervals import wilson_interval
 from looplab.runs.models import count_parameters, load_run_model, loops_to_try
 
+from .ask import written
 from .data import SequenceData
 from .measures import Said, decodes, said_at
 from .records import EVALUATION, GRADES
@@ -90,7 +93,7 @@ def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None
     loops = sorted(set(loops or loops_of(run, model)))
     data, splits = SequenceData.of(run), load_questions(run)
     rows = encoded(data, splits, tokenizer, ("validation", "test"))
-    verifier, records = data.verifier(), []
+    reader, verifier, records = data.reader(tokenizer), data.verifier(), []
     for split in rows:
         found = lines_at(model, rows[split], groups_of(rows[split], limit), loops, split)
         numbers = groups_of(rows[split], limit)
@@ -98,7 +101,7 @@ def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None
             for (grade, kind), at in found.items():
                 scores = None
                 if not verifier.exact:
-                    scores = scored(model, tokenizer, splits[split], numbers[grade, kind], at[count], count, verifier)
+                    scores = scored(model, reader, splits[split], numbers[grade, kind], at[count], count, verifier)
                 cell = {"split": split, "loops": count, "grade": grade, "kind": kind}
                 records.append(cell | record(at[count], scores) | {"trained": grade in trained})
     facts = {
@@ -113,28 +116,18 @@ def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None
 
 def scored(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    split,
+    reader: Reader,
+    split: Dataset,
     numbers: Sequence[int],
     said: Said,
     num_loops: int,
-    verifier,
+    verifier: Verifier,
 ) -> torch.Tensor:
     """Worth (N,) of the answers that the model writes to the rows `numbers`. Where `said` is exact, that is the row's
-    own answer; the others are generated."""
+    own answer; the others are written."""
     scores = torch.zeros(len(numbers), dtype=torch.float64)
     for i, (number, exact) in enumerate(zip(numbers.tolist(), said.exact.tolist(), strict=True)):
         row = split[number]
-        text = row["answer"] if exact else written(model, tokenizer, row["prompt"], num_loops)
-        scores[i] = verifier.score(row, text)
+        text = row["answer"] if exact else written(model, reader, reader.question(row["prompt"]), num_loops)[0]
+        scores[i] = min(1.0, max(0.0, float(verifier.score(row, text))))
     return scores
-
-
-@torch.inference_mode()
-def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_loops: int) -> str:
-    """The answer that the model writes to a prompt."""
-    inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).to(model.device)
-    output = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], num_loops=num_loops, do_sample=False
-    )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

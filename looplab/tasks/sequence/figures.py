@@ -2,6 +2,7 @@
 
     grades.png     x grade by kind, y loops, colour and number right answers in %; a frame around what was trained
     reach.png      right answers by grade, a line per loop count; for groups, at the loops chosen on validation rows
+    halting.png    right answers against mean loops of a token, by rule, on validation rows
     training.png   losses over training tokens (language/figures.py)
 
 A band or bar is the 95 % Wilson interval over the rows of a run, or the t-interval over the runs of a group.
@@ -16,6 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from looplab.instruments.drawing import (
     FRAME,
+    MARKS,
+    PALETTE,
     SeedGroup,
     all_have,
     band_words,
@@ -33,7 +36,7 @@ from looplab.runs.intervals import t_interval
 from looplab.runs.seeds import group_runs
 from looplab.tasks.language.figures import held_out_figure, training_figure
 
-from .records import EVALUATION, GRADES
+from .records import EVALUATION, GRADES, HALTING
 from .results import WORDS, Line, facts_of, lines_of, measure_of
 
 MOST_COLUMNS, MOST_ROWS, MOST_LINES = 24, 16, 6
@@ -52,6 +55,8 @@ def plot_runs(runs: Sequence[Run], output: str | Path | None = None, format: str
         if run.has(GRADES):
             own.append(save(grades_figure(run), figures / "grades.png", format))
             own.append(save(loops_figure(run), figures / "reach.png", format))
+        if run.has(HALTING):
+            own.append(save(halting_figure(run), figures / "halting.png", format))
         paths += run.drew(own)
     if len(runs) > 1:
         groups = list(group_runs(runs).items())
@@ -166,3 +171,20 @@ def shade_trained(axes, own: dict[int, dict[int, dict]], loops: int) -> None:
         axes.axvspan(min(trained) - 0.3, max(trained) + 0.3, color="0.93", zorder=0, label="trained grades")
     axes.set_ylim(-3, 103)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def halting_figure(run: Run) -> Figure:
+    """Right answers against loops of every setting of the sweep; the fixed loop counts are a line."""
+    rows = [row for row in run.read(HALTING) if row["measure"] == "sweep"]
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for index, rule in enumerate(dict.fromkeys(row["rule"] for row in rows if row["rule"] != "fixed")):
+        own = sorted((row["loops"], 100 * row["exact"]) for row in rows if row["rule"] == rule)
+        axes.plot(*zip(*own, strict=True), MARKS[index % len(MARKS)], color=PALETTE[index % len(PALETTE)], label=rule)
+    fixed = sorted((row["loops"], 100 * row["exact"]) for row in rows if row["rule"] == "fixed")
+    axes.plot(*zip(*fixed, strict=True), color="0.55", linewidth=1.5, zorder=0, label="fixed loop counts")
+    axes.set_ylim(-3, 103)
+    tidy(axes, "right answers (%)", "mean loops of a token")
+    axes.set_title(f"{run.name}: validation rows, every grade alike", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+    return figure

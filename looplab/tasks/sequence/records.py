@@ -1,6 +1,8 @@
 """Files with measurements on questions."""
 
 from looplab.runs.folder import NUMBER, SHARE, RecordFile
+from looplab.tasks.base import MEMORY
+from looplab.tasks.quantizing import QUANTIZATION
 
 EVALUATION = RecordFile("evaluation.json", "eval", {"chance": SHARE, "by": str, "num_loops": int})
 GRADES = RecordFile(
@@ -11,5 +13,7 @@ GRADES = RecordFile(
         "tokens": SHARE, "tokens_interval": [NUMBER], "loss": NUMBER, "n": int, "trained": bool,
     },
 )  # fmt: skip
+HALTING = RecordFile("halting.jsonl", "halting", {"measure": str, "rule": str})
+LENS = RecordFile("lens.jsonl", "lens", {"measure": str, "loops": int})
 
-RECORDS = (EVALUATION, GRADES)
+RECORDS = (EVALUATION, GRADES, HALTING, MEMORY, LENS, QUANTIZATION)

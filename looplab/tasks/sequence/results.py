@@ -12,12 +12,16 @@ from collections.abc import Sequence
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import group_runs, span, to_markdown
+from looplab.tasks.quantizing import quantized_cells
 
-from .records import EVALUATION, GRADES
+from .records import EVALUATION, GRADES, HALTING
 
 THRESHOLDS = (0.6, 0.9, 0.95)  # as of arXiv 2604.07822
 TIE = 0.001
-ROUNDING = 1e-9
+ROUNDING = 1e-9  # a loss of one row in a hundred is 0.010000000000000009, and has to count as one point
+POINT = 0.01  # share of right answers that a halting rule may lose in any line
+SOLVABLE = 0.6  # share of right answers
+CRITERION = "loses at most a point of right answers in each solvable grade of the validation rows"
 
 Line = tuple[int, str]
 
@@ -137,5 +141,9 @@ def markdown_table(runs: Sequence[Run]) -> str:
             cells[f"{what} %, {part}"] = span((fact[part] for fact in facts), 1, 100)
         last = " / ".join(dict.fromkeys(str(fact["last"]) for fact in facts))
         cells[f"kept at {last} loops"] = span((fact["kept"] for fact in facts), 2)
+        if all(run.has(HALTING) for run in members):
+            best = [next((row for row in run.read(HALTING) if row["measure"] == "best"), None) for run in members]
+            cells["loops, best rule"] = span((row and row["loops"] for row in best), 2)
+        cells |= quantized_cells(members, "accuracy", 100, 1)
         rows.append(cells)
     return to_markdown(rows)

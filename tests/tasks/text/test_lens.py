@@ -9,8 +9,8 @@ import torch
 from looplab.cli import main
 from looplab.runs.folder import open_run
 from looplab.runs.models import load_run_model
-from looplab.tasks.text import lens
-from looplab.tasks.text.lens_figures import lens_figure, means, shown
+from looplab.tasks.language import lens
+from looplab.tasks.language.lens_figures import lens_figure, means, shown
 from looplab.tasks.text.perplexity import run_blocks
 from toy_runs import failure, rows_of
 from toys import make_model

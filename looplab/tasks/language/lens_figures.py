@@ -1,4 +1,4 @@
-"""The figure of `looped lens` on text: the likeliest token after every loop, and means over loops."""
+"""The figure of `looped lens` on tokens: the likeliest token after every loop, and means over loops."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,10 @@ SHOWN = 16  # tokens of the text in the figure
 LONGEST = 9  # characters of a token in a cell
 
 
-def lens_figure(rows: Sequence[dict]) -> Figure:
+def lens_figure(rows: Sequence[dict], blocks: str = "blocks of test text") -> Figure:
     """Above, a column per token of the first text and a line per loop: the likeliest next token, the darker the surer
-    it is. Below, means over the blocks, or over the text if there are none. rows: records of lens.jsonl."""
+    it is. Below, means over the blocks, or over the text if there are none. rows: records of lens.jsonl. blocks: what
+    these are."""
     tokens = [row for row in rows if row["measure"] == "token" and row["position"] < SHOWN]
     loops = sorted({row["loops"] for row in tokens})
     columns = 1 + max(row["position"] for row in tokens)
@@ -22,7 +23,7 @@ def lens_figure(rows: Sequence[dict]) -> Figure:
     figure = Figure(figsize=(max(0.72 * columns, 8.4), 1.5 + height + 2.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(height + 1.3, 2.6))
     draw_tokens(above, tokens, loops, columns)
-    draw_means(below, rows)
+    draw_means(below, rows, blocks)
     return figure
 
 
@@ -50,11 +51,11 @@ def draw_tokens(figure, tokens: Sequence[dict], loops: Sequence[int], columns: i
     figure.colorbar(image, ax=axes, label="its probability, %", pad=0.01, aspect=12)
 
 
-def draw_means(figure, rows: Sequence[dict]) -> None:
+def draw_means(figure, rows: Sequence[dict], what: str) -> None:
     found = means(rows)
     loops = list(found)
     blocks = len({row["block"] for row in rows if row["measure"] == "block"})
-    over = f"mean over {blocks} blocks of test text" if blocks else "mean over the text"
+    over = f"mean over {blocks} {what}" if blocks else "mean over the text"
     panels = (
         ("agrees", 100, "%", "says what the\nlast loop says"),
         ("kl", 1, "nats", "distance from the\nlast loop (KL)"),

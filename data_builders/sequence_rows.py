@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chats import Template
 from .packing import IGNORED
-from .text_batches import TokenStream
+from .text_batches import TokenStream, lost_characters
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "first": Value("int32")})
 
@@ -226,7 +226,10 @@ def encode_questions(
     tokenizer = reader.tokenizer
     stop = tokenizer.eos_token if isinstance(reader, AfterPrompt) else None
 
+    lost_of, unknown = lost_characters(tokenizer), tokenizer.unk_token_id
+
     def encode(batch: dict) -> dict:
+        lost = lost_of(set().union(*batch["prompt"], *batch["answer"]))
         try:
             parts = reader.parts(batch["prompt"], batch["answer"])
         except Exception as error:  # `tokenizers` raises plain Exceptions
@@ -242,8 +245,12 @@ def encode_questions(
                 if stop is not None and (stop in said or tokenizer.eos_token_id in answer):
                     raise ValueError(f"the answer {shown(said)} has the token {stop!r} in it, which ends answers")
                 for name, tokens in (("prompt", prompt), ("answer", answer)):
+                    if dropped := lost & set(batch[name][i]):
+                        raise ValueError(f"the tokenizer has no token for {min(dropped)!r} in {shown(batch[name][i])}")
                     if not tokens:
                         raise ValueError(f"the {name} {shown(batch[name][i])} has no tokens")
+                if unknown is not None and unknown in answer:
+                    raise ValueError(f"the tokenizer has no token for a part of the answer {shown(said)}")
                 ids, labels, first = reader.lay(prompt, answer)
                 if longest is not None and len(ids) > longest:
                     raise ValueError(

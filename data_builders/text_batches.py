@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -40,21 +40,13 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, which goes between documents: set one and save it again.")
 
-    vocabulary, normalizer = tokenizer.get_vocab(), tokenizer.backend_tokenizer.normalizer
-
-    @functools.cache
-    def is_lost(character: str) -> bool:
-        """Whether the tokenizer drops a character silently, as BPE drops characters that its alphabet lacks."""
-        meant = character if normalizer is None else normalizer.normalize_str(character)
-        shown = meant.isprintable() and not meant.isspace() and meant != ""
-        return shown and not tokenizer(character, add_special_tokens=False)["input_ids"]
+    vocabulary, lost_of = tokenizer.get_vocab(), lost_characters(tokenizer)
 
     def encode(batch: dict) -> dict:
-        if tokenizer.unk_token is None and isinstance(tokenizer.backend_tokenizer.model, BPE):
-            lost = {character for character in set().union(*batch["text"]) if is_lost(character)}
-            for i, text in enumerate(batch["text"] if lost else []):
-                if lost & set(text):
-                    raise ValueError(lacking(min(lost & set(text)), batch, i, split))
+        lost = lost_of(set().union(*batch["text"]))
+        for i, text in enumerate(batch["text"] if lost else []):
+            if lost & set(text):
+                raise ValueError(lacking(min(lost & set(text)), batch, i, split))
         try:
             encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
         except Exception as error:  # `tokenizers` raises plain Exceptions
@@ -142,6 +134,20 @@ class SmilesTable:
             return None
         ends = 1 + np.flatnonzero(codes == ord("\n"))
         return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]), pa.int32()), pa.array(ids))
+
+
+def lost_characters(tokenizer: PreTrainedTokenizerBase) -> Callable[[set[str]], set[str]]:
+    """A function of characters: those that the tokenizer drops silently, as BPE drops what its alphabet lacks."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+
+    @functools.cache
+    def is_lost(character: str) -> bool:
+        meant = character if normalizer is None else normalizer.normalize_str(character)
+        shown = meant.isprintable() and not meant.isspace() and meant != ""
+        return shown and not tokenizer(character, add_special_tokens=False)["input_ids"]
+
+    drops = tokenizer.unk_token is None and isinstance(tokenizer.backend_tokenizer.model, BPE)
+    return lambda characters: {character for character in characters if drops and is_lost(character)}
 
 
 def lacking(what: str, batch: dict, i: int, split: Dataset) -> str:

@@ -540,6 +540,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="QUESTION",
         nargs="?",
         help='hops: an entity and relations, such as "e3 r1 r2" (default: a test question beyond the trained hops); '
+        "sequence: a question (default: a test question beyond the trained grades); "
         "text, molecules: a beginning, which is written on (default: the first words of a test text; nothing)",
     )
     command.add_argument("--loops", type=LOOPS, nargs="+", metavar="R", help=f"loop counts {help_of('ask', 'loops')}")

@@ -1,5 +1,5 @@
-"""Train a looped transformer on hops, text or molecules: `looped train RECIPE [--field value ...]`, in one process, or
-`accelerate launch -m looplab.train RECIPE [--field value ...]`, in as many as it is told.
+"""Train a looped transformer on hops, text, molecules or questions: `looped train RECIPE [--field value ...]`, in one
+process, or `accelerate launch -m looplab.train RECIPE [--field value ...]`, in as many as it is told.
 
     while budget remains:
         batch = task.batches[step]        rows of one length and one loop count; a pure function of (seed, step)
@@ -13,6 +13,7 @@
     hops       the answer, at the last token     accuracy by hop count    stage k passed -> train on 1..k+1 hops
     text       the next token, at every token    nats per token           -
     molecules  the next token, at every token    nats per token           -
+    sequence   the answer, token by token        right answers by grade   grade g passed -> train on the next, too
 
 A run lives in `<output_dir>/<name>/`: recipe.yaml (resolved), metrics.jsonl, checkpoints/, and at the end model/ and
 summary.json. The same command again resumes it, after `kill -9` too, with the losses the uninterrupted run would have

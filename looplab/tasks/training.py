@@ -33,16 +33,16 @@ class TrainingRecipe(Protocol):
 class State:
     """The state of a run beside weights, optimizers and random states; a checkpoint keeps it in state.json.
 
-    gate: the last held-out check. On hops it is hop count -> accuracy in [0, 1]; on text and molecules it is
-    loop count -> nats per token.
+    gate: the last held-out check. On hops it is hop count -> accuracy in [0, 1], on sequence grade -> share of right
+    answers; on text and molecules it is loop count -> nats per token.
     """
 
-    stage: int = 0  # deepest hop count in training; 0 if the task has no stages
+    stage: int = 0  # deepest hop count, or highest grade, in training; 0 if the task has no stages
     stage_start: int = 0  # updates before the stage
     step: int = 0  # updates made
     tokens: int = 0  # input tokens of all ranks, without padding between molecules
     seconds: float = 0.0  # time in the training loop, over all resumes
-    learnable_depth: int = 0  # deepest hop count that passed the held-out check
+    learnable_depth: int = 0  # deepest hop count, or highest grade, that passed the held-out check
     gate: dict[str, float] = field(default_factory=dict)
     finished: bool = False
 

@@ -88,4 +88,4 @@ def test_a_run_without_a_measure_is_named(tmp_path, capfd):
     (tmp_path / "recipe.yaml").write_text("data: {task: molecules}\n")
     (tmp_path / "summary.json").write_text("{}")
     assert main(["memory", str(tmp_path)]) == 2
-    assert "looped memory is not for molecules: it is for hops, text" in capfd.readouterr().err
+    assert "looped memory is not for molecules: it is for hops, text, sequence" in capfd.readouterr().err

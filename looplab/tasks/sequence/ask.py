@@ -1,5 +1,6 @@
 """`looped ask`: the answer that a model writes to one question, at several loop counts."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from .data import SequenceData
 from .rows import load_questions
 
 LOOPS = (1, 2, 4, 8, 16)
+BATCH = 64  # questions that are answered at once
 
 
 def ask(run: Run, question: str | None = None, loops: Sequence[int] | None = None) -> None:
@@ -68,6 +70,29 @@ def written(model: PreTrainedModel, reader: Reader, ids: Sequence[int], num_loop
         tokens, logits = output.sequences[0, len(ids) :], torch.stack(output.logits)[:, 0]
     sure = logits.float().log_softmax(-1).gather(1, tokens[:, None]).sum().exp()
     return reader.answer(tokens.tolist()), float(sure)
+
+
+@torch.inference_mode()
+def written_answers(
+    model: PreTrainedModel, reader: Reader, questions: Sequence[Sequence[int]], num_loops: int
+) -> list[str]:
+    """The answers that the model writes to questions, in batches of one length, which need no padding."""
+    by_length, answers = defaultdict(list), [""] * len(questions)
+    for place, question in enumerate(questions):
+        by_length[len(question)].append(place)
+    for length, places in by_length.items():
+        for start in range(0, len(places), BATCH):
+            some = places[start : start + BATCH]
+            ids = torch.tensor([list(questions[place]) for place in some], device=model.device)
+            if reader.name == "in_place":
+                tokens = model(ids, num_loops=num_loops, use_cache=False).logits.argmax(-1)
+            else:
+                mask = torch.ones_like(ids)
+                output = model.generate(input_ids=ids, attention_mask=mask, num_loops=num_loops, do_sample=False)
+                tokens = output[:, length:]
+            for place, said in zip(some, tokens.tolist(), strict=True):
+                answers[place] = reader.answer(said)
+    return answers
 
 
 def first_beyond(rows, trained: Sequence[int]) -> str:

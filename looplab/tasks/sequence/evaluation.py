@@ -27,7 +27,7 @@ from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.intervals import wilson_interval
 from looplab.runs.models import count_parameters, load_run_model, loops_to_try
 
-from .ask import written
+from .ask import written_answers
 from .data import SequenceData
 from .measures import Said, decodes, said_at
 from .records import EVALUATION, GRADES
@@ -125,9 +125,10 @@ def scored(
 ) -> torch.Tensor:
     """Worth (N,) of the answers that the model writes to the rows `numbers`. Where `said` is exact, that is the row's
     own answer; the others are written."""
-    scores = torch.zeros(len(numbers), dtype=torch.float64)
-    for i, (number, exact) in enumerate(zip(numbers.tolist(), said.exact.tolist(), strict=True)):
-        row = split[number]
-        text = row["answer"] if exact else written(model, reader, reader.question(row["prompt"]), num_loops)[0]
-        scores[i] = min(1.0, max(0.0, float(verifier.score(row, text))))
-    return scores
+    rows, exact = [split[number] for number in numbers.tolist()], said.exact.tolist()
+    others = [reader.question(row["prompt"]) for row, right in zip(rows, exact, strict=True) if not right]
+    texts = iter(written_answers(model, reader, others, num_loops))
+    scores = [
+        verifier.score(row, row["answer"] if right else next(texts)) for row, right in zip(rows, exact, strict=True)
+    ]
+    return torch.tensor(scores, dtype=torch.float64).clamp(0, 1)

@@ -1,5 +1,4 @@
-"""`looped quantize`, `looped memory` and `looped bench` on questions: rows to calibrate on, test rows of trained
-grades, prompts."""
+"""`looped quantize`, `memory`, `dynamics` and `bench` on questions: rows to calibrate on, test rows, prompts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from looplab.instruments.drawing import spread
 from looplab.runs.folder import Run
 from looplab.runs.intervals import wilson_interval
 from looplab.tasks.quantizing import Quantizing
@@ -23,6 +23,17 @@ def trained_rows(rows, trained: Sequence[int], limit: int | None = None) -> np.n
     if not groups:
         raise ValueError("the split test has no rows of a trained grade: there is nothing to measure.")
     return np.sort(np.concatenate(groups))
+
+
+def sorts_of(run: Run, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, list[torch.Tensor]]:
+    """Test rows of at most six grades, `limit` of each, as batches of one length."""
+    rows = encoded(SequenceData.of(run), load_questions(run), tokenizer, ("test",))["test"]
+    found = {}
+    for grade in spread(np.unique(rows.grades).tolist(), 6):
+        numbers = np.flatnonzero(rows.grades == grade)[:limit]
+        batches = rows.by_length(numbers, TOKENS)
+        found[f"grade {grade}"] = [rows.stacked(batch)["input_ids"] for batch in batches]
+    return found
 
 
 def prompts_of(run: Run, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Files with measurements on questions."""
 
 from looplab.runs.folder import NUMBER, SHARE, RecordFile
-from looplab.tasks.base import MEMORY
+from looplab.tasks.base import DYNAMICS, MEMORY
 from looplab.tasks.quantizing import QUANTIZATION
 
 EVALUATION = RecordFile("evaluation.json", "eval", {"chance": SHARE, "by": str, "num_loops": int})
@@ -16,4 +16,4 @@ GRADES = RecordFile(
 HALTING = RecordFile("halting.jsonl", "halting", {"measure": str, "rule": str})
 LENS = RecordFile("lens.jsonl", "lens", {"measure": str, "loops": int})
 
-RECORDS = (EVALUATION, GRADES, HALTING, MEMORY, LENS, QUANTIZATION)
+RECORDS = (EVALUATION, GRADES, HALTING, MEMORY, LENS, DYNAMICS, QUANTIZATION)

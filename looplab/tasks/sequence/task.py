@@ -26,6 +26,7 @@ class SequenceTask(Task):
         "reach": Figure("Right answers by grade, a line per loop count"),
         "halting": Figure("Right answers against mean loops of a token, by halting rule"),
         "lens": Figure("Likeliest next token after every loop, and how far each loop is from the last", "lens"),
+        "dynamics": Figure("How the state moves from loop to loop", "dynamics"),
         "training": Figure("Training: loss and held-out measure over time"),
     }
     defaults: ClassVar = {
@@ -95,6 +96,12 @@ class SequenceTask(Task):
         from .quantizing import SequenceQuantizing
 
         return SequenceQuantizing(run, tokenizer)
+
+    def sorts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int):
+        """By grade, at most six of them, from the easiest to the hardest."""
+        from .quantizing import sorts_of
+
+        return sorts_of(run, tokenizer, limit)
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
         """Whole prompts of the split test, of the commonest length that is at most `length`."""

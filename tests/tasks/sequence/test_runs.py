@@ -87,6 +87,7 @@ def test_every_verb_answers(run, tmp_path, capfd):
         ["eval", "--loops", "1", "2"],
         ["lens", "--limit", "3", "--loops", "2"],
         ["memory", "--limit", "4"],
+        ["dynamics", "--limit", "4"],
         ["quantize", "--calibration-rows", "8"],
         ["ask"],
         ["ask", "abca", "--loops", "2"],

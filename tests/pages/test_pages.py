@@ -425,6 +425,22 @@ def test_text_of_your_own_trains_and_is_evaluated(tmp_path, monkeypatch):
     assert {row["loops"] for row in rows} >= {1, 2, 4, 8}
 
 
+@pytest.mark.slow
+def test_questions_of_your_own_are_trained_on_and_answered(tmp_path, monkeypatch):
+    """The recipe of the guide, in few steps, and the commands below it that end by themselves on a model so young."""
+    page = "docs/guides/your_task.md"
+    monkeypatch.chdir(tmp_path)
+    [recipe] = blocks_of(page, "yaml")
+    Path("reversals.yaml").write_text(recipe)
+    train.main(train.read_recipe("reversals.yaml", ["--max_steps", "2", "--batch_size", "8"]))
+    reset_accelerator()
+    commands = [words for words in commands_of(page) if words[0] == "looped"]
+    assert {words[1] for words in commands} >= {"eval", "plot", "ask", "publish", "export", "halting", "serve"}
+    for words in commands:
+        if words[1] not in ("train", "halting", "serve"):
+            assert main(words[1:]) == 0, words
+
+
 def test_the_dataset_that_a_guide_names_is_accepted():
     page = "docs/guides/train_your_own_data.md"
     [recipe] = blocks_of(page, "yaml")

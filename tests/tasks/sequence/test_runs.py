@@ -21,17 +21,18 @@ from looplab.tasks.sequence.figures import loops_figure, reach_figure
 from looplab.tasks.sequence.records import GRADES, HALTING
 from looplab.tasks.sequence.results import facts_of, lines_of, markdown_table, reach_of
 from looplab.tasks.sequence.rows import load_questions
+from looplab.training.recipe import build_recipe
 from toy_runs import failure, measured, rows_of
 from toys import ROOT
 
-LEARNT = ["--max_steps=150", "--batch_size=64", "--check_every=75", "--checkpoint_every=150", "--optim.lr=4e-3"]
+LEARNT = ["--max_steps=400", "--batch_size=64", "--check_every=200", "--checkpoint_every=400", "--optim.lr=4e-3"]
 DATA = str(ROOT / "docs" / "guides" / "reversals.jsonl")
 
 
 @pytest.fixture(scope="module")
 def learnt(trained, tmp_path_factory):
-    """A run that learnt a little, evaluated: for tests that read it."""
-    run = trained.copy(tmp_path_factory.mktemp("learnt"), "sequence", *LEARNT)
+    """A run of twenty updates, evaluated: for tests that read it."""
+    run = trained.copy(tmp_path_factory.mktemp("learnt"), "sequence")
     assert main(["eval", str(run), "--loops", "1", "2", "4"]) == 0
     return run
 
@@ -41,12 +42,14 @@ def run(learnt, tmp_path):
     return Path(shutil.copytree(learnt, tmp_path / learnt.name))
 
 
-def test_a_run_learns_its_answers(learnt):
-    losses = [row["loss"] for row in rows_of(learnt / "metrics.jsonl") if "loss" in row]
+@pytest.mark.slow
+def test_a_run_learns_to_write_backwards(sequence, tmp_path):
+    """Words that it has not seen, of the lengths that it was trained on."""
+    summary = train.main(sequence("run", *LEARNT))
+    losses = [row["loss"] for row in rows_of(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
-    summary = json.loads((learnt / "summary.json").read_text())
+    assert summary["held_out"]["tokens"] > 0.6
     assert summary["trained_grades"] == [2, 3, 4, 5, 6]
-    assert summary["held_out"]["tokens"] > 0.5
 
 
 def test_harder_rows_are_in_the_test_alone(learnt):
@@ -81,6 +84,8 @@ def test_reach_ends_at_the_first_grade_below_the_threshold():
     assert reach_of(line(1.0) | {(3, "odd"): {2: {"exact": 0.1}}}, 2, "exact", 0.9) is None
 
 
+# Inside torch, where it differentiates forwards for `looped dynamics`.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_every_verb_answers(run, tmp_path, capfd):
     """One after the other on one run, each beside what the others have left."""
     for verb in (
@@ -182,10 +187,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sequence, tmp_path, flags):
 
 
 def test_stages_add_grades_when_lower_ones_pass(sequence, tmp_path):
-    train.main(sequence("staged", "--curriculum={start_grade: 2, threshold: 0.0}", "--check_every=4"))
+    train.main(sequence("staged", "--curriculum={start_grade: 3, threshold: 0.0}", "--check_every=4"))
     rows = rows_of(tmp_path / "staged" / "metrics.jsonl")
     stages = [row["stage"] for row in rows if "loss" in row]
-    assert stages[0] == 2
+    assert stages[0] == 3
     assert all(row["grade"] <= row["stage"] for row in rows if "loss" in row)
     assert stages == sorted(stages)
 
@@ -194,7 +199,7 @@ def test_stages_add_grades_when_lower_ones_pass(sequence, tmp_path):
 @pytest.mark.parametrize("loss", ["answer", "all"])
 def test_every_tokenizer_and_loss_trains(sequence, tmp_path, tokenizer, loss):
     size = ["--data.vocab_size=280"] if tokenizer == "bpe" else []
-    if tokenizer == "words":  # questions of several words
+    if tokenizer in ("words", "digits"):  # questions of several words
         rows = [json.loads(line) for line in Path(DATA).read_text().splitlines()]
         spaced = [{name: " ".join(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows]
         (tmp_path / "spaced.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spaced))
@@ -211,7 +216,6 @@ REFUSED = [
     (["--data.vocab_size=300"], "give both, or neither"),
     (["--data.tokenizer=bpe"], "give both, or neither"),
     (["--data.chat=true"], "need a tokenizer with a chat template"),
-    (["--data.answers=in_place"], "as many tokens as its prompt"),
     (["--data.answers=in_place", "--data.loss=all"], "learns the prompt"),
     (["--data.sequence_length=6"], r"reversals\.jsonl, line \d+: prompt and answer have .* a row may read 6"),
     (["--model.max_position_embeddings=6"], r"line \d+: .* a row may read 6 \(.*max_position_embeddings\)"),
@@ -263,7 +267,7 @@ def test_conversations_are_learnt_and_asked_through_the_template(tmp_path, capfd
     data = {"task": "sequence", "files": [file], "messages": True, "tokenizer": str(tmp_path / "tokenizer")}
     data |= {"overrides": {"validation_share": 0.2, "test_share": 0.2}}
     recipe = yaml.safe_load((ROOT / "recipes" / "smoke_sequence.yaml").read_text()) | {"data": data, "max_steps": 2}
-    train.main(train.build_recipe(recipe | {"output_dir": str(tmp_path), "name": "chat"}))
+    train.main(build_recipe(recipe | {"output_dir": str(tmp_path), "name": "chat"}))
     run = tmp_path / "chat"
     assert main(["eval", str(run), "--loops", "1", "2"]) == 0
     assert main(["ask", str(run), "the loop", "--loops", "1"]) == 0
@@ -285,7 +289,7 @@ def test_answers_in_place_are_learnt_read_and_asked(tmp_path, capfd):
     data |= {"overrides": {"validation_share": 0.2, "test_share": 0.2}}
     recipe = yaml.safe_load((ROOT / "recipes" / "smoke_sequence.yaml").read_text()) | {"data": data, "max_steps": 10}
     with torch.enable_grad():
-        train.main(train.build_recipe(recipe | {"output_dir": str(tmp_path), "name": "bits"}))
+        train.main(build_recipe(recipe | {"output_dir": str(tmp_path), "name": "bits"}))
     run = tmp_path / "bits"
     for verb in (["eval", "--loops", "2"], ["ask", "01100101", "--loops", "2"], ["plot"], ["lens", "--limit", "2"]):
         assert main([verb[0], str(run), *verb[1:]]) == 0

@@ -145,7 +145,6 @@ def test_the_page_asks_as_the_task_does(run, tmp_path):
     space = demo.write_space([open_run(run)], tmp_path / "space")
     app = demo.load_app(space)
     app.load = demo.load_here
-    app.make_page(space)
     questions = app.Questions(**json.loads((space / "demo.json").read_text())["sequence"])
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(run / "model"),

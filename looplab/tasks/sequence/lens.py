@@ -28,6 +28,11 @@ def lens_run(run: Run, num_loops: int | None = None, limit: int | None = None, f
     """
     model, tokenizer = load_run_model(run, num_loops)
     model.eval()
+    if model.config.attention_pattern == "prefix":
+        raise ValueError(
+            f"{run} has attention_pattern='prefix', and the lens reads question and answer as one prompt: "
+            "it is for causal models, and for answers in place."
+        )
     rows = encoded(SequenceData.of(run), load_questions(run), tokenizer, ("test",))["test"]
     numbers = spread_blocks(len(rows), LIMIT if limit is None else limit)
     numbers = torch.from_numpy(rows.grades.argsort(kind="stable"))[numbers]

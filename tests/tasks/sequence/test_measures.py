@@ -65,6 +65,8 @@ CASES = [{"kv_sharing": name} for name in SHARINGS] + [
     {"num_coda_layers": 1, "num_prelude_layers": 1},
     {"sliding_window": 2},
     {"loop_connection": "inject_add"},
+    {"attention_pattern": "prefix"},
+    {"attention_pattern": "prefix", "num_coda_layers": 1, "kv_sharing": "first"},
 ]
 
 

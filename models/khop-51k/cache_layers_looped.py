@@ -152,11 +152,12 @@ def count_dropped(layer: object, num_tokens: int) -> None:
 class LastEntries:
     """What stays of a step: the entries of the last loop."""
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None, is_first: bool) -> None:
+    def add(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | slice | None, is_first: bool) -> None:
         """Note the entries (B, K, T, d) that a loop writes.
 
         Args:
-            rows: (b,), the batch rows that ran this loop; None for all. The others repeat their old entries.
+            rows: the batch rows that ran this loop, (b,) or a slice; None for all. The others repeat their old
+                entries.
             is_first: whether it is the first loop of the step.
         """
 
@@ -172,13 +173,13 @@ class MeanEntries:
     sums: tuple[torch.Tensor, torch.Tensor]  # keys, values
     counts: torch.Tensor  # (B, 1, 1, 1) loops
 
-    def add(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | None, is_first: bool) -> None:
+    def add(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor | slice | None, is_first: bool) -> None:
         """See `LastEntries.add`."""
         if is_first:
             self.sums, self.counts = (keys, values), keys.new_ones(len(keys), 1, 1, 1)
             return
-        if rows is None:
-            rows = torch.arange(len(keys), device=keys.device)
+        if rows is None or isinstance(rows, slice):
+            rows = torch.arange(len(keys), device=keys.device)[slice(None) if rows is None else rows]
         sum_of_keys, sum_of_values = self.sums
         self.sums = sum_of_keys.index_add(0, rows, keys[rows]), sum_of_values.index_add(0, rows, values[rows])
         self.counts = self.counts.index_add(0, rows, self.counts.new_ones(len(rows), 1, 1, 1))
@@ -204,10 +205,11 @@ class RewritingLayer(CacheLayerMixin):
         """The next update belongs to new tokens."""
         self.step_is_open = True
 
-    def update(self, key_states, value_states, *args, rows: torch.Tensor | None = None, **kwargs):
+    def update(self, key_states, value_states, *args, rows: torch.Tensor | slice | None = None, **kwargs):
         """Write T entries, (B, K, T, d); returns all keys and values, (B, K, S, d) or of a static cache's length.
 
-        Only the batch rows in `rows` (b,) are new; the others have stopped looping and repeat their old entries.
+        Only the batch rows in `rows`, (b,) or a slice, are new; the others have stopped looping and repeat their old
+        entries.
         """
         self.stays.add(key_states, value_states, rows, is_first=self.step_is_open)
         return self.write(key_states, value_states)

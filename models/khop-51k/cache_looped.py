@@ -80,8 +80,8 @@ class KeySource(ABC):
         """
 
     @abstractmethod
-    def keep(self, rows: torch.Tensor) -> "KeySource":
-        """The source of the (b',) batch rows `rows` of these."""
+    def keep(self, rows: torch.Tensor | slice) -> "KeySource":
+        """The source of the batch rows `rows` of these, (b',) or a slice."""
 
     @abstractmethod
     def join(self, later: Sequence) -> "KeySource":
@@ -455,11 +455,12 @@ class ActiveCache:
 
     Args:
         cache: of all B batch rows.
-        active: (b,), the batch rows that still loop.
+        active: the batch rows that still loop, (b,), or a slice of the first ones, whose entries are then read as a
+            view: an index would copy their whole context.
         sharing: the policy, which says where the loop before left its entries.
     """
 
-    def __init__(self, cache: Cache, active: torch.Tensor, sharing: Sharing):
+    def __init__(self, cache: Cache, active: torch.Tensor | slice, sharing: Sharing):
         self.cache, self.active, self.sharing = cache, active, sharing
 
     def update(self, key_states, value_states, slot: int, *args, **kwargs):

@@ -153,8 +153,9 @@ class CallContext:
         """The same with another source of keys."""
         return replace(self, key_source=key_source)
 
-    def keep(self, rows: torch.Tensor, past_key_values: Cache | ActiveCache | None) -> "CallContext":
-        """The context of the (b,) batch rows `rows` of this one, which see the cache as `past_key_values`."""
+    def keep(self, rows: torch.Tensor | slice, past_key_values: Cache | ActiveCache | None) -> "CallContext":
+        """The context of the batch rows `rows` of this one, (b,) or a slice, which see the cache as
+        `past_key_values`."""
 
         def select(tensor):
             return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
@@ -201,6 +202,7 @@ class ActiveBatch:
         self.rows = torch.arange(embeds.shape[0], device=embeds.device)  # len() would fix it in an exported graph
         self.loops_run = self.most_loops = call.most_loops
         self.may_halt = call.rows_may_halt
+        self.budgets = known_budgets(call)
         self.memory = None  # of the halting rule
         self.halted = []  # (batch rows, their state, their loops) of those that left
         if call.halting is not None:
@@ -234,6 +236,8 @@ class ActiveBatch:
             self.call.observe(self.rows, close(self.state))
         if not self.may_halt or loop + 1 == self.most_loops:
             return True
+        if self.budgets is not None:
+            return self._leave_from_the_end(loop, self.budgets)
         done = self._done(loop, close)
         if not done.any():
             return True
@@ -242,6 +246,15 @@ class ActiveBatch:
         if len(self.rows) == 0:
             self.loops_run = loop + 1
         return len(self.rows) > 0
+
+    def _leave_from_the_end(self, loop: int, budgets: Sequence[int]) -> bool:
+        """`leave` where it is known that the last of these batch rows halt first: those that go on are a view."""
+        going_on = sum(budget > loop + 1 for budget in budgets)
+        if going_on < len(self.rows):
+            numbers = torch.arange(going_on, len(self.rows), device=self.rows.device)
+            self.halted.append((self.rows[going_on:], self.state[going_on:], torch.full_like(numbers, loop + 1)))
+            self._keep(slice(0, going_on))
+        return True
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of all batch rows in the order of the call, and the loops run for each token, (B, T)."""
@@ -274,11 +287,12 @@ class ActiveBatch:
         """Note the state of some of these batch rows, which ran `loops` loops."""
         self.halted.append((self.rows[rows], self.state[rows], torch.full_like(rows, loops)))
 
-    def _keep(self, rows: torch.Tensor) -> None:
+    def _keep(self, rows: torch.Tensor | slice) -> None:
         """Go on with some of these batch rows."""
         self.rows, self.state, self.embeds = self.rows[rows], self.state[rows], self.embeds[rows]
         self.memory = None if self.memory is None else self.memory[rows]
-        seen = None if self.cache is None else ActiveCache(self.cache, self.rows, self.sharing)
+        active = slice(0, len(self.rows)) if isinstance(rows, slice) else self.rows
+        seen = None if self.cache is None else ActiveCache(self.cache, active, self.sharing)
         self.context = self.context.keep(rows, seen)
 
 
@@ -314,6 +328,17 @@ class LoopStates:
         blank = torch.zeros_like(values[0])
         rows = [rows for rows, _ in self.visits]
         return torch.stack([blank.index_copy(0, r, v) for r, v in zip(rows, values, strict=True)], dim=-1)
+
+
+def known_budgets(call: Call) -> list[int] | None:
+    """The loop counts of the batch rows, where nothing else halts them and each has at most as many as the one before.
+
+    They are read once per call: no loop then asks the device who is done.
+    """
+    if call.halting is not None or not isinstance(call.num_loops, torch.Tensor):
+        return None
+    budgets = call.num_loops.tolist()
+    return budgets if budgets == sorted(budgets, reverse=True) else None
 
 
 def in_graph(state: torch.Tensor) -> torch.Tensor:

@@ -210,7 +210,8 @@ def run_bench(arguments) -> None:
     from looplab.bench.bench import bench
     from looplab.runs.sources import opened_runs
 
-    with opened_runs([] if arguments.run is None else [arguments.run]) as runs:
+    named = "khop-51k" if arguments.run is None and arguments.requests else arguments.run
+    with opened_runs([] if named is None else [named]) as runs:
         bench(
             arguments.output,
             widths=arguments.widths,
@@ -221,6 +222,7 @@ def run_bench(arguments) -> None:
             contexts=arguments.contexts,
             memory_loops=arguments.memory_loops,
             growth=arguments.growth,
+            requests=arguments.requests,
         )
 
 
@@ -585,6 +587,15 @@ def parser() -> argparse.ArgumentParser:
         "--growth",
         action="store_true",
         help="measure and draw instead how time and memory grow with loops (to 1,000), batch rows, context and chunks",
+    )
+    command.add_argument(
+        "--requests",
+        type=COUNT,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="measure instead N requests of different depth at once, on RUN (default: khop-51k); with --contexts S, "
+        "also a decoded token of rows of different depth after S tokens",
     )
     add_data(command)
     command.set_defaults(call=run_bench)

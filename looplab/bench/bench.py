@@ -4,6 +4,7 @@
     decode       greedy `generate` at batch 1, new tokens/s; eager with a dynamic cache, compiled with a static cache
     kv_bytes     bytes of the cache tensors per token, for each kv_sharing
     hyper        an update of Hyperloop's gated streams, tokens/s, against the plain loop of the same layers
+    requests     requests of different depth together; see `requests.py`
     context      decoding at long contexts, new tokens/s; see `contexts.py`
     chunks       an update with gated KV, tokens/s; see `contexts.py`
     growth       seconds and bytes over loops, batch rows, context and tokens trained in chunks; see `growth.py`
@@ -46,6 +47,7 @@ def bench(
     contexts: Sequence[int] = (),
     memory_loops: Sequence[int] = (4, 8),
     growth: bool = False,
+    requests: Sequence[int] = (),
 ) -> Path:
     """Measure, print a table and write OUTPUT/bench.jsonl, one line per measurement; returns its path.
 
@@ -58,6 +60,8 @@ def bench(
         contexts: cached tokens; if given, only `contexts.py` is measured.
         memory_loops: loop counts for `contexts`.
         growth: measure what `growth.py` does instead, and draw OUTPUT/growth.png.
+        requests: rows at once; if given, only `requests.py` is measured, on `run` and, with `contexts`, on random
+            models.
 
     Raises:
         ValueError: the task of the run has no such rows, `output` is not a folder, or more memory is needed than is
@@ -65,11 +69,14 @@ def bench(
     """
     from .contexts import context_lines, memory_plan
     from .growth import FEW_POINTS, POINTS, draw_growth, growth_lines, growth_plan
+    from .requests import exit_plan, request_lines, request_rows
 
     check_folder(Path(output))
     if run is not None:
         task_for("bench", [run])
         load_run_model(run)  # refuses a run that cannot be measured, before the other measurements
+    if requests and (run is None or not task_for("bench", [run]).has("chains")):
+        raise ValueError("--requests answers chains: name a run of khop or composition with --run.")
     work = QUICK if quick else Workload()
     widths, rounds = ((32,), 2) if quick else (widths, rounds)
     check_memory(max(widths), work, max(contexts, default=0), max(memory_loops) if contexts else work.loops)
@@ -77,6 +84,8 @@ def bench(
     peak = matmul_peak(work.matmul)
     if growth:
         plan = growth_plan(widths, work, rounds, FEW_POINTS if quick else POINTS)
+    elif requests:
+        plan = exit_plan(widths, work, rounds, contexts)
     elif contexts:
         plan = memory_plan(widths, work, rounds, contexts, memory_loops)
     else:
@@ -86,11 +95,14 @@ def bench(
         plan += [partial(hyper_row, width, work, rounds, how) for width in widths for how in compiling]
         plan += [partial(accepted_row, width, work, rounds) for width in widths]
     rows = [measure() for measure in tqdm(plan, desc="measuring", unit="row")]
-    if run is not None and not (contexts or growth):
+    if requests:
+        assert run is not None
+        rows += request_rows(run, work, rounds, requests)
+    elif run is not None and not (contexts or growth):
         rows += task_rows(run, work, rounds)
     facts = machine() | {"matmul_peak_gflops": peak, "layers": work.layers, "loops": work.loops}
     rows = [facts | row for row in rows]
-    print("\n".join([bench_table(rows), *context_lines(rows), *growth_lines(rows)]))
+    print("\n".join([bench_table(rows), *context_lines(rows), *growth_lines(rows), *request_lines(rows)]))
     if growth:
         draw_growth(rows, Path(output))
     return write_whole(Path(output) / "bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

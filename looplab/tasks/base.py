@@ -48,7 +48,7 @@ METHODS = {
     "memory": ("measure",),
     "quantize": ("quantizing",),
     "dynamics": ("sorts",),
-    "bench": ("prompts", "time_halting"),
+    "bench": ("prompts", "time_halting", "chains"),
     "publish": ("card",),
     "demo": ("demo_part",),
 }
@@ -219,6 +219,12 @@ class Task(ABC):
 
     def time_halting(self, run: Run, number: int, rounds: int) -> list[dict]:
         """Rows of `looped bench`: halting against a fixed loop count, on `number` test rows of each hop count."""
+        raise NotImplementedError
+
+    def chains(
+        self, run: Run, tokenizer: "PreTrainedTokenizerBase", number: int, most: int
+    ) -> "list[tuple[list[int], int, int]]":
+        """Test questions of at most `most` hops, `number` of each hop count: token ids, hops, and the answer's id."""
         raise NotImplementedError
 
     def card(self) -> "Card":

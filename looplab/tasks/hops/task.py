@@ -155,6 +155,17 @@ class HopTask(Task):
 
         return halting_rows(run, number, rounds)
 
+    def chains(self, run: Run, tokenizer: "PreTrainedTokenizerBase", number: int, most: int):
+        from .rows import groups_of, load_run_task
+
+        groups = groups_of(load_run_task(run)["test"], tokenizer, number)
+        return [
+            (ids, group.hops, answer)
+            for group in groups
+            if group.hops <= most
+            for ids, answer in zip(group.input_ids.tolist(), group.answers.tolist(), strict=True)
+        ]
+
     def card(self):
         from .card import HopCard
 

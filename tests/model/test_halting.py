@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig
 from transformers.utils.logging import warning_once
 
@@ -114,6 +115,63 @@ def test_rows_of_different_depth_equal_each_row_alone(kv_sharing, attn):
     padded, mask = torch.cat([torch.zeros(4, 2, dtype=torch.long), ids], 1), torch.ones(4, 8, dtype=torch.long)
     mask[:, :2] = 0
     assert model.generate(padded, attention_mask=mask, num_loops=budget, **kwargs)[:, 2:].equal(tokens.sequences)
+
+
+def drawn_counts(seed: int, rows: int = 5) -> list[int]:
+    return torch.randint(1, 6, (rows,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+@every_sharing
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 3, "num_coda_layers": 1}])
+def test_rows_of_any_order_of_counts_get_their_own_scores_and_cache_back(kv_sharing, fields):
+    """Decoding sorts them, the deepest first; padded prompts, and a cache that goes on afterwards."""
+    model, ids, counts = make_model(kv_sharing=kv_sharing, **fields), make_ids(5, 6), drawn_counts(len(kv_sharing))
+    assert counts != sorted(counts, reverse=True)
+    padding = torch.tensor([0, 3, 1, 0, 2])
+    mask = (torch.arange(6) >= padding[:, None]).long()
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    batch = model.generate(ids * mask, attention_mask=mask, num_loops=torch.tensor(counts), **kwargs)
+    assert batch.loops_used.equal(torch.tensor(counts)[:, None].expand(5, 4))
+    seen = torch.cat([mask, torch.ones(5, 4, dtype=torch.long)], dim=1)
+    last, after = batch.sequences[:, -1:], {"use_cache": True, "logits_to_keep": 1}
+    goes_on = model(
+        last, attention_mask=seen, past_key_values=batch.past_key_values, num_loops=torch.tensor(counts), **after
+    )
+    for row, loops in enumerate(counts):
+        own = ids[row : row + 1, padding[row] :]
+        alone = model.generate(own, attention_mask=torch.ones_like(own), num_loops=loops, **kwargs)
+        assert batch.sequences[row, 6:].equal(alone.sequences[0, -4:])
+        for ours, theirs in zip(batch.scores, alone.scores, strict=True):
+            torch.testing.assert_close(ours[row], theirs[0], **FP32)
+        next_alone = model(last[row : row + 1], past_key_values=alone.past_key_values, num_loops=loops, **after)
+        torch.testing.assert_close(goes_on.logits[row], next_alone.logits[0], **FP32)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the tensors of every operation of a kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **kwargs or {})
+        self.outputs.setdefault(operation.overloadpacket.__name__, []).append(output)
+        return output
+
+
+@torch.no_grad()
+@every_sharing
+def test_rows_that_leave_from_the_end_are_not_asked_for_and_their_cache_is_not_copied(kv_sharing):
+    model, cache = make_model(kv_sharing=kv_sharing, num_loops=4), DynamicCache()
+    model.generate(make_ids(4, 30), past_key_values=cache, num_loops=4, max_new_tokens=2)
+    for counts, copies in (([4, 3, 2, 1], False), ([1, 2, 3, 4], True)):
+        with Operations() as seen:
+            model(make_ids(4, 1), past_key_values=cache, num_loops=torch.tensor(counts))
+        indexed = [each.shape for each in seen.outputs.get("index", []) if each.ndim == 4]
+        assert ("nonzero" in seen.outputs) == copies
+        assert any(len(shape) == 4 and shape[2] > 30 for shape in indexed) == copies
 
 
 @torch.no_grad()

@@ -7,8 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from looplab.bench.contexts import CACHES, context_row, filled_cache, step_at
 from looplab.bench.flops import connection_flops, forward_flops, update_flops
 from looplab.bench.pair import QUICK, build_pair
+from looplab.bench.requests import MOST_HOPS, exit_row, request_lines, request_rows
 from looplab.bench.speed import kv_row
 from looplab.instruments.timing import compared, interleaved
+from looplab.runs.models import load_run_model
+from looplab.runs.sources import opened_runs
+from looplab.tasks.registry import task_for
 from modeling_looped.cache_looped import SHARINGS
 from modeling_looped.connections_looped import CONNECTIONS
 from modeling_looped.gates_looped import KV_GATES
@@ -125,3 +129,19 @@ def test_two_actions_are_timed_in_turn():
     order = []
     interleaved(lambda: order.append("a"), lambda: order.append("b"), rounds=3, warmup=1)
     assert "".join(order) == "ab" * 4
+
+
+@pytest.mark.slow
+def test_requests_at_their_own_depth_are_compared_with_the_smallest_count_that_answers_no_worse():
+    """khop-51k follows one hop per loop, so that 16 hops need 16; what could be saved follows from the questions."""
+    with opened_runs(["khop-51k"]) as [run]:
+        rows = request_rows(run, QUICK, rounds=1, at_once=[4])
+        _, tokenizer = load_run_model(run)
+        chains = task_for("bench", [run]).chains(run, tokenizer, QUICK.rows_per_hop, MOST_HOPS)
+    cells = sum(len(ids) for ids, _, _ in chains)
+    by_length, by_rule = (next(row for row in rows if row["mode"] == mode) for mode in ("by length", "by rule"))
+    assert (by_length["fixed_loops"], by_length["accuracy"]) == (MOST_HOPS, 1.0)
+    assert by_length["ideal"] == MOST_HOPS * cells / sum(len(ids) * hops for ids, hops, _ in chains)
+    assert by_length["loops"] < by_rule["loops"] < MOST_HOPS
+    assert "own depth" in by_rule
+    assert len(request_lines([*rows, exit_row(32, QUICK, 1, 6, "all loops")])) == 2 + len(rows) + 3

@@ -264,6 +264,11 @@ def test_hops_are_drawn_as_texts_are(cache):
         counts[row["prompt"]] += 1
     # 40 of each are expected, give or take five standard deviations.
     assert all(abs(count - 40) < 5 * 40**0.5 for count in counts.values())
+    # And so for how many go one place in the first hop: after their marks, letters 4 and 6 are equal.
+    near = [text for text in texts if text.split()[6] == text.split()[8]]
+    share, drawn_rows = len(near) / len(texts), 40 * len(texts)
+    spread = (share * (1 - share) / drawn_rows) ** 0.5
+    assert abs(sum(counts[text] for text in near) / drawn_rows - share) < 4 * spread
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from looplab.tasks.sequence.data import SequenceData
 from looplab.tasks.sequence.measures import said_at
 from looplab.tasks.sequence.rows import encoded
 from looplab.training.recipe import build_recipe
+from toys import FP32
 
 FEW = {"train_per_grade": 30, "validation_per_grade": 3, "test_per_grade": 3, "train_grade": 3, "far_grades": [4]}
 MODEL = {"num_core_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_loops": 2}
@@ -44,6 +45,8 @@ def test_what_a_prompt_that_sees_itself_says_is_what_generate_writes(tmp_path, b
             assert int((logits.argmax(-1) == torch.from_numpy(labels[first:])).sum()) == said.right[number]
             written = model.generate(prompt, num_loops=loops, max_new_tokens=1, do_sample=False)
             assert written[0, -1] == logits[0].argmax()
+            alone = model(prompt, num_loops=loops).logits[0, -1]  # a text without types is a prompt
+            torch.testing.assert_close(alone, logits[0], **FP32)
 
 
 def test_answers_in_place_are_learnt_by_a_model_that_sees_the_whole(tmp_path):

@@ -120,6 +120,12 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
             call["custom_generate"] = speculation
         return super().generate(**call, **settings)
 
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        """As in transformers, which compiles on accelerators; with a `compile_config` also on a CPU."""
+        if generation_config.compile_config is not None:
+            generation_config.compile_config._compile_all_devices = True
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
     def _sample(
         self,
         input_ids,
@@ -297,8 +303,10 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *, num_new_tokens=1, **kwargs):
         if "loops_of_calls" in model_kwargs:  # decoding loops of other libraries call this as well
+            # Of a fixed count not the output is kept, which a compiled graph overwrites in its next call.
+            loops = outputs.loops_used[:, -1:] if "halting" in model_kwargs else model_kwargs["num_loops"]
             # A call that verifies a draft makes several tokens, all with the same loop count.
-            model_kwargs["loops_of_calls"].append(outputs.loops_used[:, -1:].expand(-1, num_new_tokens))
+            model_kwargs["loops_of_calls"].append((loops, num_new_tokens))
         model_kwargs = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
         )
@@ -347,7 +355,7 @@ def in_order(value, order: torch.Tensor, rows: int):
     return value[order] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
 
 
-def with_loops_used(decode: Callable, *args, **kwargs):
+def with_loops_used(decode: Callable, input_ids: torch.Tensor, *args, **kwargs):
     """The output of a decoding method of transformers, with the loops of its calls.
 
     The list `loops_of_calls` is added here, and only `_update_model_kwargs_for_generation` reads it: `generate` would
@@ -355,7 +363,13 @@ def with_loops_used(decode: Callable, *args, **kwargs):
     """
     calls = []
     # A model that drafts for itself calls generate again: give the inner call its own list.
-    outputs = decode(*args, **kwargs | {"loops_of_calls": calls})
-    if type(outputs) is not GenerateDecoderOnlyOutput or any(len(call) != len(outputs.sequences) for call in calls):
+    outputs = decode(input_ids, *args, **kwargs | {"loops_of_calls": calls})
+    if type(outputs) is not GenerateDecoderOnlyOutput:
         return outputs
-    return LoopedGenerateOutput(**outputs, loops_used=torch.cat(calls, dim=1))
+    rows, length = outputs.sequences.shape
+    counts = [(torch.as_tensor(loops, device=input_ids.device).reshape(-1, 1), tokens) for loops, tokens in calls]
+    if any(len(loops) not in (1, rows) for loops, _ in counts):
+        return outputs
+    loops_used = torch.cat([loops.expand(rows, tokens) for loops, tokens in counts], dim=1)
+    # A stop that is read one step late has run one call too many, whose token is dropped.
+    return LoopedGenerateOutput(**outputs, loops_used=loops_used[:, : length - input_ids.shape[1]])

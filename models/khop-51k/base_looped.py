@@ -17,6 +17,8 @@ from .halting_looped import Rule
 from .initial_looped import SetsInitialValues
 from .layers_looped import LoopedAttention, LoopedLayer
 
+MOST_GRAPHS = 256  # of a forward, one for every loop count and shape; torch admits no more of all models together
+
 
 class LoopedPreTrainedModel(PreTrainedModel):
     """Base of all looped models: how their weights start, and how they are loaded and saved."""
@@ -80,6 +82,19 @@ class LoopedPreTrainedModel(PreTrainedModel):
         if model.can_generate() and generation_config is None:
             mark_saved_settings(model.generation_config)
         return loaded
+
+    def get_compiled_call(self, compile_config):
+        """As in transformers, but every loop count, which has a graph of its own, is compiled.
+
+        torch gives up after `recompile_limit` graphs, 8 by default, and goes on without a word and without the graph.
+        """
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(*args, **kwargs):
+            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, fail_on_recompile_limit_hit=True):
+                return compiled(*args, **kwargs)
+
+        return call
 
     def floating_point_ops(self, inputs: dict) -> int:
         """FLOPs of a training step on `inputs`: 6 for each token and parameter that is no embedding, as `Trainer`

@@ -43,16 +43,17 @@ class LeftAligned:
 
     Args:
         real: (B, T) bool, the tokens of the call that are not padding.
+        padded: whether some of them may be padding.
 
     Attributes:
         moves: whether a token changes its place.
         inverse: (B, T), the place in the chunks of every token of the call.
     """
 
-    def __init__(self, real: torch.Tensor):
+    def __init__(self, real: torch.Tensor, padded: bool = True):
         tokens = torch.arange(real.shape[1], device=real.device)
         padding = (real.int().cumsum(1) == 0).sum(1, keepdim=True)  # (B, 1)
-        self.moves = bool((padding % real.shape[1]).any())
+        self.moves = padded and bool((padding % real.shape[1]).any())
         self.order = (tokens + padding) % real.shape[1]  # (B, T)
         self.inverse = (tokens - padding) % real.shape[1]
 
@@ -136,7 +137,7 @@ class Chunks:
                 "give the mask of real tokens instead of a prepared one, or calls of at most prefill_chunk tokens."
             )
         begins = begins_of(call.position_ids)
-        packed = mask is None and bool(begins[:, 1:].any())
+        packed = mask is None and not call.counted and bool(begins[:, 1:].any())
         needs_rows = call.past_key_values is not None or call.halting is not None
         if packed and (needs_rows or not isinstance(call.num_loops, int)):
             raise ValueError(
@@ -156,7 +157,7 @@ class Chunks:
         real = call.embeds.new_ones(call.embeds.shape[:2], dtype=torch.bool)
         if mask is not None:
             real = mask[:, -real.shape[1] :].bool()
-        self.layout = Unpacked(begins.expand(real.shape)) if packed else LeftAligned(real)
+        self.layout = Unpacked(begins.expand(real.shape)) if packed else LeftAligned(real, padded=mask is not None)
         if self.keeps_cache and self.layout.moves and any(self.cache.is_sliding):
             # Turned batch rows may end in padding, which would push real tokens out of the window.
             self.cache = self._recording_copy(self.cache, call.most_loops)
@@ -230,10 +231,11 @@ class Chunks:
     def _chunk(self, start: int, end: int, visited: LoopStates) -> Call:
         """The call of tokens `start` .. `end` - 1, whose states (b, C, D) after every loop go into `visited`."""
         mask, read_at = self.call.attention_mask, self.call.read_at[:, start:end]
-        positions = read_at.any(0).nonzero().squeeze(1)
-        halting = None  # a chunk without a token that the rule reads runs all loops
-        if self.call.halting is not None and len(positions):
-            halting = replace(self.call.halting, positions=positions)
+        halting = self.call.halting
+        if halting is not None:
+            positions = read_at.any(0).nonzero().squeeze(1)
+            # A chunk without a token that the rule reads runs all loops.
+            halting = replace(halting, positions=positions) if len(positions) else None
 
         return replace(
             self.call,

@@ -392,7 +392,9 @@ class LearnedPositions(nn.Module, Positions):
         self.table = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and int(position_ids.max()) >= self.table.num_embeddings:
+        # Only on CPU, where it is free: on an accelerator it would wait for the device.
+        checkable = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checkable and int(position_ids.max()) >= self.table.num_embeddings:
             raise ValueError(
                 f"position {int(position_ids.max())} is beyond max_position_embeddings={self.table.num_embeddings}, "
                 "the size of the learned position table: shorten the input or train with a larger table."

@@ -85,6 +85,8 @@ class Call:
         generator: seed of the initial state.
         read_at: (B, T) bool, the tokens that the rule reads; None for all that are real.
         token_type_ids: (B, T), see `masks_looped.py`; or None.
+        num_positions: no position is as large, where that is known without asking the device; or None.
+        counted: the positions were counted here, so that no sequences are packed into a batch row.
     """
 
     embeds: torch.Tensor
@@ -98,6 +100,8 @@ class Call:
     generator: torch.Generator | None = None
     read_at: torch.Tensor | None = None
     token_type_ids: torch.Tensor | None = None
+    num_positions: int | None = None
+    counted: bool = False
 
     @property
     def most_loops(self) -> int:
@@ -320,8 +324,10 @@ class LoopStates:
 
     def loops_run(self) -> torch.Tensor:
         """(B,) loops that each batch row ran; all of them run the first."""
-        rows = torch.cat([rows for rows, _ in self.visits])
-        return torch.bincount(rows, minlength=len(self.visits[0][0]))
+        first, *_ = rows = [rows for rows, _ in self.visits]
+        if all(len(each) == len(first) for each in rows):  # an accelerator waits in bincount
+            return torch.full_like(first, len(rows))
+        return torch.bincount(torch.cat(rows), minlength=len(first))
 
     def spread(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """One (b, K) tensor per loop -> (B, K, R), 0 where a batch row had halted."""
@@ -353,3 +359,17 @@ def make_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.T
         return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -num_tokens:]
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     return (torch.arange(num_tokens, device=inputs_embeds.device) + past).unsqueeze(0)
+
+
+def positions_below(embeds: torch.Tensor, past_key_values: Cache | None) -> int | None:
+    """A number that positions counted over the tokens of a cache and these (B, T, D) do not reach; None if unknown."""
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    # A static cache counts on the device.
+    return past + embeds.shape[1] if isinstance(past, int) else longest_text(past_key_values)
+
+
+def longest_text(past_key_values: Cache | None) -> int | None:
+    """Tokens that a static cache has room for; None for other caches, and for one with a sliding window."""
+    if past_key_values is None or not past_key_values.is_compileable or any(past_key_values.is_sliding):
+        return None
+    return past_key_values.get_max_length()

@@ -636,20 +636,26 @@ LOOP_EMBEDDINGS: dict[str, type[LoopEmbedding]] = {
 
 
 class Start(ABC):
-    """The initial state of the loop.
-
-    Attributes:
-        looks_at_positions: in evaluation it depends on the values of the positions, which a compiled graph lacks.
-    """
-
-    looks_at_positions: ClassVar[bool] = False
+    """The initial state of the loop."""
 
     def __init__(self, config):  # noqa: B027 (most starts need nothing of it)
         pass
 
+    def prepare(self, num_positions: int, generator: torch.Generator | None, device: torch.device) -> None:  # noqa: B027
+        """Have ready what evaluation reads at so many positions, for a graph that cannot draw it."""
+
+    def in_graph(self, generator: torch.Generator | None, num_positions: int | None) -> bool:
+        """Whether a graph in the making can have the start of evaluation in it; arguments as of `__call__`."""
+        return True
+
     @abstractmethod
     def __call__(
-        self, embeds: torch.Tensor, position_ids: torch.Tensor, generator: torch.Generator | None, training: bool
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        generator: torch.Generator | None,
+        training: bool,
+        num_positions: int | None = None,
     ) -> torch.Tensor:
         """The initial state, (B, T, D), in the precision of `embeds`.
 
@@ -658,6 +664,7 @@ class Start(ABC):
             position_ids: (B or 1, T).
             generator: source of randomness, or None for a fixed one.
             training: whether dropout and other noise are drawn anew in every call.
+            num_positions: no position is as large, if the host knows such a number: it need not ask the device.
         """
 
 
@@ -665,7 +672,7 @@ class Start(ABC):
 class EmbeddingsStart(Start):
     """The loop starts from the prelude's output."""
 
-    def __call__(self, embeds, position_ids, generator, training):
+    def __call__(self, embeds, position_ids, generator, training, num_positions=None):
         return embeds
 
 
@@ -673,7 +680,7 @@ class EmbeddingsStart(Start):
 class ZerosStart(Start):
     """The loop starts from zero; only a connection that injects e makes sense of it."""
 
-    def __call__(self, embeds, position_ids, generator, training):
+    def __call__(self, embeds, position_ids, generator, training, num_positions=None):
         return torch.zeros_like(embeds)
 
 
@@ -685,20 +692,42 @@ class NormalStart(Start):
     logits, a cached step sees the noise of the uncached run, and a batch row does not depend on its batch.
     """
 
-    looks_at_positions = True
     block = 64  # positions drawn from one seed
 
     def __init__(self, config):
         self.std, self.hidden_size = config.state_init_std, config.hidden_size
-        self.drawn = (0, self._empty())  # seed and noise drawn last; replaced as one, since threads share it
+        # Seed and noise drawn last, and the same on the device that used it last; each replaced as one, since threads
+        # share it.
+        self.drawn = (0, self._empty())
+        self.placed = (0, self._empty())
 
-    def __call__(self, embeds, position_ids, generator, training):
+    def prepare(self, num_positions, generator, device):
+        if generator is None:
+            self._noise_on(device, num_positions, seed=0)
+
+    def in_graph(self, generator, num_positions):
+        # A call before, such as that of the prompt, has drawn what a graph looks up.
+        seed, table = self.placed
+        return generator is None and seed == 0 and num_positions is not None and num_positions <= len(table)
+
+    def __call__(self, embeds, position_ids, generator, training, num_positions=None):
         if training:
             noise = self.draw(embeds.shape, generator, embeds.device)
+        elif torch.compiler.is_compiling():
+            noise = self.placed[1][position_ids].expand(embeds.shape)
         else:
             seed = 0 if generator is None else generator.initial_seed()
-            noise = self._noise(int(position_ids.max()) + 1, seed).to(embeds.device)[position_ids].expand(embeds.shape)
+            needed = int(position_ids.max()) + 1 if num_positions is None else num_positions
+            noise = self._noise_on(embeds.device, needed, seed)[position_ids].expand(embeds.shape)
         return (self.std * noise).to(embeds.dtype)
+
+    def _noise_on(self, device: torch.device, num_positions: int, seed: int) -> torch.Tensor:
+        """As `_noise`, on a device."""
+        placed_seed, table = self.placed
+        if placed_seed != seed or table.device != device or len(table) < num_positions:
+            table = self._noise(num_positions, seed).to(device)
+            self.placed = (seed, table)
+        return table
 
     def draw(self, shape, generator: torch.Generator | None, device) -> torch.Tensor:
         """Noise of this shape and of standard deviation 1, in float32."""

@@ -18,6 +18,7 @@ Legend: B batch rows, b batch rows that still loop, T tokens, K positions that a
 V vocabulary, R loops. Loops are counted from 0.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -46,7 +47,9 @@ from .calls_looped import (
     Decision,
     LoopStates,
     Observer,
+    longest_text,
     make_position_ids,
+    positions_below,
 )
 from .checks_looped import (
     check_grad_loops,
@@ -191,7 +194,8 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
                     "num_loops as a tensor": isinstance(num_loops, torch.Tensor),
                     "a halting rule": isinstance(halting, Decision) or halting_rule(halting) is not None,
                     f"prefill_chunk={self.config.prefill_chunk}": self.is_cut(num_tokens),
-                    f"state_init={self.config.state_init!r}": self.start.looks_at_positions and not self.training,
+                    f"state_init={self.config.state_init!r}": not self.training
+                    and not self.start.in_graph(generator, longest_text(past_key_values)),
                 }
             )
         num_loops = check_loops(
@@ -208,6 +212,10 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         elif use_cache and past_key_values is None:
             new_cache = DynamicCache if torch.compiler.is_compiling() else growing_cache
             past_key_values = new_cache(config=self.config)
+        longest = longest_text(past_key_values)
+        if longest is not None and not torch.compiler.is_compiling():
+            self.start.prepare(longest, generator, embeds.device)
+        counted = position_ids is None
         if position_ids is None:
             position_ids = make_position_ids(embeds, attention_mask, past_key_values)
         call = Call(
@@ -221,6 +229,8 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             observe=observe,
             generator=generator,
             token_type_ids=token_type_ids,
+            num_positions=positions_below(embeds, past_key_values) if counted else None,
+            counted=counted,
         )
         if self.is_cut(num_tokens):
             hidden_states, loops_used = Chunks(self, call, cut_chunks).run(**kwargs)
@@ -246,9 +256,12 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         """
         if self.config.num_coda_layers == 0:
             return self.readout_norm(state)
-        if position_ids is None:
+        counted = position_ids is None
+        if counted:
             position_ids = make_position_ids(state, attention_mask, None)
-        call = Call(state, attention_mask, position_ids, None, num_loops=1, token_type_ids=token_type_ids)
+        call = Call(
+            state, attention_mask, position_ids, None, num_loops=1, token_type_ids=token_type_ids, counted=counted
+        )
         context = self.open_context(call)
         return self.readout_norm(self.run_section(self.coda, self.coda_norm(state), context))
 
@@ -261,7 +274,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         context = self.open_context(call)  # mask, rotary angles, the cache with its slots open
         embeds = self.embed(call.embeds, call.position_ids)
         embeds = self.run_section(self.prelude, embeds, context, **kwargs)  # (B, T, D)  once
-        start = self.start(embeds, call.position_ids, call.generator, self.training)
+        start = self.start(embeds, call.position_ids, call.generator, self.training, call.num_positions)
         state = self.connection.open(start, embeds)  # (B, T, D) or, with S streams, (B, T, S, D)
         active = ActiveBatch(call, state, embeds, context, self.sharing)
         for loop in range(call.most_loops):  # the same weights every time
@@ -281,9 +294,9 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         self.sharing.check_attention()
         check_pattern(self.config)
         cache, position_ids = call.past_key_values, call.position_ids
-        mask = self.pattern.mask(
-            self.config, call.embeds, call.attention_mask, cache, position_ids, call.token_type_ids
-        )
+        # transformers looks in position ids for packed sequences, for which an accelerator would wait.
+        packing = None if call.counted else position_ids
+        mask = self.pattern.mask(self.config, call.embeds, call.attention_mask, cache, packing, call.token_type_ids)
         angles = self.positions(call.embeds, position_ids)
         context = CallContext(mask, angles, position_ids, cache, OWN_KEYS, call.num_loops)
         if call.rows_may_halt:
@@ -577,6 +590,9 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
             **kwargs,
         )
 
+
+# generate reads it for every token of a model that comes with code of its own, and it takes long to read.
+LoopedForCausalLM.forward.__signature__ = inspect.signature(LoopedForCausalLM.forward)  # pyright: ignore
 
 # Trainer and pipelines know a model's task by the names in these tables. Trainer takes a causal model's labels for the
 # next token's only if the name of its class is here, or that of its body, which it reads under PEFT's prompt methods.

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
 
+from .cache_layers_looped import CACHE_NAME, is_empty
 from .checks_looped import cuts_show, is_row_mask, no_engine, no_pattern
 from .depth_batching_looped import DepthBatching, Request
 from .depth_looped import asked_count, generation_count
@@ -19,6 +21,8 @@ from .masks_looped import ANSWER, PATTERNS, PROMPT
 from .speculation_looped import CALLS_ARE_PREPARED, NO_DRAFTS, calls_are_prepared, self_speculation
 
 LOOP_SETTINGS = ("num_loops", "halting")
+OF_ROWS = ("attention_mask", "position_ids", "inputs_embeds", "num_loops")  # of a call, by batch row
+ROWS_ALIKE = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)  # look at a batch row as at any other
 CALIBRATED = "calibrated_halting"  # the rule that `halting=True` stands for; alone it changes nothing
 GENERATION_SETTINGS = (*LOOP_SETTINGS, CALIBRATED, "draft_loops")  # of a generation config, beside transformers' own
 
@@ -122,8 +126,38 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
             generation_config.compile_config._compile_all_devices = True
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
-    def _sample(self, *args, **kwargs):
-        return with_loops_used(super()._sample, *args, **kwargs)
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
+    ):
+        """As in transformers. Batch rows with loop counts of their own are decoded in the order of the counts, the
+        largest first, so that those that still loop are a view of the cache; the caller gets them in his order."""
+        call = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "synced_gpus": synced_gpus,
+            "streamer": streamer,
+        }
+        order = None
+        if streamer is None and not logits_processor and all(type(each) in ROWS_ALIKE for each in stopping_criteria):
+            order = deepest_first(input_ids, generation_config, kwargs)
+        if order is None:
+            return with_loops_used(super()._sample, input_ids, **call, **kwargs)
+        rows = len(input_ids)
+        moved = {name: in_order(kwargs[name], order, rows) for name in OF_ROWS if name in kwargs}
+        outputs = with_loops_used(super()._sample, input_ids[order], **call, **kwargs | moved)
+        back = order.argsort()
+        kwargs[CACHE_NAME].reorder_cache(back)
+        if isinstance(outputs, torch.Tensor):
+            return outputs[back]
+        return type(outputs)(**{name: in_order(value, back, rows) for name, value in outputs.items()})
 
     def _assisted_decoding(self, *args, **kwargs):
         return with_loops_used(super()._assisted_decoding, *args, **kwargs)
@@ -296,6 +330,29 @@ def types_of_prompt(inputs: torch.Tensor | None, settings: dict) -> torch.Tensor
     if tokens is None:
         return torch.full((1, 1), PROMPT)
     return torch.full(tokens.shape[:2], PROMPT, device=tokens.device)
+
+
+def deepest_first(input_ids: torch.Tensor, generation_config: GenerationConfig, kwargs: dict) -> torch.Tensor | None:
+    """(B,), the order in which the loop counts of batch rows fall; None where it changes nothing or more than speed:
+    draws differ in another order, and what is recorded of layer calls lists the rows that ran them."""
+    num_loops, cache = kwargs.get("num_loops"), kwargs.get(CACHE_NAME)
+    if not isinstance(num_loops, torch.Tensor) or kwargs.get("halting") is not None or generation_config.do_sample:
+        return None
+    others = any(isinstance(value, torch.Tensor) for name, value in kwargs.items() if name not in OF_ROWS)
+    recorded = generation_config.output_hidden_states or generation_config.output_attentions
+    if others or recorded or num_loops.shape != (len(input_ids),):
+        return None
+    if not isinstance(cache, DynamicCache) or not is_empty(cache):
+        return None
+    order = num_loops.argsort(descending=True, stable=True)
+    return None if bool((order.diff() == 1).all()) else order
+
+
+def in_order(value, order: torch.Tensor, rows: int):
+    """Tensors with so many rows, also in a tuple, in the order (B,); anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(in_order(each, order, rows) for each in value)
+    return value[order] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
 
 
 def with_loops_used(decode: Callable, input_ids: torch.Tensor, *args, **kwargs):

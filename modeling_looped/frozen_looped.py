@@ -525,7 +525,7 @@ class FrozenLooped(GrowingCacheMixin):
             push_to_hub: push all that is written, as `repo_id` among the keywords; by default the folder's name.
             save_base: put the base model with its weights into the wrapper, as BASE_FOLDER: then nothing else is
                 needed to load it.
-            **kwargs: `commit_message`, and what `huggingface_hub.create_repo` takes (token, private).
+            **kwargs: `commit_message`, and what `create_repo` of huggingface_hub takes (token, private).
 
         Raises:
             ValueError: the base model has no name, or none that others know where it is pushed; it is no causal LM;

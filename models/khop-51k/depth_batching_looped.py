@@ -700,6 +700,7 @@ class DepthBatching:
 
 
 def together(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The parts one after the other; one part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -27,14 +27,16 @@ ROWS = 3
 def cases(draw) -> tuple[LoopedForCausalLM, dict, list[int], int]:
     """A model, the inputs of a call (with padding, packed sequences, or neither), loop counts, positions to keep."""
 
+    coda = {"num_coda_layers": draw(st.sampled_from([0, 1, 2]))}
+
     def accepted(fields: dict) -> bool:
         try:
-            LoopedConfig(**strategies.SIZES | fields)
+            LoopedConfig(**strategies.SIZES | fields | coda)
         except ValueError:
             return False
         return True
 
-    fields = draw(strategies.configs().filter(accepted)) | {"num_coda_layers": draw(st.sampled_from([0, 1, 2]))}
+    fields = draw(strategies.configs().filter(accepted)) | coda
     most = fields.get("max_num_loops") or 6
     torch.manual_seed(draw(st.integers(0, 9)))
     model = open_gates(LoopedForCausalLM(LoopedConfig(**strategies.SIZES | fields))).eval()

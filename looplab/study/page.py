@@ -87,7 +87,7 @@ def verdict(study: Study, asked: Success, rows: Sequence[Mapping]) -> str:
     if len(found) > 1 and (asked.over is not None or asked.of != "every seed"):
         interval = f"; mean {mean:.4g}, 95 % [{low:.4g}, {high:.4g}]"
     unseen = ""
-    if asked.over is not None and len(found) > 1 and low <= 0 <= high:
+    if asked.over is not None and low < high and low <= 0 <= high:
         unseen = f" A difference below {(high - low) / 2:.2g} could not be seen."
     return f"{said} **{word}**: seeds {seeds}{interval}.{unseen}"
 

@@ -48,7 +48,7 @@ class NamedConfig(datasets.BuilderConfig):
     @property
     @abstractmethod
     def columns(self) -> dict[str, str]:
-        """Field of this config -> the column of `dataset` that it names, and that must be there."""
+        """Field of this config -> the column of the data set that it names, and that must be there."""
 
     def fetched(self) -> tuple[Path, str] | tuple[()]:
         """A folder of files that a command fetches, and the command."""
@@ -108,7 +108,7 @@ class NamedConfig(datasets.BuilderConfig):
         return {split: {path.relative_to(shared).as_posix(): path for path in found} for split, found in paths.items()}
 
     def rows(self, split: str) -> datasets.Dataset | None:
-        """The rows of `dataset` that a split is made of; None if there are none.
+        """The rows of the data set that a split is made of; None if there are none.
 
         Raises ValueError as `load_rows`, or if a column that is named is not there.
         """

@@ -55,8 +55,8 @@ class SameAnswer(Verifier):
 class SequenceGenerator(datasets.GeneratorBasedBuilder):
     """Base of the generators: a builder of rows with the columns of `FEATURES`, see the module docstring.
 
-    A subclass has what builders of `datasets` have: `VERSION`, `BUILDER_CONFIG_CLASS`, `BUILDER_CONFIGS` with a preset
-    `cpu`, `_split_generators` and `_generate_examples`; and these.
+    A subclass has what builders of `datasets` have: a version, a class of configs, configs with a preset `cpu`,
+    `_split_generators` and `_generate_examples`; and these.
 
     Attributes:
         TAGS: what the card of an exported data set is found by on the Hub.

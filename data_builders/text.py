@@ -58,7 +58,7 @@ class TextConfig(NamedConfig):
         return hashlib.sha256(read_text(path).encode()).hexdigest()
 
     def texts(self, split: str = "train") -> Iterator[tuple[str, str]]:
-        """(source, text) of every file, or of every row of `dataset`, that a split is made of."""
+        """(source, text) of every file, or of every row of the data set, that a split is made of."""
         for source, path in self.sources().get(split, {}).items():
             yield source, read_text(path)
         rows = self.rows(split)
@@ -74,8 +74,8 @@ class TextConfig(NamedConfig):
             yield str(row), text
 
     def documents(self, split: str) -> Iterator[dict]:
-        """Every document of every file, or of every row of `dataset`, that a split is made of: its text and source; of
-        a conversation, which is JSON, also its line."""
+        """Every document of every file, or of every row of the data set, that a split is made of: its text and
+        source; of a conversation, which is JSON, also its line."""
         if not self.messages:
             for source, text in self.texts(split):
                 for document in documents(text, self.document_characters):

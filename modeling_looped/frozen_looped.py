@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import torch
-from huggingface_hub import create_repo
+from huggingface_hub import CommitOperationAdd, create_commit, create_repo
 from huggingface_hub.dataclasses import as_validated_field, strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -562,8 +562,7 @@ class FrozenLooped(GrowingCacheMixin):
             message, repo_id = kwargs.pop("commit_message", None), kwargs.pop("repo_id", folder.name)
             repo_id = create_repo(repo_id, exist_ok=True, **kwargs).repo_id
             folder.mkdir(parents=True, exist_ok=True)
-            before = self._get_files_timestamps(folder)
-            before.pop(BASE_FOLDER, None)  # its own time is not that of the files in it
+            before = times_of(folder)
         # A fresh object: one derived from a model's configuration loses num_loops when it is loaded.
         fields = self.generation_config.to_diff_dict()
         count = count_to_save(self.loop.config, self.generation_config)
@@ -578,7 +577,18 @@ class FrozenLooped(GrowingCacheMixin):
             tokenizer.save_pretrained(save_directory)
         config.save_pretrained(save_directory)
         if push_to_hub:  # the configuration alone would be pushed with what is written after it begins
-            self._upload_modified_files(folder, repo_id, before, commit_message=message, token=kwargs.get("token"))
+            written = [path for path, time in sorted(times_of(folder).items()) if time != before.get(path)]
+            create_commit(
+                repo_id,
+                [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in written],
+                commit_message=message or f"Upload {type(self).__name__}",
+                token=kwargs.get("token"),
+            )
+
+
+def times_of(folder: Path) -> dict[Path, int]:
+    """When each file below a folder was written last, in nanoseconds."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

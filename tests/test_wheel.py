@@ -14,7 +14,7 @@ from toys import ROOT
 
 pytestmark = pytest.mark.slow
 PACKAGES = {"modeling_looped", "data_builders", "looplab"}
-FOLDERS = {"recipes", "hub_cards", "models", "docs"}  # of the repository, which the wheel has in looplab/
+FOLDERS = {"recipes", "studies", "hub_cards", "models", "docs"}  # of the repository, which the wheel has in looplab/
 LAUNCH = "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no -m"
 COMMANDS = [
     "looped train smoke",
@@ -70,7 +70,7 @@ def test_the_wheel_has_three_names_and_everything_in_them(installed):
     for name in PACKAGES | FOLDERS:
         files = {path.relative_to(ROOT) for path in (ROOT / name).rglob("*") if path.is_file()}
         if name == "docs":  # pictures stay behind
-            files = {path for path in files if path.suffix in (".md", ".smi")}
+            files = {path for path in files if path.suffix in (".md", ".smi", ".jsonl")}
         home = site if name in PACKAGES else site / "looplab"
         there = {path.relative_to(home) for path in (home / name).rglob("*")}
         assert {path for path in files if "__pycache__" not in path.parts} <= there

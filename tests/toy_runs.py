@@ -2,7 +2,7 @@
 
 The folder of `make_toy_runs`:
 
-hops, text, molecules   runs of two steps; hops and text are evaluated
+hops, text, molecules, sequence   runs of two steps; hops and text are evaluated
 llama                   a dense model with its tokenizer
 study.yaml              a recipe for `looped frozen`, of that model
 """
@@ -84,7 +84,7 @@ def times_of(folder: Path) -> dict[Path, int]:
 def make_toy_runs(folder: Path, trained: TrainedRuns) -> None:
     """Write all of it."""
     flags = {"hops": ["--snapshots=[1]"], "text": ["--model.loop_embedding=learned", "--model.max_num_loops=4"]}
-    for task in ("hops", "text", "molecules"):
+    for task in RECIPES:
         trained.copy(folder, task, f"--name={task}", *SHORT, *flags.get(task, []))
     assert main(["eval", str(folder / "hops"), "--loops", "1", "2", "--max-loops", "3"]) == 0
     assert main(["eval", str(folder / "text"), "--loops", "1", "2"]) == 0

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from looplab.runs.folder import RecordFile, Run, to_json_lines
 from looplab.runs.models import check_loops, load_run_model
 from looplab.runs.writing import below
+from modeling_looped.cache_looped import OWN_KEYS
 from modeling_looped.calls_looped import Call, make_position_ids
 
 from .drawing import MARKS, PALETTE, save, spread, tidy
@@ -100,7 +101,7 @@ def dynamics(model: PreTrainedModel, input_ids: torch.Tensor, num_loops: int) ->
     flat = [state.float().flatten(2) for state in states]  # (B, T, D) each; streams side by side
     steps = [after - before for before, after in pairwise(flat)]
     found = []
-    alone = model.config.kv_sharing == "per_loop"
+    alone = loop_map.context.key_source is OWN_KEYS
     radii = set(spread(range(1, num_loops), RADII)) if alone else set()
     unknown = torch.full((len(input_ids),), math.nan)
     for done in range(1, num_loops + 1):

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 
 class Growing(CacheLayerMixin):
-    """What both growing layers share; stands before a stock dynamic layer, whose `keys` and `values` it manages.
+    """What both growing layers share; stands before a stock dynamic layer, whose keys and values it manages.
 
     Attributes:
         most: tokens that this text can have, if that is known: no room is made for more.

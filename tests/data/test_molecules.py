@@ -223,7 +223,7 @@ def test_an_exported_card_names_every_split(toys, tmp_path):
 
 def test_training_refuses_a_task_it_does_not_know():
     recipe = Path(train.__file__).parent / "recipes" / "smoke.yaml"
-    assert set(BUILDERS) == set(train.TASKS)
+    assert set(train.TASKS) <= set(BUILDERS)  # generators of questions have no task of their own
     with pytest.raises(
         ValueError, match=r"data\.task must be one of khop, .*, got 'molecule'; did you mean molecules\?"
     ):

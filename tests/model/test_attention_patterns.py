@@ -100,6 +100,7 @@ def test_every_attention_sees_the_same(pattern, kind, attn):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inside inductor
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # inside transformers
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside functorch
 def test_flex_attention_sees_the_same(pattern):
     check_against_the_table(pattern, "padded", "flex_attention")
 

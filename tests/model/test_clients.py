@@ -270,10 +270,11 @@ def test_the_shipped_files_use_no_private_names_of_transformers():
     import modeling_looped
 
     allowed = {
-        "_attn_implementation", "_can_compile_fullgraph", "_can_record_outputs", "_from_config", "_from_model_config",
-        "_fsdp_plan", "_init_weights", "_no_split_modules", "_prepare_generation_config",
-        "_skip_keys_device_placement", "_supports_attention_backend", "_supports_flash_attn", "_supports_flex_attn",
-        "_supports_sdpa", "_tied_weights_keys", "_tp_plan", "_update_model_kwargs_for_generation",
+        "_attn_implementation", "_can_compile_fullgraph", "_can_record_outputs", "_compile_all_devices",
+        "_from_config", "_from_model_config", "_fsdp_plan", "_init_weights", "_no_split_modules",
+        "_prepare_generation_config", "_skip_keys_device_placement", "_supports_attention_backend",
+        "_supports_flash_attn", "_supports_flex_attn", "_supports_sdpa", "_tied_weights_keys", "_tp_plan",
+        "_update_model_kwargs_for_generation",
     }  # fmt: skip
     for path in Path(modeling_looped.__file__).parent.glob("*.py"):
         text = path.read_text()

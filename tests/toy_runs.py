@@ -2,7 +2,7 @@
 
 The folder of `make_toy_runs`:
 
-hops, text, molecules, sequence   runs of two steps; hops and text are evaluated
+hops, text, molecules, sequence   runs of two steps; all but molecules are evaluated
 llama                   a dense model with its tokenizer
 study.yaml              a recipe for `looped frozen`, of that model
 """
@@ -88,6 +88,7 @@ def make_toy_runs(folder: Path, trained: TrainedRuns) -> None:
         trained.copy(folder, task, f"--name={task}", *SHORT, *flags.get(task, []))
     assert main(["eval", str(folder / "hops"), "--loops", "1", "2", "--max-loops", "3"]) == 0
     assert main(["eval", str(folder / "text"), "--loops", "1", "2"]) == 0
+    assert main(["eval", str(folder / "sequence"), "--loops", "1", "2"]) == 0
     write_llama(folder / "llama")
     study = {"name": "study", "model": str(folder / "llama"), "output_dir": str(folder / "studies")}
     study |= {"sweep": {"arc_easy": 4}, "confirm": {"arc_easy": 4}, "grid": [{"num_loops": 2}]}

@@ -26,7 +26,6 @@ from .generators.sudoku import Sudoku
 from .khop import Khop
 from .molecules import Molecules
 from .questions import Questions
-from .sequences import SequenceGenerator
 from .text import Text
 
 # The generators of the task sequence.
@@ -85,11 +84,6 @@ def load_task(name: str, config_name: str, *, cache_dir: str | Path | None = Non
     return build_splits(task_builder(name, config_name, cache_dir=cache_dir, **overrides))
 
 
-def generator_names() -> list[str]:
-    """The builders of questions for the task `sequence`."""
-    return [name for name, builder in BUILDERS.items() if issubclass(builder, SequenceGenerator)]
-
-
 def generator_of(name: str) -> tuple[str, dict]:
     """The builder of a generator NAME or NAME/PART, and the fields that its name sets, see `sequences.py`.
 
@@ -97,10 +91,9 @@ def generator_of(name: str) -> tuple[str, dict]:
     does not have.
     """
     builder, slash, part = name.partition("/")
-    known = generator_names()
-    if builder not in known:
-        raise ValueError(_unknown("generator", builder, known))
-    wanted = BUILDERS[builder].PART
+    if builder not in GENERATORS:
+        raise ValueError(_unknown("generator", builder, GENERATORS))
+    wanted = GENERATORS[builder].PART
     if bool(slash) != (wanted is not None) or (slash and not part):
         form = builder if wanted is None else f"{builder}/{wanted.upper()}"
         raise ValueError(f"the generator is called {form}, got {name!r}.")

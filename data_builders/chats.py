@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .files import read_text
 from .packing import IGNORED
-from .text_batches import TextBlocks, TokenStream
+from .text_batches import TextBlocks, TokenStream, backend_parts
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -176,9 +176,14 @@ def encode_chats(split: Dataset, tokenizer: PreTrainedTokenizerBase, assistant_o
     features = Features({"input_ids": List(Value("int32")), "labelled": List(Value("bool"))})
     if not len(split):
         return Dataset.from_dict({"input_ids": [], "labelled": []}, features=features)
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
-    made_of = (split._fingerprint, json.dumps(parts), template.text, tokenizer.eos_token, assistant_only, "chats 1")
+    made_of = (
+        split._fingerprint,
+        backend_parts(tokenizer),
+        template.text,
+        tokenizer.eos_token,
+        assistant_only,
+        "chats 1",
+    )
     return split.map(
         encode,
         batched=True,

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chats import Template
 from .packing import IGNORED
-from .text_batches import TokenStream, lost_characters
+from .text_batches import TokenStream, backend_parts, lost_characters
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "first": Value("int32")})
 
@@ -260,10 +260,8 @@ def encode_questions(
                 found.append((ids, labels, first))
         return dict(zip(FEATURES, map(list, zip(*found, strict=True)), strict=True))
 
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
     made_of = (
-        split._fingerprint, json.dumps(parts), tokenizer.chat_template if reader.name == "chat" else None,
+        split._fingerprint, backend_parts(tokenizer), tokenizer.chat_template if reader.name == "chat" else None,
         tokenizer.eos_token, reader.name, longest, "questions 1",
     )  # fmt: skip
     encoded = split.map(

@@ -30,6 +30,15 @@ def spread_blocks(total: int, limit: int | None) -> torch.Tensor:
     return torch.linspace(0, total - 1, limit, dtype=torch.float64).long()  # strictly rising
 
 
+def backend_parts(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokenizer splits text by, as JSON, to know cached tokens by.
+
+    The tokenizer object hashes differently after use, since a call leaves its padding and truncation there.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({name: part for name, part in parts.items() if name not in ("padding", "truncation")})
+
+
 def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The split's documents as one column input_ids (int32), the end-of-text token after each.
 
@@ -69,10 +78,7 @@ def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     features = Features({"input_ids": List(Value("int32"))})
     if not len(split):  # `map` would not change the columns of an empty split
         return Dataset.from_dict({"input_ids": []}, features=features)
-    # The tokenizer object hashes differently after use, since a call leaves its padding and truncation there.
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
-    made_of = (split._fingerprint, json.dumps(parts), tokenizer.eos_token_id)
+    made_of = (split._fingerprint, backend_parts(tokenizer), tokenizer.eos_token_id)
     return (
         split.with_format("arrow")
         .map(

@@ -330,9 +330,9 @@ def run_study(arguments) -> None:
             raise ValueError(f"{wrong[0]} does not say what {folder / name}.jsonl says: run `looped study {name}`.")
         print(f"{name}: the pages say what the rows say")
         return
-    from looplab.study.cells import run_study
+    from looplab.study.cells import run_cells
 
-    failed = [] if arguments.draw else run_study(name, study, folder / f"{name}.jsonl", runs, arguments.jobs)
+    failed = [] if arguments.draw else run_cells(name, study, folder / f"{name}.jsonl", runs, arguments.jobs)
     for path in draw_study(name, study, folder, runs):
         print(path)
     if failed:

@@ -88,7 +88,7 @@ def check_arms(study: Study) -> None:
             raise ValueError(f"evaluate.{unknown[0]} is no option of `looped eval` for {task}: leave it out.")
 
 
-def run_study(name: str, study: Study, path: Path, runs: Path, jobs: int = 1) -> list[str]:
+def run_cells(name: str, study: Study, path: Path, runs: Path, jobs: int = 1) -> list[str]:
     """Train and measure the cells that have no rows in `path`, and add their rows; returns what failed, a line each.
 
     Args:

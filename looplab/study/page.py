@@ -73,9 +73,8 @@ def verdict(study: Study, asked: Success, rows: Sequence[Mapping]) -> str:
         return f"{said} **Not run.**"
     mean, low, high = t_interval(list(found.values()))
     up = asked.at_most is None
-    judged = {"every seed": (min if up else max)(found.values()), "mean": mean, "interval": low if up else high}[
-        asked.of
-    ]
+    worst = (min if up else max)(found.values())
+    judged = {"every seed": worst, "mean": mean, "interval": low if up else high}[asked.of]
     met = judged >= bound if up else judged <= bound
     done = len(found) == len(study.seeds)
     # What is judged by every seed may fail before all have run.

@@ -95,8 +95,8 @@ def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None
     rows = encoded(data, splits, tokenizer, ("validation", "test"))
     reader, verifier, records = data.reader(tokenizer), data.verifier(), []
     for split in rows:
-        found = lines_at(model, rows[split], groups_of(rows[split], limit), loops, split)
         numbers = groups_of(rows[split], limit)
+        found = lines_at(model, rows[split], numbers, loops, split)
         for count in loops:
             for (grade, kind), at in found.items():
                 scores = None

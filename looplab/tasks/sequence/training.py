@@ -180,13 +180,18 @@ def by_kind(found: dict) -> dict[str, dict]:
 LIMIT = "data.sequence_length or model.max_position_embeddings"
 
 
+def model_field(recipe: TrainingRecipe, name: str):
+    """A field of the model's configuration: of the folder `init_from`, or of the recipe, or its default."""
+    default = LoopedConfig().to_dict()[name]
+    if recipe.init_from is None:
+        return recipe.model.get(name, default)
+    with blaming(recipe.init_from, "name another folder in init_from."):
+        return json.loads((Path(recipe.init_from) / "config.json").read_text(encoding="utf-8")).get(name, default)
+
+
 def attention_pattern(recipe: TrainingRecipe) -> str:
     """The attention pattern of the model. Raises ValueError for one that the answers cannot be read from."""
-    pattern = recipe.model.get("attention_pattern", LoopedConfig().attention_pattern)
-    if recipe.init_from is not None:
-        with blaming(recipe.init_from, "name another folder in init_from."):
-            config = json.loads((Path(recipe.init_from) / "config.json").read_text(encoding="utf-8"))
-            pattern = config.get("attention_pattern", LoopedConfig().attention_pattern)
+    pattern = model_field(recipe, "attention_pattern")
     if pattern == "bidirectional" and not recipe.data.in_place:
         raise ValueError(
             "model.attention_pattern bidirectional sees the answer that it has to write: set data.answers in_place, "
@@ -203,11 +208,7 @@ def attention_pattern(recipe: TrainingRecipe) -> str:
 
 def longest_row(recipe: TrainingRecipe) -> int:
     """The most tokens that a row may read: those that the model has positions for, or fewer if the recipe says so."""
-    positions = recipe.model.get("max_position_embeddings", LoopedConfig().max_position_embeddings)
-    if recipe.init_from is not None:
-        with blaming(recipe.init_from, "name another folder in init_from."):
-            config = json.loads((Path(recipe.init_from) / "config.json").read_text(encoding="utf-8"))
-            positions = config["max_position_embeddings"]
+    positions = model_field(recipe, "max_position_embeddings")
     return min(positions, recipe.data.sequence_length or positions)
 
 

@@ -1,6 +1,8 @@
 """One forward pass to the largest loop count reads every loop: bit for bit what a call per loop count says, of any
 model, and no layer call more, in every place that measures several loop counts."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,14 +12,16 @@ from transformers import AutoTokenizer
 
 import strategies
 from data_builders import PackedMolecules, TextBlocks
+from looplab.cli import main
 from looplab.instruments.at_loops import at_loops
 from looplab.instruments.traces import trace
 from looplab.tasks.molecules.held_out import loss_of_molecules
 from looplab.tasks.registry import TASKS
 from looplab.tasks.text.perplexity import block_losses
 from looplab.training.model import build_model
-from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedModel
 from strategies import TOKENS, VOCABULARY
+from toy_runs import RECIPES
 from toys import count_layer_calls, make_ids, make_model, open_gates
 
 ROWS = 3
@@ -128,3 +132,28 @@ def test_an_evaluation_runs_the_core_for_its_largest_count_alone(trained, task):
 
     alone = core_calls(model, lambda: measure([1]))
     assert core_calls(model, lambda: measure([1, 2, 3, 5])) == 5 * alone
+
+
+VERBS = {
+    "eval": {"hops": ["--max-loops=3"]},
+    "lens": {"hops": ["--no-probes"], "molecules": ["--no-probes"]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("task", RECIPES)
+def test_no_verb_reads_the_same_tokens_anew_for_another_loop_count(trained, task, verb, tmp_path, monkeypatch):
+    """Reads: what is written at several loop counts, or timed, takes as many calls."""
+    counts, run_call = defaultdict(set), LoopedModel.run_call
+
+    def counted(self, call, **kwargs):
+        if call.past_key_values is None and call.halting is None:
+            counts[call.embeds.numpy().tobytes()].add(call.num_loops)
+        return run_call(self, call, **kwargs)
+
+    run = trained.copy(tmp_path, task, *FLAGS)
+    monkeypatch.setattr(LoopedModel, "run_call", counted)
+    assert main([verb, str(run), "--limit=4", *VERBS[verb].get(task, [])]) == 0
+    assert len(counts) > 0
+    assert [each for each in counts.values() if len(each) > 1] == []

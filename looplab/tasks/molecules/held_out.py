@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import datasets
 import torch
@@ -61,6 +61,11 @@ class HeldOut:
             )
             for start in range(0, len(texts), rows)
         ]
+
+    def inputs(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The molecules as inputs of calls, `input_ids` and `shift_labels` (b, T) each."""
+        for ids, labels in self.batches:
+            yield {"input_ids": ids, "shift_labels": labels}
 
     @torch.inference_mode()
     def nats(self, model: PreTrainedModel, num_loops: int) -> torch.Tensor:

@@ -15,7 +15,8 @@ measured under (weights, molecules, setting). Started again, the command measure
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_builders import PackedMolecules
 from data_builders.molecules import rdkit_chem
+from looplab.instruments.at_loops import hidden_at_loops
 from looplab.runs.folder import Run, rows_on_file, to_json_lines
 from looplab.runs.models import load_run_model, weights_digest
 
@@ -42,17 +44,37 @@ ITERATIONS = 60
 
 @torch.no_grad()
 def features_of(
-    model: PreTrainedModel, molecules: PackedMolecules, num_loops: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input of the head (M, D) at every token after `num_loops` loops, next tokens (M,)), both on the CPU."""
-    features, labels = [], []
-    for numbers in torch.arange(len(molecules)).split(256):
-        rows = {name: value.to(model.device) for name, value in molecules.rows(numbers).items()}
+    model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]], loops: Collection[int]
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """(loop count -> input of the head (M, D) at every token, next tokens (M,)), on the CPU, from one pass to the
+    largest count.
+
+    Args:
+        batches: inputs of a call each, with `shift_labels`.
+    """
+    found, labels = [], []
+    for batch in batches:
+        rows = {name: value.to(model.device) for name, value in batch.items()}
         following = rows.pop("shift_labels")
-        read = model.model(**rows, num_loops=num_loops, use_cache=False).last_hidden_state
-        features.append(read[following >= 0].float().cpu())
-        labels.append(following[following >= 0].cpu())
-    return torch.cat(features), torch.cat(labels)
+        real = following >= 0
+
+        def read(hidden_states: torch.Tensor, real: torch.Tensor = real) -> torch.Tensor:
+            return hidden_states[real].float().cpu()
+
+        found.append(hidden_at_loops(model, loops, read, **rows))
+        labels.append(following[real].cpu())
+    # The parts are let go count by count, so that all of it is in memory once.
+    return {count: torch.cat([part.pop(count) for part in found]) for count in sorted(set(loops))}, torch.cat(labels)
+
+
+@torch.inference_mode()
+def nats_of(head: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (M,) of a head on its inputs (M, D), in nats."""
+    parts = []
+    for read, following in zip(features.split(10_000), labels.split(10_000), strict=True):
+        logits = head(read.to(head.weight.device, head.weight.dtype))
+        parts.append(F.cross_entropy(logits.float().cpu(), following, reduction="none"))
+    return torch.cat(parts)
 
 
 def fit_head(features: torch.Tensor, labels: torch.Tensor, size: int) -> tuple[torch.Tensor, float]:
@@ -87,11 +109,24 @@ def with_head(model: PreTrainedModel, weight: torch.Tensor) -> PreTrainedModel:
     return twin.eval()
 
 
+@dataclass(frozen=True)
+class Readings:
+    """Inputs of the head (M, D) after each loop count, and the next tokens (M,), see `features_of`.
+
+    Args:
+        fit: of training molecules, for the fit.
+        test: of test molecules, for the loss.
+    """
+
+    fit: tuple[dict[int, torch.Tensor], torch.Tensor]
+    test: tuple[dict[int, torch.Tensor], torch.Tensor]
+
+
 def readout_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     molecules: HeldOut,
-    fit: PackedMolecules,
+    readings: Readings,
     train,
     num_loops: int,
     samples: int,
@@ -100,18 +135,18 @@ def readout_rows(
     """The two lines of one loop count: own head, fresh head.
 
     Args:
-        molecules: test molecules, for the loss.
-        fit: training molecules, for the fit.
+        molecules: test molecules, for the interval of the loss.
         train: the training split, for novelty.
         samples: number of samples.
         max_tokens: most tokens of a sample.
     """
     everything = torch.ones_like(molecules.labels, dtype=torch.bool)
-    features, labels = features_of(model, fit, num_loops)
-    weight, fit_loss = fit_head(features, labels, model.config.vocab_size)
+    features, labels = readings.fit
+    weight, fit_loss = fit_head(features[num_loops], labels, model.config.vocab_size)
+    read, following = readings.test
     rows = []
     for head, one in (("own", model), ("fresh", with_head(model, weight))):
-        loss, interval = molecules.mean_of(molecules.nats(one, num_loops), everything)
+        loss, interval = molecules.mean_of(nats_of(one.lm_head, read[num_loops], following), everything)
         written = write_molecules(one, tokenizer, samples, SAMPLINGS[0], num_loops, 0, max_tokens)
         row = {"loops": num_loops, "head": head, "loss": loss, "loss_interval": interval} | measure(written, train)
         fitted = head == "fresh"
@@ -137,8 +172,14 @@ def read_run(run: Run, num_loops: int | None, limit: int, sizes: Sizes) -> Path:
     missing = [count for count in range(1, (num_loops or model.config.num_loops) + 1) if count not in done]
     if missing:
         molecules, fit = HeldOut(tokenizer, test), fit_molecules(run, splits["train"], tokenizer, sizes.fit_tokens)
+        readings = Readings(
+            features_of(model, map(fit.rows, torch.arange(len(fit)).split(256)), missing),
+            features_of(model, molecules.inputs(), missing),
+        )
     for count in tqdm(missing, desc="a head for each loop", unit="loop"):
-        rows += readout_rows(model, tokenizer, molecules, fit, splits["train"], count, 2 * limit, sizes.max_tokens)
+        rows += readout_rows(
+            model, tokenizer, molecules, readings, splits["train"], count, 2 * limit, sizes.max_tokens
+        )
         run.write({path.name: to_json_lines(row | facts for row in rows)})
     print(readouts_text(rows))
     return path

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from data_builders import PackedMolecules, load_molecules
 from looplab.cli import main
 from looplab.instruments.recorder import edit_head, record, watching_heads
+from looplab.instruments.timing import counted_calls
 from looplab.runs.folder import open_run, rows_on_file
 from looplab.runs.intervals import paired_interval, wilson_interval
 from looplab.runs.models import weights_digest
@@ -19,7 +20,7 @@ from looplab.tasks.molecules import readouts as molecule_readouts
 from looplab.tasks.molecules.ablations import ablations_text, cell_of, mean_outputs, token_kinds
 from looplab.tasks.molecules.figures import plot_runs
 from looplab.tasks.molecules.held_out import HeldOut, loss_of_molecules
-from looplab.tasks.molecules.readouts import features_of, fit_head, with_head
+from looplab.tasks.molecules.readouts import features_of, fit_head, nats_of, with_head
 from looplab.tasks.molecules.records import ABLATIONS, READOUTS
 from looplab.tasks.molecules.samples import write_molecules
 from looplab.tasks.molecules.sizes import SAMPLINGS, Sizes
@@ -219,8 +220,9 @@ def test_a_fresh_head_is_at_the_minimum(parts):
     where it was fitted it is better than the model's own."""
     _, model, tokenizer, splits = parts
     packed = PackedMolecules(splits["train"], tokenizer, 76)
-    for count in (1, 3):
-        features, labels = features_of(model, packed, count)
+    by_loops, labels = features_of(model, map(packed.rows, torch.arange(len(packed)).split(256)), (3, 1))
+    assert list(by_loops) == [1, 3]
+    for count, features in by_loops.items():
         assert len(features) == packed.num_tokens
         weight, loss = fit_head(features, labels, model.config.vocab_size)
         assert loss == pytest.approx(F.cross_entropy(F.linear(features, weight), labels).item(), abs=1e-4)
@@ -233,6 +235,23 @@ def test_a_fresh_head_is_at_the_minimum(parts):
         own = F.cross_entropy(F.linear(features, model.lm_head.weight.detach()), labels).item()
         assert own == pytest.approx(loss_of_molecules(model, packed, [count], 1000)[count], abs=1e-5)
         assert loss < own
+
+
+def test_one_pass_reads_what_a_call_per_loop_count_reads(parts):
+    """The naive twin runs the model anew for each loop count: same inputs of the head, same losses of both heads."""
+    _, model, tokenizer, splits = parts
+    molecules = HeldOut(tokenizer, splits["test"]["text"][:], rows=7)
+    with counted_calls(model) as calls:
+        by_loops, labels = features_of(model, molecules.inputs(), (1, 2, 3))
+    assert len(calls) == 3 * len(molecules.batches)
+    assert torch.equal(labels, molecules.labels)
+    other = with_head(model, torch.randn(model.lm_head.weight.shape))
+    for count, features in by_loops.items():
+        real = [(ids, following >= 0) for ids, following in molecules.batches]
+        alone = [model.model(ids, num_loops=count, use_cache=False).last_hidden_state[seen] for ids, seen in real]
+        assert torch.equal(features, torch.cat(alone))
+        for one in (model, other):
+            torch.testing.assert_close(nats_of(one.lm_head, features, labels), molecules.nats(one, count), **FP32)
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@ from statistics import median
 
 import torch
 
+from looplab.instruments.flops import forward_flops
 from looplab.instruments.timing import compared, interleaved
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
-from .flops import forward_flops
 from .pair import Workload, build_pair, compile_layers, decoding, kv_bytes_per_token, model_sizes, training_step
 
 

@@ -11,7 +11,7 @@ uniform). All of it is computed in float32. Legend: B rows, K positions, D hidde
 """
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import nn
@@ -134,7 +134,12 @@ class LastLoopLoss(Objective):
 
 
 class ExitObjective(Objective):
-    """A loss of what the exit gate and the head say after every loop."""
+    """A loss of what the exit gate and the head say after every loop.
+
+    trains_all: all weights get a gradient, not those of the exit gate alone.
+    """
+
+    trains_all: ClassVar[bool] = True
 
     def __init__(self, config):
         self.entropy_weight = config.exit_entropy_weight
@@ -185,6 +190,8 @@ class ExpectedLoss(ExitObjective):
 @final
 class GateLoss(ExitObjective):
     """Ouro's stage 2 objective: the exit gate learns which loops were worth it; the rest gets no gradient."""
+
+    trains_all = False
 
     def read_head(self, model, states, labels):
         with torch.no_grad():

@@ -5,10 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from looplab.bench.contexts import CACHES, context_row, filled_cache, step_at
-from looplab.bench.flops import connection_flops, forward_flops, update_flops
 from looplab.bench.pair import QUICK, build_pair
 from looplab.bench.requests import MOST_HOPS, exit_row, request_lines, request_rows
 from looplab.bench.speed import kv_row
+from looplab.instruments.flops import connection_flops, forward_flops, training_flops, update_flops
 from looplab.instruments.timing import compared, interleaved
 from looplab.runs.models import load_run_model
 from looplab.runs.sources import opened_runs
@@ -51,7 +51,34 @@ def test_the_flop_estimate_counts_every_loop_as_torch_does(fields, num_loops):
     with torch.no_grad():
         one = counted_flops(lambda: model(ids, num_loops=num_loops, logits_to_keep=1, use_cache=False))
     assert one == forward_flops(model.config, *ids.shape, num_loops, logits_kept=1)
-    assert counted_flops(train) == 3 * forward_flops(model.config, *ids.shape, num_loops)
+    update = training_flops(model.config, *ids.shape, num_loops)
+    assert counted_flops(train) == update == 3 * forward_flops(model.config, *ids.shape, num_loops)
+
+
+TRUNCATED = {
+    "plain": {"num_prelude_layers": 1, "num_coda_layers": 2},
+    "the prelude is read in every loop": {"num_prelude_layers": 1, "loop_connection": "inject_concat"},
+    "streams": {"num_prelude_layers": 1, "loop_connection": "hyper", "max_num_loops": 4},
+    "KV gates": {"kv_sharing": "gated", "norm_placement": "sandwich"},
+    "exit gate": {"exit_gate": True},
+    "exit gate alone": {"exit_gate": True, "exit_loss": "gate"},
+}
+
+
+@pytest.mark.parametrize("num_grad_loops", [1, 2, 4, 9, None])
+@pytest.mark.parametrize("fields", TRUNCATED.values(), ids=TRUNCATED)
+def test_an_update_costs_what_its_gradient_goes_through(fields, num_grad_loops):
+    model, ids = make_model(attn="eager", **fields), make_ids()
+    labels = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:].contiguous()
+
+    def train():
+        model(ids, shift_labels=labels, num_loops=4, num_grad_loops=num_grad_loops, use_cache=False).loss.backward()
+
+    counted = counted_flops(train)
+    estimate = training_flops(model.config, *ids.shape, 4, num_grad_loops=num_grad_loops)
+    # The first product of streams or KV gates in a cut-off loop has no gradient to give to what it reads.
+    reads_state = "loop_connection" in fields or "kv_sharing" in fields
+    assert counted == (pytest.approx(estimate, rel=0.02) if reads_state and num_grad_loops in (1, 2) else estimate)
 
 
 @pytest.mark.parametrize("connection", CONNECTIONS)

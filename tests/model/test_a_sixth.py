@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import train
-from looplab.bench.flops import connection_flops, forward_flops
 from looplab.bench.memory import memories
 from looplab.cli import main
+from looplab.instruments.flops import connection_flops, forward_flops
 from looplab.instruments.halting_settings import rules_to_try, setting_of, threshold_text
 from looplab.instruments.traces import trace
 from looplab.tasks.hops.halting import loops_used, sweep

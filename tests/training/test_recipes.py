@@ -13,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from data_builders import DepthSampler, task_builder
-from looplab.bench.flops import update_flops
+from looplab.instruments.flops import update_flops
 from looplab.training.optimizers import build_optimizers
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.layers_looped import LoopedLayer

@@ -232,8 +232,8 @@ class ChatBlocks(TextBlocks):
         labels = rows["shift_labels"].masked_fill(~torch.from_numpy(np.stack(marks)), IGNORED)
         return rows | {"shift_labels": labels}
 
-    def all_rows(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        return super().all_rows(self.kept[numbers])
+    def places(self, numbers: torch.Tensor) -> torch.Tensor:
+        return self.kept[numbers]
 
     def num_labels(self, numbers: torch.Tensor) -> int:
         return int(self.counts[self.kept[numbers]].sum())

@@ -117,7 +117,7 @@ class HopBatches(torch.utils.data.Dataset):
         check_share(batch_size, rank, world)
         if weighting not in ("rows", "uniform"):
             raise ValueError(f"weighting must be rows or uniform, got {weighting!r}.")
-        self._rows = encode_hops(split, tokenizer, hops)
+        self._split, self._rows = split, encode_hops(split, tokenizer, hops)
         missing = sorted(set(hops or []) - set(self._rows))
         if missing or not self._rows:
             raise ValueError(f"the split has no rows of {missing or 'any'} hops; it has {sorted(set(split['hops']))}.")
@@ -135,6 +135,11 @@ class HopBatches(torch.utils.data.Dataset):
         self._epochs = GroupedEpochs(
             self.num_rows, weights, batch_size, seed, groups="hops of steps", rows="rows of epochs"
         )
+
+    def chosen(self, step: int) -> np.ndarray:
+        """Numbers (batch_size,) in the split of the rows of the global batch `step`."""
+        k, chosen = self._epochs.batch(step)
+        return np.flatnonzero(np.array(self._split["hops"]) == k)[chosen]
 
     def __getitem__(self, step: int) -> dict:
         if step < 0:

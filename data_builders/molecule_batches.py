@@ -121,6 +121,10 @@ class MoleculeBatches(torch.utils.data.Dataset):
             self._spelt[spelling] = PackedMolecules(split, self._tokenizer, self._sequence_length)
         return self._spelt[spelling]
 
+    def chosen(self, step: int) -> np.ndarray:
+        """Numbers (batch_size,) in the split of the molecules of the global batch `step`."""
+        return self._epochs.between(step * self.batch_size, self.batch_size).numpy()
+
     def __getitem__(self, step: int) -> dict:
         if step < 0:
             raise IndexError(f"step must be >= 0, got {step}.")

@@ -75,7 +75,7 @@ class SequenceBatches(torch.utils.data.Dataset, ABC):
 
     @abstractmethod
     def chosen(self, step: int) -> np.ndarray:
-        """Row numbers (batch_size,) of the global batch."""
+        """Numbers (batch_size,) in the split of the rows of the global batch `step`."""
 
     @abstractmethod
     def together(self, numbers: np.ndarray) -> dict[str, torch.Tensor]:

@@ -239,6 +239,17 @@ class TextBlocks:
         """The blocks `numbers` (N,) as {"input_ids": (N, T) long, "shift_labels": (N, T) long}."""
         return self.all_rows(numbers)
 
+    def documents(self, numbers: torch.Tensor) -> np.ndarray:
+        """Numbers (M,) in the split, ascending, of the documents that the blocks `numbers` (N,) have tokens of."""
+        firsts = self.places(numbers).numpy() * self.sequence_length  # where each block begins in the stream
+        starts = self._stream.starts[1:]  # where each next document begins
+        begin, end = (np.searchsorted(starts, at, side="right") for at in (firsts, firsts + self.sequence_length))
+        return np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(begin, end, strict=True)]))
+
+    def places(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Places (N,) of the blocks `numbers` (N,) in the stream, counted in blocks."""
+        return numbers
+
     def num_labels(self, numbers: torch.Tensor) -> int:
         """Labels of the blocks `numbers` (N,), of which `rows` says -100 for the others."""
         return len(numbers) * self.sequence_length
@@ -246,7 +257,8 @@ class TextBlocks:
     def all_rows(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `rows`, where every next token is a label."""
         length = self.sequence_length
-        blocks = [self._stream.between(at, at + length + 1) for at in (numbers * length).tolist()]
+        starts = (self.places(numbers) * length).tolist()
+        blocks = [self._stream.between(at, at + length + 1) for at in starts]
         tokens = torch.from_numpy(np.stack(blocks).astype(np.int64))  # (N, T + 1)
         return {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
 
@@ -280,6 +292,10 @@ class TextBatches(torch.utils.data.Dataset):
         self.blocks = split if isinstance(split, TextBlocks) else TextBlocks(split, tokenizer, sequence_length)
         self.batch_size, self.depth, self.rank, self.world = batch_size, depth, rank, world
         self._epochs = ShuffledEpochs(len(self.blocks), batch_size, seed, "blocks of epochs")
+
+    def chosen(self, step: int) -> np.ndarray:
+        """Numbers (M,) in the split, ascending, of the documents that the global batch `step` has tokens of."""
+        return self.blocks.documents(self._epochs.between(step * self.batch_size, self.batch_size))
 
     def __getitem__(self, step: int) -> dict:
         if step < 0:

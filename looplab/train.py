@@ -50,6 +50,7 @@ from looplab.training.recipe import Recipe, add_recipe, read_recipe
 from looplab.training.run_folder import RunFolder, held
 from looplab.training.trackers import Trackers, check_trackers, closed_trackers
 from looplab.training.trained import TRAINED
+from looplab.training.watch import Watch
 
 
 def main(recipe: Recipe) -> dict:
@@ -57,7 +58,7 @@ def main(recipe: Recipe) -> dict:
 
     Raises:
         ValueError: a recipe that cannot run.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is no longer finite, or far above those before it.
     """
     check_trackers(recipe.trackers)
     if recipe.compile:
@@ -121,6 +122,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         if state.step % recipe.check_every == 0 and task.advance(state):
             restart(optimizers)
     trackers = Trackers(recipe, accelerator, run, state)
+    watch = Watch(recipe, looped.config, task, accelerator, run, state)
     progress_bar = tqdm(
         total=recipe.max_steps,
         initial=state.step,
@@ -150,7 +152,9 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         set_rates(optimizers, factor)
 
         # Gradients of one batch: a sum over its micro-batches, a mean over the ranks.
-        batch = task.batches[state.step]
+        with watch.waiting():
+            batch = task.batches[state.step]
+        watch.count(batch)
         num_labels, num_tokens = task.sizes(batch)
         micro_batches = split(batch, recipe.accumulation_steps, accelerator.device)
         loss = torch.zeros((), device=accelerator.device)
@@ -175,7 +179,9 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
             over(recipe, state) or any(state.step % every == 0 for every in paces) or state.step in recipe.snapshots
         )
         while len(unread) > (0 if writes else 1):
-            loss, state.seconds = read_loss(*unread.pop(0), run)
+            step, shares = unread.pop(0)
+            loss, state.seconds = shares.tolist()
+            watch.check(step, loss)
             writes |= over(recipe, state)
         state.finished = over(recipe, state)
         logs = state.step % recipe.log_every == 0 or state.finished
@@ -194,6 +200,7 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
                 | {"grad_norm": number_of(norm)}
                 | task.describe(batch, state)
                 | {"seconds": state.seconds, "tokens": state.tokens}
+                | watch.row(state)
             )
             progress_bar.set_postfix(loss=f"{loss:.3f}", **task.progress(state), refresh=False)
         if state.step % recipe.check_every == 0 or state.finished:
@@ -238,17 +245,6 @@ def check_compiler() -> None:
         raise ValueError(
             "compile=true needs a C++ compiler, and torch found none: install g++, or set compile to false."
         ) from error
-
-
-def read_loss(step: int, shares: torch.Tensor, run: RunFolder) -> tuple[float, float]:
-    """Loss and seconds of an update, from the device; FloatingPointError if the loss is no longer finite."""
-    loss, seconds = shares.tolist()
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"loss is {loss} at step {step}; nothing was saved since. Lower the learning rate or set optim.clip under "
-            f"another --name. The checkpoints before it are in {run.checkpoints}."
-        )
-    return loss, seconds
 
 
 def over(recipe: Recipe, state: State) -> bool:

@@ -32,6 +32,7 @@ from datasets.utils.logging import disable_progress_bar  # noqa: E402
 
 from looplab.runs.digests import weights_of  # noqa: E402
 from looplab.runs.folder import open_run  # noqa: E402
+from looplab.training.watch import OF_THE_HOUR  # noqa: E402
 from train import main, read_recipe  # noqa: E402
 
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
@@ -86,7 +87,7 @@ def facts(folder: Path) -> str:
     """What a training leaves, but for times: rows, weights, names of files."""
     run = folder / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    rows = [{name: value for name, value in row.items() if name not in OF_THE_HOUR} for row in rows]
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     weights = {str(path): weights_of(run / path) for path in ("model", "snapshots/step-000000005")}
     summary = json.loads((run / "summary.json").read_text())

@@ -322,6 +322,8 @@ SUMMARY = {
 }  # fmt: skip
 METRICS = {
     "step": int, "seconds": NUMBER, "loss": NUMBER, "lr": NUMBER, "tokens": int, "num_loops": int, "stage": int,
+    "tokens_per_second": NUMBER, "updates_per_second": NUMBER, "data_seconds": NUMBER, "memory_bytes": int,
+    "of_peak": NUMBER, "stopped": str, "rows": [int],
     "hops": int, "gate": {"*": NUMBER}, "gate_by_split_kind": {"*": NUMBER},
     "held_out": {"loss": NUMBER, "perplexity": NUMBER}, "held_out_at_loops": {"*": {"loss": NUMBER}},
 }  # fmt: skip

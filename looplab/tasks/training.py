@@ -104,6 +104,11 @@ class TaskTraining(ABC):
         world = self.accelerator.num_processes
         return batch["shift_labels"].numel() * world, batch["input_ids"].numel() * world
 
+    def rows_of(self, step: int) -> list[int]:
+        """Numbers of the rows of the split train that the batch of update `step`, counted from 0, is made of, over all
+        ranks; [] where they are not known."""
+        return []
+
     def describe(self, batch: dict, state: State) -> dict:
         """Further fields of a training record of metrics.jsonl, beside loss and loops."""
         return {}

@@ -154,6 +154,7 @@ class Recipe:
     log_every: int = number(10, at_least=1)  # updates between records of metrics.jsonl
     check_every: int = number(200, at_least=1)  # updates between held-out checks
     checkpoint_every: int = number(500, at_least=1)  # updates between savings of the whole state
+    spike: Number | None = number(10.0, above=0)  # nats above the last losses' mean at which a run stops; None: never
     snapshots: list[int] = numbers(at_least=1, distinct=True)  # updates at which to keep the model, for `looped lens`
     trackers: list[str] = field(default_factory=list)  # of accelerate: tensorboard, trackio, wandb, ...
 

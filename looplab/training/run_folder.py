@@ -56,7 +56,17 @@ logger = logging.getLogger(__name__)
 # Fields of a recipe that may change when a run goes on: none of them changes what an update does, but for schedules
 # that follow the budget, and the last digits where layers are compiled.
 FREE = frozenset(
-    {"max_steps", "max_seconds", "log_every", "checkpoint_every", "eval_loops", "snapshots", "trackers", "compile"}
+    {
+        "max_steps",
+        "max_seconds",
+        "log_every",
+        "checkpoint_every",
+        "eval_loops",
+        "snapshots",
+        "spike",
+        "trackers",
+        "compile",
+    }
 )
 
 # Fields that say where something is -> the digest in run.json that tells whether it is the same. They may change, too.

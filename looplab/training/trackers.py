@@ -3,8 +3,7 @@
     project    the recipe's name without "_seedN", so that the seeds of one recipe lie in one project
     run        the recipe's name; a run that is resumed goes on in the same one, where the tracker allows it
 
-A tracker gets every row of metrics.jsonl, nested fields as `gate.2`, and with the training rows tokens and updates per
-second since the row before. These depend on the clock of the day, and are therefore not in metrics.jsonl.
+A tracker gets every row of metrics.jsonl, nested fields as `gate.2`.
 """
 
 import difflib
@@ -49,7 +48,6 @@ class Trackers:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, run: RunFolder, state: State):
         self.accelerator = accelerator
-        self.before = state.step, state.tokens, state.seconds
         accelerator.project_configuration.logging_dir = run.folder / "tracker"
         accelerator.init_trackers(
             re.sub(r"_seed\d+$", "", recipe.name),
@@ -60,12 +58,6 @@ class Trackers:
     def log(self, row: dict) -> None:
         """Report a row of metrics.jsonl."""
         values = flatten({name: value for name, value in row.items() if name != "step"})
-        if "tokens" in row:
-            step, tokens, seconds = self.before
-            self.before = row["step"], row["tokens"], row["seconds"]
-            elapsed = max(row["seconds"] - seconds, 1e-9)
-            values["tokens_per_second"] = (row["tokens"] - tokens) / elapsed
-            values["updates_per_second"] = (row["step"] - step) / elapsed
         self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=row["step"])
 
 

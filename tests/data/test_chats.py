@@ -87,6 +87,10 @@ def test_blocks_are_the_conversations_one_after_the_other(chats, assistant_only)
     found = blocks.rows(torch.arange(len(blocks)))
     assert found["input_ids"].tolist() == [row for row, _ in rows]
     assert found["shift_labels"].tolist() == [kept for _, kept in rows]
+    owners = [n for n, row in enumerate(train) for _ in Template(tokenizer).encode(json.loads(row["text"]), False)[0]]
+    places = [at for at in range(0, len(ids) - length, length) if any(labels[at + 1 : at + length + 1])]
+    for number, at in enumerate(places):
+        assert blocks.documents(torch.tensor([number])).tolist() == sorted(set(owners[at : at + length + 1]))
     depth = DepthSampler(kind="fixed", mean=2, seed=0)
     whole = TextBatches(blocks, tokenizer, length, 4, 0, depth)
     halves = [TextBatches(blocks, tokenizer, length, 4, 0, depth, rank=rank, world=2) for rank in (0, 1)]

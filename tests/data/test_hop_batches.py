@@ -55,6 +55,13 @@ def row_numbers(batches: HopBatches, batch: dict) -> list[int]:
     return [places[tuple(row)] for row in batch["input_ids"].tolist()]
 
 
+def test_a_batch_names_its_rows(make_batches, dataset, tokenizer):
+    batches = make_batches()
+    for step in range(8):
+        named = dataset["train"].select(batches.chosen(step))
+        assert tokenizer(list(named["text"]))["input_ids"] == batches[step]["input_ids"].tolist()
+
+
 FACTS = [{"text": "e0 r0", "answer": "e1", "hops": 1}, {"text": "e1 r1", "answer": "e0", "hops": 1}]
 CHAIN = {"text": "e0 r0 r1", "answer": "e0", "hops": 2}
 READERS = {

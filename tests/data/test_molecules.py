@@ -598,6 +598,13 @@ def test_a_batch_of_molecules_follows_from_seed_and_step(make_batches):
         first[-1]
 
 
+def test_a_batch_names_its_molecules(make_batches, toys):
+    train, tokenizer, batches = toys()["train"], dataset_smiles_tokenizer(toys()), make_batches()
+    for step in range(8):
+        named = [train[number]["text"] for number in batches.chosen(step).tolist()]
+        assert sorted(named) == sorted(smiles_of(batches[step], tokenizer))
+
+
 def test_ranks_share_the_molecules_of_a_batch(make_batches, toys):
     tokenizer = dataset_smiles_tokenizer(toys())
     whole = make_batches()

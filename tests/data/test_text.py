@@ -380,6 +380,16 @@ def test_an_epoch_has_each_block_once(pages):
     assert epochs[0] != epochs[1]
 
 
+def test_a_batch_names_the_documents_that_it_has_tokens_of(pages):
+    """Against a twin that knows of every token whose it is."""
+    these, train = batches(pages), pages()["train"]
+    tokenizer = train_byte_bpe(train["text"], 280)
+    owners = [n for n, text in enumerate(train["text"]) for _ in naive_stream({"text": [text]}, tokenizer)]
+    for step in range(20):
+        blocks = these._epochs.between(step * 4, 4).tolist()
+        assert these.chosen(step).tolist() == sorted({n for i in blocks for n in owners[i * 16 : i * 16 + 17]})
+
+
 def test_too_little_text_for_a_block_raises(pages):
     train, tokenizer = pages()["train"], train_byte_bpe(SAMPLE, 300)
     with pytest.raises(ValueError, match=r"the split train has \d+ tokens, too few for a block of 100000"):

@@ -37,6 +37,7 @@ from looplab.tasks.hops.run_figures import training_curves
 from looplab.tasks.registry import TASKS, task_for
 from looplab.training.recipe import Recipe, build_recipe, own_sections, read_recipe
 from looplab.training.run_folder import FREE, RunFolder, files_in, read_state
+from looplab.training.watch import OF_THE_HOUR
 from toy_runs import reset_accelerator
 from toys import ROOT, write_pages
 from train import main
@@ -68,7 +69,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def rows(run: Path) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in found]
+    return [{name: value for name, value in row.items() if name not in OF_THE_HOUR} for row in found]
 
 
 # Kills, and two writers

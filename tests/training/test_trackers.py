@@ -47,22 +47,14 @@ def notes():
     del LOGGER_TYPE_TO_CLASS["notes"]
 
 
-def test_a_tracker_gets_every_row_and_the_rates_between_them(hops, tmp_path, notes):
+def test_a_tracker_gets_every_row(hops, tmp_path, notes):
     main(hops("walk_seed3", "--trackers=[notes]", "--log_every=5"))
     (tracker,) = notes
     assert (tracker.project, tracker.closed, tracker.config["optim.kind"]) == ("walk", 1, "muon")
     rows = rows_of(tmp_path / "walk_seed3" / "metrics.jsonl")
-    before = {"step": 0, "tokens": 0, "seconds": 0.0}
     for row, (step, values) in zip(rows, tracker.rows, strict=True):
         assert step == row["step"]
-        expected = {name: value for name, value in flatten(row).items() if name != "step" and value is not None}
-        if "loss" in row:
-            assert row["grad_norm"] > 0
-            elapsed = row["seconds"] - before["seconds"]
-            expected["tokens_per_second"] = pytest.approx((row["tokens"] - before["tokens"]) / elapsed)
-            expected["updates_per_second"] = pytest.approx((row["step"] - before["step"]) / elapsed)
-            before = row
-        assert values == expected
+        assert values == {name: v for name, v in flatten(row).items() if name != "step" and v is not None}
 
 
 def test_the_norm_is_that_of_the_gradients_before_they_are_clipped_and_reading_it_changes_nothing(hops, tmp_path):

@@ -74,6 +74,9 @@ class HopTraining(TaskTraining):
     def schedule_step(self, state: State) -> int:
         return self.stages.schedule_step(state)
 
+    def rows_of(self, step: int) -> list[int]:
+        return self.batches.chosen(step).tolist()
+
     def describe(self, batch: dict, state: State) -> dict:
         return {"stage": state.stage, "hops": batch["hops"]}
 

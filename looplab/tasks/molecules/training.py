@@ -51,6 +51,9 @@ class MoleculeTraining(LanguageTraining):
         """The batch itself says how many labels it has: sequences have padding, and ranks differ in sequences."""
         return batch["num_labels"], batch["num_labels"]
 
+    def rows_of(self, step: int) -> list[int]:
+        return self.batches.chosen(step).tolist()
+
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """The result of the last check, after the last update, and the numbers of molecules and tokens."""
         return self.measured(state, num_loops) | {

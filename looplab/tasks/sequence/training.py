@@ -90,6 +90,9 @@ class SequenceTraining(TaskTraining):
         """Padding is counted among the input tokens, those of this rank for all ranks alike."""
         return batch["num_labels"], batch["input_ids"].numel() * self.accelerator.num_processes
 
+    def rows_of(self, step: int) -> list[int]:
+        return self.batches.chosen(step).tolist()
+
     def describe(self, batch: dict, state: State) -> dict:
         return {"stage": state.stage, "grade": batch["grade"]}
 

@@ -45,6 +45,9 @@ class TextTraining(LanguageTraining):
     def sizes(self, batch: dict) -> tuple[int, int]:
         return batch["num_labels"], batch["input_ids"].numel() * self.accelerator.num_processes
 
+    def rows_of(self, step: int) -> list[int]:
+        return self.batches.chosen(step).tolist()
+
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """The result of the last check, after the last update, and the numbers of tokens."""
         return self.measured(state, num_loops) | {

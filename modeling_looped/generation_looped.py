@@ -192,7 +192,8 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         for name, value in asked.items():
             value = stored[name] if value is None else value
             if value is not None:
-                model_kwargs[name] = value
+                # Counts of batch rows steer the loop, which is on the host: every call would wait for them.
+                model_kwargs[name] = value.cpu() if isinstance(value, torch.Tensor) else value
         halting = calibrated_rule(model_kwargs.pop("halting", None), calibrated)
         rule = halting_rule(halting)  # built once: raises before any work, not per token
         if rule is not None:

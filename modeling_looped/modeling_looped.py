@@ -231,6 +231,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             token_type_ids=token_type_ids,
             num_positions=positions_below(embeds, past_key_values) if counted else None,
             counted=counted,
+            budgets=None if isinstance(num_loops, int) else num_loops.tolist(),
         )
         if self.is_cut(num_tokens):
             hidden_states, loops_used = Chunks(self, call, cut_chunks).run(**kwargs)
@@ -298,7 +299,8 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         packing = None if call.counted else position_ids
         mask = self.pattern.mask(self.config, call.embeds, call.attention_mask, cache, packing, call.token_type_ids)
         angles = self.positions(call.embeds, position_ids)
-        context = CallContext(mask, angles, position_ids, cache, OWN_KEYS, call.num_loops)
+        num_loops = call.num_loops if isinstance(call.num_loops, int) else call.num_loops.to(call.embeds.device)
+        context = CallContext(mask, angles, position_ids, cache, OWN_KEYS, num_loops)
         if call.rows_may_halt:
             context.check_rows_can_leave()
         open_slots(self.core, call.most_loops)
@@ -318,7 +320,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
                 index,
                 hidden_states,
                 loop,
-                attention=layer.self_attn.at(loop),
+                attention=context.attention(layer.self_attn.at(loop)),
                 attention_mask=context.attention_mask,
                 position_embeddings=context.position_embeddings,
                 position_ids=context.position_ids,

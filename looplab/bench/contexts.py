@@ -27,14 +27,16 @@ from .pair import Workload, build_pair, kv_bytes_per_token, model_sizes, trainin
 CACHES = {"dynamic": lambda config: DynamicCache(config=config), "growing": growing_cache}
 
 
-def filled_cache(model: PreTrainedModel, tokens: int, kind: str = "growing") -> DynamicCache:
+def filled_cache(model: PreTrainedModel, tokens: int, kind: str = "growing", rows: int = 1) -> DynamicCache:
     """A cache with the layers that the model's KV policy uses, each with random entries of `tokens` tokens.
 
-    kind: one of CACHES.
+    Args:
+        kind: one of CACHES.
+        rows: batch rows.
     """
     cache = CACHES[kind](model.config)
     cache.activate_past_recording()  # `step_at` crops after every token
-    model(torch.ones(1, 1, dtype=torch.long), **{CACHE_NAME: cache})  # the call puts in the layers of the policy
+    model(torch.ones(rows, 1, dtype=torch.long), **{CACHE_NAME: cache})  # the call puts in the layers of the policy
     draw = torch.Generator().manual_seed(0)
     for layer in cache.layers:
         shape = (*layer.keys.shape[:2], tokens, layer.keys.shape[-1])
@@ -42,17 +44,24 @@ def filled_cache(model: PreTrainedModel, tokens: int, kind: str = "growing") -> 
     return cache
 
 
-def step_at(model: PreTrainedModel, context: int, steps: int, kind: str = "growing") -> Callable[[], None]:
-    """A call that decodes `steps` tokens, each after `context` cached tokens: the new entry is cropped each time."""
+def step_at(
+    model: PreTrainedModel, context: int, steps: int, kind: str = "growing", rows: int = 1, **call
+) -> Callable[[], None]:
+    """A call that decodes `steps` tokens, each after `context` cached tokens: the new entry is cropped each time.
+
+    Args:
+        rows: batch rows, see `filled_cache`.
+        call: arguments of the model's forward.
+    """
     model.eval()
     with torch.inference_mode():
-        cache = filled_cache(model, context, kind)
-    token = torch.ones(1, 1, dtype=torch.long)
+        cache = filled_cache(model, context, kind, rows)
+    token = torch.ones(rows, 1, dtype=torch.long)
 
     @torch.inference_mode()
     def decode() -> None:
         for _ in range(steps):
-            model(token, **{CACHE_NAME: cache}, logits_to_keep=1)
+            model(token, **{CACHE_NAME: cache}, logits_to_keep=1, **call)
             cache.crop(-1)
 
     return decode

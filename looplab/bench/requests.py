@@ -4,14 +4,17 @@
                many as it has hops) or a halting rule, against the smallest loop count for all that answers no worse:
                by `generate` in batches, and by `generate_each`
     exits      with --contexts: one decoded token of 16 rows at loop counts 1 to 8, two of each, against 8 loops for
-               all and against the same counts in an order in which rows are gathered; random models
+               all, on random models. The counts are known, the deepest first; or a rule finds them after each loop,
+               other ones for every token. Rules read nothing, the state, or the head, as `FixedRule`, `LatentRule`
+               and `KLEntropyRule` do
 
 `ideal` is what could be saved: loops times tokens of the one side over those of the other.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import final
 
 import torch
 
@@ -20,9 +23,9 @@ from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
 from looplab.tasks.registry import task_for
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.cache_layers_looped import CACHE_NAME
+from modeling_looped.halting_looped import FixedRule, KLEntropyRule, LatentRule, Rule
 
-from .contexts import CACHES
+from .contexts import step_at
 from .pair import Workload, model_sizes
 
 MOST_HOPS = 16
@@ -82,52 +85,52 @@ def request_rows(run: Run, work: Workload, rounds: int, at_once: Sequence[int]) 
     return results
 
 
+@final
+class DrawnExits(Rule):
+    """Reads what another rule reads, and halts batch rows at the loop counts EXITS, in a new order for every token."""
+
+    def __init__(self, reads: Rule):
+        self.reads, self.draw = reads, random.Random(0)
+
+    def step(self, memory, state, readout):
+        if len(state) == len(EXITS):  # the first loop of a token
+            self.left = self.draw.sample(EXITS, len(EXITS))
+        memory, _ = self.reads.step(memory, state, readout)
+        self.left = [count - 1 for count in self.left]
+        done = torch.tensor(self.left) == 0
+        self.left = [count for count in self.left if count]
+        return memory, done.unsqueeze(1)
+
+
+EXIT_CALLS: dict[str, Callable[[], dict]] = {
+    "known": lambda: {"num_loops": torch.tensor(EXITS)},
+    "unread": lambda: {"halting": DrawnExits(FixedRule())},
+    "latent": lambda: {"halting": DrawnExits(LatentRule())},
+    "kl_entropy": lambda: {"halting": DrawnExits(KLEntropyRule())},
+}
+
+
 def exit_row(width: int, work: Workload, rounds: int, context: int, mode: str) -> dict:
-    """A decoded token of 16 rows at the loop counts EXITS after `context` tokens, against `mode`: "all loops", or
-    "gathered", the same counts in the opposite order."""
+    """A decoded token of 16 rows at the loop counts EXITS after `context` tokens, against as many loops for all.
+
+    mode: one of EXIT_CALLS.
+    """
     sizes = model_sizes(width, work) | {"num_core_layers": work.layers, "num_loops": EXITS[0]}
-    model = LoopedForCausalLM(LoopedConfig(**sizes)).eval()
-    counts = torch.tensor(EXITS)
-    others: dict[str, Any] = {"all loops": EXITS[0], "gathered": counts.flip(0)}
-
-    @torch.inference_mode()
-    def cached():
-        cache = CACHES["growing"](model.config)
-        token = torch.ones(len(EXITS), 1, dtype=torch.long)
-        model(token, **{CACHE_NAME: cache})
-        draw = torch.Generator().manual_seed(0)
-        for layer in cache.layers:
-            layer.most = context + 8
-            shape = (*layer.keys.shape[:2], context, layer.keys.shape[-1])
-            layer.keys, layer.values = (torch.randn(shape, generator=draw) for _ in range(2))
-        cache.activate_past_recording()
-        return cache, token
-
-    cache, token = cached()
-
-    def step(num_loops) -> Callable[[], None]:
-        @torch.inference_mode()
-        def decode() -> None:
-            for _ in range(work.steps):
-                model(token, **{CACHE_NAME: cache}, num_loops=num_loops, logits_to_keep=1)
-                cache.crop(-1)
-
-        return decode
-
-    pairs = interleaved(step(counts), step(others[mode]), rounds, timed=cpu_seconds)
+    model = LoopedForCausalLM(LoopedConfig(**sizes))
+    sides = (step_at(model, context, work.steps, rows=len(EXITS), **call) for call in (EXIT_CALLS[mode](), {}))
+    pairs = interleaved(*sides, rounds, timed=cpu_seconds)
     row = {"measure": "exits", "unit": "steps/s of CPU time", "mode": mode, "width": width, "context": context}
-    ideal = len(EXITS) * EXITS[0] / sum(EXITS) if mode == "all loops" else 1.0
-    return row | {"ideal": ideal} | compared(pairs, work.steps, ("view", mode))
+    ideal = len(EXITS) * EXITS[0] / sum(EXITS)
+    return row | {"ideal": ideal} | compared(pairs, work.steps, ("exits", "all loops"))
 
 
 def exit_plan(widths: Sequence[int], work: Workload, rounds: int, contexts: Sequence[int]) -> list[Callable[[], dict]]:
     """The measurements of exits, each a call that returns its row."""
-    modes = ("all loops", "gathered")
     return [
         partial(exit_row, width, work, rounds, context, mode)
         for width in widths
         for context in contexts
-        for mode in modes
+        for mode in EXIT_CALLS
     ]
 
 
@@ -146,8 +149,8 @@ def request_lines(rows: Sequence[dict]) -> list[str]:
         )
     exits = [row for row in rows if row["measure"] == "exits"]
     if exits:
-        text.append("\na decoded token of 16 rows at 1 to 8 loops, read as views of the cache; CPU time")
-        text.append(f"{'against':<11}{'width':>7}{'context':>9}   ratio of tokens/s, ideal")
+        text.append("\na decoded token of 16 rows at 1 to 8 loops, against 8 loops for all; CPU time")
+        text.append(f"{'counts':<11}{'width':>7}{'context':>9}   ratio of tokens/s, ideal")
     for row in exits:
         text.append(f"{row['mode']:<11}{row['width']:>7}{row['context']:>9}   {ratio_text(row)}, {row['ideal']:.2f}")
     return text

@@ -62,7 +62,7 @@ from .cache_layers_looped import (
 )
 from .gates_looped import KV_GATES
 from .growing_looped import Growing
-from .layers_looped import GatedLoopedLayer, LoopedLayer, NaturalLoopedLayer
+from .layers_looped import GatedLoopedLayer, LoopedLayer, NaturalLoopedLayer, SlotAttention
 from .two_sources_looped import own_columns, two_source_mask
 
 
@@ -455,19 +455,97 @@ class ActiveCache:
 
     Args:
         cache: of all B batch rows.
-        active: the batch rows that still loop, (b,), or a slice of the first ones, whose entries are then read as a
-            view: an index would copy their whole context.
+        numbers: the batch rows that still loop, ascending.
+        rows: the same on the device, (b,).
         sharing: the policy, which says where the loop before left its entries.
     """
 
-    def __init__(self, cache: Cache, active: torch.Tensor | slice, sharing: Sharing):
-        self.cache, self.active, self.sharing = cache, active, sharing
+    def __init__(self, cache: Cache, numbers: list[int], rows: torch.Tensor, sharing: Sharing):
+        self.cache, self.sharing = cache, sharing
+        self.runs = runs_of(numbers)
+        one_run = len(self.runs) == 1
+        self.active = self.runs[0][1] if one_run else rows
 
     def update(self, key_states, value_states, slot: int, *args, **kwargs):
         """Write T entries (b, K, T, d) of the active batch rows; returns their keys and values (b, K, S, d)."""
+        keys, values = self.write(key_states, value_states, slot)
+        return chosen(keys, self.active), chosen(values, self.active)
+
+    def write(self, key_states, value_states, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write T entries (b, K, T, d) of the active batch rows; returns those of all batch rows, (B, K, S, d)."""
         before = recent_entries(readable(self.cache, self.sharing.previous(slot)), key_states.shape[-2])
         dropped = key_states.shape[-2] - before[0].shape[-2]  # by a sliding layer: batch rows that halted read none
-        keys, values = (F.pad(entries, (0, 0, dropped, 0)) for entries in before)
-        keys[self.active], values[self.active] = key_states, value_states
-        keys, values = self.cache.update(keys, values, slot, rows=self.active)
-        return keys[self.active], values[self.active]
+        if dropped:
+            before = [F.pad(entries, (0, 0, dropped, 0)) for entries in before]
+        new = (put(old, entries, self.active) for old, entries in zip(before, (key_states, value_states), strict=True))
+        return self.cache.update(*new, slot, rows=self.active)
+
+    def views_pay(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether to read the batch rows run by run, each a view of the cache (B, K, S, d), rather than all of them by
+        an index, which copies their whole context. On an accelerator a call costs more, and nobody has measured."""
+        if len(self.runs) == 1:
+            return True
+        copied = (keys[0].numel() + values[0].numel()) * sum(own.stop - own.start for own, _ in self.runs)
+        return keys.device.type == "cpu" and copied > RUN_COST * (len(self.runs) - 1)
+
+
+RUN_COST = 131_072  # numbers that are copied in the time of one more call of an attention, on a CPU
+
+
+@final
+class ActiveAttention:
+    """Stands in for the attention of a slot once batch rows have halted: those that still loop are read run by run
+    where that is cheaper.
+
+    Args:
+        attention: of the slot.
+    """
+
+    def __init__(self, attention: SlotAttention):
+        self.attention, self.layer_idx = attention, attention.layer_idx
+
+    def __call__(self, query, key, value, attention_mask=None, past_key_values=None, **kwargs):
+        """Queries (b, H, T, d), keys and values (b, K, T, d) -> (b, T, H, d), and the attention weights or None."""
+        cache = past_key_values
+        if not isinstance(cache, ActiveCache):  # the keys are the layer's own
+            return self.attention(query, key, value, attention_mask, past_key_values=cache, **kwargs)
+        keys, values = cache.write(key, value, self.layer_idx)
+        if not cache.views_pay(keys, values):
+            keys, values = chosen(keys, cache.active), chosen(values, cache.active)
+            return self.attention(query, keys, values, attention_mask, **kwargs)
+        outputs = []
+        for own, run in cache.runs:
+            mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[own]
+            outputs.append(self.attention(query[own], keys[run], values[run], mask, **kwargs))
+        if len(outputs) == 1:
+            return outputs[0]
+        output, weights = zip(*outputs, strict=True)
+        return torch.cat(output), None if weights[0] is None else torch.cat(weights)
+
+
+def runs_of(numbers: list[int]) -> list[tuple[slice, slice]]:
+    """Numbers that ascend by one: where they lie in the list, and which they are."""
+    starts = [place for place, number in enumerate(numbers) if place == 0 or number != numbers[place - 1] + 1]
+    ends = [*starts[1:], len(numbers)]
+    return [
+        (slice(start, end), slice(numbers[start], numbers[start] + end - start))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def places_of(numbers: list[int], device: torch.device) -> torch.Tensor | slice:
+    """Numbers that ascend, as an index: a slice where there is none between them that is missing."""
+    runs = runs_of(numbers)
+    return runs[0][1] if len(runs) == 1 else torch.tensor(numbers, device=device)
+
+
+def chosen(values: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """Some batch rows, (b,) or a slice, of (B, ...)."""
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
+
+
+def put(values: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """Values (B, ...) with new ones (b, ...) in some batch rows, (b,) or a slice."""
+    if isinstance(rows, slice):
+        return torch.cat([values[: rows.start], new, values[rows.stop :]])
+    return values.index_copy(0, rows, new)

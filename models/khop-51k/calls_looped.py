@@ -21,9 +21,10 @@ from typing import final
 import torch
 from transformers.cache_utils import Cache
 
-from .cache_looped import ActiveCache, KeySource, Sharing
+from .cache_looped import ActiveAttention, ActiveCache, KeySource, Sharing, chosen, places_of
 from .checks_looped import check_positions, is_row_mask
 from .halting_looped import Readout, Rule, halting_rule
+from .layers_looped import SlotAttention
 from .versions_looped import slice_logits_to_keep
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
@@ -87,6 +88,7 @@ class Call:
         token_type_ids: (B, T), see `masks_looped.py`; or None.
         num_positions: no position is as large, where that is known without asking the device; or None.
         counted: the positions were counted here, so that no sequences are packed into a batch row.
+        budgets: `num_loops` of the batch rows on the host, read from the device once; None for an int.
     """
 
     embeds: torch.Tensor
@@ -102,18 +104,17 @@ class Call:
     token_type_ids: torch.Tensor | None = None
     num_positions: int | None = None
     counted: bool = False
+    budgets: Sequence[int] | None = None
 
     @property
     def most_loops(self) -> int:
         """Loops of the batch row that may loop the longest."""
-        return self.num_loops if isinstance(self.num_loops, int) else int(self.num_loops.max())
+        return self.num_loops if isinstance(self.num_loops, int) else max(self.budgets or [0])
 
     @property
     def rows_may_halt(self) -> bool:
         """Whether a batch row may halt before another."""
-        if isinstance(self.num_loops, torch.Tensor) and int(self.num_loops.min()) < self.most_loops:
-            return True
-        return self.halting is not None
+        return self.halting is not None or len(set(self.budgets or [])) > 1
 
     @property
     def real_tokens(self) -> torch.Tensor:
@@ -153,6 +154,10 @@ class CallContext:
                 "'sdpa' or 'eager' with a num_loops per row or a halting rule."
             )
 
+    def attention(self, attention: SlotAttention) -> "SlotAttention | ActiveAttention":
+        """The attention of a slot, for these batch rows."""
+        return ActiveAttention(attention) if isinstance(self.past_key_values, ActiveCache) else attention
+
     def with_keys(self, key_source: KeySource) -> "CallContext":
         """The same with another source of keys."""
         return replace(self, key_source=key_source)
@@ -162,7 +167,7 @@ class CallContext:
         `past_key_values`."""
 
         def select(tensor):
-            return tensor if tensor is None or len(tensor) == 1 else tensor[rows]
+            return tensor if tensor is None or len(tensor) == 1 else chosen(tensor, rows)
 
         angles = self.position_embeddings
         return CallContext(
@@ -171,7 +176,7 @@ class CallContext:
             position_ids=select(self.position_ids),
             past_key_values=past_key_values,
             key_source=self.key_source.keep(rows),
-            num_loops=self.num_loops if isinstance(self.num_loops, int) else self.num_loops[rows],
+            num_loops=self.num_loops if isinstance(self.num_loops, int) else chosen(self.num_loops, rows),
         )
 
 
@@ -187,7 +192,7 @@ class ActiveBatch:
         sharing: the KV policy.
 
     Attributes:
-        rows: (b,) LongTensor, which batch rows of the call these are.
+        rows: (b,) LongTensor, which batch rows of the call these are; `numbers` are the same on the host.
         state, embeds, context: of these batch rows.
         loops_run: loops that ran until the last batch row halted.
     """
@@ -206,12 +211,14 @@ class ActiveBatch:
         self.rows = torch.arange(embeds.shape[0], device=embeds.device)  # len() would fix it in an exported graph
         self.loops_run = self.most_loops = call.most_loops
         self.may_halt = call.rows_may_halt
-        self.budgets = known_budgets(call)
         self.memory = None  # of the halting rule
-        self.halted = []  # (batch rows, their state, their loops) of those that left
-        if call.halting is not None:
+        self.halted: list[tuple[list[int], torch.Tensor, int]] = []  # who left, their state, their loops
+        if self.may_halt:
+            self.numbers = list(range(len(embeds)))
+        self.unread = None  # (b, K) bool, which of the positions that the rule reads are padding; None where none is
+        if call.halting is not None and (call.read_at is not None or is_row_mask(call.attention_mask)):
             read_at = call.real_tokens if call.read_at is None else call.read_at
-            self.read_at = self._read(read_at.unsqueeze(-1)).squeeze(-1)  # (B, K) bool
+            self.unread = ~self._read(read_at.unsqueeze(-1)).squeeze(-1)
 
     def gradients(self, loop: int, recomputed: bool) -> AbstractContextManager:
         """Within the block a loop is differentiated, unless it comes before `first_grad_loop`.
@@ -240,64 +247,65 @@ class ActiveBatch:
             self.call.observe(self.rows, close(self.state))
         if not self.may_halt or loop + 1 == self.most_loops:
             return True
-        if self.budgets is not None:
-            return self._leave_from_the_end(loop, self.budgets)
         done = self._done(loop, close)
-        if not done.any():
+        if not any(done):
             return True
-        self._record(done.nonzero().squeeze(1), loop + 1)
-        self._keep((~done).nonzero().squeeze(1))
-        if len(self.rows) == 0:
+        leaving, staying = ([place for place, left in enumerate(done) if left == wanted] for wanted in (True, False))
+        self._record(leaving, loop + 1)
+        if staying:
+            self._keep(staying)
+        else:
             self.loops_run = loop + 1
-        return len(self.rows) > 0
-
-    def _leave_from_the_end(self, loop: int, budgets: Sequence[int]) -> bool:
-        """`leave` where it is known that the last of these batch rows halt first: those that go on are a view."""
-        going_on = sum(budget > loop + 1 for budget in budgets)
-        if going_on < len(self.rows):
-            numbers = torch.arange(going_on, len(self.rows), device=self.rows.device)
-            self.halted.append((self.rows[going_on:], self.state[going_on:], torch.full_like(numbers, loop + 1)))
-            self._keep(slice(0, going_on))
-        return True
+        return bool(staying)
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of all batch rows in the order of the call, and the loops run for each token, (B, T)."""
         batch_size, num_tokens = self.call.embeds.shape[:2]
+        device = self.rows.device
         if not self.halted:
-            loops = torch.full((batch_size, num_tokens), self.most_loops, dtype=torch.long, device=self.rows.device)
+            loops = torch.full((batch_size, num_tokens), self.most_loops, dtype=torch.long, device=device)
             return self.state, loops
-        self._record(torch.arange(len(self.rows), device=self.rows.device), self.most_loops)
-        rows, states, loops = (torch.cat(parts) for parts in zip(*self.halted, strict=True))
-        order = rows.argsort()
-        return states[order], loops[order].unsqueeze(1).expand(batch_size, num_tokens)
+        if sum(len(numbers) for numbers, _, _ in self.halted) < batch_size:
+            self.halted.append((self.numbers, self.state, self.most_loops))
+        numbers = [number for halted, _, _ in self.halted for number in halted]
+        loops = [loops for halted, _, loops in self.halted for _ in halted]
+        order = torch.tensor(sorted(range(batch_size), key=numbers.__getitem__), device=device)
+        states = torch.cat([state for _, state, _ in self.halted]).index_select(0, order)
+        loops = torch.tensor(loops, device=device).index_select(0, order)
+        return states, loops.unsqueeze(1).expand(batch_size, num_tokens)
 
-    def _done(self, loop: int, close: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """(b,) bool: the batch rows that halt after `loop`, because of their loop count or of the rule."""
-        done = torch.zeros(len(self.rows), dtype=torch.bool, device=self.rows.device)
-        if isinstance(self.call.num_loops, torch.Tensor):
-            done |= self.call.num_loops[self.rows] <= loop + 1
-        if self.call.halting is not None:
-            self.memory, halted = self.call.halting.step(self.memory, self._read(close(self.state)))  # (b, K)
-            read_at = self.read_at[self.rows]
-            done |= (halted | ~read_at).all(dim=1) & read_at.any(dim=1)
-        return done
+    def _done(self, loop: int, close: Callable[[torch.Tensor], torch.Tensor]) -> list[bool]:
+        """Which of these batch rows halt after `loop`, because of their loop count or of the rule."""
+        budgets, halting = self.call.budgets, self.call.halting
+        done = [budgets is not None and budgets[number] <= loop + 1 for number in self.numbers]
+        if halting is None:
+            return done
+        self.memory, halted = halting.step(self.memory, self._read(close(self.state)))  # (b, K)
+        if self.unread is not None:
+            halted = (halted | self.unread).all(dim=1) & ~self.unread.all(dim=1)
+        else:
+            halted = halted.all(dim=1)
+        return [known or found for known, found in zip(done, halted.tolist(), strict=True)]
 
     def _read(self, values: torch.Tensor) -> torch.Tensor:
         """(b, T, D) -> (b, K, D) at the positions that the rule reads."""
         assert self.call.halting is not None
         return slice_logits_to_keep(values, self.call.halting.positions)
 
-    def _record(self, rows: torch.Tensor, loops: int) -> None:
-        """Note the state of some of these batch rows, which ran `loops` loops."""
-        self.halted.append((self.rows[rows], self.state[rows], torch.full_like(rows, loops)))
+    def _record(self, places: list[int], loops: int) -> None:
+        """Note the state of those at these places among the batch rows, which ran `loops` loops."""
+        where = places_of(places, self.rows.device)
+        self.halted.append(([self.numbers[place] for place in places], chosen(self.state, where), loops))
 
-    def _keep(self, rows: torch.Tensor | slice) -> None:
-        """Go on with some of these batch rows."""
-        self.rows, self.state, self.embeds = self.rows[rows], self.state[rows], self.embeds[rows]
-        self.memory = None if self.memory is None else self.memory[rows]
-        active = slice(0, len(self.rows)) if isinstance(rows, slice) else self.rows
-        seen = None if self.cache is None else ActiveCache(self.cache, active, self.sharing)
-        self.context = self.context.keep(rows, seen)
+    def _keep(self, places: list[int]) -> None:
+        """Go on with those at these places among the batch rows."""
+        where = places_of(places, self.rows.device)
+        self.numbers = [self.numbers[place] for place in places]
+        self.rows, self.state, self.embeds = (chosen(each, where) for each in (self.rows, self.state, self.embeds))
+        self.memory = None if self.memory is None else chosen(self.memory, where)
+        self.unread = None if self.unread is None else chosen(self.unread, where)
+        seen = None if self.cache is None else ActiveCache(self.cache, self.numbers, self.rows, self.sharing)
+        self.context = self.context.keep(where, seen)
 
 
 @final
@@ -334,17 +342,6 @@ class LoopStates:
         blank = torch.zeros_like(values[0])
         rows = [rows for rows, _ in self.visits]
         return torch.stack([blank.index_copy(0, r, v) for r, v in zip(rows, values, strict=True)], dim=-1)
-
-
-def known_budgets(call: Call) -> list[int] | None:
-    """The loop counts of the batch rows, where nothing else halts them and each has at most as many as the one before.
-
-    They are read once per call: no loop then asks the device who is done.
-    """
-    if call.halting is not None or not isinstance(call.num_loops, torch.Tensor):
-        return None
-    budgets = call.num_loops.tolist()
-    return budgets if budgets == sorted(budgets, reverse=True) else None
 
 
 def in_graph(state: torch.Tensor) -> torch.Tensor:

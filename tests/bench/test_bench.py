@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from looplab.bench.contexts import CACHES, context_row, filled_cache, step_at
 from looplab.bench.pair import QUICK, build_pair
-from looplab.bench.requests import MOST_HOPS, exit_row, request_lines, request_rows
+from looplab.bench.requests import EXIT_CALLS, MOST_HOPS, exit_row, request_lines, request_rows
 from looplab.bench.speed import kv_row
 from looplab.instruments.flops import connection_flops, forward_flops, training_flops, update_flops
 from looplab.instruments.timing import compared, interleaved
@@ -124,13 +124,14 @@ def test_a_step_at_a_context_leaves_it_as_it_was(kv_sharing, kind, monkeypatch):
     model = make_model(kv_sharing=kv_sharing)
     caches = []
 
-    def fill(model, tokens, kind):
-        caches.append(filled_cache(model, tokens, kind))
+    def fill(*arguments):
+        caches.append(filled_cache(*arguments))
         return caches[-1]
 
     monkeypatch.setattr("looplab.bench.contexts.filled_cache", fill)
-    step_at(model, 9, 3, kind)()
+    step_at(model, 9, 3, kind, rows=2)()
     cache = caches[0]
+    assert {len(layer.keys) for layer in cache.layers} == {2}
     assert isinstance(cache.layers[-1], Growing) == (kind == "growing")
     slots = model.config.kv_slots().count(model.config.num_loops)
     assert [cache.get_seq_length(slot) for slot in range(len(cache.layers))] == [9] * slots
@@ -171,4 +172,5 @@ def test_requests_at_their_own_depth_are_compared_with_the_smallest_count_that_a
     assert by_length["ideal"] == MOST_HOPS * cells / sum(len(ids) * hops for ids, hops, _ in chains)
     assert by_length["loops"] < by_rule["loops"] < MOST_HOPS
     assert "own depth" in by_rule
-    assert len(request_lines([*rows, exit_row(32, QUICK, 1, 6, "all loops")])) == 2 + len(rows) + 3
+    exits = [exit_row(32, QUICK, 1, 6, mode) for mode in EXIT_CALLS]
+    assert len(request_lines([*rows, *exits])) == 2 + len(rows) + 2 + len(exits)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig
 from transformers.utils.logging import warning_once
 
-from modeling_looped import LoopedForCausalLM
+from modeling_looped import LoopedForCausalLM, cache_looped
 from modeling_looped.halting_looped import RULES as RULE_CLASSES
 from modeling_looped.halting_looped import Rule, halting_rule
 from toys import FP32, KV_SHARINGS, count_layer_calls, make_ids, make_model
@@ -163,15 +164,42 @@ class Operations(TorchDispatchMode):
 
 @torch.no_grad()
 @every_sharing
-def test_rows_that_leave_from_the_end_are_not_asked_for_and_their_cache_is_not_copied(kv_sharing):
+@pytest.mark.parametrize("counts", [[4, 3, 2, 1], [1, 2, 3, 4]])
+def test_rows_that_leave_from_an_end_are_not_asked_for_and_their_cache_is_not_copied(kv_sharing, counts):
     model, cache = make_model(kv_sharing=kv_sharing, num_loops=4), DynamicCache()
     model.generate(make_ids(4, 30), past_key_values=cache, num_loops=4, max_new_tokens=2)
-    for counts, copies in (([4, 3, 2, 1], False), ([1, 2, 3, 4], True)):
-        with Operations() as seen:
-            model(make_ids(4, 1), past_key_values=cache, num_loops=torch.tensor(counts))
-        indexed = [each.shape for each in seen.outputs.get("index", []) if each.ndim == 4]
-        assert ("nonzero" in seen.outputs) == copies
-        assert any(len(shape) == 4 and shape[2] > 30 for shape in indexed) == copies
+    with Operations() as seen:
+        model(make_ids(4, 1), past_key_values=cache, num_loops=torch.tensor(counts))
+    assert "nonzero" not in seen.outputs
+    indexed = [each.shape for name in ("index", "index_select") for each in seen.outputs.get(name, [])]
+    assert not any(len(shape) == 4 and shape[2] > 30 for shape in indexed)
+
+
+@torch.no_grad()
+@every_sharing
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("sliding_window", [None, 4])
+def test_rows_read_as_views_are_the_rows_read_by_an_index(kv_sharing, attn, sliding_window, monkeypatch):
+    """After every token: the same scores and caches, and as views no long context is copied."""
+    model = make_model(kv_sharing=kv_sharing, attn=attn, sliding_window=sliding_window, num_loops=4)
+    padding, found = torch.tensor([0, 3, 0, 1, 2]), []
+    mask, copied = (torch.arange(32) >= padding[:, None]).long(), []
+    for cost in (0, math.inf):
+        monkeypatch.setattr(cache_looped, "RUN_COST", cost)
+        cache, seen, counts = DynamicCache(config=model.config), mask[:, :30], [2, 4, 1, 3, 4]
+        model(make_ids(5, 30), attention_mask=seen, past_key_values=cache)
+        for _ in range(2):
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+            with Operations() as operations:
+                call = {"attention_mask": seen, "past_key_values": cache, "num_loops": torch.tensor(counts)}
+                found.append(model(make_ids(5, 1), **call).logits)
+            counts.reverse()
+        found += [entries for layer in cache.layers for entries in (layer.keys, layer.values)]
+        shapes = [each.shape for each in operations.outputs.get("index_select", []) if each.ndim == 4]
+        copied.append(any(shape[2] >= min(30, sliding_window or 30) for shape in shapes))
+    assert copied == [False, kv_sharing != "natural"]  # which copies what its first loop read, row by row
+    for views, index in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
+        torch.testing.assert_close(views, index, **FP32)
 
 
 @torch.no_grad()

@@ -42,6 +42,18 @@ def test_decoding_at_a_fixed_loop_count_reads_nothing_back(name, static):
         assert model(tokens, past_key_values=cache, num_loops=4).loops_used.shape == tokens.shape
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_at_a_loop_count_of_each_row_reads_nothing_back(name, static):
+    """The counts are on the host, where `generate` puts them; they may come in any order."""
+    model, counts = make_model(**MODELS[name]).to("meta"), torch.tensor([2, 4, 1, 3])
+    ids = make_ids(len(counts), 3).to("meta")
+    cache = StaticCache(config=model.config, max_cache_len=16) if static else growing_cache(model.config)
+    for tokens in (ids, ids[:, :1], ids[:, :1]):
+        assert model(tokens, past_key_values=cache, num_loops=counts).loops_used.shape == tokens.shape
+
+
 class Waits(TorchDispatchMode):
     """Raises where an accelerator would be waited for."""
 
@@ -81,6 +93,26 @@ def test_a_static_decode_step_is_one_graph(name):
     compiled = model.generate(ids, cache_implementation="static", compile_config=compile_counted(graphs), **call)
     assert compiled.equal(model.generate(ids, **call))
     assert len(graphs) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_loops", [3, torch.tensor([3, 1])])
+def test_what_is_kept_of_a_call_is_no_output_of_its_graph(num_loops, monkeypatch):
+    """Under CUDA graphs the next call overwrites it."""
+    model, kept, update = make_model(), [], LoopedForCausalLM._update_model_kwargs_for_generation
+
+    def watched(self, outputs, model_kwargs, **kwargs):
+        updated = update(self, outputs, model_kwargs, **kwargs)
+        kept.append((updated["loops_of_calls"][-1][0], outputs.loops_used))
+        return updated
+
+    monkeypatch.setattr(LoopedForCausalLM, "_update_model_kwargs_for_generation", watched)
+    call = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    used = model.generate(make_ids(2), num_loops=num_loops, cache_implementation="static", **call).loops_used
+    assert used.equal(torch.as_tensor(num_loops).view(-1, 1).expand(2, 3))
+    assert len(kept) == 3
+    for loops, output in kept:
+        assert isinstance(loops, int) or loops.untyped_storage().data_ptr() != output.untyped_storage().data_ptr()
 
 
 @torch.no_grad()

@@ -55,9 +55,11 @@ class Request:
         error: what went wrong in this request, or None.
     """
 
-    def __init__(self, input_ids: list[int], prepared: "Prepared", choose: "Choice", leaving: deque):
+    def __init__(
+        self, input_ids: list[int], num_loops: int, decision: Decision | None, choose: "Choice", leaving: deque
+    ):
         self.input_ids, self.choose = input_ids, choose
-        self.num_loops, self.decision = prepared.num_loops, prepared.decision
+        self.num_loops, self.decision = num_loops, decision
         self.leaving = leaving
         self.tokens: list[int] = []
         self.loops_used: list[int] = []
@@ -118,7 +120,9 @@ class Prepared:
     """Settings as `generate` prepares them, before the length of the prompt is known.
 
     Args:
+        num_loops: of requests that do not say how many.
         no_max_length, no_min_length: nobody has said one.
+        is_plain: no processor changes the scores, whatever the prompt.
     """
 
     config: GenerationConfig
@@ -126,6 +130,7 @@ class Prepared:
     decision: Decision | None
     no_max_length: bool
     no_min_length: bool
+    is_plain: bool
 
 
 @final
@@ -358,8 +363,8 @@ class DepthBatching:
         """
         model, config = self.model, self.model.config
         ids = check_prompt(input_ids, config.vocab_size)
-        asked = settings | {"num_loops": num_loops, "halting": halting}
-        prepared = self._prepare(generation_config, asked)
+        prepared = self._prepare(generation_config, settings | {"halting": halting})
+        num_loops = self._checked_loops(prepared.num_loops if num_loops is None else num_loops)
         settings = model._prepare_generated_length(
             generation_config=copy.copy(prepared.config),
             has_default_max_length=prepared.no_max_length,
@@ -376,16 +381,9 @@ class DepthBatching:
                 f"{len(ids)} + {new_tokens} tokens are beyond max_position_embeddings="
                 f"{config.max_position_embeddings}, the size of the learned position table: ask for fewer."
             )
-        prompt = torch.tensor([ids], device=self.device)
-        processors = model._get_logits_processor(
-            generation_config=settings,
-            input_ids_seq_length=len(ids),
-            encoder_input_ids=prompt,
-            prefix_allowed_tokens_fn=None,
-            logits_processor=LogitsProcessorList(logits_processor or []),
-            device=self.device,
-            model_kwargs={"attention_mask": torch.ones_like(prompt)},
-        )
+        processors = LogitsProcessorList(logits_processor or [])
+        if not prepared.is_plain:
+            processors = self._processors(settings, ids, processors)
         ends = settings._eos_token_tensor
         choice = Choice(
             max_new_tokens=new_tokens,
@@ -395,7 +393,7 @@ class DepthBatching:
             generator=generator,
             on_token=on_token,
         )
-        request = Request(ids, prepared, choice, self.leaving)
+        request = Request(ids, num_loops, prepared.decision, choice, self.leaving)
         self.queue.append(request)
         return request
 
@@ -417,9 +415,6 @@ class DepthBatching:
             settings, rest = model._prepare_generation_config(generation_config, **asked)
             num_loops, rule = rest.pop("num_loops"), rest.pop("halting", None)
             check_settings(settings, rest)
-            num_loops = check_loops(num_loops, 1, model.config.max_num_loops)
-            if isinstance(num_loops, torch.Tensor):
-                raise ValueError(f"num_loops must be one int for a request, got a tensor {num_loops.tolist()}.")
             model._prepare_special_tokens(settings, True, device=self.device, batch_size=1)
             return self.prepared.setdefault(
                 known,
@@ -429,9 +424,32 @@ class DepthBatching:
                     decision=None if rule is None else self._decision(rule),
                     no_max_length=absent["max_length"],
                     no_min_length=absent["min_length"],
+                    is_plain=not self._processors(settings, [0], LogitsProcessorList()),
                 ),
             )
         return self.prepared[known]
+
+    def _checked_loops(self, num_loops) -> int:
+        """The loop count of a request; ValueError for one that it cannot have."""
+        num_loops = check_loops(num_loops, 1, self.model.config.max_num_loops)
+        if isinstance(num_loops, torch.Tensor):
+            raise ValueError(f"num_loops must be one int for a request, got a tensor {num_loops.tolist()}.")
+        return num_loops
+
+    def _processors(
+        self, settings: GenerationConfig, ids: Sequence[int], given: LogitsProcessorList
+    ) -> LogitsProcessorList:
+        """What changes the scores of tokens after a prompt, with what the request brings."""
+        prompt = torch.tensor([ids], device=self.device)
+        return self.model._get_logits_processor(
+            generation_config=settings,
+            input_ids_seq_length=len(ids),
+            encoder_input_ids=prompt,
+            prefix_allowed_tokens_fn=None,
+            logits_processor=given,
+            device=self.device,
+            model_kwargs={"attention_mask": torch.ones_like(prompt)},
+        )
 
     def _decision(self, rule) -> Decision:
         """A rule and what it reads. Requests with equal rules share one, so that it looks at them together."""

@@ -20,7 +20,15 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from .cache_looped import SHARINGS
-from .connections_looped import CONNECTIONS, GATES_OF_LOOP, HYPER_CONNECTIONS, HYPER_INITS, LOOP_EMBEDDINGS, STARTS
+from .connections_looped import (
+    CONNECTIONS,
+    DISCRETE_CHANNELS,
+    GATES_OF_LOOP,
+    HYPER_CONNECTIONS,
+    HYPER_INITS,
+    LOOP_EMBEDDINGS,
+    STARTS,
+)
 from .depth_looped import SavedDepth, too_many_loops
 from .gates_looped import KV_GATES
 from .layers_looped import POSITIONS
@@ -98,6 +106,12 @@ def probability(value: int | float):
 
 
 @as_validated_field
+def share(value: int | float):
+    if not 0 <= value <= 1:
+        raise ValueError(f"must be a number in [0, 1], got {value!r}")
+
+
+@as_validated_field
 def activation(value: str):
     if value not in ACT2FN:
         near = difflib.get_close_matches(str(value), list(ACT2FN), n=3)
@@ -172,8 +186,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             tokens before it, as in Mistral, and caches keep no more than these; >= 2. None: all earlier tokens.
         residual_init (`"zero"` | `"normal"`): zero makes every layer start as the identity (Fixup; arXiv 2604.07822).
         embedding_init_std (`float`, *optional*): defaults to `initializer_range`.
-        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"` | `"hyper"` | `"damped"`): how a loop reads and
-            writes the state, see `connections_looped.py`.
+        loop_connection (`"plain"` | `"inject_add"` | `"inject_concat"` | `"hyper"` | `"damped"` | `"disco"`): how a
+            loop reads and writes the state, see `connections_looped.py`.
         loop_embedding (`"none"` | `"learned"` | `"sinusoidal"`): what is added to the core's output to say which loop
             it was; learned vectors exist for `max_num_loops` loops, waves for any.
         max_num_loops (`int`, *optional*): the most loops a call may ask for. None is no limit; where loops have
@@ -190,6 +204,11 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
             `HYPER_INITS`; `"euler"` puts a pretrained core into a damped loop.
         damped_beta, damped_horizon (`float`): for `loop_connection="damped"` (2605.23872): initial weight of the first
             loop's output in what leaves the loop, and initial length of all steps together. By default 0.5 and 1.
+        disco_channel (`"expected"` | `"likeliest"`): for `loop_connection="disco"` (DiscoLoop, 2607.00341): which
+            token embedding a loop reads beside the state: the one expected under what the head reads, or that of the
+            likeliest token.
+        disco_weight (`float`): for `loop_connection="disco"`: initial weight of that embedding, in [0, 1]; the state
+            has the rest.
         state_init (`"embeddings"` | `"zeros"` | `"normal"` | `"truncated_normal"`): what the first loop starts from;
             the last is normal noise without what is beyond three standard deviations (Huginn).
         state_init_std (`float`): standard deviation of normal noise, before it is truncated.
@@ -265,6 +284,8 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
     hyper_init: str = name_in(HYPER_INITS)(default="norm_preserving")
     damped_beta: int | float = scale(default=0.5)
     damped_horizon: int | float = scale(default=1.0)
+    disco_channel: str = name_in(DISCRETE_CHANNELS)(default="expected")
+    disco_weight: int | float = share(default=0.5)
     state_init: str = name_in(STARTS)(default="embeddings")
     state_init_std: int | float = scale(default=1.0)
     kv_sharing: str = name_in(SHARINGS)(default="per_loop")

@@ -29,6 +29,7 @@ MODELS = {
     "gated": {"kv_sharing": "gated", "prefill_chunk": 2},
     "prelude_and_coda": {"num_prelude_layers": 1, "num_coda_layers": 2, "tie_word_embeddings": False},
     "inject": {"loop_connection": "inject_concat", "norm_between_loops": True, "num_prelude_layers": 1},
+    "disco": {"loop_connection": "disco", "num_prelude_layers": 1},
     "hyper": {"loop_connection": "hyper", "hyper_gates": "shared", "loop_embedding": "sinusoidal"},
     "ouro": {"norm_placement": "sandwich", "norm_between_loops": True, "exit_gate": True, "qk_norm": True},
     "gelu": {"norm_type": "layernorm", "gated_mlp": False, "hidden_act": "gelu", "position_embedding": "learned"},

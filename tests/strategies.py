@@ -25,13 +25,14 @@ CHOICES = {
     "tie_word_embeddings": [True, False],
     "position_embedding": ["rope", "learned", "none"],
     "residual_init": ["normal", "zero"],
-    "loop_connection": ["plain", "plain", "inject_add", "inject_concat", "hyper", "damped"],
+    "loop_connection": ["plain", "plain", "inject_add", "inject_concat", "hyper", "damped", "disco"],
     "loop_embedding": ["none", "none", "learned", "sinusoidal"],
     "max_num_loops": [None, 4, 6],
     "num_streams": [1, 2, 3],
     "hyper_mixing": ["diagonal", "identity", "sinkhorn", "static"],
     "hyper_gates": ["per_loop", "shared"],
     "hyper_init": ["norm_preserving", "norm_preserving", "euler", "plain", "zero"],
+    "disco_channel": ["expected", "likeliest"],
     "state_init": ["embeddings", "embeddings", "zeros", "normal", "truncated_normal"],
     "kv_sharing": ["per_loop", "first", "natural", "last", "mean", "gated"],
     "kv_gate": ["elementwise", "low_rank", "scalar", "mean", "ema", "last"],
@@ -71,6 +72,7 @@ def configs(draw) -> dict:
         "plain",
         "hyper",
         "damped",
+        "disco",
     ):
         fields["loop_connection"] = "inject_add"  # the others would never read the input, as a warning says
     return fields

@@ -33,6 +33,7 @@ def backward_flops(
     num_grad_loops: int | None = None,
 ) -> int:
     """FLOPs of the matrix products of the backward pass: twice those of the forward pass that it goes back through.
+    Fewer where a choice has no gradient (`disco_channel="likeliest"`).
 
     Args:
         num_grad_loops: it goes back through so many of the last loops; through all unless given.
@@ -89,12 +90,12 @@ def core_flops(config: LoopedConfig, tokens: int, first: int, last: int) -> int:
     # The first loop has nothing to mix.
     gates = (loops - (first == 0)) * config.num_core_layers * SHARINGS[config.kv_sharing].flops(config)
     layers = loops * config.num_core_layers * layer_flops(config, tokens)
-    return tokens * (layers + loops * connection_flops(config) + gates)
+    return tokens * (layers + connection_flops(config, range(first, last)) + gates)
 
 
-def connection_flops(config: LoopedConfig) -> int:
-    """Matrix-product FLOPs of the loop connection, per token and loop."""
-    return CONNECTIONS[config.loop_connection].of(config).flops(config)
+def connection_flops(config: LoopedConfig, loops: range) -> int:
+    """Matrix-product FLOPs of the loop connection in these loops, counted from 0, per token."""
+    return CONNECTIONS[config.loop_connection].of(config).flops(config, loops)
 
 
 def exits_flops(config: LoopedConfig, num_loops: int) -> int:

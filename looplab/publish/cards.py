@@ -34,6 +34,7 @@ LOOP = "2604.07822"  # the plain loop, which a model has that none of these is t
 # arXiv number of a paper -> whether a model with these fields of config.json has its system.
 SYSTEMS: dict[str, Callable[[Mapping], bool]] = {
     "2604.21254": lambda config: config.get("loop_connection") == "hyper",
+    "2607.00341": lambda config: config.get("loop_connection") == "disco",
     "2605.07721": lambda config: config.get("kv_sharing") == "gated",
     "2510.25741": lambda config: bool(config.get("exit_gate")) or config.get("norm_placement") == "sandwich",
 }

@@ -9,7 +9,7 @@
 return None.
 
 A state is one tensor, (B, T, D) or, with S streams, (B, T, S, D). Batch rows come first, so that those that halt can
-leave by indexing. Legend: B batch rows, T tokens, D hidden size, S streams. Loops are counted from 0.
+leave by indexing. Legend: B batch rows, T tokens, D hidden size, S streams, V vocabulary. Loops are counted from 0.
 """
 
 import math
@@ -35,11 +35,13 @@ class Connection(nn.Module, ABC):
             nothing comes after the last loop, it needs no final norm.
         counts_loops: what a loop does depends on how many loops there are: the state after k of K loops is not the
             state that k loops end in.
+        tells_loops: what a loop does depends on its number.
     """
 
     reads_embeds: ClassVar[bool] = False
     closes_with_norm: ClassVar[bool] = True
     counts_loops: ClassVar[bool] = False
+    tells_loops: ClassVar[bool] = False
 
     def __init__(self, config):
         super().__init__()
@@ -51,13 +53,21 @@ class Connection(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def flops(cls, config) -> int:
-        """Matrix-product FLOPs (2 per multiply-add) per token and loop."""
+    def flops(cls, config, num_loops: int) -> int:
+        """Matrix-product FLOPs (2 per multiply-add) of `num_loops` loops, per token."""
 
     @classmethod
     def has_parameters_per_loop(cls, config) -> bool:
         """Whether every loop has parameters of its own, of which `max_num_loops` are held."""
         return False
+
+    def bind(self, readout: Callable, embed: Callable) -> None:
+        """Give it the language model that it is part of, once.
+
+        Args:
+            readout: norm and head, a state (B, T, D) -> logits (B, T, V).
+            embed: tokens (...) -> their embeddings (..., D), as the prelude reads them but without positions.
+        """
 
     def at(self, num_loops: int | torch.Tensor) -> "Connection | DampedAt":
         """What reads and writes for batch rows of `num_loops` loops, an int or (b,): this, unless it counts loops."""
@@ -85,7 +95,7 @@ class PlainConnection(Connection):
     """state = core(state): nothing is added between loops (Loop, Think & Generalize, arXiv 2604.07822)."""
 
     @classmethod
-    def flops(cls, config) -> int:
+    def flops(cls, config, num_loops) -> int:
         return 0
 
     def read(self, state, embeds, loop):
@@ -107,7 +117,7 @@ class InjectAddConnection(Connection):
         self.starts_at_embeddings = config.state_init == "embeddings"
 
     @classmethod
-    def flops(cls, config) -> int:
+    def flops(cls, config, num_loops) -> int:
         return 0
 
     def open(self, start, embeds):
@@ -128,8 +138,8 @@ class InjectConcatConnection(Connection):
         self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     @classmethod
-    def flops(cls, config) -> int:
-        return 4 * config.hidden_size**2
+    def flops(cls, config, num_loops) -> int:
+        return num_loops * 4 * config.hidden_size**2
 
     def read(self, state, embeds, loop):
         return self.adapter(torch.cat([state, embeds], dim=-1)), None
@@ -424,10 +434,10 @@ class GatedHyperConnection(HyperConnection):
         self.writing = HyperWrite(config)
 
     @classmethod
-    def flops(cls, config) -> int:
+    def flops(cls, config, num_loops) -> int:
         streams, mixing = config.num_streams, MIXINGS[config.hyper_mixing]()
         gates = 2 * streams + sum(len(kind) for kind in mixing.biases(streams, keep=0.5))
-        return 2 * streams * config.hidden_size * gates + 2 * mixing.products(streams) * config.hidden_size
+        return num_loops * 2 * config.hidden_size * (streams * gates + mixing.products(streams))
 
     def read(self, state, embeds, loop):
         return self.gates[self.index(loop)](state)
@@ -450,8 +460,8 @@ class StaticHyperConnection(HyperConnection):
         self.writes = nn.ModuleList([StaticWrite(config, loop) for loop in self.loops_held(config)])
 
     @classmethod
-    def flops(cls, config) -> int:
-        return 2 * config.num_streams**2 * config.hidden_size
+    def flops(cls, config, num_loops) -> int:
+        return num_loops * 2 * config.num_streams**2 * config.hidden_size
 
     def read(self, state, embeds, loop):
         return self.reads[self.index(loop)](state), None
@@ -504,14 +514,14 @@ class DampedConnection(Connection):
     """
 
     closes_with_norm = False
-    counts_loops = True
+    counts_loops = tells_loops = True
 
     def __init__(self, config):
         super().__init__(config)
         self.steps = DampedSteps(config)
 
     @classmethod
-    def flops(cls, config) -> int:
+    def flops(cls, config, num_loops) -> int:
         return 0
 
     def at(self, num_loops):
@@ -539,6 +549,103 @@ class DampedAt:
         return self.steps(state, output, loop, self.num_loops)
 
 
+class DiscreteChannel(ABC):
+    """Which token embedding stands for what the head reads from a state."""
+
+    products: ClassVar[int]  # of (B * T, D) with (D, V) matrices
+
+    @abstractmethod
+    def __call__(self, logits: torch.Tensor, embed: Callable) -> torch.Tensor:
+        """Logits (B, T, V) and `embed` of `Connection.bind` -> (B, T, D)."""
+
+
+@final
+class ExpectedEmbedding(DiscreteChannel):
+    """The embedding that is expected of a token drawn by softmax(logits). A gradient goes through the head."""
+
+    products = 2
+
+    def __call__(self, logits, embed):
+        table = embed(torch.arange(logits.shape[-1], device=logits.device))  # (V, D)
+        return logits.float().softmax(-1).to(table) @ table
+
+
+@final
+class LikeliestEmbedding(DiscreteChannel):
+    """The embedding of the likeliest token. No gradient goes through the choice."""
+
+    products = 1
+
+    def __call__(self, logits, embed):
+        return embed(logits.argmax(-1))
+
+
+DISCRETE_CHANNELS: dict[str, type[DiscreteChannel]] = {"expected": ExpectedEmbedding, "likeliest": LikeliestEmbedding}
+
+
+@final
+class DiscoMix(Scalars):
+    """a h + b d of the state h and the discrete channel d; the two weights are a and b."""
+
+    def __init__(self, config):
+        super().__init__([1 - config.disco_weight, config.disco_weight])
+
+    def forward(self, state: torch.Tensor, discrete: torch.Tensor) -> torch.Tensor:
+        """(B, T, D), (B, T, D) -> (B, T, D)."""
+        keep, add = self.weights.to(state.dtype)
+        return keep * state + add * discrete.to(state)
+
+
+@final
+class DiscoConnection(Connection):
+    """Two channels go from loop to loop: the state h, and the embedding d of what the head reads from it (DiscoLoop,
+    arXiv 2607.00341).
+
+        d     = E[head(norm(h))]                 from the second loop on; by `disco_channel`
+        state = core(a h + b d)
+
+    The paper's abstract says no more than that the recurrence carries a discrete and a continuous channel. Ours is how
+    they are mixed, by two trained scalars, which start at 1 - `disco_weight` and `disco_weight`; that the first loop
+    reads the initial state alone, where nothing has been decoded yet; and that d is computed when a loop begins, so
+    that the state stays one tensor and the head is not read once more after the last loop. With b = 0 this is the
+    plain loop. Layers of a coda are not run for d, and d has no position.
+
+    Before every loop but the first the head is read at every token: 2 D V FLOPs, and as many for the expected
+    embedding. The head is the language model's: a base model alone, or one that scores classes, is refused.
+    """
+
+    tells_loops = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.channel = DISCRETE_CHANNELS[config.disco_channel]()
+        self.mix = DiscoMix(config)
+        self.words: tuple[Callable, Callable] | None = None  # what `bind` gives
+
+    @classmethod
+    def flops(cls, config, num_loops) -> int:
+        products = DISCRETE_CHANNELS[config.disco_channel].products
+        return (num_loops - 1) * products * 2 * config.hidden_size * config.vocab_size
+
+    def bind(self, readout, embed):
+        self.words = readout, embed
+
+    def open(self, start, embeds):
+        if self.words is None:
+            raise ValueError(
+                "loop_connection='disco' reads the head of a language model between loops, which this model lacks: "
+                "use LoopedForCausalLM, or another loop_connection."
+            )
+        return start
+
+    def read(self, state, embeds, loop):
+        if loop == 0:
+            return state, None
+        assert self.words is not None
+        readout, embed = self.words
+        return self.mix(state, self.channel(readout(state), embed)), None
+
+
 HYPER_CONNECTIONS: dict[str, type[HyperConnection]] = {
     **dict.fromkeys(MIXINGS, GatedHyperConnection),
     "static": StaticHyperConnection,
@@ -549,6 +656,7 @@ CONNECTIONS: dict[str, type[Connection]] = {
     "inject_concat": InjectConcatConnection,
     "hyper": HyperConnection,
     "damped": DampedConnection,
+    "disco": DiscoConnection,
 }
 
 

@@ -317,7 +317,7 @@ class DepthBatching:
         self.writes_once = self.keys.own_apart
         body = self.body
         self.loops_differ = (
-            config.loops_have_parameters or config.loop_embedding != "none" or body.connection.counts_loops
+            config.loops_have_parameters or config.loop_embedding != "none" or body.connection.tells_loops
         )
         self.outer_layers = len(body.prelude) + len(body.coda)
         layers = len(body.core), self.outer_layers

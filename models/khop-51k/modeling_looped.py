@@ -312,6 +312,10 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         """Token embeddings (B, T, D) at positions (B or 1, T) -> what the prelude runs on, (B, T, D)."""
         return self.dropout(self.positions.embed(self.multiply(embeds), position_ids))
 
+    def embed_words(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings without positions: ids (...) -> (..., D)."""
+        return self.multiply(self.embed_tokens(ids))
+
     def run_section(self, layers, hidden_states: torch.Tensor, context: CallContext, loop: int = 0, **kwargs):
         """The layers of a section one after the other, in a loop counted from 0: (b, T, D) -> (b, T, D)."""
         for index, layer in enumerate(layers):
@@ -367,6 +371,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.objective = make_objective(config)
+        self.model.connection.bind(self.readout, self.model.embed_words)
         self.post_init()
 
     def __init_subclass__(cls, **kwargs):

@@ -26,6 +26,7 @@ CONFIGS = {
     "wide heads": {"head_dim": 12, "position_embedding": "none"},
     **{f"KV gate {gate}": {"kv_sharing": "gated", "kv_gate": gate, "kv_gate_rank": 3} for gate in KV_GATES},
     "adapter": {"loop_connection": "inject_concat"},
+    "disco": {"loop_connection": "disco"},
     "hyper": {"loop_connection": "hyper", "max_num_loops": 4},
     "hyper, identity": {"loop_connection": "hyper", "hyper_mixing": "identity", "hyper_gates": "shared"},
     "hyper, sinkhorn": {"loop_connection": "hyper", "hyper_mixing": "sinkhorn", "max_num_loops": 4},
@@ -81,13 +82,24 @@ def test_an_update_costs_what_its_gradient_goes_through(fields, num_grad_loops):
     assert counted == (pytest.approx(estimate, rel=0.02) if reads_state and num_grad_loops in (1, 2) else estimate)
 
 
+def test_the_likeliest_token_is_read_and_no_gradient_goes_back():
+    """Of what the head costs between loops the update has a third: the estimate is an upper bound there."""
+    model, ids = make_model(attn="eager", loop_connection="disco", disco_channel="likeliest"), make_ids()
+    with torch.no_grad():
+        one = counted_flops(lambda: model(ids, num_loops=4, use_cache=False))
+    assert one == forward_flops(model.config, *ids.shape, 4)
+    update = counted_flops(lambda: model(ids, labels=ids, num_loops=4, use_cache=False).loss.backward())
+    reads = ids.numel() * connection_flops(model.config, range(4))
+    assert update == 3 * one - 2 * reads
+
+
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_every_connection_says_what_it_costs(connection):
     """One that the estimate did not know would be free in every claim of equal compute."""
     config = make_config(loop_connection=connection, max_num_loops=3)
     matrices = CONNECTIONS[connection].of(config)(config).parameters()
     per_loop = sum(2 * m.numel() for m in matrices if m.ndim == 2) / (3 if connection == "hyper" else 1)
-    assert connection_flops(config) >= per_loop
+    assert connection_flops(config, range(3)) >= 3 * per_loop
 
 
 def test_an_update_costs_six_flops_per_weight_used_and_token():

@@ -17,6 +17,7 @@ SHAPES = {
     "sections": {"loop_connection": "inject_concat", "num_prelude_layers": 1, "num_coda_layers": 1},
     "streams": {"loop_connection": "hyper", "hyper_gates": "shared", "loop_embedding": "sinusoidal"},
     "damped": {"loop_connection": "damped"},
+    "disco": {"loop_connection": "disco"},
     "gated": {"kv_sharing": "gated"},
     "first": {"kv_sharing": "first"},
     "noise": {"loop_connection": "inject_add", "state_init": "normal"},
@@ -48,7 +49,7 @@ def test_the_map_goes_where_the_model_goes(shape, num_loops):
     assert torch.allclose(dynamics(model, IDS, num_loops)[-1]["margin"], best[:, 0] - best[:, 1], atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", ["plain", "injected", "sections", "streams", "damped"])
+@pytest.mark.parametrize("shape", ["plain", "injected", "sections", "streams", "damped", "disco"])
 def test_the_radius_is_that_of_the_whole_jacobian(shape):
     model = shaken(hidden_size=16, num_attention_heads=2, **SHAPES[shape])
     model.double()

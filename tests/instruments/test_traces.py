@@ -22,6 +22,7 @@ KINDS = [
     {"kv_sharing": "first"},
     {"kv_sharing": "natural"},
     {"loop_connection": "damped"},
+    {"loop_connection": "disco"},
     # Where a prompt is cut, the chunks before leave entries in the cache that depend on the loop count of the call.
     *(
         {"kv_sharing": name, "prefill_chunk": chunk}

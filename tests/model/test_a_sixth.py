@@ -27,7 +27,7 @@ class HalfConnection(Connection):
     """state = (state + core(state)) / 2."""
 
     @classmethod
-    def flops(cls, config) -> int:
+    def flops(cls, config, loops) -> int:
         return 0
 
     def read(self, state, embeds, loop):
@@ -145,7 +145,7 @@ def test_it_generates_with_every_rule_and_drafts_or_says_why_not(kind):
 
 def test_the_tools_know_it():
     model = make_model(loop_connection="half")
-    assert connection_flops(model.config) == 0
+    assert connection_flops(model.config, range(2)) == 0
     assert forward_flops(model.config, 1, 4, 2) == forward_flops(make_config(), 1, 4, 2)
     assert {"early": [None, 1]}.items() <= {
         sharing: [chunk for name, chunk in memories(model, (0, 1)) if name == sharing] for sharing in SHARINGS

@@ -122,7 +122,7 @@ def test_cached_equals_the_naive_twin(kv_sharing, attn, num_loops, kind, sizes, 
 @exact_sharing
 @every_attention
 @every_depth
-@pytest.mark.parametrize("connection", ["plain", "inject_add", "inject_concat", "hyper", "damped"])
+@pytest.mark.parametrize("connection", ["plain", "inject_add", "inject_concat", "hyper", "damped", "disco"])
 def test_cached_equals_uncached(kv_sharing, attn, num_loops, connection):
     model = make_model(
         attn=attn,

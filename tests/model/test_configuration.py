@@ -230,6 +230,7 @@ def assert_other_model(fields, changed):
         ("loop_connection", "inject_concat"),
         ("loop_connection", "hyper"),
         ("loop_connection", "damped"),
+        ("loop_connection", "disco"),
         ("kv_sharing", "natural"),
         ("loop_embedding", "learned"),
         ("loop_embedding", "sinusoidal"),
@@ -280,6 +281,11 @@ def test_norms_that_do_nothing_or_undo_another_field_are_refused(fields, message
 @pytest.mark.parametrize(("field", "value"), [("damped_beta", 0.2), ("damped_horizon", 1.5), ("num_loops", 5)])
 def test_every_field_of_the_damped_loop_changes_the_model(field, value):
     assert_other_model({"loop_connection": "damped"}, {field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("disco_channel", "likeliest"), ("disco_weight", 0.2)])
+def test_every_field_of_the_discrete_channel_changes_the_model(field, value):
+    assert_other_model({"loop_connection": "disco"}, {field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), [("exit_loss", "gate"), ("exit_entropy_weight", 0.5)])

@@ -1,5 +1,6 @@
-"""Hyper-connections at the loop boundary: what they equal, how they start, what they cost, how far they can loop."""
+"""Connections with parts of their own: what they equal, how they start, what they cost, how far they can loop."""
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from families import make_frozen, make_tokens
 from looplab.convert.conversion import looped_config, to_looped
 from looplab.training.optimizers import build_optimizers
 from looplab.training.recipe import Optim
-from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForSequenceClassification, LoopedModel
 from modeling_looped.connections_looped import (
     CONNECTIONS,
     LOOP_EMBEDDINGS,
@@ -384,3 +385,92 @@ def test_static_loops_start_by_reading_one_stream_in_turn():
     connection = make_model(**SECTIONS, hyper_mixing="static", num_streams=2).model.connection
     assert [read.weights.tolist() for read in connection.reads] == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
     assert [write.weights.tolist() for write in connection.writes] == [[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]] * 3
+
+
+# The discrete channel
+
+
+CHANNELS = {
+    "expected": {"disco_channel": "expected", "tie_word_embeddings": False, "num_prelude_layers": 1},
+    "likeliest": {"disco_channel": "likeliest", "embedding_multiplier": 3.0, "norm_type": "layernorm"},
+    "normalised": {"disco_channel": "expected", "norm_between_loops": True, "position_embedding": "learned"},
+}
+
+
+def make_disco(name: str = "expected", **fields):
+    """Its two scalars at values of their own, so that one is not taken for the other."""
+    model = make_model(loop_connection="disco", **CHANNELS[name], **fields)
+    with torch.no_grad():
+        model.model.connection.mix.weights.copy_(torch.tensor([0.8, 0.3]))
+    return model
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+@torch.no_grad()
+def test_a_loop_reads_the_state_and_the_embedding_of_what_it_says(name):
+    """One token at a time; the expected embedding as a sum over the vocabulary, with explicit shares."""
+    model, ids, states, read = make_disco(name), make_ids(2, 4), [], []
+    layer = model.model.core[0]
+    layer.register_forward_hook(lambda module, args, output: read.append(args[0].clone()))
+    model(ids, use_cache=False, observe=lambda rows, state: states.append(state.clone()))
+    table = model.config.embedding_multiplier * model.get_input_embeddings().weight
+    norm, head = model.model.readout_norm, model.lm_head.weight
+    for loop in (1, 2):
+        for row in range(2):
+            for token in range(4):
+                state = states[loop - 1][row, token]
+                logits = head @ norm(state)
+                if name == "likeliest":
+                    said = table[logits.argmax()]
+                else:
+                    said = sum(share * word for share, word in zip(logits.softmax(0), table, strict=True))
+                torch.testing.assert_close(read[loop][row, token], 0.8 * state + 0.3 * said, **FP32)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+@torch.no_grad()
+def test_without_weight_the_discrete_channel_is_the_plain_loop(name):
+    model = make_model(loop_connection="disco", disco_weight=0.0, **CHANNELS[name])
+    plain = make_model(**{key: value for key, value in CHANNELS[name].items() if key != "disco_channel"})
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert model(make_ids()).logits.equal(plain(make_ids()).logits)
+
+
+def test_the_discrete_channel_teaches_the_head_and_its_two_scalars():
+    """Of the last loop's logits one has a loss: the other words of an untied head are taught by the channel alone."""
+    for name, teaches in (("expected", True), ("likeliest", False)):
+        model = make_disco(name, **({} if name == "expected" else {"tie_word_embeddings": False}))
+        model(make_ids()).logits[..., 7].sum().backward()
+        others = model.lm_head.weight.grad[torch.arange(50) != 7]
+        assert bool(others.any()) == teaches
+        assert model.model.connection.mix.weights.grad.all()
+
+
+@torch.no_grad()
+def test_the_head_that_is_read_is_that_of_the_model_which_holds_it(tmp_path):
+    """A copy, a reloaded model, a head that a library replaced, more words: none reads the head of before."""
+    model, ids = make_disco(), make_ids()
+    before = model(ids).logits
+    twin = copy.deepcopy(model)
+    twin.lm_head.weight.normal_()
+    twin.model.embed_tokens.weight.normal_()
+    assert not twin(ids).logits.allclose(before)
+    assert model(ids).logits.equal(before)
+
+    model.save_pretrained(tmp_path)
+    assert LoopedForCausalLM.from_pretrained(tmp_path)(ids).logits.equal(before)
+
+    model.resize_token_embeddings(60)
+    model.lm_head.weight[50:].fill_(-1.0)
+    model.get_input_embeddings().weight[50:].fill_(5.0)
+    assert model(ids).logits.shape[-1] == 60
+    assert not model(ids).logits[..., :50].allclose(before)
+
+
+def test_models_without_that_head_are_refused():
+    config = make_config(loop_connection="disco")
+    for model in (LoopedModel(config), LoopedForSequenceClassification(config)):
+        with pytest.raises(ValueError, match=r"loop_connection='disco' reads the head .* use LoopedForCausalLM"):
+            model(make_ids())
+    with pytest.raises(StrictDataclassError, match=r"(?s)disco_weight.*\[0, 1\], got 1.5"):
+        make_config(loop_connection="disco", disco_weight=1.5)

@@ -98,6 +98,7 @@ KINDS = [
     {"sliding_window": 3},
     {"loop_connection": "hyper", "num_streams": 2, "max_num_loops": 8, "num_coda_layers": 1},
     {"loop_connection": "damped", "loop_embedding": "sinusoidal", "num_prelude_layers": 1},
+    {"loop_connection": "disco"},
     {"state_init": "normal", "loop_connection": "inject_add", "position_embedding": "learned"},
     {"loop_connection": "inject_concat", "num_coda_layers": 1, "norm_before_coda": True, "embedding_multiplier": 2.0},
 ]

@@ -39,6 +39,7 @@ SHAPES = {
     "hyperloop": {"loop_connection": "hyper", "loop_embedding": "learned", "max_num_loops": 8, "num_coda_layers": 1},
     "mhc": {"loop_connection": "hyper", "hyper_mixing": "sinkhorn", "hyper_gates": "shared"},
     "static": {"loop_connection": "hyper", "hyper_mixing": "static", "max_num_loops": 8, "norm_between_loops": True},
+    "disco": {"loop_connection": "disco", "num_coda_layers": 1, "tie_word_embeddings": False},
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_attention = pytest.mark.parametrize("attn", ["eager", "sdpa"])

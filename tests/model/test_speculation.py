@@ -15,7 +15,7 @@ from toys import FP32, count_layer_calls, make_ids, make_model
 
 # All drafts are of three tokens, however unsure.
 FORCED = {"num_assistant_tokens": 3, "assistant_confidence_threshold": 0.0}
-CONNECTIONS = ["plain", "inject_add", "inject_concat", "hyper", "damped"]
+CONNECTIONS = ["plain", "inject_add", "inject_concat", "hyper", "damped", "disco"]
 
 
 def both(model, ids, draft_loops, **settings):

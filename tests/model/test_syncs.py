@@ -18,6 +18,7 @@ MODELS = {
     "learned positions": {"position_embedding": "learned"},
     "random start": {"state_init": "normal", "loop_connection": "inject_concat"},
     "damped": {"loop_connection": "damped"},
+    "disco": {"loop_connection": "disco"},
     "exit gate": {"exit_gate": True},
     "trained exit gate": {"exit_gate": True, "exit_loss": "gate"},
     "window": {"sliding_window": 3},
@@ -85,7 +86,7 @@ def compile_counted(graphs: list) -> CompileConfig:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["random start", "chunks"])
+@pytest.mark.parametrize("name", ["random start", "chunks", "disco"])
 def test_a_static_decode_step_is_one_graph(name):
     model, ids, graphs = open_gates(make_model(**MODELS[name])), make_ids(tokens=4), []
     torch.compiler.reset()

@@ -210,6 +210,7 @@ def test_a_card_links_to_what_there_is(hops, monkeypatch):
         ({"kv_sharing": "mean"}, {"2604.07822"}),
         ({"loop_connection": "hyper", "kv_sharing": "gated"}, {"2604.21254", "2605.07721"}),
         ({"exit_gate": True}, {"2510.25741"}),
+        ({"loop_connection": "disco"}, {"2607.00341"}),
     ],
 )
 def test_a_card_cites_the_papers_of_its_system(config, papers):

@@ -7,19 +7,22 @@
     clean, corrupted = corrupt(chains, facts, position=0)
     patch(model, clean, corrupted)               one clean state in the corrupted run: does the answer come back?
     swap_bridge(model, chains, facts)            bridge b exchanged with b' in one state: does the answer follow b'?
+    realign(model, chains)                       what a state says, embedded, in its place: are more answers right?
 
 Each returns a list of records, one per layer call and position, or set of positions, named as in
-instruments/recorder.py. Shares are in [0, 1]. Source: Loop, Think & Generalize (arXiv 2604.07822), for two hops.
+instruments/recorder.py. Shares are in [0, 1]. Sources: Loop, Think & Generalize (arXiv 2604.07822), for two hops;
+DiscoLoop (arXiv 2607.00341) for `realign`.
 Legend: N chains, T tokens, K hops, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import datasets
 import numpy as np
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -348,4 +351,63 @@ def swap_bridge(
         | {"n": num_rows}
         for call, at_call in zip(calls, (counts / num_rows).tolist(), strict=True)
         for positions, shares in zip(sets, at_call, strict=True)
+    ]
+
+
+@torch.no_grad()
+def realign(model: PreTrainedModel, chains: Chains, *, hop: int = 1, num_loops: int | None = None) -> list[dict]:
+    """Put a token's embedding into the place of a state after a loop, without training: are more answers right?
+
+    DiscoLoop's intervention (arXiv 2607.00341). The state is the output of the last core layer of a loop that another
+    follows, at relations (`position_sets`, without the start and the readout). A record per loop, set of `positions`,
+    token (`of`) and `weight`, the share of the embedding in what replaces the state (0.5: half of the state stays):
+
+        of          "said": the token that norm and head read from the state; "bridge": the bridge, whatever they read
+        realigned   share of chains that are answered so
+        unchanged   share of chains that are answered without
+        decoded     share of states that say the bridge
+        aligned     mean cosine of the states and the bridge's embedding
+
+    Args:
+        hop: the bridge after `hop` hops.
+    """
+    ends = [call for call in layer_calls(model.config, num_loops) if call.section == "core"]
+    ends = ends[model.config.num_core_layers - 1 :: model.config.num_core_layers][:-1]
+    outside = {0, chains.input_ids.shape[1] - 1}
+    sets = [positions for positions in position_sets(chains) if not outside & set(positions)]
+    weights, num_rows, embed = (0.5, 1.0), len(chains.path), model.model.embed_words
+    right = torch.zeros(len(ends), len(sets), 2, len(weights), dtype=torch.float64)
+    seen = torch.zeros(len(ends), len(sets), 2, dtype=torch.float64)
+    unchanged = 0.0
+
+    def answers(batch: Chains) -> int:
+        found, _ = answered(model, batch.input_ids, batch.answers, num_loops=num_loops)
+        return int(found.sum())
+
+    with tqdm(total=right.numel() * chains.batches, desc=f"realignment, {chains.split_kind}", unit="state") as bar:
+        for batch in chains.split():
+            unchanged += answers(batch) / num_rows
+            recording = record(model, batch.input_ids, num_loops)
+            for i, call in enumerate(ends):
+                likeliest = recording.readout(call).argmax(-1)  # (N, T)
+                for j, positions in enumerate(sets):
+                    said = likeliest[:, positions]
+                    bridge = batch.path[:, hop, None].to(said.device).expand_as(said)
+                    cosine = cosine_similarity(recording.states[call][:, positions], embed(bridge), dim=-1)
+                    seen[i, j, 0] += (said == bridge).double().mean(-1).sum().cpu() / num_rows
+                    seen[i, j, 1] += cosine.double().mean(-1).sum().cpu() / num_rows
+                    for k, tokens in enumerate((said, bridge)):
+                        for m, weight in enumerate(weights):
+                            with edit(model, call, partial(torch.lerp, end=embed(tokens), weight=weight), positions):
+                                right[i, j, k, m] += answers(batch) / num_rows
+                            bar.update()
+    return [
+        {**call._asdict(), "positions": positions, "hop": hop, "of": of, "weight": weight}
+        | {"realigned": right[i, j, k, m].item(), "unchanged": unchanged}
+        | dict(zip(("decoded", "aligned"), seen[i, j].tolist(), strict=True))
+        | {"n": num_rows}
+        for i, call in enumerate(ends)
+        for j, positions in enumerate(sets)
+        for k, of in enumerate(("said", "bridge"))
+        for m, weight in enumerate(weights)
     ]

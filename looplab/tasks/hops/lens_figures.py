@@ -3,6 +3,7 @@
     lens.png     share of chains in which a state reads out the bridge, and the answer
     patch.png    share of corrupted runs that give the clean answer after one clean state was put in
     swap.png     share of runs that follow the other bridge after its direction was exchanged
+    realign.png  share of runs that are right with a token's embedding in the place of one state
     probe.png    accuracy of a linear probe for the bridge, and for the answer
     stages.png   lens, patch and swap over training, at the positions where the two-hop mechanism would be
 
@@ -54,7 +55,9 @@ def entity_word(row: dict) -> str:
 
 def lens_figures(rows: Sequence[dict]) -> dict[str, Figure]:
     """Name -> figure, for each measure among the records of one model."""
-    by_measure = {name: [row for row in rows if row["measure"] == name] for name in ("lens", "patch", "swap", "probe")}
+    by_measure = {
+        name: [row for row in rows if row["measure"] == name] for name in ("lens", "patch", "swap", "realign", "probe")
+    }
     reached = {row["split_kind"]: row["accuracy"] for row in rows if row["measure"] == "accuracy"}
     lens = [row for row in by_measure["lens"] if row["hop"] > 0]
     who = f"{rows[0]['run']}, {rows[0]['snapshot']}"
@@ -64,6 +67,13 @@ def lens_figures(rows: Sequence[dict]) -> dict[str, Figure]:
 
     def to_recover(panel: Sequence[dict]) -> str:
         return f"clean run {share(panel[0]['source'])}"
+
+    def token(row: dict) -> str:
+        what = {"said": "the token it says", "bridge": entity_word(row)}[row["of"]]
+        return f"{what},\n{share(row['weight'])} of the state"
+
+    def unchanged(panel: Sequence[dict]) -> str:
+        return f"without {share(panel[0]['unchanged'])}"
 
     def random_step(panel: Sequence[dict]) -> str:
         return f"random step at most {share(max(row['random_swapped'] for row in panel))}"
@@ -78,6 +88,7 @@ def lens_figures(rows: Sequence[dict]) -> dict[str, Figure]:
                   "clean answer restored (%)"),
         "swap": (by_measure["swap"], "swapped", lambda row: f"{entity_word(row)} exchanged", random_step,
                  "answer follows the other bridge (%)"),
+        "realign": (by_measure["realign"], "realigned", token, unchanged, "right answers (%)"),
         "probe": (by_measure["probe"], "accuracy", entity_word, controls, "probe accuracy (%)"),
     }  # fmt: skip
     return {

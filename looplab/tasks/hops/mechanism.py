@@ -1,12 +1,14 @@
-"""`looped lens` on hops: measures lens, patching, bridge swap and probes of a run, and draws them.
+"""`looped lens` on hops: measures lens, patching, bridge swap, realignment and probes of a run, and draws them.
 
-lens.jsonl           every measurement of RUN/model                    figures/lens.png, patch.png, swap.png, probe.png
+lens.jsonl           every measurement of RUN/model                    figures/lens.png, patch.png, swap.png,
+                                                                       realign.png, probe.png
 lens_step-N.jsonl    the same for RUN/snapshots/step-N                 figures/lens_step-N.png, ...
 lens_stages.jsonl    measurements that tell stages of training apart   figures/stages.png
 
-Every record has its `measure` (accuracy, lens, patch, swap, probe), the snapshot and its step, `hops`, `split_kind`,
-and `at`, the words of its positions. lens.py and probes.py explain the other fields. `weights`, `loops` and `limit`
-say what was looked at: records are written as they are measured, and a lens that was interrupted goes on from them.
+Every record has its `measure` (accuracy, lens, patch, swap, realign, probe), the snapshot and its step, `hops`,
+`split_kind`, and `at`, the words of its positions. lens.py and probes.py explain the other fields. `weights`, `loops`
+and `limit` say what was looked at: records are written as they are measured, and a lens that was interrupted goes on
+from them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +25,7 @@ from looplab.runs.folder import Run, rows_so_far, to_json_lines
 from looplab.runs.models import check_loops, load_model
 from looplab.runs.writing import below
 
-from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, swap_bridge
+from .lens import Chains, accuracy, chains_of, corrupt, facts_of, logit_lens, patch, realign, swap_bridge
 from .lens_figures import lens_figures, stages_figure
 from .probes import probe_path
 from .records import STAGES
@@ -211,7 +213,7 @@ def parts_of(
     changed: Iterable[int],
     swapped: Iterable[int],
 ) -> Iterator[Part]:
-    """Accuracy, lens, patching after each word of `changed`, and the swap of each bridge of `swapped`."""
+    """Accuracy, lens, patching after each word of `changed`; swap and realignment of each bridge of `swapped`."""
     kind = {"hops": chains.hops, "split_kind": chains.split_kind}
     reached = {"measure": "accuracy"} | kind
     yield reached, lambda: [reached | {"accuracy": accuracy(model, chains, num_loops), "n": len(chains.path)}]
@@ -227,6 +229,7 @@ def parts_of(
         yield part("patch", lambda p=position: patch(model, *corrupt(chains, facts, p), num_loops), changed=word)
     for hop in swapped:
         yield part("swap", lambda h=hop: swap_bridge(model, chains, facts, hop=h, num_loops=num_loops), hop=hop)
+        yield part("realign", lambda h=hop: realign(model, chains, hop=h, num_loops=num_loops), hop=hop)
 
 
 def all_parts(model, tokenizer, task, hops: int, num_loops: int | None, limit: int, probes: bool) -> Iterator[Part]:
@@ -246,7 +249,7 @@ def all_parts(model, tokenizer, task, hops: int, num_loops: int | None, limit: i
 
 def stage_parts(model, tokenizer, task, hops: int, num_loops: int | None, limit: int) -> Iterator[Part]:
     """The measurements that tell stages of training apart: accuracy, lens, patching after the start entity
-    changed, swap of the first bridge."""
+    changed, swap and realignment of the first bridge."""
     facts = facts_of(task["train"], tokenizer)
     for chains in chains_by_kind(task, tokenizer, hops, limit):
         if chains.split_kind in STAGE_KINDS:

@@ -19,6 +19,7 @@ from looplab.tasks.hops.lens import (
     logit_lens,
     patch,
     random_step,
+    realign,
     redirect,
     swap_bridge,
 )
@@ -272,6 +273,44 @@ def test_a_cell_of_the_tables_is_what_editing_by_hand_gives(chains, facts, token
     row = at(swap_bridge(model, chains, facts), ("core", 1, 0), [1])
     assert row["swapped"] == pytest.approx((said == redirected.answers).float().mean().item())
     assert row["kept"] == pytest.approx((said == kept.answers).float().mean().item())
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+def test_a_realigned_state_is_the_embedding_of_what_it_says_or_of_the_bridge(chains, tokenizer, loops):
+    """By hand, chain by chain; a model of one loop has no loop that another follows."""
+    model = make_model(
+        vocab_size=len(tokenizer), num_core_layers=2, num_loops=3, num_prelude_layers=1, embedding_multiplier=3.0
+    )
+    table = realign(model, chains, num_loops=loops)
+    assert {row["loop"] for row in table} == set(range(loops - 1))
+    assert {(row["of"], row["weight"]) for row in table} <= {
+        ("said", 0.5),
+        ("said", 1),
+        ("bridge", 0.5),
+        ("bridge", 1),
+    }
+    if loops == 1:
+        return
+    states = record(model, chains.input_ids).states["core", 1, 1]
+    words = 3.0 * model.get_input_embeddings().weight.detach()
+    said = model.readout(states)[:, 1].argmax(-1)
+    for of, token in (("said", said), ("bridge", chains.path[:, 1])):
+        for weight in (0.5, 1):
+            right = 0
+            for one, word in enumerate(words[token]):
+                ids = chains.input_ids[one : one + 1]
+                with edit(model, ("core", 1, 1), lambda state, w=word: (1 - weight) * state + weight * w, [1]):  # noqa: B023
+                    right += int(model(ids).logits[0, -1].argmax() == chains.answers[one])
+            (row,) = [
+                row
+                for row in table
+                if (row["loop"], row["positions"], row["of"], row["weight"]) == (1, [1], of, weight)
+            ]
+            assert row["realigned"] == pytest.approx(right / len(chains.path))
+    assert row["unchanged"] == pytest.approx(accuracy(model, chains))
+    assert row["decoded"] == pytest.approx((said == chains.path[:, 1]).float().mean().item())
+    cosine = torch.nn.functional.cosine_similarity(states[:, 1], words[chains.path[:, 1]])
+    assert row["aligned"] == pytest.approx(cosine.mean().item(), abs=1e-6)
 
 
 def test_runs_of_different_shape_cannot_be_patched(model, chains):

@@ -48,7 +48,7 @@ def test_the_files_are_those_of_the_three_commands(run):
     assert {path.name for path in run.iterdir() if path.is_file()} == {
         "recipe.yaml", "lens.jsonl", "lens_stages.jsonl", f"lens_{STEP}.jsonl",
     }  # fmt: skip
-    names = {"lens", "patch", "stages", *(f"{name}_{STEP}" for name in ("lens", "patch", "swap", "probe"))}
+    names = {"lens", "patch", "stages", *(f"{name}_{STEP}" for name in ("lens", "patch", "swap", "realign", "probe"))}
     assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.png" for name in names}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").iterdir())
 

@@ -53,8 +53,8 @@ class Connection(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def flops(cls, config, num_loops: int) -> int:
-        """Matrix-product FLOPs (2 per multiply-add) of `num_loops` loops, per token."""
+    def flops(cls, config, loops: range) -> int:
+        """Matrix-product FLOPs (2 per multiply-add) of these loops, per token."""
 
     @classmethod
     def has_parameters_per_loop(cls, config) -> bool:
@@ -95,7 +95,7 @@ class PlainConnection(Connection):
     """state = core(state): nothing is added between loops (Loop, Think & Generalize, arXiv 2604.07822)."""
 
     @classmethod
-    def flops(cls, config, num_loops) -> int:
+    def flops(cls, config, loops) -> int:
         return 0
 
     def read(self, state, embeds, loop):
@@ -117,7 +117,7 @@ class InjectAddConnection(Connection):
         self.starts_at_embeddings = config.state_init == "embeddings"
 
     @classmethod
-    def flops(cls, config, num_loops) -> int:
+    def flops(cls, config, loops) -> int:
         return 0
 
     def open(self, start, embeds):
@@ -138,8 +138,8 @@ class InjectConcatConnection(Connection):
         self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     @classmethod
-    def flops(cls, config, num_loops) -> int:
-        return num_loops * 4 * config.hidden_size**2
+    def flops(cls, config, loops) -> int:
+        return len(loops) * 4 * config.hidden_size**2
 
     def read(self, state, embeds, loop):
         return self.adapter(torch.cat([state, embeds], dim=-1)), None
@@ -434,10 +434,10 @@ class GatedHyperConnection(HyperConnection):
         self.writing = HyperWrite(config)
 
     @classmethod
-    def flops(cls, config, num_loops) -> int:
+    def flops(cls, config, loops) -> int:
         streams, mixing = config.num_streams, MIXINGS[config.hyper_mixing]()
         gates = 2 * streams + sum(len(kind) for kind in mixing.biases(streams, keep=0.5))
-        return num_loops * 2 * config.hidden_size * (streams * gates + mixing.products(streams))
+        return len(loops) * 2 * config.hidden_size * (streams * gates + mixing.products(streams))
 
     def read(self, state, embeds, loop):
         return self.gates[self.index(loop)](state)
@@ -460,8 +460,8 @@ class StaticHyperConnection(HyperConnection):
         self.writes = nn.ModuleList([StaticWrite(config, loop) for loop in self.loops_held(config)])
 
     @classmethod
-    def flops(cls, config, num_loops) -> int:
-        return num_loops * 2 * config.num_streams**2 * config.hidden_size
+    def flops(cls, config, loops) -> int:
+        return len(loops) * 2 * config.num_streams**2 * config.hidden_size
 
     def read(self, state, embeds, loop):
         return self.reads[self.index(loop)](state), None
@@ -521,7 +521,7 @@ class DampedConnection(Connection):
         self.steps = DampedSteps(config)
 
     @classmethod
-    def flops(cls, config, num_loops) -> int:
+    def flops(cls, config, loops) -> int:
         return 0
 
     def at(self, num_loops):
@@ -623,9 +623,9 @@ class DiscoConnection(Connection):
         self.words: tuple[Callable, Callable] | None = None  # what `bind` gives
 
     @classmethod
-    def flops(cls, config, num_loops) -> int:
-        products = DISCRETE_CHANNELS[config.disco_channel].products
-        return (num_loops - 1) * products * 2 * config.hidden_size * config.vocab_size
+    def flops(cls, config, loops) -> int:
+        reads = len(loops) - (0 in loops)  # the first loop reads no head
+        return reads * DISCRETE_CHANNELS[config.disco_channel].products * 2 * config.hidden_size * config.vocab_size
 
     def bind(self, readout, embed):
         self.words = readout, embed

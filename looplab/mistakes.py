@@ -162,7 +162,7 @@ def run_command(name: str, call: Callable[[], object], debug: bool = False, rank
     Args:
         name: of the command; the sentence begins with it.
         debug: show the traceback of a mistake as well.
-        rank: of this process among those on this machine. Of a mistake that all processes make, rank 0 tells.
+        rank: of this process among those on this machine. Of a mistake that all processes make, rank 0 tells first.
     """
     for library in ("torchao", "torch.utils._pytree"):  # they log warnings when they are imported
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -180,9 +180,10 @@ def run_command(name: str, call: Callable[[], object], debug: bool = False, rank
             raise
         if debug:
             traceback.print_exc()
-        if rank == 0 or not isinstance(error, (ValueError, FloatingPointError)):
-            print(f"{name}: {said}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # a launcher ends all processes when one ends: rank 0 has to speak first
+        if rank > 0 and isinstance(error, (ValueError, FloatingPointError)):
+            # A launcher ends all processes when one ends: rank 0 has to speak first, if it made the mistake, too.
+            time.sleep(3)
+            name = f"{name}, process {rank}"
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -31,20 +31,21 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, get_int_from_env, set_seed
+from accelerate.utils import get_int_from_env, set_seed
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from looplab.mistakes import Parser, run_command
 from looplab.tasks.registry import TASKS
 from looplab.tasks.training import State
+from looplab.training.checkpoints import RandomStates, TrainingState
 from looplab.training.model import build_model, check_max_loops, may_lack_gradients
 from looplab.training.objectives import make_objective
 from looplab.training.optimizers import build_optimizers, lr_factor, restart, set_rates
+from looplab.training.processes import ModelFiles, make_accelerator, whole_weights
 from looplab.training.provenance import provenance
 from looplab.training.recipe import Recipe, add_recipe, read_recipe
 from looplab.training.run_folder import RunFolder, held
@@ -63,12 +64,7 @@ def main(recipe: Recipe) -> dict:
     check_trackers(recipe.trackers)
     if recipe.compile:
         check_compiler()
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
-        log_with=recipe.trackers or None,
-        project_dir=Path(recipe.output_dir) / recipe.name,
-        kwargs_handlers=[DistributedDataParallelKwargs()],  # `fit` sets it when it knows the model
-    )
+    accelerator = make_accelerator(recipe)
     world = accelerator.num_processes
     if recipe.batch_size % (world * recipe.accumulation_steps):
         raise ValueError(
@@ -111,9 +107,11 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
             module.compile()
     optimizers = build_optimizers(looped, recipe.optim, fused=accelerator.device.type == "cuda")
     model, *optimizers = accelerator.prepare(looped, *optimizers)
+    parts = {"random": RandomStates(accelerator, recipe.seed + accelerator.process_index)}
+    training = TrainingState(accelerator, looped, optimizers, parts)
 
     # State: from the newest intact checkpoint, or the beginning.
-    state = run.load_checkpoint(accelerator) or task.first_state()
+    state = run.load_checkpoint(training) or task.first_state()
     task.begin(state)
     run.begin(task.tokenizer, state)
     if state.finished and not over(recipe, state) and not task.is_through(state):
@@ -137,9 +135,16 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
                 file.write(json.dumps(row) + "\n")
         trackers.log(row)
 
+    def files() -> ModelFiles:
+        return ModelFiles(looped, trained.weights(looped), recipe.max_shard_size)
+
+    def check() -> dict:
+        with whole_weights(accelerator, looped):
+            return task.check(looped, state, check_loops)
+
     # The row of step 0 says what the model of `init_from` had reached.
     if recipe.init_from is not None and state.step == 0:
-        write_row({"step": 0, "seconds": 0.0} | task.check(looped, state, check_loops))
+        write_row({"step": 0, "seconds": 0.0} | check())
     model.train()
     paces = recipe.log_every, recipe.check_every, recipe.checkpoint_every
     unread: list[tuple[int, torch.Tensor]] = []  # (step, loss and seconds) of updates whose loss was not read yet
@@ -204,16 +209,19 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
             )
             progress_bar.set_postfix(loss=f"{loss:.3f}", **task.progress(state), refresh=False)
         if state.step % recipe.check_every == 0 or state.finished:
-            write_row({"step": state.step, "seconds": state.seconds} | task.check(looped, state, check_loops))
+            write_row({"step": state.step, "seconds": state.seconds} | check())
             if task.advance(state):
                 restart(optimizers)
-        if state.step in recipe.snapshots and accelerator.is_main_process:
-            run.save_folder(f"snapshots/step-{state.step:09d}", trained.to_save(looped), task.tokenizer)
+        if state.step in recipe.snapshots:
+            run.save_model(f"snapshots/step-{state.step:09d}", files(), task.tokenizer)
         if state.step % recipe.checkpoint_every == 0 or state.finished:
-            run.save_checkpoint(accelerator, state)
+            run.save_checkpoint(training, state)
+        run.end_checkpoint(wait=state.finished)
 
     # The result: a model folder that loads anywhere, and what it took to make it.
     progress_bar.close()
+    with whole_weights(accelerator, looped):
+        measured = task.summary(looped, state, check_loops)
     summary = {
         "name": recipe.name,
         "recipe": "recipe.yaml",
@@ -223,13 +231,13 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         "tokens": state.tokens,
         "parameters": num_parameters,
         "trained_parameters": looped.num_parameters(only_trainable=True),
-        **task.summary(looped, state, check_loops),
+        **measured,
         "gate_loops": check_loops,
         "trained_loops": {"minimum": int(depth.depths[0]), "maximum": int(depth.depths[-1]), "mean": depth.expected},
         **provenance(accelerator),
     }
+    run.save_model("model", files(), task.tokenizer)
     if accelerator.is_main_process:
-        run.save_folder("model", trained.to_save(looped), task.tokenizer)
         run.write_summary(summary)
     accelerator.print(f"{run.folder}: {state.step} steps, {task.headline(summary)}")
     return summary

@@ -13,7 +13,9 @@ import socket
 from pathlib import Path
 
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
@@ -138,23 +140,51 @@ def failure(capfd, *arguments) -> str:
     return line
 
 
-def two_processes(folder: Path, script: Path, *arguments: str, **environment: str) -> None:
-    """A script in two processes on CPUs, which speak over gloo at a port that is free. Both must succeed.
+def launch_environment(file: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment of its processes."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+    # A misspelt field of fsdp_config would be set and never read.
+    assert set(yaml.safe_load(file.read_text()).get("fsdp_config", {})) <= set(vars(arguments))
+    return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+
+
+def sharded(**more: str) -> dict[str, str]:
+    """The environment of processes that recipes/accelerate/fsdp2.yaml starts, with `more` put over it."""
+    environment = launch_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")
+    kept = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    return kept | more
+
+
+def processes(number: int, folder: Path, script: Path, *arguments: str, **environment: str) -> list[Fork]:
+    """A script in so many processes on CPUs, which speak over gloo at a port that is free.
 
     folder: gets what each of them prints.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"ACCELERATE_USE_CPU": "true"} | environment
-    forks = [
+    shared = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"} | environment
+    ranks = map(str, range(number))
+    return [
         Fork(script, *arguments, log=folder / f"rank-{rank}.log", RANK=rank, LOCAL_RANK=rank, **shared)
-        for rank in ("0", "1")
+        for rank in ranks
     ]
-    assert [fork.status() for fork in forks] == [0, 0], "\n".join(fork.printed()[-2000:] for fork in forks)
+
+
+def ended(forks: list[Fork], *statuses: int) -> list[Fork]:
+    """`forks` once they have ended; all with success, unless `statuses` says otherwise."""
+    assert [fork.status() for fork in forks] == list(statuses or [0] * len(forks)), "\n".join(
+        fork.printed()[-2000:] for fork in forks
+    )
+    return forks
+
+
+def train_in(number: int, folder: Path, recipe: str, *flags: str, **environment: str) -> list[Fork]:
+    """train.py in so many processes, see `processes`."""
+    return processes(number, folder, ROOT / "train.py", str(ROOT / "recipes" / recipe), *flags, **environment)
 
 
 def train_in_two(folder: Path, recipe: str, *flags: str, **environment: str) -> None:
-    """train.py in two processes, see `two_processes`."""
-    two_processes(folder, ROOT / "train.py", str(ROOT / "recipes" / recipe), *flags, **environment)
+    """train.py in two processes, which must succeed."""
+    ended(train_in(2, folder, recipe, *flags, **environment))

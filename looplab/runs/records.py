@@ -25,7 +25,7 @@ MODEL_FILES = (
 )  # fmt: skip
 CHECKPOINT_FILES = (
     "state.json", "pytorch_model*", "model*.safetensors*", "optimizer*", "scheduler*.bin", "sampler*.bin",
-    "random_states_*.pkl", "scaler.pt",
+    "random_states_*.pkl", "scaler.pt", "process-?????.pt", "tensors/.metadata", "tensors/__*.distcp",
 )  # fmt: skip
 # Paths in a run folder that this project writes, whatever the task; a star stays within a folder.
 OWNED = (

@@ -20,10 +20,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 
 from looplab.runs.digests import data_of, refuse_other_data, sha256_of, tokenizer_of, weights_of
@@ -49,6 +51,8 @@ from looplab.tasks.data import COPY, Copy
 from looplab.tasks.registry import measured_files, written_files
 from looplab.tasks.training import State
 
+from .checkpoints import TrainingState
+from .processes import ModelFiles
 from .recipe import Recipe, move_check_every, recipe_defaults
 
 logger = logging.getLogger(__name__)
@@ -57,17 +61,10 @@ logger = logging.getLogger(__name__)
 # that follow the budget, and the last digits where layers are compiled.
 FREE = frozenset(
     {
-        "max_steps",
-        "max_seconds",
-        "log_every",
-        "checkpoint_every",
-        "eval_loops",
-        "snapshots",
-        "spike",
-        "trackers",
-        "compile",
+        "max_steps", "max_seconds", "log_every", "checkpoint_every", "max_shard_size", "eval_loops", "snapshots", "spike",
+        "trackers", "compile",
     }
-)
+)  # fmt: skip
 
 # Fields that say where something is -> the digest in run.json that tells whether it is the same. They may change, too.
 PLACES = {
@@ -132,6 +129,8 @@ class RunFolder:
         self.starts = {"init_from": recipe.init_from, "distill.teacher": recipe.distill.teacher}
         self.changed: dict[str, list] = {}
         self.complete = self.resumes = False
+        self.written: Future | None = None  # files of a checkpoint that is being written, and the state that it is of
+        self.of: dict = {}
 
     @property
     def metrics(self) -> Path:
@@ -351,23 +350,29 @@ class RunFolder:
 
     # Checkpoints
 
-    def save_checkpoint(self, accelerator, state: State) -> None:
-        """Write the training state of all ranks to checkpoints/step-N at once or not at all, and keep the last two."""
+    def save_checkpoint(self, training: TrainingState, state: State) -> None:
+        """Write the training state of all processes to checkpoints/step-N at once or not at all, and keep the newest.
+
+        Several processes write in the background: `end_checkpoint` gives the folder its name.
+        """
+        self.end_checkpoint()
         partial = self.checkpoints / "partial"
         if self.is_main:
             remove_whole(partial)
-        accelerator.wait_for_everyone()
-        # Not safetensors: it would warn of the tied head at every save.
-        accelerator.save_state(partial, safe_serialization=False)
-        accelerator.wait_for_everyone()
+            partial.mkdir(parents=True)
+        training.accelerator.wait_for_everyone()
+        self.written, self.of = training.write(partial), asdict(state)
+        if training.accelerator.num_processes == 1:
+            self.end_checkpoint()
+
+    def end_checkpoint(self, wait: bool = True) -> None:
+        """End the checkpoint that is being written. wait: for its files, of which some may still be missing."""
+        if self.written is None or not (wait or self.written.done()):
+            return
+        digests, self.written = self.written.result(), None
         if self.is_main:
-            digests = {
-                path.relative_to(partial).as_posix(): sha256_of(path)
-                for path in sorted(partial.rglob("*"))
-                if path.is_file()
-            }
-            write_whole(partial / "state.json", json.dumps({"state": asdict(state), "sha256": digests}))
-            complete = self.checkpoints / f"step-{state.step:09d}"
+            partial, complete = self.checkpoints / "partial", self.checkpoints / f"step-{self.of['step']:09d}"
+            write_whole(partial / "state.json", json.dumps({"state": self.of, "sha256": digests}))
             # Only a damaged checkpoint that this run fell back from can be in the way, or be of a later step.
             replace_folder(partial, complete, self.ours(self.folder))
             self.drop_before(complete)
@@ -377,7 +382,6 @@ class RunFolder:
             if self.folder != self.final:
                 replace_folder(self.staging, self.final, self.ours(self.final), written_files())
         self.folder = self.final
-        accelerator.wait_for_everyone()
 
     def drop_before(self, newest: Path) -> None:
         """Keep one checkpoint before the newest."""
@@ -401,26 +405,33 @@ class RunFolder:
         if not any(checkpoint.iterdir()):
             checkpoint.rmdir()
 
-    def load_checkpoint(self, accelerator) -> State | None:
-        """Restore the newest whole checkpoint and return its state, None without one; warn of each damaged checkpoint.
+    def load_checkpoint(self, training: TrainingState) -> State | None:
+        """Restore the newest whole checkpoint and return its state, None without any; warn of each damaged one.
 
         Raises:
-            ValueError: it is whole, and this model does not take it.
+            ValueError: none is whole, or this model does not take it.
         """
+        (state,) = broadcast_object_list([self.newest_state() if self.is_main else None])
+        if state is None:
+            return None
+        checkpoint = self.checkpoints / f"step-{state.step:09d}"
+        try:
+            training.read(checkpoint)
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            raise ValueError(f"{checkpoint} does not fit this model ({error}): delete it. {OTHERS}") from error
+        return state
+
+    def newest_state(self) -> State | None:
+        """The state of the newest whole checkpoint, as `load_checkpoint`."""
+        damaged = ""
         for checkpoint in sorted(self.checkpoints.glob("step-*"), reverse=True):
             try:
-                state = read_state(checkpoint)
+                return read_state(checkpoint)
             except ValueError as error:
-                if self.is_main:
-                    logger.warning(
-                        f"{checkpoint} is incomplete or corrupt ({error}): trying the checkpoint before it."
-                    )
-                continue
-            try:
-                accelerator.load_state(checkpoint)
-            except (RuntimeError, ValueError, KeyError, OSError) as error:
-                raise ValueError(f"{checkpoint} does not fit this model ({error}): delete it. {OTHERS}") from error
-            return state
+                damaged = damaged or f"{checkpoint} is incomplete or corrupt ({error})"
+                logger.warning(f"{checkpoint} is incomplete or corrupt ({error}): trying the checkpoint before it.")
+        if damaged:
+            raise ValueError(f"{damaged}, and no other is whole: bring back what is missing. {OTHERS}")
         return None
 
     # The result
@@ -431,6 +442,13 @@ class RunFolder:
         if sha256 not in files.setdefault(name, []):
             files[name].append(sha256)
             self.write_note(files=files)
+
+    def save_model(self, name: str, files: ModelFiles, tokenizer) -> None:
+        """Write a model folder as `save_folder`; every process must call this."""
+        if self.is_main:
+            self.save_folder(name, files, tokenizer)
+        else:
+            files.help_to_save()
 
     def save_folder(self, name: str, *parts) -> None:
         """Write what `parts` save (model, tokenizer) to the folder `name` at once or not at all, and note it."""

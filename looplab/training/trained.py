@@ -10,7 +10,6 @@ and KV gates. All else keeps its value. A run saves whole models: adapters are a
 
 import re
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import final
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 
 from modeling_looped import LoopedForCausalLM
 
+from .processes import weights_of_model
 from .recipe import Train
 
 # Parameters of the loop itself, by their names.
@@ -38,9 +38,9 @@ class Trained(ABC):
             ValueError: the model has no such matrices.
         """
 
-    def to_save(self, model: LoopedForCausalLM) -> "LoopedForCausalLM | Merged":
-        """What saves the model as one without adapters, by `save_pretrained`."""
-        return model
+    def weights(self, model: LoopedForCausalLM) -> dict[str, torch.Tensor]:
+        """Name -> weights of the model as one without adapters, whole or this process's part of them."""
+        return weights_of_model(model)
 
 
 @final
@@ -94,24 +94,14 @@ class Lora(Trained):
                 )
         return sorted(asked)
 
-    def to_save(self, model: LoopedForCausalLM) -> "Merged":
-        return Merged(model)
-
-
-class Merged:
-    """Saves a model with its adapters added to its matrices; the model in training keeps both apart."""
-
-    def __init__(self, model: LoopedForCausalLM):
-        self.model = model
-
     @torch.no_grad()
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The state dict of the model without adapters."""
+    def weights(self, model: LoopedForCausalLM) -> dict[str, torch.Tensor]:
+        """As of a model whose adapters are added to its matrices; the model in training keeps both apart."""
         from peft.tuners.lora import LoraLayer
 
-        adapters = {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
         weights = {}
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in weights_of_model(model).items():
             if ".lora_" in name:
                 continue
             module, base, parameter = name.rpartition(".base_layer.")
@@ -119,10 +109,6 @@ class Merged:
                 tensor = tensor + adapters[module].get_delta_weight("default").to(tensor.dtype)
             weights[f"{module}.{parameter}" if base else name] = tensor
         return weights
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """As that of the model."""
-        self.model.save_pretrained(folder, state_dict=self.weights())
 
 
 TRAINED: dict[str, type[Trained]] = {"full": Full, "core": Core, "lora": Lora}

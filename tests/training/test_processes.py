@@ -30,7 +30,7 @@ def test_two_processes_are_one_batch(hops, tmp_path):
     assert [step for step, _ in two] == [step for step, _ in one]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], abs=1e-5)
     assert measured(tmp_path / "two", "gate") == measured(tmp_path / "one", "gate")
-    assert len(list((tmp_path / "two" / "checkpoints" / "step-000000020").glob("random_states_*.pkl"))) == 2
+    assert len(list((tmp_path / "two" / "checkpoints" / "step-000000020").glob("process-*.pt"))) == 2
 
 
 @pytest.mark.slow

@@ -1,23 +1,19 @@
 """Every recipe can be run: its fields, its model, its depths and its data exist, and the paper's have its sizes."""
 
 import glob
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
 
 from data_builders import DepthSampler, task_builder
 from looplab.instruments.flops import update_flops
 from looplab.training.optimizers import build_optimizers
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.layers_looped import LoopedLayer
-from toy_runs import two_processes
+from toy_runs import launch_environment
 from toys import ROOT
 from train import Recipe, main, read_recipe
 
@@ -264,14 +260,6 @@ def test_the_cost_of_every_paper_recipe_is_in_the_docs():
 # Accelerate
 
 
-def launch_environment(file: Path) -> dict[str, str]:
-    """What `accelerate launch --config_file` puts into the environment of its processes."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
-    # A misspelt field of fsdp_config would be set and never read.
-    assert set(yaml.safe_load(file.read_text()).get("fsdp_config", {})) <= set(vars(arguments))
-    return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-
-
 def test_accelerate_reads_the_data_parallel_config():
     assert "ACCELERATE_USE_FSDP" not in launch_environment(RECIPES / "accelerate" / "ddp.yaml")
 
@@ -285,54 +273,3 @@ def test_accelerate_reads_the_sharding_config(monkeypatch):
     assert plugin.fsdp_version == 2
     assert plugin.transformer_cls_names_to_wrap == [LoopedLayer.__name__]
     assert plugin.reshard_after_forward is False
-    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
-
-
-# accelerate shards on accelerators only: with CPU processes the same config is data-parallel without a word. Named
-# MULTI_GPU, the processes stay on CPU and gloo, and are sharded. Saving is left out, see docs/results/paper_scale.md.
-SHARDED_ON_CPU = """
-import sys
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-from torch.distributed.fsdp import FSDPModule
-import train
-from looplab.training.run_folder import RunFolder
-
-PartialState(cpu=True)
-PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-RunFolder.save_checkpoint = lambda *arguments: None
-
-def note_units(run, name, *parts):
-    if name == "model":
-        units = [type(unit).__name__ for unit in parts[0].modules() if isinstance(unit, FSDPModule)]
-        (run.final / "units").write_text(" ".join(units))
-
-RunFolder.save_folder = note_units
-train.main(train.read_recipe(sys.argv[1], sys.argv[2:]))
-"""
-
-
-@pytest.mark.slow
-def test_two_sharded_processes_train_as_one_does(tmp_path):
-    """FSDP2 over gloo, the core called once per loop, the head tied; Muon orthogonalizes in bf16, hence the bound."""
-    smoke = RECIPES / "smoke.yaml"
-    flags = [f"--output_dir={tmp_path}", "--max_steps=6", "--check_every=3"]
-    script = tmp_path / "sharded_on_cpu.py"
-    script.write_text(SHARDED_ON_CPU)
-    environment = launch_environment(RECIPES / "accelerate" / "fsdp2.yaml")
-    environment = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
-    two_processes(tmp_path, script, str(smoke), *flags, "--name=two", **environment)
-    # The whole, its one layer, and what is tied together: embeddings, final norm and head.
-    units = (tmp_path / "two" / "units").read_text().split()
-    assert units[0] == "FSDPLoopedForCausalLM"
-    assert units.count("FSDPLoopedLayer") == 1
-    assert "FSDPEmbedding" in units
-    main(read_recipe(smoke, [*flags, "--name=one"]))
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert [row.get("gate") for row in two] == [row.get("gate") for row in one]
-    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (one, two)]
-    assert len(losses[0]) == 6
-    assert losses[1] == pytest.approx(losses[0], abs=1e-3)

@@ -1,5 +1,6 @@
 """A run that was interrupted equals one that was not, and what is finished or another's stays as it is."""
 
+import shutil
 import signal
 import time
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from forks import Fork
+from looplab.training.checkpoints import TrainingState, completed, digests_of
 from modeling_looped import LoopedForCausalLM
 from toy_runs import measured
 from toys import ROOT
@@ -55,24 +57,53 @@ def test_a_corrupt_checkpoint_is_passed_over(hops, tmp_path, caplog):
     main(hops("run", "--checkpoint_every=6"))
     whole = measured(tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
-    weights = checkpoints / "step-000000020" / "pytorch_model.bin"
+    (weights,) = (checkpoints / "step-000000020" / "tensors").glob("*.distcp")
     weights.write_bytes(weights.read_bytes()[:-100])
-    (checkpoints / "partial").mkdir()
-    (checkpoints / "partial" / "optimizer.bin").write_text("half")
+    (checkpoints / "partial" / "tensors").mkdir(parents=True)
+    (checkpoints / "partial" / "tensors" / "__0_0.distcp").write_text("half")
     main(hops("run", "--checkpoint_every=6"))
     assert "step-000000020 is incomplete or corrupt" in caplog.text
     assert measured(tmp_path / "run") == whole
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000000018", "step-000000020"]
 
 
-def test_without_an_intact_checkpoint_the_run_begins_again(hops, tmp_path, caplog):
+def test_without_an_intact_checkpoint_nothing_is_begun_again(hops, tmp_path):
     main(hops("run"))
-    whole = measured(tmp_path / "run")
-    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
-        (checkpoint / "state.json").write_text('{"state": {"sta')
-    main(hops("run"))
-    assert caplog.text.count("is incomplete or corrupt") == 2
-    assert measured(tmp_path / "run") == whole
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (tmp_path / "run" / "checkpoints" / "step-000000020" / "process-00000.pt").unlink()
+    (tmp_path / "run" / "checkpoints" / "step-000000010" / "state.json").write_text('{"state": {"sta')
+    with pytest.raises(ValueError, match=r"step-000000020 .*process-00000\.pt is missing.*bring back"):
+        main(hops("run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from(hops, tmp_path, monkeypatch):
+    """They were accelerate's: one file of weights, and one of each optimizer."""
+
+    def write(training, folder):
+        training.accelerator.save_state(folder, safe_serialization=False)
+        return completed(digests_of(folder))
+
+    main(hops("whole", DROPOUT))
+    with monkeypatch.context() as older:
+        older.setattr(TrainingState, "write", write)
+        main(hops("parts", DROPOUT, "--max_steps=10"))
+    assert (tmp_path / "parts" / "checkpoints" / "step-000000010" / "pytorch_model.bin").is_file()
+    main(hops("parts", DROPOUT))
+    assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_model_is_refused(hops, tmp_path):
+    main(hops("run", "--max_steps=10"))
+    main(hops("other", "--max_steps=10", "--model.hidden_size=48"))
+    theirs, ours = (tmp_path / name / "checkpoints" / "step-000000010" for name in ("other", "run"))
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"does not fit this model \(its model\.embed_tokens\.weight is \(\d+, 48\)"):
+        main(hops("run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
 
 
 def test_a_finished_run_is_left_as_it_is(hops, tmp_path):

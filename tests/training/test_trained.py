@@ -8,6 +8,7 @@ import torch
 
 from looplab.cli import main as looped
 from looplab.training.optimizers import build_optimizers
+from looplab.training.processes import ModelFiles
 from looplab.training.recipe import Optim, Train
 from looplab.training.trained import TRAINED
 from modeling_looped import LoopedForCausalLM
@@ -59,7 +60,7 @@ def test_what_is_trained_changes_and_the_saved_model_is_the_one_in_training(kind
                 one.zero_grad()
         model.eval()
         expected, kept = model(make_ids()).logits, {name: p.clone() for name, p in model.state_dict().items()}
-        trained.to_save(model).save_pretrained(tmp_path / optimizer)
+        ModelFiles(model, trained.weights(model), "5GB").save_pretrained(tmp_path / optimizer)
         assert all(tensor.equal(kept[name]) for name, tensor in model.state_dict().items())
         loaded = LoopedForCausalLM.from_pretrained(tmp_path / optimizer)
         torch.testing.assert_close(loaded(make_ids()).logits, expected, **FP32)

@@ -149,6 +149,8 @@ def held_out_accuracy(
         correct = torch.zeros(len(counts), device=accelerator.device)
         share = (part[accelerator.process_index :: accelerator.num_processes].split(CHECKED_ROWS) for part in group)
         for input_ids, answers in zip(*share, strict=True):
+            if not len(answers):  # a process may have none
+                continue
             input_ids, answers = input_ids.to(accelerator.device), answers.to(accelerator.device)
 
             def read(logits: torch.Tensor, answers: torch.Tensor = answers) -> torch.Tensor:  # (b, 1, V)

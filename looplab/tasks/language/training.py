@@ -54,7 +54,8 @@ class LanguageTraining(TaskTraining):
         """This rank's share of the held-out sequences on its device, about CHECKED_TOKENS tokens at a time."""
         share = torch.arange(self.num_held_out)[self.accelerator.process_index :: self.accelerator.num_processes]
         for chosen in share.split(max(1, int(CHECKED_TOKENS / self.held_out.mean_length))):
-            yield {name: value.to(self.accelerator.device) for name, value in self.held_out.rows(chosen).items()}
+            if len(chosen):  # a process may have none
+                yield {name: value.to(self.accelerator.device) for name, value in self.held_out.rows(chosen).items()}
 
 
 @torch.no_grad()

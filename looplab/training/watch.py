@@ -107,6 +107,7 @@ class Watch:
         if math.isfinite(loss) and loss - usual < (self.recipe.spike or math.inf):
             self.losses.append(loss)
             return
+        self.run.end_checkpoint()  # that is being written
         rows = self.task.rows_of(step - 1)
         said = f"loss is {loss:.4g} at step {step}"
         remedy = "lower the learning rate or set optim.clip under another --name"

@@ -38,7 +38,7 @@ BELOW = {
     "looplab/export": ("looplab/tasks/registry.py",),
     "looplab/publish": ("looplab/tasks/registry.py",),
     "looplab/pretrained": ("looplab/instruments",),
-    "looplab/study": ("looplab/training",),
+    "looplab/study": ("looplab/training", "looplab/bench"),
     "looplab/cli.py": (
         "looplab/__init__.py",
         "looplab/train.py",

@@ -65,6 +65,23 @@ DYNAMICS = RecordFile("dynamics.jsonl", "dynamics", {"sort": str, "loops": int, 
 
 
 @dataclass(frozen=True)
+class Graded:
+    """What was measured of a run whose rows have a difficulty, a number of hops or a grade: `Task.graded`.
+
+    Args:
+        rows: for every split (validation, test), loop count and difficulty: split, loops, grade, right (share of right
+            answers, the lowest of its kinds), trained (whether the training had the difficulty).
+        chance: share of right answers of a trivial rule, which always says the commonest answer.
+        halting: mean loops of the halting rule with the fewest that loses at most a point, and of an oracle that knows
+            the difficulty; None if nothing was measured, no difficulty is solved, or every rule loses more.
+    """
+
+    rows: Sequence[Mapping]
+    chance: float
+    halting: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Figure:
     """A figure of one run, figures/NAME.png, or another format.
 
@@ -186,6 +203,10 @@ class Task(ABC):
     def best_rule(self, run: Run) -> tuple[Mapping | None, str]:
         """Of a task that has `halting`: the record of the rule that `--save` writes, None if no rule is good enough;
         and what a rule has to do for that, the end of a sentence about it."""
+        raise NotImplementedError
+
+    def graded(self, run: Run) -> Graded:
+        """What `evaluate` and, if it ran, `halting` have measured, by difficulty: for `looped loopbench`."""
         raise NotImplementedError
 
     def lens(self, run: Run) -> list[Path]:

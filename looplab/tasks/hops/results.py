@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import group_runs, span, to_markdown
+from looplab.tasks.base import Graded
 from looplab.tasks.quantizing import quantized_cells
 
-from .records import HALTING, LOOPS
+from .records import EVALUATION, HALTING, LOOPS
 
 THRESHOLDS = (0.6, 0.9, 0.95)  # arXiv 2604.07822 has them for generalization ratio, "strong", and curriculum
 
@@ -107,6 +108,29 @@ def first_correct(rows: Sequence[dict]) -> dict[Line, float | None]:
         ever = sum(shares)
         means[line] = sum(loop * share for loop, share in enumerate(shares, start=1)) / ever if ever else None
     return means
+
+
+def graded(run: Run) -> Graded:
+    """See `Task.graded`."""
+    trained, lowest = run.summary()["trained_hops"], {}
+    for row in run.read(LOOPS):
+        key = row["split"], row["loops"], row["hops"]
+        lowest[key] = min(row["accuracy"], lowest.get(key, 1.0))
+    names = ("split", "loops", "grade")
+    found = [
+        dict(zip(names, key, strict=True)) | {"right": right, "trained": key[2] in trained}
+        for key, right in lowest.items()
+    ]
+    return Graded(
+        found, run.read(EVALUATION)["chance"], halting_loops(run.read(HALTING)) if run.has(HALTING) else None
+    )
+
+
+def halting_loops(rows: Sequence[dict]) -> tuple[float, float] | None:
+    """See `Graded.halting`; over the solvable hop counts of the test rows. rows: records of halting.jsonl."""
+    best = next((row["rule"] for row in rows if row["measure"] == "best"), None)
+    mine = [row for row in rows if row["measure"] == "chosen" and row["rule"] == best and row["solvable"]]
+    return None if best is None else tuple(sum(row[n] for row in mine) / len(mine) for n in ("loops", "own_loops"))
 
 
 def depth_text(run: Run) -> str:

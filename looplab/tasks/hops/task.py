@@ -100,6 +100,11 @@ class HopTask(Task):
 
         return next((row for row in run.read(HALTING) if row["measure"] == "best"), None), CRITERION
 
+    def graded(self, run: Run):
+        from .results import graded
+
+        return graded(run)
+
     def lens(
         self,
         run: Run,

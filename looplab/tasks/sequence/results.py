@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import group_runs, span, to_markdown
+from looplab.tasks.base import Graded
 from looplab.tasks.quantizing import quantized_cells
 
 from .records import EVALUATION, GRADES, HALTING
@@ -85,6 +86,28 @@ def facts_of(run: Run) -> dict:
         "all": chosen,
         "kept": at_last / chosen if chosen else None,
     }
+
+
+def graded(run: Run) -> Graded:
+    """See `Task.graded`."""
+    rows = run.read(GRADES)
+    measure, lowest = measure_of(rows), {}
+    for row in rows:
+        key = row["split"], row["loops"], row["grade"], row["trained"]
+        lowest[key] = min(row[measure], lowest.get(key, 1.0))
+    names = ("split", "loops", "grade", "trained")
+    found = [dict(zip(names, key, strict=True)) | {"right": right} for key, right in lowest.items()]
+    return Graded(
+        found, run.read(EVALUATION)["chance"], halting_loops(run.read(HALTING)) if run.has(HALTING) else None
+    )
+
+
+def halting_loops(rows: Sequence[dict]) -> tuple[float, float] | None:
+    """See `Graded.halting`; over the solvable grades of the test rows. rows: records of halting.jsonl."""
+    best = next((row["rule"] for row in rows if row["measure"] == "best"), None)
+    mine = [row["loops"] for row in rows if row["measure"] == "chosen" and row["rule"] == best and row["solvable"]]
+    oracle = [row["loops"] for row in rows if row["measure"] == "oracle" and row["solvable"]]
+    return None if best is None else (sum(mine) / len(mine), sum(oracle) / len(oracle))
 
 
 WORDS = {"exact": "right answers", "score": "mean score of the answers"}

@@ -76,6 +76,11 @@ class SequenceTask(Task):
 
         return next((row for row in run.read(HALTING) if row["measure"] == "best"), None), CRITERION
 
+    def graded(self, run: Run):
+        from .results import graded
+
+        return graded(run)
+
     def lens(self, run: Run, *, loops: int | None = None, limit: int | None = None, format: str = "png") -> list[Path]:
         """Write and draw what `lens.lens_run` measures."""
         from .lens import lens_run

@@ -9,9 +9,11 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -19,6 +21,8 @@ from tqdm.auto import tqdm
 from looplab.runs.folder import Run, json_lines, to_json_lines
 from looplab.runs.records import locked
 from looplab.runs.writing import write_whole
+from looplab.tasks.base import Task
+from looplab.tasks.registry import TASKS
 
 from .study_file import Study, digest_of, flags_of, matches
 
@@ -38,6 +42,10 @@ class Cell:
     seed: int
     recipe: str
     folder: Path
+
+    def beside(self, suffix: str) -> Path:
+        """The file FOLDER + suffix. The name of an arm may have dots."""
+        return self.folder.with_name(self.folder.name + suffix)
 
     @property
     def key(self) -> dict:
@@ -75,17 +83,21 @@ def missing(cells: Sequence[Cell], rows: Sequence[Mapping]) -> list[Cell]:
 
 def check_arms(study: Study) -> None:
     """Raise ValueError if a recipe cannot run, or `looped eval` lacks an option for its task."""
-    from looplab.tasks.registry import TASKS
+    for name, what in study.arms.items():
+        task = task_of_arm(study, name)
+        unknown = sorted((study.evaluate | what.evaluate).keys() - task.options("eval"))
+        if unknown:
+            raise ValueError(f"evaluate.{unknown[0]} is no option of `looped eval` for {task.name}: leave it out.")
+
+
+def task_of_arm(study: Study, name: str) -> Task:
+    """What an arm is trained on. Raises ValueError if its recipe cannot run."""
     from looplab.training.recipe import read_recipe
 
-    for name, what in study.arms.items():
-        try:
-            task = read_recipe(what.recipe, flags_of(study, what, study.seeds[0])).data.task
-        except ValueError as error:
-            raise ValueError(f"arms.{name}: {error}") from error
-        unknown = sorted((study.evaluate | what.evaluate).keys() - TASKS[task].options("eval"))
-        if unknown:
-            raise ValueError(f"evaluate.{unknown[0]} is no option of `looped eval` for {task}: leave it out.")
+    try:
+        return TASKS[read_recipe(study.arms[name].recipe, flags_of(study, study.arms[name], study.seeds[0])).data.task]
+    except ValueError as error:
+        raise ValueError(f"arms.{name}: {error}") from error
 
 
 def run_cells(name: str, study: Study, path: Path, runs: Path, jobs: int = 1) -> list[str]:
@@ -99,47 +111,57 @@ def run_cells(name: str, study: Study, path: Path, runs: Path, jobs: int = 1) ->
     """
     check_arms(study)
     cells = cells_of(name, study, runs)
+    with alone(name, runs), tqdm(total=len(cells), desc=name) as bar:
+        return fill(path, cells, [(cell.arm, cell.seed) for cell in cells], partial(run_cell, study), jobs, bar)
+
+
+@contextmanager
+def alone(name: str, runs: Path) -> Iterator[None]:
+    """Within the block, no other process runs cells of `name`. Raises ValueError if one does."""
     (runs / name).mkdir(parents=True, exist_ok=True)
     with locked(runs / name / "lock", f"the study {name} is running"):
-        left = missing(cells, read_rows(path))
-        failed = []
-        with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), initial=len(cells) - len(left)) as bar:
-            bar.set_description(name)
-            futures = {
-                pool.submit(run_cell, study, cell, max(1, (os.cpu_count() or 1) // jobs)): cell for cell in left
-            }
-            for future in as_completed(futures):
-                cell = futures[future]
-                try:
-                    add_rows(path, cells, cell, future.result())
-                except (OSError, ValueError) as error:
-                    failed.append(f"{cell.arm}, seed {cell.seed}: {error}")
-                    logger.warning(failed[-1])
-                bar.update()
-        return failed
+        yield
+
+
+def fill(
+    path: Path,
+    cells: Sequence[Cell],
+    order: Sequence[tuple[str, int]],
+    work: Callable[[Cell, int], list[dict]],
+    jobs: int,
+    bar: tqdm,
+) -> list[str]:
+    """Put the rows that `work(cell, threads)` makes of every cell without rows into `path`; returns what failed, a
+    line each.
+
+    Args:
+        order: of the file, see `add_rows`.
+        bar: counts the cells.
+    """
+    left = missing(cells, read_rows(path))
+    bar.update(len(cells) - len(left))
+    failed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(work, cell, max(1, (os.cpu_count() or 1) // jobs)): cell for cell in left}
+        for future in as_completed(futures):
+            cell = futures[future]
+            try:
+                add_rows(path, order, cell, future.result())
+            except (OSError, ValueError) as error:
+                failed.append(f"{cell.arm}, seed {cell.seed}: {error}")
+                logger.warning(failed[-1])
+            bar.update()
+    return failed
 
 
 def run_cell(study: Study, cell: Cell, threads: int) -> list[dict]:
     """Rows of one cell, made in processes of their own. Raises ValueError, with the log, if one fails."""
     what = study.arms[cell.arm]
-    place = [f"--output_dir={cell.folder.parent}", f"--name={cell.folder.name}"]
     options = []
     for option, value in (study.evaluate | what.evaluate).items():
         options += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    log = cell.folder.with_suffix(".log")
-    with open(log, "w", encoding="utf-8") as output:
-        for command in (
-            ["train", what.recipe, *place, *flags_of(study, what, cell.seed)],
-            ["eval", str(cell.folder), *options],
-        ):
-            done = subprocess.run(
-                [sys.executable, "-m", "looplab.cli", *command],
-                stdout=output,
-                stderr=output,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            )
-            if done.returncode:
-                raise ValueError(f"looped {command[0]} ended with status {done.returncode}, see {log}.")
+    evaluation = ["looplab.cli", "eval", str(cell.folder), *options]
+    run_modules([training(study, cell), evaluation], cell.beside(".log"), threads)
     run = Run(cell.folder)
     lines = json_lines((cell.folder / study.record).read_text(encoding="utf-8"))
     rows = [line for line in lines if matches(line, study.keep)]
@@ -148,9 +170,31 @@ def run_cell(study: Study, cell: Cell, threads: int) -> list[dict]:
     return [cell.key | {"commit": run.summary()["commit"]} | row for row in rows]
 
 
-def add_rows(path: Path, cells: Sequence[Cell], cell: Cell, rows: list[dict]) -> None:
-    """Put the rows of a cell in the place of its old ones; the file is in the order of the cells."""
+def training(study: Study, cell: Cell) -> list[str]:
+    """The module and its arguments that train a cell, or go on with it."""
+    what = study.arms[cell.arm]
+    place = [f"--output_dir={cell.folder.parent}", f"--name={cell.folder.name}"]
+    return ["looplab.cli", "train", what.recipe, *place, *flags_of(study, what, cell.seed)]
+
+
+def run_modules(commands: Sequence[Sequence[str]], log: Path, threads: int) -> None:
+    """Run modules of this package with their arguments, one after the other, and keep what they print in `log`.
+    Raises ValueError, which names the log, if one fails."""
+    with open(log, "w", encoding="utf-8") as output:
+        for command in commands:
+            done = subprocess.run(
+                [sys.executable, "-m", *command],
+                stdout=output,
+                stderr=output,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )
+            if done.returncode:
+                raise ValueError(f"its process ended with status {done.returncode}, see {log}.")
+
+
+def add_rows(path: Path, order: Sequence[tuple[str, int]], cell: Cell, rows: list[dict]) -> None:
+    """Put the rows of a cell in the place of its old ones. order: arm and seed of the cells, as the file has them."""
     kept = [row for row in read_rows(path) if not matches(row, {"arm": cell.arm, "seed": cell.seed})]
-    order = {(each.arm, each.seed): index for index, each in enumerate(cells)}
-    rows = sorted([*kept, *rows], key=lambda row: order.get((row["arm"], row["seed"]), len(order)))
+    places = {key: index for index, key in enumerate(order)}
+    rows = sorted([*kept, *rows], key=lambda row: places.get((row["arm"], row["seed"]), len(places)))
     write_whole(path, to_json_lines(rows))

@@ -34,6 +34,7 @@ class Arm:
 
     recipe: str  # a file, or a name of `looped recipes`
     overrides: dict = field(default_factory=dict)  # fields of the recipe put over it, such as optim.lr
+    data: dict | None = None  # in place of the recipe's section `data`
     evaluate: dict = field(default_factory=dict)  # options of `looped eval`, over those of the study
     where: dict = field(default_factory=dict)  # field -> value of its rows that are shown and judged, such as loops
 
@@ -127,7 +128,8 @@ def read_study(name: str) -> tuple[str, Study]:
 
 def flags_of(study: Study, arm: Arm, seed: int) -> list[str]:
     """The flags of `looped train` for one arm and seed."""
-    values = flatten(arm.overrides) | dict.fromkeys(study.seed_fields, seed)
+    values = {} if arm.data is None else {"data": arm.data}
+    values |= flatten(arm.overrides) | dict.fromkeys(study.seed_fields, seed)
     return [f"--{name}={json.dumps(value)}" for name, value in values.items()]
 
 
@@ -135,6 +137,7 @@ def digest_of(study: Study, arm: Arm) -> str:
     """What the rows of an arm depend on, as it is written: recipe, overrides, seeds' fields, evaluation."""
     _, recipe = read_recipe_file(arm.recipe, TRAIN)
     said = [recipe, arm.overrides, study.seed_fields, study.evaluate | arm.evaluate, study.record, study.keep]
+    said += [] if arm.data is None else [arm.data]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,5 +1,5 @@
 """The command line: `looped train | recipes | eval | halting | memory | plot | table | lens | dynamics | fetch |
-harness | frozen | ask | demo | bench | convert | quantize | export | publish | serve | study`.
+harness | frozen | ask | demo | bench | convert | quantize | export | publish | serve | study | loopbench`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -334,6 +334,32 @@ def run_study(arguments) -> None:
 
     failed = [] if arguments.draw else run_cells(name, study, folder / f"{name}.jsonl", runs, arguments.jobs)
     for path in draw_study(name, study, folder, runs):
+        print(path)
+    if failed:
+        raise ValueError(f"{len(failed)} cells failed, first {failed[0]} The same command tries them again.")
+
+
+def run_loopbench(arguments) -> None:
+    from looplab.study.loopbench_file import read_bench
+    from looplab.study.loopbench_page import check_bench, draw_bench
+
+    name, bench = read_bench(arguments.bench)
+    folder = Path(arguments.to)
+    if arguments.check:
+        if not check_bench(name, bench, folder):
+            raise ValueError(
+                f"{folder / name}.md does not say what {folder / name}.jsonl says: run `looped loopbench {name}`."
+            )
+        print(f"{name}: the page says what the rows say")
+        return
+    failed = []
+    if not arguments.draw:
+        from looplab.study.loopbench import run_bench
+
+        names = arguments.tasks or list(bench.tasks), arguments.architectures or list(bench.architectures)
+        wanted = (*names, arguments.seeds or bench.seeds)
+        failed = run_bench(name, bench, wanted, folder / f"{name}.jsonl", Path(arguments.runs), arguments.jobs)
+    for path in draw_bench(name, bench, folder):
         print(path)
     if failed:
         raise ValueError(f"{len(failed)} cells failed, first {failed[0]} The same command tries them again.")
@@ -729,6 +755,43 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--to", default="docs/results", metavar="FOLDER", help="of rows, page and figure")
     command.add_argument("--runs", default="runs", metavar="FOLDER", help="of the trainings")
     command.set_defaults(call=run_study)
+
+    command = commands.add_parser(
+        "loopbench",
+        help="train and measure tasks x architectures with one budget, and draw them, to FOLDER/NAME.*",
+    )
+    command.add_argument(
+        "bench",
+        metavar="NAME",
+        nargs="?",
+        default="loopbench",
+        help="a file, or a bench of this package (default: loopbench)",
+    )
+    command.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="of the bench; a generator, such as reasoning_gym/gcd; or a recipe, whose data are taken (default: all "
+        "of the bench)",
+    )
+    command.add_argument(
+        "--architectures",
+        nargs="+",
+        metavar="NAME",
+        help="of the bench; a loop connection; or a recipe, whose model is taken (default: all of the bench)",
+    )
+    command.add_argument(
+        "--seeds", type=Whole(0), nargs="+", metavar="N", help="that are reported (default: the bench's)"
+    )
+    command.add_argument("--jobs", type=Whole(highest=1024), default=1, metavar="N", help="trainings at once")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--draw", action="store_true", help="train nothing: draw the rows there are")
+    what.add_argument(
+        "--check", action="store_true", help="write nothing: look whether the page says what the rows say"
+    )
+    command.add_argument("--to", default="docs/results", metavar="FOLDER", help="of rows, page and figure")
+    command.add_argument("--runs", default="runs", metavar="FOLDER", help="of the trainings")
+    command.set_defaults(call=run_loopbench)
 
     for command in commands.choices.values():
         command.register("type", None, named)  # the type of options that name none

@@ -50,16 +50,26 @@ def find_recipe(text: str) -> Path:
 
 
 def find_study(text: str) -> Path:
-    """The file `text`, or the study of this package with that name.
+    """The file `text`, or the study of this package with that name. Raises ValueError as `find_in`."""
+    return find_in(shipped("studies"), text, "study")
+
+
+def find_bench(text: str) -> Path:
+    """The same for a LoopBench."""
+    return find_in(shipped("studies") / "benches", text, "bench")
+
+
+def find_in(folder: Path, text: str, what: str) -> Path:
+    """The file `text`, or the YAML file of that name in `folder`.
 
     Raises ValueError, with the names there are, for neither.
     """
-    path = shipped("studies") / f"{text}.yaml"
+    path = folder / f"{text}.yaml"
     if Path(text).is_file():
         return Path(text)
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise ValueError(f"there is no study {text}, neither a file nor a name; there are {names}.")
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ValueError(f"there is no {what} {text}, neither a file nor a name; there are {names}.")
     return path
 
 

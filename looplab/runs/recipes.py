@@ -8,6 +8,7 @@ from looplab.shipped import find_recipe
 from .yaml_text import read_yaml
 
 TRAIN, FROZEN, STUDY = "a recipe of `looped train`", "a recipe of `looped frozen`", "a file of `looped study`"
+BENCH = "a file of `looped loopbench`"
 # Field at the top of a file -> what the file is.
 KINDS = {
     "data": TRAIN,
@@ -17,6 +18,8 @@ KINDS = {
     "confirm": FROZEN,
     "grid": FROZEN,
     "arms": STUDY,
+    "tasks": BENCH,
+    "architectures": BENCH,
     "seeds": STUDY,
     "distributed_type": "a configuration of `accelerate launch --config_file`",
     "model_type": "the configuration of a model",
@@ -27,7 +30,7 @@ def read_recipe_file(name: str | Path, kind: str) -> tuple[Path, dict]:
     """The file `name`, or of the recipe of that name (see `find_recipe`), and its fields as they are written.
 
     Args:
-        kind: what the file has to be, TRAIN, FROZEN or STUDY.
+        kind: what the file has to be, TRAIN, FROZEN, STUDY or BENCH.
 
     Raises:
         ValueError: there is no such file, it cannot be read, or it is something else.

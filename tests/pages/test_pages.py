@@ -612,7 +612,7 @@ def test_the_named_verbs_are_those_of_every_object():
 # ---- results
 
 # The page of a study is drawn from its rows, and tests/study/test_study.py holds it to them.
-STUDIES = {path.stem for path in (ROOT / "studies").glob("*.yaml")}
+STUDIES = {path.stem for path in (ROOT / "studies").rglob("*.yaml")}
 RESULTS = [page for page in PAGES if page.startswith("docs/results/") and Path(page).stem not in STUDIES]
 COMPUTED = "docs/results/paper_scale.md"  # by a formula, which tests/training/test_recipes.py computes again
 

@@ -9,7 +9,7 @@ MEASURE is `loopbench_file.Measure` as JSON, and OUTPUT gets one JSON object:
     reach         the highest grade such that it and all easier ones have 60, 90, 95 % of their test rows right
     kept          right answers of test rows of trained grades at more loops, over those at `loops`
     halting       loops of the best halting rule, and of an oracle that knows the grade
-    flops         of the training: updates x rows x `bench.flops.forward_flops` at the mean loop count, times 3
+    flops         of the training, by `instruments.flops.training_flops`
     kv_bytes      of a token in the cache, at the model's own loop count
     chance        right answers of whoever always says the commonest answer
 
@@ -23,8 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from looplab.bench.flops import forward_flops
+from data_builders import DepthSampler
 from looplab.bench.memory import kv_bytes
+from looplab.instruments.flops import training_flops
 from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model, loops_to_try
 from looplab.runs.writing import write_whole
@@ -67,10 +68,13 @@ def mean_of(grades: Mapping[int, float]) -> float | None:
     return fmean(grades.values()) if grades else None
 
 
-def training_flops(model, summary: Mapping, batch_size: int) -> float:
-    """FLOPs of the training: a backward pass takes two forward passes."""
-    length = round(summary["tokens"] / (summary["steps"] * batch_size))
-    return 3 * summary["steps"] * forward_flops(model.config, batch_size, length, summary["trained_loops"]["mean"])
+def flops_of(config, recipe: Mapping, summary: Mapping) -> float:
+    """FLOPs of the training, a mean over the loop counts that are drawn."""
+    batch, steps = recipe["batch_size"], summary["steps"]
+    length = round(summary["tokens"] / (steps * batch))
+    depth = DepthSampler(**{name: value for name, value in recipe["depth"].items() if value is not None})
+    drawn = zip(depth.depths.tolist(), depth.probabilities.tolist(), strict=True)
+    return steps * sum(share * training_flops(config, batch, length, loops) for loops, share in drawn)
 
 
 def measure_run(run: Run, measure: Mapping) -> dict:
@@ -112,7 +116,7 @@ def measure_run(run: Run, measure: Mapping) -> dict:
         "halting": found.halting,
         "chance": found.chance,
         "parameters": summary["parameters"],
-        "flops": training_flops(model, summary, run.recipe()["batch_size"]),
+        "flops": flops_of(model.config, run.recipe(), summary),
         "kv_bytes": kv_bytes(model),
         "seconds": summary["seconds"],
         "hardest_trained": max(by_grade(found.rows, "test", best, True), default=None),

@@ -38,7 +38,7 @@ from toy_runs import reset_accelerator
 from toys import FP32, ROOT, make_config, make_model, write_pages
 
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
-PARTS = ("docs", "tests", "recipes", "hub_cards", "looplab", "modeling_looped", "data_builders")
+PARTS = ("docs", "tests", "recipes", "studies", "hub_cards", "looplab", "modeling_looped", "data_builders")
 FILES = [*ROOT.glob("*.*"), *(path for part in PARTS for path in (ROOT / part).rglob("*.*"))]
 
 INDICES = ("README.md", "docs/README.md")
@@ -455,7 +455,7 @@ def test_the_dataset_that_a_guide_names_is_accepted():
 KINDS = "py|md|yaml|toml|txt|cff"
 MADE_BY_A_READER = {
     "notes.yaml", "my_tasks/hops.yaml", "looplab/tasks/parity/task.py", "hub_cards/model_parity.md",
-    "tests/tasks/parity/", "norm.md", "norm.png", "norm.jsonl",
+    "tests/tasks/parity/", "norm.md", "norm.png", "norm.jsonl", "loopbench.md",
 }  # fmt: skip
 MADE_BY_A_RUN = {"recipe.yaml", "docs/api/html/"}
 

@@ -38,6 +38,9 @@ from .sequence_rows import reader_of as reader_of
 from .sequences import SameAnswer as SameAnswer
 from .sequences import SequenceGenerator as SequenceGenerator
 from .sequences import Verifier as Verifier
+from .streams import StreamBatches as StreamBatches
+from .streams import StreamedText as StreamedText
+from .streams import load_streams as load_streams
 from .text import Text as Text
 from .text import TextConfig as TextConfig
 from .text_batches import TextBatches as TextBatches
@@ -75,6 +78,8 @@ __all__ = [
     "QuestionsConfig",
     "SameAnswer",
     "SequenceGenerator",
+    "StreamBatches",
+    "StreamedText",
     "Text",
     "TextBatches",
     "TextBlocks",
@@ -94,6 +99,7 @@ __all__ = [
     "export_parquet",
     "hop_tokenizer",
     "load_molecules",
+    "load_streams",
     "load_task",
     "load_text",
     "random_smiles",

@@ -41,6 +41,40 @@ class ShuffledEpochs:
         return self._orders[block]
 
 
+class WindowedEpochs:
+    """As `ShuffledEpochs`, in memory that does not grow with the rows, and near each other on the disk.
+
+    An epoch takes windows of `window` neighbouring rows in random order, and the rows of each in random order.
+    """
+
+    def __init__(self, num_rows: int, seed: int, purpose: str, window: int = 2**18):
+        self.num_rows, self.seed, self.purpose, self.window = num_rows, seed, purpose, window
+        self._kept: dict[tuple[int, ...], np.ndarray] = {}  # the orders that were used last
+
+    def between(self, start: int, count: int) -> torch.Tensor:
+        """Row numbers (count,) at positions start .. start + count of the sequence."""
+        found = []
+        while count > 0:
+            epoch, place = divmod(start, self.num_rows)
+            windows = self._order(-(-self.num_rows // self.window), epoch)
+            sizes = np.minimum(self.window, self.num_rows - windows * self.window)
+            ends = np.cumsum(sizes)
+            index = int(np.searchsorted(ends, place, side="right"))
+            rows = self._order(int(sizes[index]), epoch, int(windows[index]))
+            chosen = rows[place - int(ends[index]) + len(rows) :][:count]
+            found.append(chosen + windows[index] * self.window)
+            start, count = start + len(chosen), count - len(chosen)
+        return torch.from_numpy(np.concatenate(found))
+
+    def _order(self, number: int, *key: int) -> np.ndarray:
+        """The numbers 0 .. `number` in the random order of an epoch, or of one of its windows."""
+        if key not in self._kept:
+            if len(self._kept) > 3:  # of two epochs, each with a window in use
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = stream(self.seed, self.purpose, *key).permutation(number)
+        return self._kept[key]
+
+
 class GroupedEpochs:
     """Batches of one group of rows each; within a group the rows come in shuffled epochs.
 

@@ -1,10 +1,14 @@
 """Rows of a data set that the user names: what `datasets.load_dataset` takes, or a folder that datasets saved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 
 from .files import MissingData, expand_home
+
+SAVED = ("dataset_dict.json", "state.json")  # a folder that save_to_disk wrote has one of these
 
 
 def load_rows(arguments: dict, field: str, split: str | None) -> datasets.Dataset:
@@ -20,21 +24,13 @@ def load_rows(arguments: dict, field: str, split: str | None) -> datasets.Datase
         MissingData: the data are not there.
         ValueError: they cannot be read, or have no such split; the splits that there are are named.
     """
-    arguments = {name: expand_homes(value) for name, value in arguments.items()}
+    arguments = expand_homes(arguments)
     folder = Path(str(arguments.get("path")))
-    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    saved = any((folder / name).is_file() for name in SAVED)
     if saved and len(arguments) > 1:
         raise ValueError(f"dataset: {folder} was written by save_to_disk, and beside its path takes only a split.")
-    try:
+    with blaming(arguments, field):
         rows = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(**arguments, split=split)
-    except Exception as error:  # every kind of file has errors of its own
-        kind = MissingData if isinstance(error, FileNotFoundError | ConnectionError) else ValueError
-        while error.__cause__ is not None:
-            error = error.__cause__
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if reason.startswith("Unknown split"):
-            raise ValueError(f"{field}: {reason}") from error
-        raise kind(f"dataset {arguments} cannot be read: {reason}") from error
     if isinstance(rows, datasets.DatasetDict):
         names = ", ".join(rows)
         if split is None:
@@ -45,8 +41,33 @@ def load_rows(arguments: dict, field: str, split: str | None) -> datasets.Datase
     elif saved and split not in (None, rows.split and str(rows.split)):
         raise ValueError(f"{field}: {folder} has no splits, got {split!r}: leave it out.")
     if not isinstance(rows, datasets.Dataset):
-        raise ValueError("dataset must give rows that are not streamed: leave `streaming` out of its arguments.")
+        raise ValueError(
+            "dataset.streaming is for the task text, with data.dataset: leave `streaming` out of its arguments."
+        )
     return rows
+
+
+@contextmanager
+def blaming(arguments: dict, field: str) -> Iterator[None]:
+    """Within the block, whatever `datasets` raises becomes a sentence about the data set of these arguments.
+
+    Raises:
+        MissingData: the data are not there.
+        ValueError: they cannot be read; a split that there is not is told by the `field` that names it.
+    """
+    try:
+        yield
+    except Exception as error:  # every kind of file has errors of its own
+        kind = MissingData if isinstance(error, FileNotFoundError | ConnectionError) else ValueError
+        while error.__cause__ is not None:
+            error = error.__cause__
+        said = str(error).strip()
+        if said.startswith("Caught ") and "Original Traceback" in said:  # in a worker of torch: the last line says it
+            said = said.splitlines()[-1]
+        reason = " ".join(said.split()) or type(error).__name__
+        if reason.startswith(("Unknown split", "Bad split")):
+            raise ValueError(f"{field}: {reason}") from error
+        raise kind(f"dataset {arguments} cannot be read: {reason}") from error
 
 
 def expand_homes(value):

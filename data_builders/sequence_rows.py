@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chats import Template
 from .packing import IGNORED
-from .text_batches import TokenStream, backend_parts, lost_characters
+from .text_batches import LostCharacters, TokenStream, backend_parts
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "first": Value("int32")})
 
@@ -226,7 +226,7 @@ def encode_questions(
     tokenizer = reader.tokenizer
     stop = tokenizer.eos_token if isinstance(reader, AfterPrompt) else None
 
-    lost_of, unknown = lost_characters(tokenizer), tokenizer.unk_token_id
+    lost_of, unknown = LostCharacters(tokenizer), tokenizer.unk_token_id
 
     def encode(batch: dict) -> dict:
         lost = lost_of(set().union(*batch["prompt"], *batch["answer"]))

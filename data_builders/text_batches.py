@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
 from .depth import DepthSampler
-from .epochs import ShuffledEpochs, check_share
+from .epochs import ShuffledEpochs, WindowedEpochs, check_share
 from .tokenizers import SMILES_SPLIT, SMILES_TOKEN
 
 PRIVATE_USE = 0xE000  # the first of 6,400 characters that Unicode leaves to its users
@@ -39,33 +39,90 @@ def backend_parts(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps({name: part for name, part in parts.items() if name not in ("padding", "truncation")})
 
 
+class LostCharacters:
+    """`lost(characters)` are those that the tokenizer drops silently, as BPE drops what its alphabet lacks."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._drops = tokenizer.unk_token is None and isinstance(tokenizer.backend_tokenizer.model, BPE)
+        self._known: dict[str, bool] = {}  # character -> whether it is lost
+
+    def __call__(self, characters: set[str]) -> set[str]:
+        return {character for character in characters if self._drops and self._is_lost(character)}
+
+    def _is_lost(self, character: str) -> bool:
+        if character not in self._known:
+            normalizer = self.tokenizer.backend_tokenizer.normalizer
+            meant = character if normalizer is None else normalizer.normalize_str(character)
+            shown = meant.isprintable() and not meant.isspace() and meant != ""
+            self._known[character] = shown and not self.tokenizer(character, add_special_tokens=False)["input_ids"]
+        return self._known[character]
+
+
+class UnknownToken(Exception):
+    """The tokenizer has no token for the part `what` of `text`, which is text `index` of those it was given."""
+
+    def __init__(self, what: str, text: str, index: int):
+        super().__init__(what, text, index)
+        self.what, self.text, self.index = what, text, index
+
+    def sentence(self, place: str) -> str:
+        """The message for a user. place: where the text is."""
+        at = max(0, self.text.index(self.what) - 40)
+        shown = self.text if len(self.text) <= 120 else f"... {self.text[at : at + 80]} ..."
+        return (
+            f"the tokenizer has no token for {self.what!r} in {shown!r} ({place}): it was made from rows without one. "
+            "Take the row out, or make the tokenizer from rows that have one."
+        )
+
+
+class Encoder:
+    """`encoder(texts)` is a list of the ids of each text, the end-of-text token last. A special token that is spelt
+    out in a text is read as text.
+
+    Raises ValueError for a tokenizer without an end-of-text token. A call raises UnknownToken for a text with a
+    character or word that the tokenizer has no token for, if it has none for unknown words.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no eos_token, which goes between documents: set one and save it again."
+            )
+        self.tokenizer, self._vocabulary, self._lost = tokenizer, tokenizer.get_vocab(), LostCharacters(tokenizer)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        lost = self._lost(set().union(*texts))
+        for index, text in enumerate(texts if lost else []):
+            if lost & set(text):
+                raise UnknownToken(min(lost & set(text)), text, index)
+        try:
+            encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+        except Exception as error:  # `tokenizers` raises plain Exceptions
+            words = self.tokenizer.backend_tokenizer.pre_tokenizer
+            for index, text in enumerate(texts if words else []):
+                for word, _ in words.pre_tokenize_str(text):
+                    if word not in self._vocabulary:
+                        raise UnknownToken(word, text, index) from error
+            raise
+        return [[*ids, self.tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+
+
 def encode_text(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The split's documents as one column input_ids (int32), the end-of-text token after each.
 
-    The tokens are written once into the `datasets` cache, with a progress bar; later runs map the file into memory. A
-    special token that is spelt out in the text is read as text. Raises ValueError if the tokenizer has no end-of-text
-    token, and, if it has no token for unknown words, for a row with an unknown word or character.
+    The tokens are written once into the `datasets` cache, with a progress bar; later runs map the file into memory.
+    Raises ValueError as `Encoder`, with the row that has an unknown word or character.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token, which goes between documents: set one and save it again.")
-
-    vocabulary, lost_of = tokenizer.get_vocab(), lost_characters(tokenizer)
+    encoder = Encoder(tokenizer)
 
     def encode(batch: dict) -> dict:
-        lost = lost_of(set().union(*batch["text"]))
-        for i, text in enumerate(batch["text"] if lost else []):
-            if lost & set(text):
-                raise ValueError(lacking(min(lost & set(text)), batch, i, split))
         try:
-            encoded = tokenizer(batch["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)
-        except Exception as error:  # `tokenizers` raises plain Exceptions
-            words = tokenizer.backend_tokenizer.pre_tokenizer
-            for i, text in enumerate(batch["text"] if words else []):
-                unknown = [word for word, _ in words.pre_tokenize_str(text) if word not in vocabulary]
-                if unknown:
-                    raise ValueError(lacking(unknown[0], batch, i, split)) from error
-            raise
-        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+            return {"input_ids": encoder(batch["text"])}
+        except UnknownToken as error:
+            row = {name: batch[name][error.index] for name in ("source", "line") if name in batch}
+            place = "".join(f", {name} {value}" for name, value in row.items())
+            raise ValueError(error.sentence(f"split {split.split}{place}")) from error
 
     smiles = SmilesTable.of(tokenizer)
 
@@ -142,32 +199,6 @@ class SmilesTable:
         return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]), pa.int32()), pa.array(ids))
 
 
-def lost_characters(tokenizer: PreTrainedTokenizerBase) -> Callable[[set[str]], set[str]]:
-    """A function of characters: those that the tokenizer drops silently, as BPE drops what its alphabet lacks."""
-    normalizer = tokenizer.backend_tokenizer.normalizer
-
-    @functools.cache
-    def is_lost(character: str) -> bool:
-        meant = character if normalizer is None else normalizer.normalize_str(character)
-        shown = meant.isprintable() and not meant.isspace() and meant != ""
-        return shown and not tokenizer(character, add_special_tokens=False)["input_ids"]
-
-    drops = tokenizer.unk_token is None and isinstance(tokenizer.backend_tokenizer.model, BPE)
-    return lambda characters: {character for character in characters if drops and is_lost(character)}
-
-
-def lacking(what: str, batch: dict, i: int, split: Dataset) -> str:
-    """The message for row `i` of a batch of the split: the tokenizer has no token for the part `what` of its text."""
-    text = batch["text"][i]
-    at = max(0, text.index(what) - 40)
-    shown = text if len(text) <= 120 else f"... {text[at : at + 80]} ..."
-    place = "".join(f", {name} {batch[name][i]}" for name in ("source", "line") if name in batch)
-    return (
-        f"the tokenizer has no token for {what!r} in {shown!r} (split {split.split}{place}): it was made from rows "
-        "without one. Take the row out, or make the tokenizer from rows that have one."
-    )
-
-
 class TokenStream:
     """The tokens of a split's documents one after the other, the end-of-text token after each; mapped into memory.
 
@@ -185,11 +216,15 @@ class TokenStream:
         return stream
 
     def _take(self, column: pa.ChunkedArray) -> None:
-        lengths = [pc.list_value_length(chunk).to_numpy() for chunk in column.chunks]
-        self.starts = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+        self._column = column
         # Views of the file, not copies: the tokens of an Arrow chunk are contiguous in it.
         self._parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
         self._part_starts = np.cumsum([0, *map(len, self._parts)])
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        lengths = [pc.list_value_length(chunk).to_numpy() for chunk in self._column.chunks]
+        return np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._part_starts[-1])
@@ -229,6 +264,10 @@ class TextBlocks:
 
     def __len__(self) -> int:
         return max(0, self.num_tokens - 1) // self.sequence_length
+
+    def epochs(self, batch_size: int, seed: int) -> ShuffledEpochs | WindowedEpochs:
+        """The order in which batches take the blocks."""
+        return ShuffledEpochs(len(self), batch_size, seed, "blocks of epochs")
 
     @property
     def mean_length(self) -> float:
@@ -291,7 +330,7 @@ class TextBatches(torch.utils.data.Dataset):
         check_share(batch_size, rank, world)
         self.blocks = split if isinstance(split, TextBlocks) else TextBlocks(split, tokenizer, sequence_length)
         self.batch_size, self.depth, self.rank, self.world = batch_size, depth, rank, world
-        self._epochs = ShuffledEpochs(len(self.blocks), batch_size, seed, "blocks of epochs")
+        self._epochs = self.blocks.epochs(batch_size, seed)
 
     def chosen(self, step: int) -> np.ndarray:
         """Numbers (M,) in the split, ascending, of the documents that the global batch `step` has tokens of."""

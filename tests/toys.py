@@ -1,8 +1,12 @@
 """Toys that all tests share: tiny configurations of every kind, and one tolerance per precision."""
 
 import ast
+import json
+import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import DynamicCache
 
@@ -115,6 +119,48 @@ def write_pages(folder, pages: int = 40, seed: int = 0) -> list[str]:
         lines = [" ".join(words[i] for i in row) + f", on page {page}." for row in chosen]
         (folder / f"page{page:03}.txt").write_text("\n\n".join(lines) + "\n")
     return [str(folder / "*.txt")]
+
+
+WORDS = (
+    "the",
+    "loop",
+    "reads",
+    "a",
+    "state",
+    "and",
+    "writes",
+    "it",
+    "again",
+    "then",
+    "another",
+    "layer",
+    "of",
+    "more",
+)
+
+
+def make_texts(shards: int = 5) -> list[list[str]]:
+    """Documents of 3 to 30 words, no two alike, in shards of 60, 80, 100 .. documents; each says its shard and row."""
+
+    def text(shard: int, row: int) -> str:
+        draw = random.Random(f"{shard} {row}")
+        return f"<{shard}.{row}> " + " ".join(draw.choices(WORDS, k=draw.randint(3, 30)))
+
+    return [[text(shard, row) for row in range(60 + 20 * shard)] for shard in range(shards)]
+
+
+def write_shards(folder: Path, kind: str, shards: list[list]) -> dict:
+    """Arguments of `load_dataset` for these texts as a stream: a file of the `kind` json or parquet for each shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number}.{'jsonl' if kind == 'json' else kind}" for number in range(len(shards))]
+    for file, texts in zip(files, shards, strict=True):
+        rows = {"text": texts, "row": list(range(len(texts)))}
+        if kind == "parquet":
+            pq.write_table(pa.table(rows), file, row_group_size=50)
+        else:
+            lines = (json.dumps({"text": text, "row": row}) + "\n" for row, text in enumerate(texts))
+            file.write_text("".join(lines), encoding="utf-8")
+    return {"path": kind, "data_files": {"train": list(map(str, files))}, "split": "train", "streaming": True}
 
 
 def shipped_with(*modules: str) -> set[str]:

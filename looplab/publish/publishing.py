@@ -219,6 +219,7 @@ def names_of(
         return names
     if task.name not in BUILDERS:
         raise ValueError(f"--dataset publishes what a builder made, and the task {task.name} has none: leave it out.")
+    task.Data.of(run).check_published()
     if data_licence is None:
         preset, _ = task.Data.of(run).preset()
         data_licence = task.data_licence(preset, names.licence)

@@ -63,7 +63,7 @@ def value_of(item: Field) -> str:
             return "|".join(map(str, get_args(kind)))
     if get_origin(item.type) is list or list in map(get_origin, kinds):
         return "[..]"
-    if dict in (item.type, get_origin(item.type)):
+    if dict in (item.type, get_origin(item.type), *kinds):
         return "{..}"
     if item.metadata.get("path"):
         return "PATH"

@@ -12,6 +12,7 @@ Where the data of a run are, also after the run was moved (`Data.find`), and doc
 The first place where there is something counts. Whatever it is, its digests must be those of the training.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -22,7 +23,7 @@ from data_builders.fields import number
 from looplab.runs.folder import Run
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
 COPY = "data"  # the folder of a run with the copy of its data
 KEPT_BYTES = 32 * 2**20  # the most rows that a run keeps a copy of, as Arrow has them in memory
@@ -48,7 +49,7 @@ class Data:
 
     def check(self, init_from: str | None) -> None:
         """Raise ValueError for fields that contradict each other or the recipe's `init_from`."""
-        for name in self.overrides.keys() & {"seed", "files"}:
+        for name in self.overrides.keys() & {"seed", "files", "dataset"}:
             if vars(self).get(name):
                 raise ValueError(f"data.{name} and data.overrides.{name} name the same thing: leave one of them out.")
 
@@ -72,9 +73,12 @@ class Data:
         preset, fields = self.preset()
         return load_task(self.builder, preset, **(fields | changed))
 
-    def kept(self) -> bool:
-        """Whether a run keeps a copy of its data: of files that the user named, and not of what is made or fetched."""
-        return False
+    def kept(self, splits: Mapping) -> Mapping:
+        """The splits that a run keeps a copy of: of files that the user named, and not of what is made or fetched."""
+        return {}
+
+    def check_published(self) -> None:
+        """Raise ValueError for data that `looped publish --dataset` cannot publish."""
 
     def here(self) -> bool:
         """Whether the data are looked for on this machine alone."""
@@ -141,9 +145,9 @@ def merged(old, new):
 
 @dataclass(frozen=True)
 class Copy:
-    """The splits of a run, as it keeps them."""
+    """Splits of a run, as it keeps them."""
 
-    splits: "DatasetDict"
+    splits: Mapping[str, "Dataset"]
 
     def small(self) -> bool:
         """Whether the rows are at most `KEPT_BYTES` in memory, so that a run keeps a copy of them."""

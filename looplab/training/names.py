@@ -116,7 +116,11 @@ KEPT = "none is like it; `checkpoint_every` says how often the whole state is sa
 ADAM = "none is like it; AdamW and Muon have `optim.lr`, `optim.muon_lr`, `optim.betas` and `optim.weight_decay`"
 TRACKED = "none is like it; `trackers` names the trackers, and metrics.jsonl in the run has every number in any case"
 SCREEN = "none is like it; `log_every` sets the pace of metrics.jsonl, and TQDM_DISABLE=1 hides the progress bar"
-SOURCE = "a dataset of texts is `data.overrides`: {dataset: {path: NAME, split: train}}, with `data.task`: text"
+SOURCE = (
+    "a dataset of texts is `data.dataset`: {path: NAME, split: train}, with `data.task`: text; streaming: true is "
+    "among its arguments"
+)
+READERS = "`data.workers` and `data.prefetch` are of a stream of text; other batches are made as they are needed"
 FILES = "write `data.files`, a list of files and globs; the splits are dealt from them by `data.overrides`"
 SPLITS = "`data.overrides` of a text has validation_files, validation_split and validation_share, and the same of test"
 ROWS = "none is like it; a budget is `max_steps`, and `data.validation_tokens` bounds what is measured"
@@ -191,11 +195,12 @@ ANSWERED: dict[str, tuple[str, ...]] = {
         "split_batches",
     ),
     MADE: (
-        "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-        "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
+        "dataloader_drop_last", "dataloader_pin_memory", "dataloader_persistent_workers",
+        "dataloader_multiprocessing_context", "dataloader_in_order",
         "train_sampling_strategy", "group_by_length", "length_column_name", "sortish_sampler", "shuffle_dataset",
         "padding_free", "pad_to_multiple_of", "pad_to_max_length", "packing", "packing_strategy",
     ),
+    READERS: ("dataloader_num_workers", "dataloader_prefetch_factor"),
     BUILDER: (
         "remove_unused_columns", "label_names", "dataset_text_field", "text_column", "text_column_name",
         "summary_column", "dataset_kwargs", "preprocessing_num_workers", "dataset_num_proc", "overwrite_cache",

@@ -68,7 +68,7 @@ FREE = frozenset(
 
 # Fields that say where something is -> the digest in run.json that tells whether it is the same. They may change, too.
 PLACES = {
-    r"data\.(files|overrides\.(dataset\..*|.*files))": "data",
+    r"data\.(files|tokens|dataset(\..*)?|overrides\.(dataset\..*|.*files))": "data",
     r"data\.tokenizer": "tokenizer",
     r"init_from|distill\.teacher": "start",
 }
@@ -272,7 +272,7 @@ class RunFolder:
         """ValueError if the run goes on and its data have changed; call it before anything uses the data."""
         if not self.is_main:
             return
-        self.copy, self.data = Copy(splits), data_of(splits)
+        self.copy, self.data = Copy(self.recipe.data.kept(splits)), data_of(splits)
         before = self.note().get("data") if self.resumes else None
         if self.resumes and before is None:
             logger.warning(f"{self.final} was begun before runs kept digests of their data: they are not compared.")
@@ -308,7 +308,7 @@ class RunFolder:
                 self.write_note(format=1, data=self.data, **began)
             if not self.resumes or self.moved:
                 self.write_note(folder=os.getcwd())  # relative names in the recipe are below it
-            if self.recipe.data.kept() and self.copy.small() and not (self.resumes and (self.folder / COPY).is_dir()):
+            if self.copy.splits and self.copy.small() and not (self.resumes and (self.folder / COPY).is_dir()):
                 self.save_folder(COPY, self.copy)
             if not (self.folder / "tokenizer" / "tokenizer.json").is_file() or not self.resumes:
                 self.save_folder("tokenizer", tokenizer)

@@ -69,7 +69,7 @@ def is_number(item) -> bool:
 
 
 def is_path(name: str) -> bool:
-    return name.split(".")[-1] in ("output_dir", "init_from", "files", "tokenizer", "teacher", "benchmarks")
+    return name.split(".")[-1] in ("output_dir", "init_from", "files", "tokenizer", "teacher", "benchmarks", "tokens")
 
 
 FORMS = [Recipe, frozen.FrozenRecipe, frozen.LoopSetting]
@@ -170,8 +170,10 @@ def test_a_path_may_begin_at_home(name, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     many = "list" in str(leaves(Recipe)[name].type)
     base = TEXT if name.startswith("data") else HOPS
-    if name == "data.tokenizer":
+    if name in ("data.tokenizer", "data.tokens"):
         base = put(base, "data.vocab_size", None)
+    if name == "data.tokens":
+        base = put(base, "data.files", None)
 
     def read(path: str) -> str:
         value = build_recipe(put(base, name, [path] if many else path))

@@ -1,5 +1,6 @@
 """The fields of `data` that the recipes of text, molecules and sequences share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -14,22 +15,30 @@ from looplab.tasks.data import Data
 @strict
 @dataclass
 class NamedData(Data):
-    """Data that a user may name: files, or a data set in `overrides`."""
+    """Data that a user may name: files, or a data set."""
 
     files: list[str] | None = path()  # names and globs; a preset of the builder unless given
+    dataset: dict | None = None  # in place of files: arguments of datasets.load_dataset, path and split among them
+
+    @property
+    def named_dataset(self) -> dict | None:
+        """`dataset`, which older recipes have in `overrides`."""
+        return self.overrides.get("dataset") if self.dataset is None else self.dataset
 
     def of_files(self, otherwise: str) -> tuple[str, dict]:
         """`preset` for files or a data set that the recipe names; the preset `otherwise` if it names neither."""
         files = {} if self.files is None else {"files": [own_files(pattern) for pattern in self.files]}
-        fields = {"seed": self.seed} | files | self.overrides
-        named = self.files is not None or "dataset" in self.overrides
+        dataset = {} if self.dataset is None else {"dataset": self.dataset}
+        fields = {"seed": self.seed} | files | dataset | self.overrides
+        named = self.files is not None or self.named_dataset is not None
         return "files" if named else otherwise, fields
 
-    def kept(self) -> bool:
-        return self.files is not None or bool(self.overrides.keys() & {"files", "dataset"})
+    def kept(self, splits: Mapping) -> Mapping:
+        named = self.files is not None or self.named_dataset is not None or "files" in self.overrides
+        return splits if named else {}
 
     def here(self) -> bool:
-        dataset = self.overrides.get("dataset", {})
+        dataset = self.named_dataset or {}
         path = str(dataset.get("path", "."))
         # A kind of file, such as json, reads files of this machine; beside the name of a data set they are in it.
         return Path(path).exists() or ("/" not in path and not dataset.keys().isdisjoint(("data_files", "data_dir")))
@@ -42,7 +51,8 @@ class NamedData(Data):
         }
         if "dataset" in overrides:
             overrides["dataset"] = located_rows(overrides["dataset"], folder)
-        return replace(self, files=files, overrides=overrides)
+        dataset = None if self.dataset is None else located_rows(self.dataset, folder)
+        return replace(self, files=files, dataset=dataset, overrides=overrides)
 
 
 @strict

@@ -42,8 +42,7 @@ class SequenceData(NamedData):
 
     def check(self, init_from: str | None) -> None:
         super().check(init_from)
-        dataset = self.overrides.get("dataset")
-        sources = {"files": self.files, "overrides.dataset": dataset, "generator": self.generator}
+        sources = {"files": self.files, "dataset": self.named_dataset, "generator": self.generator}
         given = [f"data.{name}" for name, value in sources.items() if value is not None]
         if len(given) != 1:
             raise ValueError(

@@ -1,18 +1,17 @@
 """The section `data` of a recipe on plain text."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self
 
 from huggingface_hub.dataclasses import strict
 
 from data_builders.fields import number, path
-from looplab.tasks.language.data import LanguageData
+from looplab.runs.folder import Run
+from looplab.tasks.language.data import LanguageData, below
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from data_builders import TextBlocks
+from .sources import Rows, Shards, Source, Stream
 
 SUFFIXES = (".jsonl", ".jsonl.gz")  # of files with conversations
 
@@ -21,19 +20,32 @@ SUFFIXES = (".jsonl", ".jsonl.gz")  # of files with conversations
 @dataclass
 class TextData(LanguageData):
     """`files` are .txt or .md; or .jsonl with conversations, which the tokenizer's chat template writes out. They are
-    the text of `looped fetch corpus` unless given.
+    the text of `looped fetch corpus` unless given. A `dataset` with streaming: true is read on the way.
 
-    The tokenizer comes from exactly one of `init_from`, `tokenizer` and `vocab_size`.
+    The tokenizer comes from exactly one of `init_from`, `tokenizer` and `vocab_size`; that of `tokens` is beside them.
     """
 
     task: Literal["text"] = "text"  # plain text
     tokenizer: str | None = path()  # folder of a tokenizer
     vocab_size: int | None = number(at_least=1)  # learn a byte-level BPE of this size from the training text
     assistant_only_loss: bool | None = None  # of conversations: learn what assistants wrote alone; so unless given
+    tokens: str | None = path()  # in place of files: a folder that `looped tokenize` wrote; its tokenizer is in it
+    held_out_documents: int = number(1000, at_least=1)  # of a stream: most documents of each split that is held out
+    shuffle_blocks: int = number(1024, at_least=1)  # of a stream: blocks that each process mixes
+    workers: int = number(0, at_least=0)  # of a stream: processes that read and tokenise, for each that trains
+    prefetch: int = number(2, at_least=1)  # of a stream: batches of 64 documents that each worker reads ahead
+
+    @property
+    def source(self) -> Source:
+        """Where the text comes from, which decides how it is read."""
+        if self.tokens is not None:
+            return Shards(self)
+        return Stream(self) if (self.named_dataset or {}).get("streaming") else Rows(self)
 
     def check(self, init_from: str | None) -> None:
         super().check(init_from)
-        sources = {"init_from": init_from, "data.tokenizer": self.tokenizer, "data.vocab_size": self.vocab_size}
+        self.source.check()
+        sources = self.source.tokenizers(init_from)
         given = [name for name, value in sources.items() if value is not None]
         if len(given) != 1:
             raise ValueError(
@@ -63,10 +75,21 @@ class TextData(LanguageData):
         preset, fields = self.of_files("corpus")
         return "chats" if self.chats else preset, fields
 
-    def blocks(self, split: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> "TextBlocks":
-        """The blocks of a split, `sequence_length` tokens each. Raises ValueError as `TextBlocks` and `ChatBlocks`."""
-        from data_builders import ChatBlocks, TextBlocks
+    def load(self, **changed) -> Mapping:
+        return self.source.load(**changed)
 
-        if not self.chats:
-            return TextBlocks(split, tokenizer, self.sequence_length)
-        return ChatBlocks(split, tokenizer, self.sequence_length, self.assistant_only_loss is not False)
+    def find(self, run: Run, **changed) -> Mapping:
+        return self.source.find(run, **changed)
+
+    def kept(self, splits: Mapping) -> Mapping:
+        return self.source.kept(splits)
+
+    def check_published(self) -> None:
+        if not isinstance(self.source, Rows):
+            raise ValueError(
+                "--dataset publishes rows, and this run was trained on a stream or on token shards: leave it out."
+            )
+
+    def located(self, folder: Path) -> Self:
+        tokens = None if self.tokens is None else below(folder, self.tokens)
+        return replace(super().located(folder), tokens=tokens)

@@ -42,32 +42,20 @@ TOKENS = 2048  # tokens in one forward pass; its logits have this many times the
 
 
 def run_blocks(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, TextBlocks]:
-    """Blocks of the run's splits train and test, with the sequence_length of its recipe.
+    """Blocks of the run's splits train and test, with the sequence_length of its recipe, see `Source.run_blocks`.
 
     Raises:
         ValueError: the run was trained on another text (files changed, or another working folder), or the split test
             is too small for a block.
     """
-    data = TextData.of(run)
-    splits = data.splits_of(run)
-    trained_on = run.summary()["train_tokens"]
-    blocks = {split: data.blocks(splits[split], tokenizer) for split in ("train", "test")}
-    found = blocks["train"].num_tokens
-    if found != trained_on:
-        raise ValueError(
-            f"the text of {run} has {found} training tokens now and had {trained_on} when it was trained, so "
-            f"its test split may be known to the model{run.data_changes(splits)}: restore the files its recipe names, "
-            "say by --data.files where they are now, or train again."
-        )
-    run.check_data(splits)
-    return blocks
+    return TextData.of(run).source.run_blocks(run, tokenizer)
 
 
 def first_words(run: Run, number: int = 8) -> str:
     """The first words of the split test. Raises ValueError for a model whose text is not known."""
     if run.bare:
         raise ValueError(f'give a text to go on from, such as `looped ask {run} "Once upon a time"`.')
-    return " ".join(TextData.of(run).splits_of(run)["test"][0]["text"].split()[:number])
+    return TextData.of(run).source.first_words(run, number)
 
 
 def text_digest(blocks: TextBlocks, numbers: torch.Tensor) -> str:

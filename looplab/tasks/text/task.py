@@ -10,6 +10,7 @@ from looplab.tasks.language.options import ASKING, ASKING_DEFAULTS
 
 from .data import TextData
 from .records import EVALUATION, HALTING, RECORDS
+from .sources import Stream
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,10 @@ class TextTask(Task):
     drafting = Drafting(texts=4, prompt=16, drawn={}, ends=False)
 
     def training(self, recipe, splits, depth, accelerator, kept_tokenizer):
+        if isinstance(recipe.data.source, Stream):
+            from .stream_training import StreamTraining
+
+            return StreamTraining(recipe, splits, depth, accelerator, kept_tokenizer)
         from .training import TextTraining
 
         return TextTraining(recipe, splits, depth, accelerator, kept_tokenizer)

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from datasets import DatasetDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_builders import DepthSampler, TextBatches, dataset_byte_bpe
+from data_builders import DepthSampler, dataset_byte_bpe
 from looplab.runs.models import blaming
 from looplab.tasks.language.training import LanguageTraining
 from looplab.tasks.training import State, TrainingRecipe, load_tokenizer
@@ -27,17 +27,20 @@ class TextTraining(LanguageTraining):
         kept_tokenizer: Path | None,
     ):
         self.recipe, self.accelerator = recipe, accelerator
-        length = recipe.data.sequence_length
+        length, source = recipe.data.sequence_length, recipe.data.source
         with accelerator.main_process_first():
             self.tokenizer = find_tokenizer(recipe, splits, kept_tokenizer)
-            self.batches = TextBatches(
-                recipe.data.blocks(splits["train"], self.tokenizer),
-                self.tokenizer, length, recipe.batch_size, recipe.seed, depth,
-                rank=accelerator.process_index, world=accelerator.num_processes,
-            )  # fmt: skip
-            self.held_out = recipe.data.blocks(splits["validation"], self.tokenizer)
+            self.batches = source.batches(
+                splits["train"],
+                self.tokenizer,
+                recipe,
+                depth,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+            )
+            self.held_out = source.blocks(splits["validation"], self.tokenizer)
             # `looped eval` needs a block of the split test: raise now, not when the training is done.
-            recipe.data.blocks(splits["test"], self.tokenizer)
+            source.blocks(splits["test"], self.tokenizer)
         self.num_held_out = len(self.held_out)
         if recipe.data.validation_tokens is not None:
             self.num_held_out = min(self.num_held_out, max(1, recipe.data.validation_tokens // length))
@@ -50,10 +53,12 @@ class TextTraining(LanguageTraining):
 
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """The result of the last check, after the last update, and the numbers of tokens."""
-        return self.measured(state, num_loops) | {
-            "train_tokens": self.batches.blocks.num_tokens,
-            "held_out_tokens": self.num_held_out * self.held_out.sequence_length,
-        }
+        held_out = {"held_out_tokens": self.num_held_out * self.held_out.sequence_length}
+        return self.measured(state, num_loops) | self.trained_on() | held_out
+
+    def trained_on(self) -> dict:
+        """The numbers of the training text for summary.json."""
+        return {"train_tokens": self.batches.blocks.num_tokens}
 
     def headline(self, summary: dict) -> str:
         loss, perplexity = summary["held_out"].values()
@@ -66,7 +71,9 @@ def find_tokenizer(
     recipe: TrainingRecipe, splits: DatasetDict, kept_tokenizer: Path | None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names; else the one that the run began with; else one learnt from the text."""
-    for name, folder in (("init_from", recipe.init_from), ("data.tokenizer", recipe.data.tokenizer)):
+    tokens = None if recipe.data.tokens is None else f"{recipe.data.tokens}/tokenizer"
+    named = {"init_from": recipe.init_from, "data.tokenizer": recipe.data.tokenizer, "data.tokens": tokens}
+    for name, folder in named.items():
         if folder is not None and (kept_tokenizer is None or Path(folder).is_dir()):
             return load_tokenizer(name, folder)
     if kept_tokenizer is None:

@@ -1,0 +1,409 @@
+"""Text that is read on the way: documents of a streamed data set, tokenised, packed and shuffled while a model trains.
+
+    part     the shards of the data set that one process reads, and no other
+    shard    a file; of Parquet with few files, a row group
+    reader   torchdata's StatefulDataLoader over a part, whose workers read documents and tokenise them
+    block    of T + 1 tokens, cut from the documents of a part one after the other, as `TextBlocks` cuts them
+    buffer   blocks that wait to be drawn; the next block takes the place of a drawn one
+
+The state of a stream is where the reader stands in each shard, the tokens that are too few for a block, and the
+buffer. `datasets` has a shuffle buffer, too, and loses what is in it when it resumes: so the buffer is ours.
+
+When a part is read to its end, its shards are read again in another order. Every process has its own end.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from .depth import DepthSampler
+from .digested import Digested
+from .epochs import check_share
+from .rows import SAVED, blaming, expand_homes
+from .seeding import stream
+from .text_batches import Encoder, UnknownToken
+
+DOCUMENTS = 64  # that a worker tokenises together
+PIECES = 8  # a reader has at least as many shards, if its data can be cut so far: parts are then nearly equal
+DRAWS = 4096  # places of the buffer that are drawn at once
+HELD_OUT = ("test", "validation")  # what is named for both is in the first
+
+
+def digest_of(text: str) -> bytes:
+    """A short hash that tells documents apart."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class StreamedText(Digested):
+    """One split of a streamed data set: its documents, one by one, but those that are held out.
+
+    Args:
+        arguments: of `datasets.load_dataset`, without split and streaming.
+        split: the name of the split.
+        named_by: the field that names the split, for messages.
+        column: of the documents.
+        held_out: `digest_of` of documents that are left out wherever they stand.
+    """
+
+    arguments: Mapping
+    split: str
+    named_by: str = "dataset.split"
+    column: str = "text"
+    held_out: frozenset[bytes] = field(default=frozenset(), repr=False)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"split {self.split} of dataset {dict(self.arguments)}"
+
+    @cached_property
+    def shards(self) -> datasets.IterableDataset:
+        """The column of documents, by shards; nothing but the names of files, and headers, was read.
+
+        Raises:
+            MissingData: the data are not there.
+            ValueError: they cannot be read, have no such split or column, or a file of this machine is empty.
+        """
+        arguments = expand_homes(dict(self.arguments))
+        folder = Path(str(arguments.get("path")))
+        if any((folder / name).is_file() for name in SAVED):
+            raise ValueError(
+                f"dataset: {folder} was written by save_to_disk, which is not streamed: leave streaming out."
+            )
+        with blaming(dict(self.arguments), self.named_by):
+            builder = datasets.load_dataset_builder(**arguments)
+        for file in (builder.config.data_files or {}).get(self.split, []):
+            refuse_empty(file)
+        with blaming(dict(self.arguments), self.named_by):
+            shards = builder.as_streaming_dataset(split=self.split)
+        if not isinstance(shards, datasets.IterableDataset):
+            raise ValueError(f"dataset must give one split: add `split` to its arguments, one of {', '.join(shards)}.")
+        columns = shards.features
+        if columns is None:
+            columns = dict.fromkeys(next(self.rows(shards), {self.column: None}))
+        if self.column not in columns:
+            raise ValueError(
+                f"column must be one of {', '.join(columns)}, got {self.column!r}: {self.name} has no other."
+            )
+        kind = columns[self.column]
+        text = isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
+        if kind is not None and not text:
+            raise ValueError(f"column {self.column} of {self.name} holds {kind}, and no text: name another column.")
+        return shards.select_columns(self.column)
+
+    def rows(self, shards: datasets.IterableDataset) -> Iterable[dict]:
+        """The rows of shards. Raises ValueError where they cannot be read."""
+        with blaming(dict(self.arguments), self.named_by):
+            yield from shards
+
+    def documents(self) -> Iterable[str]:
+        """Every document. Raises ValueError for a row that is no text, or cannot be read."""
+        for row in self.rows(self.shards):
+            text = row[self.column]
+            if not isinstance(text, str):
+                raise ValueError(self.no_text(text))
+            if text.strip() and digest_of(text) not in self.held_out:
+                yield text
+
+    def no_text(self, value) -> str:
+        """The message for a row that is no text."""
+        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]} ..."
+        return (
+            f"column {self.column} of {self.name} has {shown}, which is no text: write it as one, or take the row out."
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the number of shards and the first document. The rest is not read before it is its turn."""
+        first = next(iter(replace(self, held_out=frozenset()).documents()), None)
+        return hashlib.sha256(json.dumps([self.shards.num_shards, self.column, first]).encode()).hexdigest()
+
+    def part(self, rank: int, world: int, readers: int = 1) -> datasets.IterableDataset:
+        """The shards of process `rank` of `world`, each of which has `readers` workers.
+
+        Raises:
+            ValueError: there are fewer shards than processes.
+        """
+        shards = self.shards
+        if shards.num_shards < PIECES * world * readers:
+            with blaming(dict(self.arguments), self.named_by):
+                shards = shards.reshard()
+        if shards.num_shards < world:
+            raise ValueError(
+                f"{self.name} has {shards.num_shards} shards for {world} processes: split it into more files, start "
+                "fewer processes, or tokenise it first by `looped tokenize`."
+            )
+        # What split_dataset_by_node does with strategy="shards", which would deal them anew in every epoch: a process
+        # that is at its end would then read what others still have to read.
+        return shards.shard(world, rank, contiguous=False)
+
+
+def refuse_empty(file: str) -> None:
+    """Raise ValueError for a file of this machine that holds nothing."""
+    path = Path(file)
+    if not path.is_file():
+        return
+    if not path.stat().st_size or (path.suffix == ".parquet" and not pq.read_metadata(path).num_rows):
+        raise ValueError(f"{path} is empty: restore it, or leave it out of dataset.data_files.")
+
+
+def load_streams(
+    arguments: Mapping,
+    *,
+    column: str = "text",
+    validation_split: str | None = None,
+    test_split: str | None = None,
+    held_out_documents: int = 1000,
+    held_out: Mapping[str, datasets.Dataset] | None = None,
+) -> dict[str, StreamedText | datasets.Dataset]:
+    """The splits train, which is streamed, and validation and test, which are read now.
+
+    Args:
+        arguments: of `datasets.load_dataset`, `path` and `split` among them.
+        validation_split, test_split: splits of the data set to hold out, in place of the first documents of train.
+        held_out_documents: most documents of each.
+        held_out: rows of validation and test that were read before.
+
+    Raises:
+        ValueError: as `StreamedText`; a split that is held out has no document.
+    """
+    source = {name: value for name, value in arguments.items() if name not in ("split", "streaming")}
+    if not isinstance(arguments.get("split"), str):
+        raise ValueError("dataset must give one split: add `split` to its arguments, such as split: train.")
+    train = StreamedText(source, arguments["split"], column=column)
+    if held_out is None:
+        held_out, known = {}, set()
+        first = iter(train.documents())
+        for split, named in zip(HELD_OUT, (test_split, validation_split), strict=True):
+            own = first if named is None else StreamedText(source, named, f"{split}_split", column).documents()
+            new = (text for text in own if not (digest_of(text) in known or known.add(digest_of(text))))
+            held_out[split] = held_out_rows(list(islice(new, held_out_documents)), split)
+    digests = frozenset(digest_of(text) for rows in held_out.values() for text in rows["text"])
+    return {"train": replace(train, held_out=digests), **held_out}
+
+
+def held_out_rows(texts: list[str], split: str) -> datasets.Dataset:
+    """Rows as `Text` makes them. Raises ValueError if there are none."""
+    if not texts:
+        raise ValueError(
+            f"the split {split} has no documents and needs one at least: add text, or name a split for it."
+        )
+    features = datasets.Features({"text": datasets.Value("string"), "source": datasets.Value("string")})
+    rows = {"text": texts, "source": [str(number) for number in range(len(texts))]}
+    return datasets.Dataset.from_dict(rows, features=features, split=split)
+
+
+class Tokenizing:
+    """What a worker makes of rows: (the tokens of their documents one after the other, what is wrong with one)."""
+
+    def __init__(self, text: StreamedText, tokenizer: PreTrainedTokenizerBase):
+        self.text, self.encoder = text, Encoder(tokenizer)
+
+    def __call__(self, rows: list[dict]) -> tuple[np.ndarray, str | None]:
+        found = [row[self.text.column] for row in rows]
+        wrong = [value for value in found if not isinstance(value, str)]
+        if wrong:
+            return np.empty(0, dtype=np.int32), self.text.no_text(wrong[0])
+        kept = [text for text in found if text.strip() and digest_of(text) not in self.text.held_out]
+        try:
+            ids = self.encoder(kept) if kept else []
+        except UnknownToken as error:
+            return np.empty(0, dtype=np.int32), error.sentence(self.text.name)
+        return np.array([token for document in ids for token in document], dtype=np.int32), None
+
+
+def quiet_tokenizers(worker: int) -> None:
+    """In a worker, before `tokenizers` warns of threads that a fork has left behind."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class Reader:
+    """An endless iterator over the tokens of a part, those of DOCUMENTS documents at a time.
+
+    workers: processes that read and tokenise; 0 for this one. prefetch: batches of documents that each reads ahead.
+    Raises ValueError for a part without documents, and as `StreamedText`.
+    """
+
+    def __init__(
+        self,
+        text: StreamedText,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+    ):
+        self.text, self.seed, self.rank = text, seed, rank
+        self.part = text.part(rank, world, max(1, workers))
+        workers = min(workers, self.part.num_shards)
+        ahead = {"prefetch_factor": prefetch, "worker_init_fn": quiet_tokenizers} if workers else {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 on torch 2.13
+            self.loader = StatefulDataLoader(
+                self.part,
+                DOCUMENTS,
+                num_workers=workers,
+                collate_fn=Tokenizing(text, tokenizer),
+                generator=torch.Generator(),  # and not the random numbers of the model
+                **ahead,
+            )
+        self.epoch, self.tokens, self._batches = 0, 0, None  # tokens: of this epoch so far
+
+    def __iter__(self) -> "Reader":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        if self._batches is None:
+            self._begin()
+        while True:
+            with blaming(dict(self.text.arguments), self.text.named_by):
+                found = next(self._batches, None)
+            if found is not None:
+                tokens, wrong = found
+                if wrong is not None:
+                    raise ValueError(wrong)
+                self.tokens += len(tokens)
+                return tokens
+            if not self.tokens:
+                raise ValueError(
+                    f"the shards of process {self.rank} of {self.text.name} have no documents but those that are held "
+                    "out: add text, or lower held_out_documents."
+                )
+            self.epoch, self.tokens = self.epoch + 1, 0
+            self._begin()
+
+    def _begin(self) -> None:
+        """Read the epoch from its beginning, or from the state that was loaded."""
+        order = stream(self.seed, "shards of a stream", self.epoch).integers(1, 2**31)
+        self.part.set_epoch(int(order))  # `datasets` orders the shards by this number
+        self._batches = iter(self.loader)
+
+    def state_dict(self) -> dict:
+        if self._batches is None:
+            self._begin()
+        return {"epoch": self.epoch, "tokens": self.tokens, "loader": self.loader.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.tokens = state["epoch"], state["tokens"]
+        self.loader.load_state_dict(state["loader"])
+        self._begin()
+
+
+class StreamBatches(torch.utils.data.Dataset):
+    """Batches of a stream with one loop count, as `TextBatches` makes them; item `step` must be the next one.
+
+    Args:
+        text: of this split every process reads a part of its own.
+        batch_size: blocks of the global batch, over all processes.
+        buffer: blocks that wait to be drawn.
+        workers, prefetch: of the `Reader`.
+
+    Raises:
+        ValueError: as `Reader`, and for a batch size that does not divide.
+    """
+
+    def __init__(
+        self,
+        text: StreamedText,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        depth: DepthSampler,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        buffer: int = 1024,
+        workers: int = 0,
+        prefetch: int = 2,
+    ):
+        check_share(batch_size, rank, world)
+        self.text, self.sequence_length, self.batch_size, self.depth = text, sequence_length, batch_size, depth
+        self.rank, self.world, self.seed = rank, world, seed
+        self.reader = Reader(text, tokenizer, seed, rank=rank, world=world, workers=workers, prefetch=prefetch)
+        self.step = 0  # the next
+        self._drawn, self._draw = (-1, np.empty(0, dtype=np.int64)), 0  # places that were drawn at once; draws so far
+        self._rest = np.empty(0, dtype=np.int32)  # tokens that are not in a block yet
+        self._buffer, self._filled = np.empty((buffer, sequence_length + 1), dtype=np.int32), 0
+
+    def fill(self) -> None:
+        """Read until the buffer is full, which finds most mistakes in the data before the first update."""
+        while self._filled < len(self._buffer):
+            self._buffer[self._filled] = self._next_block()
+            self._filled += 1
+
+    def __getitem__(self, step: int) -> dict:
+        if step != self.step:
+            raise IndexError(f"a stream is read in order: step {self.step} is next, got {step}.")
+        self.fill()
+        tokens = torch.from_numpy(
+            np.stack([self._take() for _ in range(self.batch_size // self.world)]).astype(np.int64)
+        )
+        self.step += 1
+        rows = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+        return rows | {"num_loops": self.depth(step), "num_labels": self.batch_size * self.sequence_length}
+
+    def _take(self) -> np.ndarray:
+        """A block of the buffer, (T + 1,), whose place gets the next block of the part."""
+        draw, offset = divmod(self._draw, DRAWS)
+        if self._drawn[0] != draw:
+            random = stream(self.seed, "blocks of a stream", self.rank, draw)
+            self._drawn = draw, random.integers(len(self._buffer), size=DRAWS)
+        place = self._drawn[1][offset]
+        block = self._buffer[place].copy()
+        self._buffer[place] = self._next_block()
+        self._draw += 1
+        return block
+
+    def _next_block(self) -> np.ndarray:
+        """Tokens (T + 1,), the last of which is the first of the next block."""
+        length, parts = len(self._rest), [self._rest]
+        while length <= self.sequence_length:
+            parts.append(next(self.reader))
+            length += len(parts[-1])
+        tokens = np.concatenate(parts)
+        self._rest = tokens[self.sequence_length :]
+        return tokens[: self.sequence_length + 1]
+
+    def state_dict(self) -> dict:
+        """All that the next batches depend on, of plain values and tensors."""
+        self.fill()
+        tensors = {"rest": torch.from_numpy(self._rest.copy()), "buffer": torch.from_numpy(self._buffer.copy())}
+        return {
+            "step": self.step,
+            "draw": self._draw,
+            "world": self.world,
+            "reader": self.reader.state_dict(),
+        } | tensors
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where a `state_dict` was made.
+
+        Raises:
+            ValueError: it is of another number of processes, whose parts are others.
+        """
+        if state["world"] != self.world:
+            raise ValueError(
+                f"the stream was read by {state['world']} processes, each its own part, and {self.world} are started: "
+                f"start {state['world']}, or tokenise the text first by `looped tokenize`, which any number can read."
+            )
+        self.step, self._draw = state["step"], state["draw"]
+        self._rest = state["rest"].numpy().copy()
+        self._buffer[:], self._filled = state["buffer"].numpy(), len(self._buffer)
+        self.reader.load_state_dict(state["reader"])

@@ -1,0 +1,132 @@
+"""Runs on a stream of text: resumed, in two processes, measured without the stream, and refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_builders import train_byte_bpe
+from looplab.cli import main as looped
+from toy_runs import failure, measured, reset_accelerator, rows_of, train_in_two
+from toys import ROOT, make_texts, write_shards
+from train import main, read_recipe
+
+TEXTS = make_texts()
+FLAGS = ("--data.vocab_size=null", "--data.files=null", "--data.overrides={}", "--model.residual_dropout=0.2")
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """flags("name", "--field=value", ...): the smoke recipe of text on a stream of five shards."""
+    dataset = write_shards(tmp_path / "shards", "json", TEXTS)
+    train_byte_bpe([text for shard in TEXTS for text in shard], 300).save_pretrained(tmp_path / "tokenizer")
+    stream = (f"--data.dataset={json.dumps(dataset)}", f"--data.tokenizer={tmp_path / 'tokenizer'}")
+    sizes = ("--data.shuffle_blocks=8", "--data.held_out_documents=20", "--data.sequence_length=16")
+    return lambda name, *more: [f"--output_dir={tmp_path}", f"--name={name}", *FLAGS, *stream, *sizes, *more]
+
+
+def run(flags: list[str]) -> dict:
+    summary = main(read_recipe(ROOT / "recipes" / "smoke_text.yaml", flags))
+    reset_accelerator()
+    return summary
+
+
+def back_to(run: Path, step: int) -> None:
+    """As if the run had been killed after the checkpoint of that step."""
+    shutil.rmtree(run / "model")
+    (run / "summary.json").unlink()
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_resumed_run_on_a_stream_equals_an_uninterrupted_one(flags, tmp_path, workers):
+    more = ("--max_steps=60", "--check_every=20", "--checkpoint_every=20", f"--data.workers={workers}")
+    summary = run(flags("whole", *more))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    back_to(tmp_path / "parts", 40)
+    assert run(flags("parts", *more))["stream_epochs"] == summary["stream_epochs"]
+    for key in ("loss", "held_out", "grad_norm"):
+        assert measured(tmp_path / "parts", key) == measured(tmp_path / "whole", key)
+    weights = [
+        torch.load(tmp_path / name / "checkpoints/step-000000060/pytorch_model.bin") for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.slow
+def test_two_processes_resume_their_parts(flags, tmp_path):
+    """Each has a state of its own. On one process the run is refused, and goes on on two."""
+    more = ("--max_steps=20", "--checkpoint_every=10", "--data.workers=1")
+    train_in_two(tmp_path, "smoke_text.yaml", *flags("whole", *more))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    back_to(tmp_path / "parts", 10)
+    with pytest.raises(
+        ValueError, match=r"was read by 2 processes, each its own part, and 1 are started: start 2, or"
+    ):
+        run(flags("parts", *more))
+    train_in_two(tmp_path, "smoke_text.yaml", *flags("parts", *more))
+    assert measured(tmp_path / "whole") == measured(tmp_path / "parts")
+
+
+def test_a_run_needs_its_stream_no_more_when_it_is_trained(flags, tmp_path, capfd):
+    """What is held out lies in the run; `--dataset` is refused. A stream that has changed is another."""
+    run(flags("run", "--max_steps=10", "--checkpoint_every=5"))
+    held_out = {path.name for path in (tmp_path / "run" / "data").iterdir()}
+    assert held_out == {"validation.parquet", "test.parquet"}
+    assert (tmp_path / "run" / "checkpoints" / "step-000000010" / "stream_0.pt").is_file()
+    (tmp_path / "shards").rename(tmp_path / "gone")
+    assert looped(["eval", str(tmp_path / "run"), "--loops", "1", "2"]) == 0
+    assert [row["loops"] for row in rows_of(tmp_path / "run" / "text.jsonl")] == [1, 2]
+    assert looped(["ask", str(tmp_path / "run"), "--new-tokens", "2"]) == 0
+    said = failure(capfd, "publish", tmp_path / "run", "--repo-id", "u/x", "--dataset", "--dry-run")
+    assert "--dataset publishes rows, and this run was trained on a stream" in said
+    more = flags("run", "--max_steps=12")
+    with pytest.raises(ValueError, match="cannot be read"):
+        run(more)
+    write_shards(tmp_path / "shards", "json", [["other", *TEXTS[0]], *TEXTS[1:]])
+    with pytest.raises(ValueError, match=r"the data of .* have changed since it began \(changed split: train\)"):
+        run(more)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--data.vocab_size=300",
+            r"data\.vocab_size learns a tokenizer from the whole text, which a stream never has",
+        ),
+        ("--data.files=[a.txt]", r"data\.files and data\.dataset both name the text"),
+        (
+            "--data.overrides={document_characters: 9}",
+            r"data\.overrides\.document_characters is not for a stream, whose",
+        ),
+        ("--data.overrides={column: 3}", r"data\.overrides\.column must be a name, got 3"),
+        ("--data.overrides={column: page}", r"column must be one of text, row, got 'page'"),
+        ("--data.assistant_only_loss=true", r"data\.assistant_only_loss is for conversations"),
+        ("--data.sequence_length=5000", r"the split validation has \d+ tokens, too few for a block of 5000"),
+    ],
+)
+def test_a_recipe_that_a_stream_cannot_have_is_refused(flags, tmp_path, flag, message):
+    with pytest.raises(ValueError, match=message):
+        run(flags("run", flag))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_fields_of_a_stream_are_refused_without_one(text):
+    with pytest.raises(ValueError, match=r"data\.workers is for a stream, a data\.dataset with streaming: true"):
+        text("run", "--data.workers=1")
+
+
+def test_a_part_without_documents_is_told_before_the_first_update(flags, tmp_path):
+    for file in (tmp_path / "shards").iterdir():
+        file.write_text(json.dumps({"text": " ", "row": 1}) + "\n")
+    (tmp_path / "shards" / "0.jsonl").write_text(
+        "".join(json.dumps({"text": text, "row": 1}) + "\n" for text in TEXTS[0][:40])
+    )
+    with pytest.raises(ValueError, match=r"process 0 of split train .* have no documents but those that are held out"):
+        run(flags("run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

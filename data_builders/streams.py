@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -105,14 +105,18 @@ class StreamedText(Digested):
             raise ValueError(f"column {self.column} of {self.name} holds {kind}, and no text: name another column.")
         return shards.select_columns(self.column)
 
-    def rows(self, shards: datasets.IterableDataset) -> Iterable[dict]:
+    def rows(self, shards: datasets.IterableDataset) -> Iterator[dict]:
         """The rows of shards. Raises ValueError where they cannot be read."""
         with blaming(dict(self.arguments), self.named_by):
             yield from shards
 
-    def documents(self) -> Iterable[str]:
+    def documents(self) -> Iterator[str]:
         """Every document. Raises ValueError for a row that is no text, or cannot be read."""
-        for row in self.rows(self.shards):
+        return self.documents_of(self.shards)
+
+    def documents_of(self, shards: datasets.IterableDataset) -> Iterator[str]:
+        """The documents of some of the shards."""
+        for row in self.rows(shards):
             text = row[self.column]
             if not isinstance(text, str):
                 raise ValueError(self.no_text(text))
@@ -132,16 +136,23 @@ class StreamedText(Digested):
         first = next(iter(replace(self, held_out=frozenset()).documents()), None)
         return hashlib.sha256(json.dumps([self.shards.num_shards, self.column, first]).encode()).hexdigest()
 
+    @cached_property
+    def row_groups(self) -> datasets.IterableDataset:
+        """The shards, which are the row groups of Parquet, and files otherwise."""
+        with blaming(dict(self.arguments), self.named_by):
+            return self.shards.reshard()
+
+    def cut(self, number: int) -> datasets.IterableDataset:
+        """The shards, smaller ones if they are fewer than `number`."""
+        return self.shards if self.shards.num_shards >= number else self.row_groups
+
     def part(self, rank: int, world: int, readers: int = 1) -> datasets.IterableDataset:
         """The shards of process `rank` of `world`, each of which has `readers` workers.
 
         Raises:
             ValueError: there are fewer shards than processes.
         """
-        shards = self.shards
-        if shards.num_shards < PIECES * world * readers:
-            with blaming(dict(self.arguments), self.named_by):
-                shards = shards.reshard()
+        shards = self.cut(PIECES * world * readers)
         if shards.num_shards < world:
             raise ValueError(
                 f"{self.name} has {shards.num_shards} shards for {world} processes: split it into more files, start "

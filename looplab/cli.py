@@ -1,5 +1,5 @@
 """The command line: `looped train | recipes | eval | halting | memory | plot | table | lens | dynamics | fetch |
-harness | frozen | ask | demo | bench | convert | quantize | export | publish | serve | study | loopbench`.
+tokenize | harness | frozen | ask | demo | bench | convert | quantize | export | publish | serve | study | loopbench`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -156,6 +156,28 @@ def run_fetch(arguments) -> None:
         from looplab.pretrained.parts import fetch
 
         print(fetch(arguments.name, arguments.output))
+
+
+def run_tokenize(arguments) -> None:
+    from data_builders.token_shards import named_source, write_tokens
+    from looplab.runs.digests import tokenizer_of
+    from looplab.tasks.training import load_tokenizer
+
+    tokenizer, folder = load_tokenizer("--tokenizer", arguments.tokenizer), Path(arguments.to)
+    note = write_tokens(
+        named_source(arguments.sources, arguments.name, arguments.split),
+        tokenizer,
+        tokenizer_of(tokenizer),
+        folder,
+        column=arguments.column,
+        validation_split=arguments.validation_split,
+        test_split=arguments.test_split,
+        held_out_documents=arguments.held_out_documents,
+        processes=arguments.processes,
+    )
+    shards = note["shards"].values()
+    tokens, documents = (sum(shard[name] for shard in shards) for name in ("tokens", "documents"))
+    print(f"{folder}: {tokens:,} tokens of {documents:,} documents; train on them by data: {{tokens: {folder}}}")
 
 
 def run_harness(arguments) -> None:
@@ -528,6 +550,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("name", choices=["smollm2", "benchmarks", "moses", "corpus"], help="what to download")
     command.add_argument("--output", metavar="FOLDER", help="default: looped/ in the cache of huggingface_hub")
     command.set_defaults(call=run_fetch)
+
+    command = commands.add_parser("tokenize", help="tokenise a text once, into shards that runs map into memory")
+    words = "files or globs of one kind (.jsonl, .parquet, .csv, .txt, .md), or a data set of the Hub, USER/NAME"
+    command.add_argument("sources", type=named, nargs="+", metavar="DATA", help=words)
+    command.add_argument("--tokenizer", type=named, required=True, metavar="TOKENIZER", help="folder of a tokenizer")
+    words = "folder to write to; the same command goes on with one that was interrupted"
+    command.add_argument("--to", type=named, required=True, metavar="TARGET", help=words)
+    command.add_argument("--name", metavar="NAME", help="of a part of the data set, such as sample-10BT")
+    command.add_argument("--split", default="train", metavar="NAME", help="of the data set (default: train)")
+    command.add_argument("--column", default="text", metavar="NAME", help="that has the documents (default: text)")
+    for split in ("validation", "test"):
+        words = f"split of the data set to be the split {split}, in place of the first documents"
+        command.add_argument(f"--{split}-split", metavar="NAME", help=words)
+    words = "most documents of each split that is held out (default: 1000)"
+    command.add_argument("--held-out-documents", type=COUNT, default=1000, metavar="N", help=words)
+    words = "that tokenise at once (default: one for each core)"
+    command.add_argument("--processes", type=COUNT, metavar="N", help=words)
+    command.set_defaults(call=run_tokenize)
 
     command = commands.add_parser("harness", help="score a model on a multiple-choice benchmark")
     command.add_argument("model", metavar="MODEL", help=f"{MODELS}; any causal language model")

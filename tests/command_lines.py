@@ -13,10 +13,12 @@ GIVEN = {
     "SOURCE": "{runs}/llama",
     "TARGET": "{new}/looped",
     "RECIPE": "{runs}/study.yaml",
+    "DATA": "{runs}/text/data/test.parquet",
+    "TOKENIZER": "{runs}/llama",
     "NAME": "arc_easy",
     "USER/NAME": "user/name",
 }
-READ = ("RUN", "MODEL", "SOURCE", "RECIPE")
+READ = ("RUN", "MODEL", "SOURCE", "RECIPE", "DATA", "TOKENIZER")
 
 
 def arguments_of(verb: str) -> list[argparse.Action]:

@@ -130,3 +130,58 @@ def test_a_part_without_documents_is_told_before_the_first_update(flags, tmp_pat
     with pytest.raises(ValueError, match=r"process 0 of split train .* have no documents but those that are held out"):
         run(flags("run"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# Token shards
+
+SHARDS = ("--data.vocab_size=null", "--data.files=null", "--data.overrides={}", "--data.sequence_length=16")
+
+
+@pytest.fixture
+def tokens(flags, tmp_path, capfd):
+    """A folder that `looped tokenize` has written."""
+    line = [
+        "tokenize",
+        str(tmp_path / "shards" / "*.jsonl"),
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+        "--processes=1",
+    ]
+    assert looped([*line, "--to", str(tmp_path / "tokens"), "--held-out-documents", "9"]) == 0
+    said = capfd.readouterr().out.strip()
+    assert said.endswith("tokens of 500 documents; train on them by data: {tokens: " + f"{tmp_path / 'tokens'}}}")
+    return tmp_path / "tokens"
+
+
+def test_a_run_on_token_shards_is_trained_resumed_and_measured(tokens, tmp_path, capfd):
+    base = [f"--output_dir={tmp_path}", *SHARDS, f"--data.tokens={tokens}", "--max_steps=20", "--checkpoint_every=10"]
+    summary = run([*base, "--name=whole"])
+    shards = json.loads((tokens / "tokens.json").read_text())["shards"].values()
+    assert summary["train_tokens"] == sum(shard["tokens"] for shard in shards if shard["split"] == "train")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    back_to(tmp_path / "parts", 10)
+    (tmp_path / "tokens").rename(tmp_path / "moved")  # the same shards elsewhere are the same data
+    base[-3] = f"--data.tokens={tmp_path / 'moved'}"
+    run([*base, "--name=parts"])
+    assert measured(tmp_path / "parts") == measured(tmp_path / "whole")
+    assert looped(["eval", str(tmp_path / "parts"), "--loops", "1", "2"]) == 0
+    assert looped(["ask", str(tmp_path / "parts"), "--new-tokens", "2"]) == 0
+    note = json.loads((tmp_path / "moved" / "tokens.json").read_text())
+    note["shards"]["train-00000.arrow"]["sha256"] = "0"
+    (tmp_path / "moved" / "tokens.json").write_text(json.dumps(note))
+    assert "changed split: train" in failure(capfd, "eval", tmp_path / "parts")
+
+
+def test_token_shards_bring_their_tokenizer(tokens, tmp_path, trained):
+    base = [f"--output_dir={tmp_path}", *SHARDS, f"--data.tokens={tokens}", "--name=run", "--max_steps=2"]
+    for flag, message in (
+        ("--data.vocab_size=300", r"comes from one of .*, got data\.vocab_size and data\.tokens"),
+        ("--data.files=[a.txt]", r"data\.files and data\.tokens both name the text"),
+        ("--data.overrides={column: x}", r"data\.overrides\.column is not for data\.tokens"),
+        ("--data.workers=2", r"data\.workers is for a stream"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_recipe(ROOT / "recipes" / "smoke_text.yaml", [*base, flag])
+    model = trained("text", "--max_steps=2") / "model"
+    with pytest.raises(ValueError, match=r"tokens in .* are of another tokenizer than the model: write them again"):
+        run([*base, f"--init_from={model}", "--model={}"])

@@ -1,6 +1,6 @@
 """Text that is read on the way: documents of a streamed data set, tokenised, packed and shuffled while a model trains.
 
-    part     the shards of the data set that one process reads, and no other
+    part     the shards of the data set that one process reads, and no other; there are as many as processes
     shard    a file; of Parquet with few files, a row group
     reader   torchdata's StatefulDataLoader over a part, whose workers read documents and tokenise them
     block    of T + 1 tokens, cut from the documents of a part one after the other, as `TextBlocks` cuts them
@@ -9,14 +9,14 @@
 The state of a stream is where the reader stands in each shard, the tokens that are too few for a block, and the
 buffer. `datasets` has a shuffle buffer, too, and loses what is in it when it resumes: so the buffer is ours.
 
-When a part is read to its end, its shards are read again in another order. Every process has its own end.
+When a part is read to its end, its shards are read again in another order. Every part has its own end.
 """
 
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -146,21 +146,21 @@ class StreamedText(Digested):
         """The shards, smaller ones if they are fewer than `number`."""
         return self.shards if self.shards.num_shards >= number else self.row_groups
 
-    def part(self, rank: int, world: int, readers: int = 1) -> datasets.IterableDataset:
-        """The shards of process `rank` of `world`, each of which has `readers` workers.
+    def part(self, part: int, parts: int, readers: int = 1) -> datasets.IterableDataset:
+        """The shards of one of several parts, each of which has `readers` workers.
 
         Raises:
-            ValueError: there are fewer shards than processes.
+            ValueError: there are fewer shards than parts.
         """
-        shards = self.cut(PIECES * world * readers)
-        if shards.num_shards < world:
+        shards = self.cut(PIECES * parts * readers)
+        if shards.num_shards < parts:
             raise ValueError(
-                f"{self.name} has {shards.num_shards} shards for {world} processes: split it into more files, start "
+                f"{self.name} has {shards.num_shards} shards for {parts} processes: split it into more files, start "
                 "fewer processes, or tokenise it first by `looped tokenize`."
             )
-        # What split_dataset_by_node does with strategy="shards", which would deal them anew in every epoch: a process
-        # that is at its end would then read what others still have to read.
-        return shards.shard(world, rank, contiguous=False)
+        # What split_dataset_by_node does with strategy="shards", which would deal them anew in every epoch: a part
+        # that is at its end would then be given what others still have to read.
+        return shards.shard(parts, part, contiguous=False)
 
 
 def refuse_empty(file: str) -> None:
@@ -255,13 +255,13 @@ class Reader:
         tokenizer: PreTrainedTokenizerBase,
         seed: int,
         *,
-        rank: int = 0,
-        world: int = 1,
+        part: int = 0,
+        parts: int = 1,
         workers: int = 0,
         prefetch: int = 2,
     ):
-        self.text, self.seed, self.rank = text, seed, rank
-        self.part = text.part(rank, world, max(1, workers))
+        self.text, self.seed, self.number = text, seed, part
+        self.part = text.part(part, parts, max(1, workers))
         workers = min(workers, self.part.num_shards)
         ahead = {"prefetch_factor": prefetch, "worker_init_fn": quiet_tokenizers} if workers else {}
         with warnings.catch_warnings():
@@ -293,7 +293,7 @@ class Reader:
                 return tokens
             if not self.tokens:
                 raise ValueError(
-                    f"the shards of process {self.rank} of {self.text.name} have no documents but those that are held "
+                    f"the shards of part {self.number} of {self.text.name} have no documents but those that are held "
                     "out: add text, or lower held_out_documents."
                 )
             self.epoch, self.tokens = self.epoch + 1, 0
@@ -316,65 +316,29 @@ class Reader:
         self._begin()
 
 
-class StreamBatches(torch.utils.data.Dataset):
-    """Batches of a stream with one loop count, as `TextBatches` makes them; item `step` must be the next one.
+class Lane:
+    """The blocks of one part, shuffled in a buffer.
 
-    Args:
-        text: of this split every process reads a part of its own.
-        batch_size: blocks of the global batch, over all processes.
-        buffer: blocks that wait to be drawn.
-        workers, prefetch: of the `Reader`.
-
-    Raises:
-        ValueError: as `Reader`, and for a batch size that does not divide.
+    buffer: blocks that wait to be drawn. part: the number of the part.
     """
 
-    def __init__(
-        self,
-        text: StreamedText,
-        tokenizer: PreTrainedTokenizerBase,
-        sequence_length: int,
-        batch_size: int,
-        seed: int,
-        depth: DepthSampler,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        buffer: int = 1024,
-        workers: int = 0,
-        prefetch: int = 2,
-    ):
-        check_share(batch_size, rank, world)
-        self.text, self.sequence_length, self.batch_size, self.depth = text, sequence_length, batch_size, depth
-        self.rank, self.world, self.seed = rank, world, seed
-        self.reader = Reader(text, tokenizer, seed, rank=rank, world=world, workers=workers, prefetch=prefetch)
-        self.step = 0  # the next
+    def __init__(self, reader: Reader, sequence_length: int, buffer: int, seed: int, part: int):
+        self.reader, self.sequence_length, self.seed, self.part = reader, sequence_length, seed, part
         self._drawn, self._draw = (-1, np.empty(0, dtype=np.int64)), 0  # places that were drawn at once; draws so far
         self._rest = np.empty(0, dtype=np.int32)  # tokens that are not in a block yet
         self._buffer, self._filled = np.empty((buffer, sequence_length + 1), dtype=np.int32), 0
 
     def fill(self) -> None:
-        """Read until the buffer is full, which finds most mistakes in the data before the first update."""
+        """Read until the buffer is full."""
         while self._filled < len(self._buffer):
             self._buffer[self._filled] = self._next_block()
             self._filled += 1
 
-    def __getitem__(self, step: int) -> dict:
-        if step != self.step:
-            raise IndexError(f"a stream is read in order: step {self.step} is next, got {step}.")
-        self.fill()
-        tokens = torch.from_numpy(
-            np.stack([self._take() for _ in range(self.batch_size // self.world)]).astype(np.int64)
-        )
-        self.step += 1
-        rows = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
-        return rows | {"num_loops": self.depth(step), "num_labels": self.batch_size * self.sequence_length}
-
-    def _take(self) -> np.ndarray:
+    def take(self) -> np.ndarray:
         """A block of the buffer, (T + 1,), whose place gets the next block of the part."""
         draw, offset = divmod(self._draw, DRAWS)
         if self._drawn[0] != draw:
-            random = stream(self.seed, "blocks of a stream", self.rank, draw)
+            random = stream(self.seed, "blocks of a stream", self.part, draw)
             self._drawn = draw, random.integers(len(self._buffer), size=DRAWS)
         place = self._drawn[1][offset]
         block = self._buffer[place].copy()
@@ -393,28 +357,99 @@ class StreamBatches(torch.utils.data.Dataset):
         return tokens[: self.sequence_length + 1]
 
     def state_dict(self) -> dict:
-        """All that the next batches depend on, of plain values and tensors."""
-        self.fill()
+        """All that the next blocks depend on, of plain values and tensors."""
         tensors = {"rest": torch.from_numpy(self._rest.copy()), "buffer": torch.from_numpy(self._buffer.copy())}
-        return {
-            "step": self.step,
-            "draw": self._draw,
-            "world": self.world,
-            "reader": self.reader.state_dict(),
-        } | tensors
+        return {"draw": self._draw, "reader": self.reader.state_dict()} | tensors
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where a `state_dict` was made.
-
-        Raises:
-            ValueError: it is of another number of processes, whose parts are others.
-        """
-        if state["world"] != self.world:
-            raise ValueError(
-                f"the stream was read by {state['world']} processes, each its own part, and {self.world} are started: "
-                f"start {state['world']}, or tokenise the text first by `looped tokenize`, which any number can read."
-            )
-        self.step, self._draw = state["step"], state["draw"]
-        self._rest = state["rest"].numpy().copy()
+        self._draw, self._rest = state["draw"], state["rest"].numpy().copy()
         self._buffer[:], self._filled = state["buffer"].numpy(), len(self._buffer)
         self.reader.load_state_dict(state["reader"])
+
+
+class StreamBatches(torch.utils.data.Dataset):
+    """Batches of a stream with one loop count, as `TextBatches` makes them; item `step` must be the next one.
+
+    The stream has as many parts as there are processes when it begins, or `parts`; each gives a batch the same number
+    of blocks. Fewer processes go on with several parts each: together they see the same batches.
+
+    Args:
+        text: the split that is streamed.
+        batch_size: blocks of the global batch, over all processes.
+        buffer: blocks of each part that wait to be drawn.
+        workers, prefetch: of the `Reader` of each part.
+        parts: of the stream.
+
+    Raises:
+        ValueError: as `Reader`, for a batch size that does not divide, and for parts that do not.
+    """
+
+    def __init__(
+        self,
+        text: StreamedText,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        depth: DepthSampler,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        buffer: int = 1024,
+        workers: int = 0,
+        prefetch: int = 2,
+        parts: int | None = None,
+    ):
+        check_share(batch_size, rank, world)
+        self.text, self.tokenizer, self.sequence_length = text, tokenizer, sequence_length
+        self.batch_size, self.seed, self.depth, self.rank, self.world = batch_size, seed, depth, rank, world
+        self.buffer, self.workers, self.prefetch = buffer, workers, prefetch
+        self.step = 0  # the next
+        self.parts = parts or world
+        self.lanes: list[Lane] = []  # of this process, once it has begun
+
+    def begin(self, states: Sequence[dict] = ()) -> None:
+        """Read until the first batch can be drawn, which finds most mistakes in the data before the first update.
+
+        states: what every process kept (`state_dict`), to go on from; none to begin.
+        """
+        if states:
+            self.parts, self.step = states[0]["parts"], states[0]["step"]
+        if self.parts % self.world:
+            raise ValueError(
+                f"the stream has {self.parts} parts, which {self.world} processes cannot share equally: start as many "
+                "as divide it, set data.parts when a run begins, or tokenise the text first by `looped tokenize`."
+            )
+        if self.batch_size % self.parts:
+            raise ValueError(f"batch_size must be a multiple of the {self.parts} parts, got {self.batch_size}.")
+        kept = {part: lane for state in states for part, lane in state["lanes"].items()}
+        self.lanes = [self._lane(part) for part in range(self.rank, self.parts, self.world)]
+        for lane in self.lanes:
+            if kept:
+                lane.load_state_dict(kept[lane.part])
+            lane.fill()
+
+    def _lane(self, part: int) -> Lane:
+        reader = Reader(
+            self.text, self.tokenizer, self.seed,
+            part=part, parts=self.parts, workers=self.workers, prefetch=self.prefetch,
+        )  # fmt: skip
+        return Lane(reader, self.sequence_length, self.buffer, self.seed, part)
+
+    def __getitem__(self, step: int) -> dict:
+        if step != self.step:
+            raise IndexError(f"a stream is read in order: step {self.step} is next, got {step}.")
+        if not self.lanes:
+            self.begin()
+        blocks = [lane.take() for lane in self.lanes for _ in range(self.batch_size // self.parts)]
+        tokens = torch.from_numpy(np.stack(blocks).astype(np.int64))
+        self.step += 1
+        rows = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+        return rows | {"num_loops": self.depth(step), "num_labels": self.batch_size * self.sequence_length}
+
+    def state_dict(self) -> dict:
+        """All that the next batches of this process depend on, of plain values and tensors."""
+        if not self.lanes:
+            self.begin()
+        lanes = {lane.part: lane.state_dict() for lane in self.lanes}
+        return {"step": self.step, "parts": self.parts, "lanes": lanes}

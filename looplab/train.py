@@ -107,8 +107,8 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
             module.compile()
     optimizers = build_optimizers(looped, recipe.optim, fused=accelerator.device.type == "cuda")
     model, *optimizers = accelerator.prepare(looped, *optimizers)
-    parts = {"random": RandomStates(accelerator, recipe.seed + accelerator.process_index)}
-    training = TrainingState(accelerator, looped, optimizers, parts)
+    random_states = RandomStates(accelerator, recipe.seed + accelerator.process_index)
+    training = TrainingState(accelerator, looped, optimizers, {"random": random_states, **task.parts()})
 
     # State: from the newest intact checkpoint, or the beginning.
     state = run.load_checkpoint(training) or task.first_state()

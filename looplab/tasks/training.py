@@ -1,7 +1,7 @@
 """`TaskTraining`, a task in training as train.py works with it, its `State`, and the part of a recipe it reads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -47,6 +47,16 @@ class State:
     finished: bool = False
 
 
+class Part(Protocol):
+    """What a process keeps beside tensors. Its states are plain: dicts, lists, numbers, strings and tensors."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dicts(self, states: Sequence[dict]) -> None:
+        """Go on. states: what each process of the run kept, which may be more or fewer than there are now."""
+        ...
+
+
 class TaskTraining(ABC):
     """A task in training. Legend: b batch rows of this rank, T tokens, K positions with labels.
 
@@ -90,6 +100,10 @@ class TaskTraining(ABC):
 
     def begin(self, state: State) -> None:  # noqa: B027 (a task may have no stages)
         """Set `batches` to those of the stage in `state`; a task without stages has nothing to do."""
+
+    def parts(self) -> Mapping[str, Part]:
+        """Name -> what a checkpoint keeps of this process beside the state."""
+        return {}
 
     def is_through(self, state: State) -> bool:
         """Whether the run ends now, although budget remains."""

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,21 +24,12 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from looplab.runs.digests import sha256_of
+from looplab.tasks.training import Part
 
 from .processes import weights_of_model
 
 TENSORS = "tensors"  # folder in a checkpoint
 WEIGHTS, MOMENTS = "model.", "optimizer."  # beginnings of the names in it
-
-
-class Part(Protocol):
-    """What a process keeps beside tensors. Its states are plain: dicts, lists, numbers, strings and tensors."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dicts(self, states: Sequence[dict]) -> None:
-        """Go on. states: what each process of the run kept, which may be more or fewer than there are now."""
-        ...
 
 
 class RandomStates:

@@ -61,8 +61,11 @@ def naive_draws(blocks: list[list[int]], buffer: int, rank: int) -> list[list[in
 
 def documents_of(these: StreamBatches) -> list[str]:
     """The documents of one epoch of a part, in the order in which its reader has them."""
-    these.reader.state_dict()
-    return [row["text"] for row in these.reader.part if module.digest_of(row["text"]) not in these.text.held_out]
+    these.lanes = these.lanes or [these._lane(these.rank)]
+    these.lanes[0].reader.state_dict()
+    return [
+        row["text"] for row in these.lanes[0].reader.part if module.digest_of(row["text"]) not in these.text.held_out
+    ]
 
 
 @pytest.mark.parametrize("buffer", [1, 8])
@@ -91,24 +94,49 @@ def test_parts_share_no_document_and_hold_all(source, world):
     assert set(found) == {text for shard in TEXTS for text in shard} - kept
 
 
+def kept(these: StreamBatches) -> dict:
+    """Its state, through a file."""
+    file = io.BytesIO()
+    torch.save(these.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_resumed_stream_is_the_same_stream(source, world, workers):
     """At the beginning, within a shard, and epochs later; the state is plain values and tensors."""
-    for rank in range(world):
-        fields = {"batch_size": 16, "rank": rank, "world": world, "workers": workers}
-        whole = batches(source, **fields)
-        wanted = taken(whole, 90)
-        assert whole.reader.epoch > 0 or world == 2
-        for stop in (1, 85) if workers else (0, 1, 30, 85):
-            begun = batches(source, **fields)
-            assert same(taken(begun, stop), wanted[:stop])
-            file = io.BytesIO()
-            torch.save(begun.state_dict(), file)
-            file.seek(0)
-            resumed = batches(source, **fields)
-            resumed.load_state_dict(torch.load(file, weights_only=True))
-            assert same(taken(resumed, 90 - stop), wanted[stop:])
+    fields = {"batch_size": 16, "world": world, "workers": workers}
+    whole = [batches(source, rank=rank, **fields) for rank in range(world)]
+    wanted = [taken(these, 90) for these in whole]
+    assert whole[0].lanes[0].reader.epoch > 0 or world == 2
+    for stop in (1, 85) if workers else (0, 1, 30, 85):
+        begun = [batches(source, rank=rank, **fields) for rank in range(world)]
+        assert all(same(taken(these, stop), before[:stop]) for these, before in zip(begun, wanted, strict=True))
+        states = [kept(these) for these in begun]
+        for rank in range(world):
+            resumed = batches(source, rank=rank, **fields)
+            resumed.begin(states)
+            assert same(taken(resumed, 90 - stop), wanted[rank][stop:])
+
+
+def test_any_number_of_processes_that_divides_the_parts_sees_the_same_batches(source):
+    """4 processes, then 2, then 1, then 4, against one process with the parts of 4."""
+
+    def rows(ranks: list[StreamBatches], number: int) -> list[set]:
+        found = [taken(these, number) for these in ranks]
+        return [{tuple(row) for rank in found for row in rank[i]["input_ids"].tolist()} for i in range(number)]
+
+    wanted = rows([batches(source, batch_size=8, parts=4)], 40)
+    ranks = [batches(source, batch_size=8, rank=rank, world=4) for rank in range(4)]
+    found = rows(ranks, 10)
+    for world in (2, 1, 4):
+        states = [kept(these) for these in ranks]
+        ranks = [batches(source, batch_size=8, rank=rank, world=world) for rank in range(world)]
+        for these in ranks:
+            these.begin(states)
+        found += rows(ranks, 10)
+    assert found == wanted
 
 
 def test_what_was_read_is_not_read_again(tmp_path, monkeypatch):
@@ -137,7 +165,7 @@ def test_what_was_read_is_not_read_again(tmp_path, monkeypatch):
     }
     train = load_streams(source, held_out=held_out)["train"]
     resumed = StreamBatches(train, TOKENIZER, LENGTH, 4, seed=7, depth=DEPTH, buffer=8)
-    resumed.load_state_dict(state)
+    resumed.begin([state])
     assert same(taken(resumed, 20), wanted)
     assert not {text[1] for text in seen} & set(before[:-1])
     assert len(seen) == len(set(seen))
@@ -163,7 +191,7 @@ def test_what_is_held_out_is_not_trained_on_wherever_it_stands(tmp_path, named):
     assert list(splits["train"].documents()) == [*TEXTS[0], *TEXTS[1]]
     these = StreamBatches(splits["train"], TOKENIZER, LENGTH, 4, seed=7, depth=DEPTH, buffer=4)
     text = "".join(TOKENIZER.decode(batch["input_ids"].flatten()) for batch in taken(these, 100))
-    assert these.reader.epoch > 0
+    assert these.lanes[0].reader.epoch > 0
     assert "validation" not in text
     assert "test" not in text
 
@@ -171,7 +199,8 @@ def test_what_is_held_out_is_not_trained_on_wherever_it_stands(tmp_path, named):
 def test_seeds_and_epochs_have_their_own_order(source):
     def order(seed: int, number: int) -> list[str]:
         these = batches(source, seed=seed)
-        these.reader.epoch = number
+        these.lanes = [these._lane(0)]
+        these.lanes[0].reader.epoch = number
         return documents_of(these)
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
@@ -185,8 +214,10 @@ def test_a_stream_is_read_in_order(source):
     for step in (1, 3):
         with pytest.raises(IndexError, match=rf"step 2 is next, got {step}"):
             these[step]
-    with pytest.raises(ValueError, match=r"was read by 1 processes, each its own part, and 2 are started"):
-        batches(source, world=2).load_state_dict(these.state_dict())
+    with pytest.raises(ValueError, match=r"the stream has 1 parts, which 2 processes cannot share equally: start as many"):
+        batches(source, world=2).begin([these.state_dict()])
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of the 3 parts, got 4"):
+        batches(source, parts=3).begin()
 
 
 def test_the_digest_of_a_stream_is_of_its_beginning(tmp_path):
@@ -209,7 +240,7 @@ WRONG = {
     "split": (TEXTS, {"validation_split": "dev"}, r"validation_split: Bad split: dev\. Available splits: \['train'\]"),
     "short": (TEXTS, {"held_out_documents": 10_000}, r"the split validation has no documents"),
     "shards": ([TEXTS[0][:40]], {"world": 2}, r"has 1 shards for 2 processes: split it into more files, start fewer"),
-    "part": ([TEXTS[0][:2], [" "]], {"world": 2}, r"process 0 of split train .* have no documents but those that are"),
+    "part": ([TEXTS[0][:2], [" "]], {"world": 2}, r"part 0 of split train .* have no documents but those that are"),
     "null": (
         [[*TEXTS[0], None]],
         {},
@@ -234,7 +265,7 @@ def test_a_wrong_stream_is_told_in_one_sentence(tmp_path, kind, shards, changed,
 
     def read():
         train = load_streams(source, **loading)["train"]
-        StreamBatches(train, sequence_length=LENGTH, batch_size=2, seed=0, depth=DEPTH, **reading).fill()
+        StreamBatches(train, sequence_length=LENGTH, batch_size=2, seed=0, depth=DEPTH, **reading).begin()
 
     with pytest.raises(ValueError, match=message) as error:
         read()

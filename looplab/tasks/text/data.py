@@ -31,8 +31,11 @@ class TextData(LanguageData):
     assistant_only_loss: bool | None = None  # of conversations: learn what assistants wrote alone; so unless given
     tokens: str | None = path()  # in place of files: a folder that `looped tokenize` wrote; its tokenizer is in it
     held_out_documents: int = number(1000, at_least=1)  # of a stream: most documents of each split that is held out
-    shuffle_blocks: int = number(1024, at_least=1)  # of a stream: blocks that each process mixes
-    workers: int = number(0, at_least=0)  # of a stream: processes that read and tokenise, for each that trains
+    shuffle_blocks: int = number(1024, at_least=1)  # of a stream: blocks of a part that are mixed
+    parts: int | None = number(
+        at_least=1
+    )  # of a stream: a multiple of the processes, which are these many unless given
+    workers: int = number(0, at_least=0)  # of a stream: processes that read and tokenise a part
     prefetch: int = number(2, at_least=1)  # of a stream: batches of 64 documents that each worker reads ahead
 
     @property

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from looplab.tasks.training import TrainingRecipe
 
 # Fields of `data` that only a stream has, and fields of `data.overrides` that a stream has, too.
-STREAMED = ("shuffle_blocks", "workers", "prefetch", "held_out_documents")
+STREAMED = ("shuffle_blocks", "parts", "workers", "prefetch", "held_out_documents")
 OVERRIDES = ("column", "validation_split", "test_split")
 
 
@@ -186,7 +186,8 @@ class Stream(Source):
         data = self.data
         return StreamBatches(
             train, tokenizer, data.sequence_length, recipe.batch_size, recipe.seed, depth,
-            rank=rank, world=world, buffer=data.shuffle_blocks, workers=data.workers, prefetch=data.prefetch,
+            rank=rank, world=world, parts=data.parts,
+            buffer=data.shuffle_blocks, workers=data.workers, prefetch=data.prefetch,
         )  # fmt: skip
 
     def run_blocks(self, run: Run, tokenizer: "PreTrainedTokenizerBase") -> dict[str, "TextBlocks"]:

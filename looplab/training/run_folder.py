@@ -61,8 +61,8 @@ logger = logging.getLogger(__name__)
 # that follow the budget, and the last digits where layers are compiled.
 FREE = frozenset(
     {
-        "max_steps", "max_seconds", "log_every", "checkpoint_every", "max_shard_size", "eval_loops", "snapshots", "spike",
-        "trackers", "compile",
+        "max_steps", "max_seconds", "log_every", "checkpoint_every", "max_shard_size", "eval_loops", "snapshots",
+        "spike", "trackers", "compile",
     }
 )  # fmt: skip
 

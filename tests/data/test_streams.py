@@ -61,11 +61,9 @@ def naive_draws(blocks: list[list[int]], buffer: int, rank: int) -> list[list[in
 
 def documents_of(these: StreamBatches) -> list[str]:
     """The documents of one epoch of a part, in the order in which its reader has them."""
-    these.lanes = these.lanes or [these._lane(these.rank)]
-    these.lanes[0].reader.state_dict()
-    return [
-        row["text"] for row in these.lanes[0].reader.part if module.digest_of(row["text"]) not in these.text.held_out
-    ]
+    lane = these.lanes[0] if these.lanes else these._lane(these.rank)
+    lane.reader.state_dict()
+    return [row["text"] for row in lane.reader.part if module.digest_of(row["text"]) not in these.text.held_out]
 
 
 @pytest.mark.parametrize("buffer", [1, 8])
@@ -214,7 +212,9 @@ def test_a_stream_is_read_in_order(source):
     for step in (1, 3):
         with pytest.raises(IndexError, match=rf"step 2 is next, got {step}"):
             these[step]
-    with pytest.raises(ValueError, match=r"the stream has 1 parts, which 2 processes cannot share equally: start as many"):
+    with pytest.raises(
+        ValueError, match=r"the stream has 1 parts, which 2 processes cannot share equally: start as many"
+    ):
         batches(source, world=2).begin([these.state_dict()])
     with pytest.raises(ValueError, match=r"batch_size must be a multiple of the 3 parts, got 4"):
         batches(source, parts=3).begin()

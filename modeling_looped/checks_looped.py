@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import TransformersKwargs
 
 from .depth_looped import check_loops_of_rows, too_many_loops
+from .masks_looped import PATTERNS
 
 # What engines with caches of their own pass through forward: they pack the tokens of several requests in one call.
 ENGINE_ARGUMENTS = frozenset({"attention_instances", "block_table", "cache", "read_index", "write_index"})
@@ -82,7 +83,7 @@ def check_served(config, sharing, num_loops: int | torch.Tensor | None = None, h
         return
     if not sharing.takes_engines:
         raise ValueError(no_engine(config.kv_sharing, sharing.engine_trouble, engine))
-    if config.attention_pattern != "causal":
+    if PATTERNS[config.attention_pattern].looks_ahead:
         raise ValueError(no_pattern(config.attention_pattern, engine))
     if halts:
         raise ValueError(

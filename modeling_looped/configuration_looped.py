@@ -443,13 +443,14 @@ class LoopedConfig(SavedDepth, PreTrainedConfig):
 
     def validate_pattern(self):
         """What a pattern of attention that looks ahead cannot be combined with."""
-        sharings, said = PATTERNS[self.attention_pattern].sharings, f"attention_pattern={self.attention_pattern!r}"
+        pattern, said = PATTERNS[self.attention_pattern], f"attention_pattern={self.attention_pattern!r}"
+        sharings = pattern.sharings
         if sharings is not None and self.kv_sharing not in sharings:
             raise ValueError(
                 f"{said} needs kv_sharing={' or '.join(map(repr, sharings))}, got {self.kv_sharing!r}: a token that "
                 "sees later ones would see other entries of them than a cache has."
             )
-        if self.attention_pattern != "causal" and self.sliding_window is not None:
+        if pattern.looks_ahead and self.sliding_window is not None:
             raise ValueError(
                 f"{said} sees more than earlier tokens, and sliding_window={self.sliding_window} less: leave "
                 "sliding_window out, or use attention_pattern='causal'."

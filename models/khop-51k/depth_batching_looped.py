@@ -730,7 +730,7 @@ def check_can_batch(model) -> None:
             f"attention {config._attn_implementation!r} does not take the mask of several requests: call "
             "model.set_attn_implementation('sdpa')"
         )
-    if config.attention_pattern != "causal":
+    if model.model.pattern.looks_ahead:
         troubles.append(
             f"attention_pattern={config.attention_pattern!r} looks ahead, and a request sees earlier tokens alone: "
             "use forward, or generate where attention_pattern='prefix'"

@@ -34,12 +34,16 @@ class Pattern(ABC):
 
     Attributes:
         is_causal: what an attention without a mask does.
+        looks_ahead: whether a token may see later ones.
+        tells_prompts: whether `token_type_ids` tell a prompt from its answer.
         takes_cache: whether a call may go on from an earlier one.
         attentions: the attention implementations that it is right in; None for all.
         sharings: the KV policies that it is right with; None for all.
     """
 
     is_causal: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
+    tells_prompts: ClassVar[bool] = False
     takes_cache: ClassVar[bool] = True
     attentions: ClassVar[tuple[str, ...] | None] = None
     sharings: ClassVar[tuple[str, ...] | None] = None
@@ -78,6 +82,8 @@ class Pattern(ABC):
 class Causal(Pattern):
     """A token sees itself and earlier ones."""
 
+    looks_ahead = False
+
     def mask(self, config, embeds, attention_mask, cache, position_ids, token_type_ids=None, slot=None):
         create = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
         return create(config, embeds, attention_mask, cache, position_ids, layer_idx=slot)
@@ -87,6 +93,7 @@ class Causal(Pattern):
 class Prefix(Pattern):
     """The tokens of a prompt see each other, too. Without types a text is a prompt, and what follows it an answer."""
 
+    tells_prompts = True
     attentions = MASKS
     sharings = ("per_loop", "first", "natural")
 
@@ -112,9 +119,7 @@ class Prefix(Pattern):
             if past:
                 return None
             token_type_ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        texts = None
-        if attention_mask is None and position_ids is not None:
-            texts = find_packed_sequence_indices(position_ids.expand(len(embeds), -1))
+        texts = packed_texts(embeds, attention_mask, position_ids)
         texts = torch.zeros_like(token_type_ids) if texts is None else texts
         return F.pad(texts.masked_fill(token_type_ids != PROMPT, -1), (past, 0), value=-1)
 
@@ -128,9 +133,7 @@ class Bidirectional(Pattern):
     sharings = ("per_loop",)
 
     def mask(self, config, embeds, attention_mask, cache, position_ids, token_type_ids=None, slot=None):
-        texts = None
-        if attention_mask is None and position_ids is not None:
-            texts = find_packed_sequence_indices(position_ids.expand(len(embeds), -1))
+        texts = packed_texts(embeds, attention_mask, position_ids)
         packed = None if texts is None else packed_sequence_mask_function(texts)
         if packed is not None and config._attn_implementation in FLASH:
             raise ValueError(
@@ -138,6 +141,13 @@ class Bidirectional(Pattern):
                 "a batch row, or call model.set_attn_implementation('sdpa')."
             )
         return create_bidirectional_mask(config, embeds, attention_mask, and_mask_function=packed)
+
+
+def packed_texts(embeds: torch.Tensor, attention_mask, position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, T): the number of its text for each token, where positions begin anew in a batch row; or None."""
+    if attention_mask is not None or position_ids is None:
+        return None
+    return find_packed_sequence_indices(position_ids.expand(len(embeds), -1))
 
 
 PATTERNS: dict[str, Pattern] = {"causal": Causal(), "prefix": Prefix(), "bidirectional": Bidirectional()}
@@ -153,4 +163,4 @@ def check_pattern(config) -> None:
         )
 
 
-__all__ = ["ANSWER", "PATTERNS", "PROMPT", "check_pattern"]
+__all__ = ["ANSWER", "PATTERNS", "PROMPT", "Pattern", "check_pattern"]

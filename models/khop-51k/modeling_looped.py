@@ -181,7 +181,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         """
         refuse_unknown(kwargs, LoopedForCausalLM.forward.__annotations__)
         check_served(self.config, self.sharing, num_loops, halting is not None)
-        if not (self.sharing.takes_engines and self.config.attention_pattern == "causal"):
+        if not self.sharing.takes_engines or self.pattern.looks_ahead:
             refuse_engine(self.config, self.sharing, cache, kwargs)
         if cache is None or isinstance(cache, Cache):
             past_key_values = one_cache(past_key_values, cache)
@@ -454,7 +454,7 @@ class LoopedForCausalLM(LoopedPreTrainedModel, LoopedGenerationMixin):
                 "exit_gate=True nothing: leave out label_smoothing_factor and compute_loss_func, or set "
                 "exit_gate=False."
             )
-        if trains and token_type_ids is None and self.config.attention_pattern == "prefix":
+        if trains and token_type_ids is None and self.model.pattern.tells_prompts:
             raise ValueError(
                 "labels of attention_pattern='prefix' need token_type_ids, 0 for the prompt's tokens and 1 for the "
                 "answer's: without them the whole text is a prompt, which sees what it has to predict."

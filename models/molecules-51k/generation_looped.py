@@ -113,7 +113,7 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         }
         asked = {"num_loops": num_loops, "halting": halting}
         settings = kwargs | {name: value for name, value in asked.items() if value is not None}
-        if self.config.attention_pattern == "prefix" and settings.get("token_type_ids") is None:
+        if self.model.pattern.tells_prompts and settings.get("token_type_ids") is None:
             settings["token_type_ids"] = types_of_prompt(inputs, settings)
         speculation = self_speculation(self, draft_loops, call, settings)
         if speculation is not None:
@@ -177,7 +177,7 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
                 f"prefill_chunk_size={cut}: {cuts_show(self.config.kv_sharing)}. Leave it out; the model's own cuts "
                 "are config.prefill_chunk, which bounds memory too."
             )
-        if cut is not None and self.config.attention_pattern == "prefix":
+        if cut is not None and self.model.pattern.tells_prompts:
             raise ValueError(
                 f"prefill_chunk_size={cut} cuts the prompt, whose tokens see each other where "
                 "attention_pattern='prefix': leave it out."
@@ -261,7 +261,7 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         num_loops = asked_count(generation_config, self.generation_config)
         settings = (self.generation_config if generation_config is None else generation_config).to_dict()
         halting = calibrated_rule(settings.get("halting"), settings.get(CALIBRATED))
-        if self.config.attention_pattern != "causal":
+        if self.model.pattern.looks_ahead:
             raise ValueError(no_pattern(self.config.attention_pattern, "continuous batching"))
         other = num_loops is not None and (isinstance(num_loops, torch.Tensor) or num_loops != self.config.num_loops)
         if other or halting_rule(halting) is not None:
@@ -285,7 +285,7 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
                 "each other at the current loop, so the output would not be that of plain decoding. Use 'per_loop' or "
                 "'first'."
             )
-        if self.config.attention_pattern == "prefix":
+        if self.model.pattern.tells_prompts:
             raise ValueError(f"drafts: {NO_DRAFTS}: decode without.")
         if calls_are_prepared(self):
             raise ValueError(f"drafts of {type(self).__name__}: {CALLS_ARE_PREPARED}: decode without.")

@@ -33,6 +33,7 @@ from .cache_layers_looped import CACHE_NAME, CACHE_NAMES, RewritingLayer, one_ca
 from .cache_looped import OWN_KEYS, KeySource
 from .calls_looped import CallContext
 from .depth_looped import check_loops_of_rows
+from .masks_looped import PATTERNS
 
 
 @dataclass
@@ -391,7 +392,7 @@ class SelfSpeculation:
                 f"it decodes one row, got {input_ids.shape[0]} (num_return_sequences counts): rows accept different "
                 "numbers of tokens. Call generate row by row",
             ),
-            (config.attention_pattern == "prefix", NO_DRAFTS),
+            (PATTERNS[config.attention_pattern].tells_prompts, NO_DRAFTS),
             (calls_are_prepared(model), CALLS_ARE_PREPARED),
             ("halting" in model_kwargs, "halting ends loops early, and verification needs all: use one of the two"),
             (

@@ -28,7 +28,7 @@ def lens_run(run: Run, num_loops: int | None = None, limit: int | None = None, f
     """
     model, tokenizer = load_run_model(run, num_loops)
     model.eval()
-    if model.config.attention_pattern == "prefix":
+    if model.model.pattern.tells_prompts:
         raise ValueError(
             f"{run} has attention_pattern='prefix', and the lens reads question and answer as one prompt: "
             "it is for causal models, and for answers in place."

@@ -82,7 +82,7 @@ def read_batch(
 ) -> list[torch.Tensor]:
     """right, labels and loss (3, b) of rows of one length, at every loop count, from one pass."""
     inputs = {name: value.to(model.device) for name, value in rows.stacked(batch).items()}
-    if model.config.attention_pattern == "prefix":
+    if model.model.pattern.tells_prompts:
         types = torch.from_numpy(np.stack([rows.types(number) for number in batch]))
         inputs["token_type_ids"] = types.to(model.device)
     labels = inputs.pop("shift_labels")

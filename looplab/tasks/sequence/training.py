@@ -16,6 +16,7 @@ from looplab.runs.models import blaming
 from looplab.tasks.stages import Stages
 from looplab.tasks.training import State, TaskTraining, TrainingRecipe, load_tokenizer
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.masks_looped import PATTERNS, Pattern
 
 from .data import LEARNT
 from .measures import said_at
@@ -71,7 +72,7 @@ class SequenceTraining(TaskTraining):
             "world": self.accelerator.num_processes,
             "learn_all": data.loss == "all",
             "at_least_grade": data.at_least_grade,
-            "token_types": self.pattern == "prefix",
+            "token_types": self.pattern.tells_prompts,
         }
         rows, draws = self.rows["train"], (self.recipe.batch_size, self.recipe.seed, self.depth)
         if data.batching == "packed":
@@ -192,15 +193,15 @@ def model_field(recipe: TrainingRecipe, name: str):
         return json.loads((Path(recipe.init_from) / "config.json").read_text(encoding="utf-8")).get(name, default)
 
 
-def attention_pattern(recipe: TrainingRecipe) -> str:
+def attention_pattern(recipe: TrainingRecipe) -> Pattern:
     """The attention pattern of the model. Raises ValueError for one that the answers cannot be read from."""
-    pattern = model_field(recipe, "attention_pattern")
-    if pattern == "bidirectional" and not recipe.data.in_place:
+    pattern = PATTERNS[model_field(recipe, "attention_pattern")]
+    if not pattern.takes_cache and not recipe.data.in_place:
         raise ValueError(
             "model.attention_pattern bidirectional sees the answer that it has to write: set data.answers in_place, "
             "or model.attention_pattern prefix."
         )
-    if pattern == "prefix" and (recipe.data.in_place or recipe.data.loss == "all"):
+    if pattern.tells_prompts and (recipe.data.in_place or recipe.data.loss == "all"):
         said = "data.answers in_place" if recipe.data.in_place else "data.loss all"
         raise ValueError(
             f"model.attention_pattern prefix lets the prompt see itself, and {said} has labels there: use "

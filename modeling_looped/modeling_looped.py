@@ -272,11 +272,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
 
     def run_call(self, call: Call, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """One call, or one chunk of it: the (B, T, D) that the head reads, and the loops run for each token (B, T)."""
-        context = self.open_context(call)  # mask, rotary angles, the cache with its slots open
-        embeds = self.embed(call.embeds, call.position_ids)
-        embeds = self.run_section(self.prelude, embeds, context, **kwargs)  # (B, T, D)  once
-        start = self.start(embeds, call.position_ids, call.generator, self.training, call.num_positions)
-        state = self.connection.open(start, embeds)  # (B, T, D) or, with S streams, (B, T, S, D)
+        context, embeds, state = self.begin(call, **kwargs)
         active = ActiveBatch(call, state, embeds, context, self.sharing)
         for loop in range(call.most_loops):  # the same weights every time
             with active.gradients(loop, self.gradient_checkpointing):
@@ -289,6 +285,15 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         if call.past_key_values is not None:
             self.sharing.close(call.past_key_values, active.loops_run, embeds.shape[1])
         return self.readout_norm(hidden_states), loops_used
+
+    def begin(self, call: Call, **kwargs) -> tuple[CallContext, torch.Tensor, torch.Tensor]:
+        """What comes before the loops: the context, the output of the prelude (B, T, D), and the initial state,
+        (B, T, D) or, with S streams, (B, T, S, D)."""
+        context = self.open_context(call)  # mask, rotary angles, the cache with its slots open
+        embeds = self.embed(call.embeds, call.position_ids)
+        embeds = self.run_section(self.prelude, embeds, context, **kwargs)  # (B, T, D)  once
+        start = self.start(embeds, call.position_ids, call.generator, self.training, call.num_positions)
+        return context, embeds, self.connection.open(start, embeds)
 
     def open_context(self, call: Call) -> CallContext:
         """What the layers of a call share: the mask, the rotary angles, and the cache with its slots open."""

@@ -52,10 +52,8 @@ class LoopMap:
         embeds = base.embed_tokens(input_ids)
         position_ids = make_position_ids(embeds, None, None)
         call = Call(embeds, None, position_ids, past_key_values=None, num_loops=num_loops)
-        context = base.open_context(call)
-        self.embeds = base.run_section(base.prelude, base.embed(embeds, position_ids), context)
+        context, self.embeds, self.state = base.begin(call)
         self.context = context.with_keys(base.sharing.key_source())
-        self.state = base.connection.open(base.start(self.embeds, position_ids, None, False), self.embeds)
 
     def __call__(self, state: torch.Tensor, loop: int) -> torch.Tensor:
         """The state after `loop`, counted from 0: (B, T, D), or (B, T, S, D) with S streams, as the `state` before."""

@@ -63,9 +63,7 @@ class SequenceData(NamedData):
                 whose = "files and data sets" if self.generator is not None else "a generator"
                 raise ValueError(f"data.{item.name} is for {whose}: leave it out.")
         if self.generator is not None:
-            from data_builders.builders import generator_of
-
-            generator_of(self.generator)
+            self.generated()
         if self.in_place and (self.chat or self.messages):
             raise ValueError("data.answers in_place has no place in a chat: leave data.chat and data.messages out.")
         if self.in_place and self.loss == "all":
@@ -100,23 +98,23 @@ class SequenceData(NamedData):
 
     def generating(self):
         """The class of the generator's builder."""
-        from data_builders.builders import BUILDERS, generator_of
+        from data_builders.builders import BUILDERS
 
-        return BUILDERS[generator_of(self.generator)[0]]
+        return BUILDERS[self.builder]
+
+    def generated(self) -> tuple[str, dict]:
+        """What the generator is, see `generator_of`."""
+        from data_builders.builders import generator_of
+
+        return generator_of(self.generator)
 
     @property
     def builder(self) -> str:
-        if self.generator is None:
-            return self.task
-        from data_builders.builders import generator_of
-
-        return generator_of(self.generator)[0]
+        return self.task if self.generator is None else self.generated()[0]
 
     def preset(self) -> tuple[str, dict]:
         if self.generator is not None:
-            from data_builders.builders import generator_of
-
-            return self.config, {"seed": self.seed} | generator_of(self.generator)[1] | self.overrides
+            return self.config, {"seed": self.seed} | self.generated()[1] | self.overrides
         preset, named = self.of_files("files")
         named |= {name: vars(self)[name] for name in OWN if vars(self)[name] is not None}
         if self.messages:  # whose preset has these

@@ -5,7 +5,7 @@ from huggingface_hub import EvalResult
 from data_builders import Molecules
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
-from looplab.tasks.card import Card, Names, spread
+from looplab.tasks.card import Card, Names, loops_shown
 
 from .data import MoleculeData
 from .records import EVALUATION, MOLECULES
@@ -68,7 +68,7 @@ class MoleculeCard(Card):
             ],
             "parameters_layers": f"{evaluation['parameters']['layers']:,}",
             "tokens": f"{summary['tokens']:,}",
-            "loops_shown": spread({row["loops"] for row in rows}),
+            "loops_shown": loops_shown({row["loops"] for row in rows}),
             "settings": {
                 setting["name"]: f"temperature {setting['temperature']}, "
                 + (f"the {setting['top_k']} most probable tokens" if setting["top_k"] else "all tokens")

@@ -26,28 +26,16 @@ class MoleculeQuantizing(Quantizing):
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase):
         splits, length = run_molecules(run), MoleculeData.of(run).sequence_length
         self.bos = tokenizer.bos_token_id
-        self.train, self.test_molecules = (
-            PackedMolecules(splits[split], tokenizer, length) for split in ("train", "test")
-        )
-        self.test = [
-            batch for batch in self.batches(self.test_molecules, range(min(len(self.test_molecules), LOSS_MOLECULES)))
-        ]
+        self.train, test = (PackedMolecules(splits[split], tokenizer, length) for split in ("train", "test"))
+        numbers = range(min(len(test), LOSS_MOLECULES))
+        self.test = one_length(test, numbers, self.bos)
         self.test_tokens = sum(labels.numel() for _, labels in self.test)
 
     def __len__(self) -> int:
         return len(self.train)
 
-    def batches(self, molecules: PackedMolecules, numbers: Iterable[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(ids, labels) (b, T) of the molecules, which begin with <bos> and end with <eos>."""
-        by_length = defaultdict(list)
-        for number in numbers:
-            tokens = molecules.tokens(number)
-            by_length[len(tokens)].append(torch.tensor([self.bos, *tokens.tolist()]))
-        rows = [part for _, same in sorted(by_length.items()) for part in torch.stack(same).split(BATCH)]
-        return [(part[:, :-1], part[:, 1:]) for part in rows]
-
     def calibration(self, numbers: torch.Tensor) -> list[torch.Tensor]:
-        return [ids for ids, _ in self.batches(self.train, numbers.tolist())]
+        return [ids for ids, _ in one_length(self.train, numbers.tolist(), self.bos)]
 
     @torch.inference_mode()
     def losses(self, model: PreTrainedModel, loops: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -63,3 +51,15 @@ class MoleculeQuantizing(Quantizing):
 
     def measure(self, model: PreTrainedModel, num_loops: int, losses: torch.Tensor) -> dict:
         return {"loss": losses.mean().item()}
+
+
+def one_length(
+    molecules: PackedMolecules, numbers: Iterable[int], bos: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, labels) (b, T) of some molecules in batches of one length; they begin with <bos> and end with <eos>."""
+    by_length = defaultdict(list)
+    for number in numbers:
+        tokens = molecules.tokens(number)
+        by_length[len(tokens)].append(torch.tensor([bos, *tokens.tolist()]))
+    rows = [part for _, same in sorted(by_length.items()) for part in torch.stack(same).split(BATCH)]
+    return [(part[:, :-1], part[:, 1:]) for part in rows]

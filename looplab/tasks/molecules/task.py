@@ -149,10 +149,15 @@ class MoleculeTask(Task):
 
     def sorts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", limit: int):
         """Test molecules, in batches of one length."""
-        from .quantizing import MoleculeQuantizing
+        from data_builders import PackedMolecules
 
-        held_out = MoleculeQuantizing(run, tokenizer)
-        return {"molecules": [ids for ids, _ in held_out.batches(held_out.test_molecules, range(limit))]}
+        from .held_out import run_molecules
+        from .quantizing import one_length
+
+        test = run_molecules(run)["test"]
+        test = test.select(range(min(limit, len(test))))
+        molecules = PackedMolecules(test, tokenizer, MoleculeData.of(run).sequence_length)
+        return {"molecules": [ids for ids, _ in one_length(molecules, range(len(test)), tokenizer.bos_token_id)]}
 
     def prompts(self, run: Run, tokenizer: "PreTrainedTokenizerBase", count: int, length: int) -> "torch.Tensor":
         """`<bos>` and the first tokens of test molecules."""

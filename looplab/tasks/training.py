@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_builders import DepthSampler
 from looplab.runs.models import blaming
 from looplab.tasks.data import Curriculum, Data
+from looplab.tasks.stages import Stages
 from modeling_looped import LoopedForCausalLM
 
 
@@ -146,6 +147,35 @@ class TaskTraining(ABC):
     @abstractmethod
     def headline(self, summary: dict) -> str:
         """The result of the run in one line."""
+
+
+class StagedTraining(TaskTraining):
+    """A task whose harder rows are added when easier ones are learnt.
+
+    Attributes:
+        stages: of the run.
+    """
+
+    stages: Stages
+
+    def first_state(self) -> State:
+        return State(stage=self.stages.start)
+
+    def is_through(self, state: State) -> bool:
+        return self.stages.is_through(state)
+
+    def schedule_step(self, state: State) -> int:
+        return self.stages.schedule_step(state)
+
+    def advance(self, state: State) -> bool:
+        """Note a passed stage and begin the next one; after the last one, the run may end."""
+        if not self.stages.advance(state):
+            return False
+        self.begin(state)
+        return self.stages.curriculum.restart_optimizer
+
+    def progress(self, state: State) -> dict:
+        return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}
 
 
 def load_tokenizer(field_name: str, folder: str) -> PreTrainedTokenizerBase:

@@ -12,14 +12,14 @@ from datasets import DatasetDict
 from data_builders import DepthSampler, HopBatches, dataset_tokenizer, encode_groups
 from looplab.instruments.at_loops import at_loops
 from looplab.tasks.stages import Stages
-from looplab.tasks.training import State, TaskTraining, TrainingRecipe, load_tokenizer
+from looplab.tasks.training import StagedTraining, State, TrainingRecipe, load_tokenizer
 from modeling_looped import LoopedForCausalLM
 
 # Held-out rows in one forward pass.
 CHECKED_ROWS = 512
 
 
-class HopTraining(TaskTraining):
+class HopTraining(StagedTraining):
     """Stage k trains on 1 .. k hops. The held-out check is measured on the split validation, never on test."""
 
     logits_to_keep = 1
@@ -54,9 +54,6 @@ class HopTraining(TaskTraining):
             curriculum.stop_hops or deepest, ("start_hops", "stop_hops", "hops"),
         )  # fmt: skip
 
-    def first_state(self) -> State:
-        return State(stage=self.stages.start)
-
     def begin(self, state: State) -> None:
         """Train on 1 .. `state.stage` hops."""
         data = self.recipe.data
@@ -66,13 +63,6 @@ class HopTraining(TaskTraining):
             world=self.accelerator.num_processes, weighting=data.weighting, at_least_hops=data.at_least_hops,
             pad_to=data.pad_to,
         )  # fmt: skip
-
-    def is_through(self, state: State) -> bool:
-        """Whether the last stage has passed and the recipe stops there."""
-        return self.stages.is_through(state)
-
-    def schedule_step(self, state: State) -> int:
-        return self.stages.schedule_step(state)
 
     def rows_of(self, step: int) -> list[int]:
         return self.batches.chosen(step).tolist()
@@ -94,16 +84,6 @@ class HopTraining(TaskTraining):
         self, model: LoopedForCausalLM, hops: Sequence[int], loops: Sequence[int]
     ) -> dict[int, dict[str, float]]:
         return held_out_accuracy(self.accelerator, model, self.held_out, hops, loops)
-
-    def advance(self, state: State) -> bool:
-        """Note a passed stage and begin the next one; after the last one, the run may end."""
-        if not self.stages.advance(state):
-            return False
-        self.begin(state)
-        return self.recipe.curriculum.restart_optimizer
-
-    def progress(self, state: State) -> dict:
-        return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}
 
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """The stage reached, the accuracy of all hop counts, and the trained hop counts."""

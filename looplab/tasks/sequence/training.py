@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from data_builders import DepthSampler, OneLength, PackedSequences, sequence_bpe, sequence_tokenizer
 from looplab.runs.models import blaming
 from looplab.tasks.stages import Stages
-from looplab.tasks.training import State, TaskTraining, TrainingRecipe, load_tokenizer
+from looplab.tasks.training import StagedTraining, State, TrainingRecipe, load_tokenizer
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.masks_looped import PATTERNS, Pattern
 
@@ -23,7 +23,7 @@ from .measures import said_at
 from .rows import encoded, groups_of
 
 
-class SequenceTraining(TaskTraining):
+class SequenceTraining(StagedTraining):
     """Stage g trains on the grades up to g. The held-out check is measured on the split validation, never on test."""
 
     logits_to_keep = 0  # answers differ in length
@@ -60,9 +60,6 @@ class SequenceTraining(TaskTraining):
         """The highest grade in training, where the `other` end of the curriculum is given."""
         return None if other is None else self.train_grades[-1]
 
-    def first_state(self) -> State:
-        return State(stage=self.stages.start)
-
     def begin(self, state: State) -> None:
         """Train on the grades up to that of `state.stage`."""
         data = self.recipe.data
@@ -80,12 +77,6 @@ class SequenceTraining(TaskTraining):
             self.batches = PackedSequences(rows, length, *draws, **settings)
         else:
             self.batches = OneLength(rows, *draws, **settings)
-
-    def is_through(self, state: State) -> bool:
-        return self.stages.is_through(state)
-
-    def schedule_step(self, state: State) -> int:
-        return self.stages.schedule_step(state)
 
     def sizes(self, batch: dict) -> tuple[int, int]:
         """Padding is counted among the input tokens, those of this rank for all ranks alike."""
@@ -128,16 +119,6 @@ class SequenceTraining(TaskTraining):
         model.train()
         sums = self.accelerator.reduce(sums).cpu()
         return {count: shares(lines, sums[:, j]) for j, count in enumerate(counts)}
-
-    def advance(self, state: State) -> bool:
-        """Note a passed stage and begin the next one; after the last one, the run may end."""
-        if not self.stages.advance(state):
-            return False
-        self.begin(state)
-        return self.recipe.curriculum.restart_optimizer
-
-    def progress(self, state: State) -> dict:
-        return {"stage": state.stage, "gate": state.gate.get(str(state.stage))}
 
     def summary(self, model: LoopedForCausalLM, state: State, num_loops: int) -> dict:
         """The stage reached, the share of right answers of all grades, and the trained grades."""

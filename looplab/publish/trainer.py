@@ -21,7 +21,7 @@ from transformers.utils.hub import hf_api
 from data_builders import LoopCollator
 from looplab.runs.seeds import to_markdown
 from looplab.runs.writing import write_whole
-from looplab.tasks.card import Names, between, spread
+from looplab.tasks.card import Names, between, loops_shown
 
 from .cards import TAGS, base_values, render
 from .publishing import model_files, revision_of
@@ -148,7 +148,7 @@ def trainer_values(trainer: Trainer, model: PreTrainedModel) -> dict:
         "layers": "layer" if config.num_core_layers == 1 else f"{config.num_core_layers} layers",
         "looped": loops > 1,
         "numbers": numbers,
-        "loops_shown": spread({1, loops, min(2 * loops, most)}),
+        "loops_shown": loops_shown({1, loops, min(2 * loops, most)}),
         "loops_text": between(min(depths), max(depths)) if depths else None,
         "mean_loops": f"{collator.depth.expected:.1f}" if depths else None,
         "chat": tokenizer is not None and bool(tokenizer.chat_template),

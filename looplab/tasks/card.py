@@ -82,13 +82,11 @@ class Card(ABC):
         )
 
 
-def spread(loops: set[int]) -> tuple[int, ...]:
+def loops_shown(loops: set[int]) -> tuple[int, ...]:
     """At most `MOST_LOOPS_SHOWN` of the loop counts, from the smallest to the largest."""
-    ordered = sorted(loops)
-    if len(ordered) <= MOST_LOOPS_SHOWN:
-        return tuple(ordered)
-    last = MOST_LOOPS_SHOWN - 1
-    return tuple(ordered[round(i * (len(ordered) - 1) / last)] for i in range(MOST_LOOPS_SHOWN))
+    from looplab.instruments.drawing import spread
+
+    return tuple(spread(sorted(loops), MOST_LOOPS_SHOWN))
 
 
 def between(low: int, high: int) -> str:

@@ -9,7 +9,7 @@ from data_builders import Khop
 from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
 from looplab.runs.seeds import to_markdown
-from looplab.tasks.card import Card, Names, between, spread
+from looplab.tasks.card import Card, Names, between, loops_shown
 from modeling_looped.halting_looped import entropy_bound
 
 from .data import HopData
@@ -58,7 +58,7 @@ class HopCard(Card):
         measured = {row["split_kind"] for row in grid}
         depth, reach = max(summary["trained_hops"]), facts["reach"][0.9]
         mean = sum(facts["accuracy"].values()) / len(facts["accuracy"])
-        shown = spread({row["loops"] for row in grid})
+        shown = loops_shown({row["loops"] for row in grid})
         return {
             "numbers": [
                 (f"{100 * mean:.1f} %", f"right on held-out questions, with {facts['loops']} loops"),

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from huggingface_hub import EvalResult
 
+from looplab.instruments.drawing import spread
 from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
 from looplab.runs.seeds import to_markdown
-from looplab.tasks.card import Card, Names, between, spread
+from looplab.tasks.card import Card, Names, between, loops_shown
 from modeling_looped.generation_looped import CALIBRATED
 
 from .ask import first_beyond, tokens_of, written
@@ -51,7 +52,7 @@ class SequenceCard(Card):
         splits, data = load_questions(run), SequenceData.of(run)
         question = first_beyond(splits["test"], summary["trained_grades"])
         number = splits["test"]["prompt"][:].index(question)
-        shown_loops = spread({row["loops"] for row in rows})
+        shown_loops = loops_shown({row["loops"] for row in rows})
         grades = summary["trained_grades"]
         beyond = percent(facts["beyond"])
         second = (beyond, "of harder questions than any in training") if facts["beyond"] is not None else (
@@ -102,15 +103,12 @@ def grades_markdown(rows: Sequence[dict], measure: str, trained_loops: tuple[int
     """The grid of the test rows as a Markdown table, in %: a line per grade and kind, a column per loop count."""
     test, (low, high) = lines_of(rows, "test"), trained_loops
     kinds, lines = any(kind for _, kind in test), []
-    chosen = sorted(test) if len(test) <= MOST_LINES else [
-        sorted(test)[round(i * (len(test) - 1) / (MOST_LINES - 1))] for i in range(MOST_LINES)
-    ]  # fmt: skip
-    for grade, kind in chosen:
+    for grade, kind in spread(sorted(test), MOST_LINES):
         at = test[grade, kind]
         first = next(iter(at.values()))
         cell = {"grade": f"{grade}{'*' if first['trained'] else ''}"} | ({"kind": kind or "-"} if kinds else {})
         cell["n"] = str(first["n"])
-        for count in spread(set(at)):
+        for count in loops_shown(set(at)):
             cell[f"[{count}]" if low <= count <= high else str(count)] = f"{100 * at[count][measure]:.1f}"
         lines.append(cell)
     return to_markdown(lines)
@@ -121,8 +119,7 @@ def sequence_part(run: Run, config: dict) -> dict:
     splits, data, summary = load_questions(run), SequenceData.of(run), run.summary()
     test, trained = splits["test"], set(summary["trained_grades"])
     order = sorted(range(len(test)), key=test["grade"][:].__getitem__)
-    chosen = [order[round(i * (len(order) - 1) / max(1, EXAMPLES - 1))] for i in range(EXAMPLES)]
-    rows = [test[number] for number in dict.fromkeys(chosen)]
+    rows = [test[number] for number in spread(order, EXAMPLES)]
     examples = [
         {"prompt": row["prompt"], "answer": row["answer"], "grade": row["grade"], "trained": row["grade"] in trained}
         for row in rows

@@ -4,7 +4,7 @@ from huggingface_hub import EvalResult
 
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
-from looplab.tasks.card import Card, Names, spread
+from looplab.tasks.card import Card, Names, loops_shown
 from modeling_looped.generation_looped import CALIBRATED
 
 from .data import TextData
@@ -58,7 +58,7 @@ class TextCard(Card):
             "tokens": f"{summary['tokens']:,}",
             "test_tokens": f"{rows[0]['tokens']:,}",
             "sequence_length": run.recipe()["data"]["sequence_length"],
-            "loops_shown": spread({row["loops"] for row in rows}),
+            "loops_shown": loops_shown({row["loops"] for row in rows}),
             "table": to_markdown(table),
             "chat": (run.model_folder() / "chat_template.jinja").is_file(),
             "limit": evaluation["limit"],

@@ -24,7 +24,7 @@ from looplab.runs.writing import write_whole
 from looplab.tasks.base import Task
 from looplab.tasks.registry import TASKS
 
-from .study_file import Study, digest_of, flags_of, matches
+from .study_file import Study, digests_of, flags_of, matches
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Cell:
 
 def cells_of(name: str, study: Study, runs: Path) -> list[Cell]:
     """All cells, seed by seed, so that every arm has a seed before one arm has all. runs: the folder of runs."""
-    recipes = {arm: digest_of(study, what) for arm, what in study.arms.items()}
+    recipes = digests_of(study)
     return [
         Cell(arm, seed, recipes[arm], runs / name / f"{arm}-seed{seed}") for seed in study.seeds for arm in study.arms
     ]

@@ -31,7 +31,7 @@ from looplab.runs.recipes import BENCH, TRAIN, read_recipe_file
 from looplab.runs.sections import build, check_name, flatten
 from looplab.shipped import find_bench, find_recipe
 
-from .study_file import Arm, Study, Success, Table, digest_of, listed, matches
+from .study_file import Arm, Study, Success, Table, digests_of, listed, matches
 
 RIGHT = "right"  # the field of the rows that success and rates are judged by
 
@@ -200,22 +200,26 @@ def tuning(bench: Bench, pairs: Sequence[Pair]) -> Study:
     return Study(bench.question, arms, bench.tuned_on, table=Table("task", RIGHT))
 
 
-def chosen_rate(bench: Bench, pair: Pair, rows: Sequence[Mapping]) -> str | None:
-    """The rate with most right answers, a mean over the tuning seeds; None without rows."""
+def chosen_rates(bench: Bench, pairs: Sequence[Pair], rows: Sequence[Mapping]) -> dict[str, str]:
+    """Arm -> the rate with most right answers, a mean over the tuning seeds; only arms that have rows."""
     if len(bench.rates) == 1:
-        return next(iter(bench.rates))
-    found = {}
-    study = tuning(bench, [pair])
-    for name, (arm, what) in zip(bench.rates, study.arms.items(), strict=True):
-        mine = [row[RIGHT] for row in rows if matches(row, {"arm": arm, "recipe": digest_of(study, what)})]
-        if mine:
-            found[name] = fmean(mine)
-    return max(found, key=found.__getitem__) if found else None
+        return dict.fromkeys((pair.arm for pair in pairs), next(iter(bench.rates)))
+    digests, chosen = digests_of(tuning(bench, pairs)), {}
+    for pair in pairs:
+        found = {}
+        for name in bench.rates:
+            arm = f"{pair.arm}.{name}"
+            mine = [row[RIGHT] for row in rows if matches(row, {"arm": arm, "recipe": digests[arm]})]
+            if mine:
+                found[name] = fmean(mine)
+        if found:
+            chosen[pair.arm] = max(found, key=found.__getitem__)
+    return chosen
 
 
 def reporting(bench: Bench, pairs: Sequence[Pair], seeds: Sequence[int], rows: Sequence[Mapping]) -> Study | None:
     """Every pair at its rate, on the seeds; None if no pair has a rate yet."""
-    rates = [(pair, chosen_rate(bench, pair, rows)) for pair in pairs]
-    arms = {pair.arm: arm_of(bench, pair, bench.rates[rate]) for pair, rate in rates if rate is not None}
+    rates = chosen_rates(bench, pairs, rows)
+    arms = {pair.arm: arm_of(bench, pair, bench.rates[rates[pair.arm]]) for pair in pairs if pair.arm in rates}
     success = [each for each in bench.success if {each.arm, each.over or each.arm} <= arms.keys()]
     return study_of(bench, arms, seeds, success) if arms else None

@@ -4,6 +4,7 @@ Names and seeds are those of the file and, beyond it, of the rows. A row counts 
 has now, and so at the rate that is the best now.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,13 @@ from looplab.runs.seeds import span, to_markdown
 from looplab.runs.writing import write_whole
 
 from .cells import read_rows
-from .loopbench_file import RIGHT, Bench, Pair, chosen_rate, pairs_of, reporting, tuning
+from .loopbench_file import RIGHT, Bench, Pair, chosen_rates, pairs_of, reporting, tuning
 from .page import verdict
-from .study_file import Study, digest_of, matches
+from .study_file import Study, digests_of, matches
 
 logger = logging.getLogger(__name__)
 
+DEFAULT = "loopbench"  # of the command
 COLUMNS = 3  # of panels in the figure
 
 
@@ -57,6 +59,11 @@ class Results:
         return [seed for seed in self.names("seeds", "seed") if seed not in self.bench.tuned_on]
 
     @cached_property
+    def rates(self) -> dict[str, str]:
+        """Arm -> the rate that is taken."""
+        return chosen_rates(self.bench, self.pairs, self.found)
+
+    @cached_property
     def study(self) -> Study | None:
         """Every pair at its rate."""
         return reporting(self.bench, self.pairs, self.seeds, self.found)
@@ -66,13 +73,13 @@ class Results:
         """That are reported."""
         if self.study is None:
             return []
-        digests = {arm: digest_of(self.study, what) for arm, what in self.study.arms.items()}
+        digests = digests_of(self.study)
         return [row for row in self.found if row["recipe"] == digests.get(row["arm"])]
 
     @cached_property
     def tuning_rows(self) -> list[Mapping]:
-        study = tuning(self.bench, self.pairs)
-        digests = {arm: digest_of(study, what) for arm, what in study.arms.items()}
+        """That the rates are chosen by."""
+        digests = digests_of(tuning(self.bench, self.pairs))
         return [row for row in self.found if row["recipe"] == digests.get(row["arm"])]
 
     def of(self, **where) -> list[Mapping]:
@@ -108,12 +115,10 @@ def summary_table(results: Results) -> str:
 
 def task_table(results: Results, task: str) -> str:
     """A line per architecture, a column per measure."""
-    rates = {pair.architecture: chosen_rate(results.bench, pair, results.found)
-             for pair in results.pairs if pair.task == task}  # fmt: skip
     lines = []
     for architecture in results.architectures(task):
         rows = results.of(task=task, architecture=architecture)
-        cells = {"architecture": architecture, "seeds": str(len(rows)), "rate": rates[architecture]}
+        cells = {"architecture": architecture, "seeds": str(len(rows)), "rate": results.rates[rows[0]["arm"]]}
         cells |= {f"{part} %": span((row[part] for row in rows), 1, 100) for part in ("trained", "beyond")}
         cells["learnable"] = span((row["learnable"] or 0 for row in rows), 1)
         for threshold in rows[0]["reach"]:
@@ -122,7 +127,8 @@ def task_table(results: Results, task: str) -> str:
         for count in results.bench.measure.kept:
             cells[f"kept at {count:,}"] = span((row["kept"].get(str(count)) for row in rows), 2)
         halting = [row["halting"] for row in rows if row["halting"] is not None]
-        cells["halting / oracle"] = " / ".join(span((pair[i] for pair in halting), 1) for i in (0, 1))
+        loops = " / ".join(span((pair[i] for pair in halting), 1) for i in (0, 1))
+        cells["halting / oracle"] = loops if halting else "-"
         cells["parameters"] = span(row["parameters"] for row in rows)
         cells["TFLOP"] = span((row["flops"] for row in rows), 2, 1e-12)
         cells["KV bytes"] = span(row["kv_bytes"] for row in rows)
@@ -165,7 +171,7 @@ def architecture_table(results: Results) -> str:
     """A line per architecture: the fields of the recipe that it changes."""
     lines = {}
     for pair in results.pairs:
-        changed = ", ".join(f"{name}: {value}" for name, value in pair.choices[1].overrides.items())
+        changed = text_of(pair.choices[1].overrides)[1:-1]
         lines[pair.architecture] = {"architecture": pair.architecture, "changes": f"`{changed}`" if changed else "-"}
     return to_markdown(list(lines.values()))
 
@@ -176,15 +182,15 @@ def page_of(name: str, results: Results) -> str:
     done = {(row["task"], row["architecture"], row["seed"]) for row in results.rows}
     wanted = [(pair.task, pair.architecture, seed) for pair in results.pairs for seed in results.seeds]
     left = [cell for cell in wanted if cell not in done]
+    command = " ".join(["looped loopbench", *([] if name == DEFAULT else [name])])
     commits = sorted({str(row["commit"])[:7] for row in results.rows})
-    taken = Counter(rate for pair in results.pairs if (rate := chosen_rate(bench, pair, results.found)) is not None)
+    taken = Counter(results.rates.values())
     lines = [
         f"# LoopBench: {name}",
         "",
         bench.question,
         "",
-        f"`looped loopbench {name}` trains what is missing, and draws this page from `{name}.jsonl`; "
-        f"`looped loopbench {name} --check` only looks whether page and rows agree. {len(done)} of {len(wanted)} "
+        f"`{command}` trains what is missing, and draws this page from `{name}.jsonl`; `{command} --check` only looks whether page and rows agree. {len(done)} of {len(wanted)} "
         f"cells ran; seeds {', '.join(map(str, results.seeds))}, learning rates chosen on "
         f"{', '.join(map(str, bench.tuned_on))}" + (f"; commit {', '.join(commits)}." if commits else "."),
         "",
@@ -194,8 +200,7 @@ def page_of(name: str, results: Results) -> str:
         "",
         "Learning rates: "
         + "; ".join(
-            f"{rate} ({', '.join(f'{field} {value}' for field, value in fields.items())}), taken {taken[rate]} times"
-            for rate, fields in bench.rates.items()
+            f"{rate} (`{text_of(fields)[1:-1]}`), taken {taken[rate]} times" for rate, fields in bench.rates.items()
         )
         + f"; {len(results.tuning_rows)} trainings.",
         "",
@@ -234,7 +239,9 @@ def text_of(value) -> str:
     """Nested plain values as YAML in one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {text_of(each)}" for name, each in value.items()) + "}"
-    return "[" + ", ".join(map(text_of, value)) + "]" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(text_of, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def check_bench(name: str, bench: Bench, folder: Path) -> bool:
@@ -255,18 +262,19 @@ def draw_bench(name: str, bench: Bench, folder: Path) -> list[Path]:
 
 
 def figure_of(results: Results):
-    """A panel per task: right answers over grades, a line per architecture, with a band from the lowest to the highest
+    """A panel per task: right answers over grades, a line per architecture, with bars from the lowest to the highest
     seed; a dashed line where the training ended, and a dotted one for the commonest answer."""
     from statistics import fmean
 
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    from looplab.instruments.drawing import draw_band, tidy
+    from looplab.instruments.drawing import PALETTE, draw_band, tidy
 
     wide = min(COLUMNS, len(results.tasks))
-    high = -(-len(results.tasks) // wide)
-    figure = Figure(figsize=(max(6.0, 3.7 * wide), 3.1 * high + 0.7), layout="constrained")
-    panels = figure.subplots(high, wide, squeeze=False).flat
+    tall = -(-len(results.tasks) // wide)
+    figure = Figure(figsize=(max(6.0, 3.7 * wide), 3.1 * tall + 0.7), layout="constrained")
+    panels = list(figure.subplots(tall, wide, squeeze=False).flat)
     order = results.names("architectures", "architecture")
     named = {}
     for axes, task in zip(panels, results.tasks, strict=False):
@@ -275,19 +283,21 @@ def figure_of(results: Results):
             grades = list(rows[0]["grades"])
             values = [[100 * row["grades"][grade] for row in rows if grade in row["grades"]] for grade in grades]
             points = [(fmean(each), min(each), max(each)) for each in values]
-            draw_band(
-                axes, [int(grade) for grade in grades], points, order.index(architecture), architecture, shaded=True
-            )
+            index, places = order.index(architecture), [int(grade) for grade in grades]
+            draw_band(axes, places, points, index, architecture, shaded=False)
+            _, low, high = zip(*points, strict=True)
+            axes.vlines(places, low, high, color=PALETTE[index % len(PALETTE)], linewidth=1.2, alpha=0.5)
         rows = results.of(task=task)
         axes.axhline(100 * fmean(row["chance"] for row in rows), color="0.5", linestyle=":", linewidth=0.9, zorder=0)
         if rows[0]["hardest_trained"] is not None:
             axes.axvline(rows[0]["hardest_trained"], color="0.6", linestyle="--", linewidth=0.8, zorder=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 103)
         axes.set_title(task, loc="left", fontsize=10)
         tidy(axes, "right answers (%)", "grade")
         handles, labels = axes.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
-    for axes in list(panels):  # those that are left
+    for axes in panels[len(results.tasks) :]:
         axes.set_axis_off()
     shown = [name for name in order if name in named]
     figure.legend([named[n] for n in shown], shown, loc="outside lower center", ncols=4, frameon=False, fontsize=9)

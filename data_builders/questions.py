@@ -28,6 +28,7 @@ from .sequences import FEATURES
 VERSION = datasets.Version("1.0.0")
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+PLACES = {"source": datasets.Value("string"), "line": datasets.Value("int64")}  # columns that say where a row is from
 LENGTH = "length"  # as `grade`, where the rows have no such column: how long the prompt is
 LONGEST = 2**31  # a grade is below
 
@@ -177,8 +178,7 @@ class Questions(datasets.GeneratorBasedBuilder):
         super().__init__(*args, hash=hash or source_hash(*files), **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:
-        places = {"source": datasets.Value("string"), "line": datasets.Value("int64")}
-        features = datasets.Features(FEATURES | places)
+        features = datasets.Features(FEATURES | PLACES)
         return datasets.DatasetInfo(features=features, description=self.config.description)
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:

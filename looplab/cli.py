@@ -53,11 +53,17 @@ def opened(verb: str, sources: str | Sequence[str], arguments, *names: str, to: 
 
 
 def placed(run, arguments):
-    """The run with what the user says of the place of its data."""
+    """The run with what the user says of the place of its data, or of the data of a model without a recipe."""
     from dataclasses import replace
 
     named = {name: vars(arguments).get(f"data.{name}") for name in ("files", "overrides")}
-    return replace(run, data={name: value for name, value in named.items() if value is not None})
+    given = {name: value for name, value in named.items() if value is not None}
+    section = vars(arguments).get("data")
+    if section is not None:
+        if not run.bare:
+            raise ValueError(f"--data is for a model without a recipe, and {run} has one: leave --data out.")
+        given = section | given
+    return replace(run, data=given)
 
 
 def fields(text: str) -> dict:
@@ -443,6 +449,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"at most N test rows of each sort {help_of('eval', 'limit')}",
     )
     add_arguments(command, "eval")
+    words = (
+        "of a model without a recipe: what it is measured on, as in a recipe's section data, such as "
+        '"{task: sequence, files: [mine.jsonl], grade: digits}"; all rows of files, the test rows of a generator'
+    )
+    command.add_argument("--data", type=fields, metavar="FIELDS", help=words)
     add_to(command)
     add_data(command)
     command.set_defaults(call=run_eval)

@@ -45,7 +45,8 @@ class Run:
     Args:
         folder: with the files.
         given: what the user called it, if that is a model and no run (sources.py): `folder` is then a temporary one.
-        data: fields of the recipe's section `data` that say where the data of the run are now.
+        data: fields of the recipe's section `data` that say where the data of the run are now; of a model without a
+            recipe, the whole section, which says what it is measured on.
     """
 
     folder: Path
@@ -88,14 +89,21 @@ class Run:
         parse = partial(parse_yaml, where="as YAML")
         return self._parse("recipe.yaml", parse, "was it written by train.py?", RECIPE)
 
-    def task(self) -> str:
-        """Name of the task in the recipe."""
-        if self.bare:
+    def section(self) -> Mapping:
+        """The recipe's section `data`; of a model without a recipe, what the user says in its place."""
+        if not self.bare:
+            return self.recipe().get("data", {})
+        if "task" not in self.data:
             raise ValueError(
                 f"{self} is a model without run/recipe.yaml, which says what it was trained on: name the run, or a "
-                "model that `looped publish` has published."
+                "model that `looped publish` has published; or say by `looped eval --data` which questions it is to "
+                "answer."
             )
-        data = self.recipe().get("data", {})
+        return self.data
+
+    def task(self) -> str:
+        """Name of the task in the recipe."""
+        data = self.section()
         if "task" not in data:
             raise ValueError(f"{self}/recipe.yaml has no data.task: was it written by train.py?")
         return data["task"]

@@ -143,6 +143,7 @@ class Task(ABC):
         measured: the field of `measure` with the main number.
         drafting: for `prompts`.
         demo_requirements: packages that a Space installs for `demo_part`.
+        measures_any: `evaluate` measures a model without a recipe, too, on the data that a user names for it.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Task(ABC):
     measured: str
     drafting: Drafting
     demo_requirements: Sequence[str] = ()
+    measures_any: bool = False
 
     @classmethod
     def has(cls, method: str) -> bool:

@@ -41,8 +41,17 @@ class Data:
     @classmethod
     def of(cls, run: Run) -> Self:
         """The section in a run's recipe. Fields that the task does not have are ignored, because older versions wrote
-        the fields of all tasks into recipe.yaml."""
-        names, values = cls.__dataclass_fields__, dict(run.recipe()["data"])
+        the fields of all tasks into recipe.yaml.
+
+        Raises ValueError for a field of the user that there is not, and as `check`.
+        """
+        names, values = cls.__dataclass_fields__, dict(run.section())
+        if run.bare:
+            for name in values.keys() - names.keys():
+                raise ValueError(f"--data has no field {name!r}; it has {', '.join(names)}.")
+            section = cls(**values)
+            section.check(str(run.model_folder()))
+            return section
         for name, value in run.data.items():
             values[name] = merged(values.get(name), value)
         return cls(**{name: value for name, value in values.items() if name in names})

@@ -45,6 +45,10 @@ def task_for(verb: str, runs: Sequence[Run], *options: str) -> Task:
     if verb in ANY_MODEL and all(run.bare for run in runs):
         return TASKS["text"]
     task = task_of(runs)
+    for run in runs:
+        if run.bare and not task.measures_any:
+            able = ", ".join(chosen(lambda each: each.measures_any))
+            raise ValueError(f"{run} is a model without a recipe, and --data with task {task.name}: it is for {able}.")
     run_on = f"{runs[0]} is a run on {task.name}, and looped {verb}"
     if task.options(verb) is None:
         raise ValueError(f"{run_on} is not for {task.kind}: it is for {having(verb)}.")

@@ -129,6 +129,21 @@ class SequenceData(NamedData):
         chat = "messages" if self.messages else "prompts" if self.chat else None
         return reader_of(tokenizer, "in_place" if self.in_place else "after", chat)
 
+    def questions(self):
+        """The rows that a model answers which was not trained on any of them, a `datasets.Dataset`: all that the user
+        names, or the test rows of a generator."""
+        from datasets import Dataset, Features, Split
+
+        from data_builders import task_builder
+        from data_builders.questions import PLACES
+        from data_builders.sequences import FEATURES
+
+        preset, named = self.preset()
+        if self.generator is not None:
+            return self.load()["test"]
+        config = task_builder(self.builder, preset, **named).config
+        return Dataset.from_list(list(config.questions("train")), Features(FEATURES | PLACES), split=Split.TEST)
+
     def verifier(self):
         """What an answer is worth, a `data_builders.sequences.Verifier`."""
         from data_builders import SameAnswer, task_builder

@@ -36,10 +36,11 @@ from .rows import Line, encoded, groups_of, load_questions
 
 def loops_of(run: Run, model: PreTrainedModel) -> list[int]:
     """Loop counts that are measured unless given: 1, 2, 4 .. to twice those of the training, the model's own, and the
-    recipe's `eval_loops`."""
-    most = 2 * run.trained_loops()[1]
+    recipe's `eval_loops`; to twice the model's own where there is no recipe."""
+    own = model.config.num_loops
+    most = 2 * (own if run.bare else run.trained_loops()[1])
     doubled = [2**power for power in range(most.bit_length()) if 2**power <= most]
-    counts = {*doubled, most, model.config.num_loops, *run.recipe()["eval_loops"]}
+    counts = {*doubled, most, own, *([] if run.bare else run.recipe()["eval_loops"])}
     return sorted(loops_to_try(model, sorted(counts)))
 
 
@@ -71,8 +72,8 @@ def lines_at(
 
 
 def chance_of(splits: Mapping) -> float:
-    """The share of test rows whose answer is the commonest of the training."""
-    commonest = Counter(splits["train"]["answer"][:]).most_common(1)[0][0]
+    """The share of test rows whose answer is the commonest of the training, or of themselves where there is none."""
+    commonest = Counter(splits["train" if "train" in splits else "test"]["answer"][:]).most_common(1)[0][0]
     answers = splits["test"]["answer"][:]
     return sum(answer == commonest for answer in answers) / len(answers)
 
@@ -81,18 +82,20 @@ def evaluate_run(run: Run, loops: Sequence[int] | None = None, limit: int | None
     """Write RUN/grades.jsonl and RUN/evaluation.json; returns the first.
 
     Args:
-        run: a finished one.
+        run: a finished one, or a model without a recipe and what the user names in its `data`.
         loops: loop counts, `loops_of` unless given.
         limit: most rows of a grade and kind, the same ones every time; all unless given.
 
     Raises:
         ValueError: the run has not finished, its data have changed, or the model may not run so many loops.
     """
-    trained = set(run.summary()["trained_grades"])
+    trained = set() if run.bare else set(run.summary()["trained_grades"])
+    data = SequenceData.of(run)
     model, tokenizer = load_run_model(run, *(loops or ()))
     loops = sorted(set(loops or loops_of(run, model)))
-    data, splits = SequenceData.of(run), load_questions(run)
-    rows = encoded(data, splits, tokenizer, ("validation", "test"))
+    splits, longest = load_questions(run), model.config.max_position_embeddings
+    held_out = [split for split in ("validation", "test") if split in splits]
+    rows = encoded(data, splits, tokenizer, held_out, longest, "max_position_embeddings of the model")
     reader, verifier, records = data.reader(tokenizer), data.verifier(), []
     for split in rows:
         numbers = groups_of(rows[split], limit)

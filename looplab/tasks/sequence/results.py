@@ -115,15 +115,22 @@ WORDS = {"exact": "right answers", "score": "mean score of the answers"}
 
 def grades_text(run: Run) -> str:
     """The grid of an evaluated run as text, in %: a line per grade and kind, a column per loop count."""
-    rows, facts, evaluation = run.read(GRADES), facts_of(run), run.read(EVALUATION)
-    test, measure, best = lines_of(rows, "test"), facts["measure"], facts["loops"]
-    low, high = run.trained_loops()
-    loops = sorted({row["loops"] for row in rows})
-    header = "".join(f"{f'[{count}]' if low <= count <= high else count:>6}" for count in loops)
+    rows, evaluation = run.read(GRADES), run.read(EVALUATION)
+    loops, chance = sorted({row["loops"] for row in rows}), f"{100 * evaluation['chance']:.1f}"
+    if run.bare:
+        own = evaluation["num_loops"]
+        best, measure, marked = own if own in loops else loops[-1], measure_of(rows), range(0)
+        said, marks = f"Questions, {WORDS[measure]} in % (the commonest answer: {chance})", ""
+    else:
+        facts, (low, high) = facts_of(run), run.trained_loops()
+        best, measure, marked = facts["loops"], facts["measure"], range(low, high + 1)
+        said = f"Test rows, {WORDS[measure]} in % (the commonest training answer: {chance})"
+        marks = "; [ ] and * mark trained loops and grades"
+    test = lines_of(rows, "test")
+    header = "".join(f"{f'[{count}]' if count in marked else count:>6}" for count in loops)
     wide = max(len("kind"), *(len(kind) for _, kind in test))
     text = [
-        f"Test rows, {WORDS[measure]} in % (the commonest training answer: {100 * evaluation['chance']:.1f}), read by "
-        f"{evaluation['by']}; a column is a loop count; [ ] and * mark trained loops and grades.",
+        f"{said}, read by {evaluation['by']}; a column is a loop count{marks}.",
         f"{'grade':>6}  {'kind':<{wide}} {'n':>6} |{header} | {f'95 % interval at {best} loops':<28}| tokens",
     ]
     for (grade, kind), at in test.items():
@@ -132,6 +139,8 @@ def grades_text(run: Run) -> str:
         interval = " - ".join(f"{100 * bound:.1f}" for bound in row[f"{measure}_interval"])
         name = f"{grade:>5}{'*' if row['trained'] else ' '}  {kind:<{wide}}"
         text.append(f"{name} {row['n']:>6} |{values} | {interval:<28}| {100 * row['tokens']:6.1f}")
+    if run.bare:
+        return "\n".join(text)
     text.append(
         f"{best} loops are best on the validation rows of trained grades: "
         f"{percent(facts['trained'])} of trained grades, {percent(facts['beyond'])} beyond them; grades reached: "

@@ -16,8 +16,14 @@ WANTED = ("prompt", "answer", "grade", "kind")
 
 
 def load_questions(run: Run) -> DatasetDict:
-    """The splits of a run, from its recipe. Raises ValueError if they differ from those it was trained on."""
-    splits = SequenceData.of(run).splits_of(run)
+    """The splits of a run, from its recipe; of a model without one, what the user names, as the split test.
+
+    Raises ValueError if they differ from those it was trained on.
+    """
+    data = SequenceData.of(run)
+    if run.bare:
+        return DatasetDict(test=data.questions())
+    splits = data.splits_of(run)
     run.check_data(splits)
     return splits
 
@@ -34,9 +40,10 @@ def encoded(
 
     Raises ValueError as `encode_questions`, and for a column that the rows lack.
     """
+    columns = splits[names[0]].column_names
     for name in WANTED:
-        if name not in splits["train"].column_names:
-            raise ValueError(f"the rows have no column {name}; they have {', '.join(splits['train'].column_names)}.")
+        if name not in columns:
+            raise ValueError(f"the rows have no column {name}; they have {', '.join(columns)}.")
     reader = data.reader(tokenizer)
     return {name: encode_questions(splits[name], reader, longest, limit) for name in names}
 

@@ -38,6 +38,7 @@ class SequenceTask(Task):
     }
     measured = "exact"
     drafting = Drafting(texts=16, prompt=64, drawn={}, ends=True)
+    measures_any = True
 
     def training(self, recipe, splits, depth, accelerator, kept_tokenizer):
         from .training import SequenceTraining

@@ -37,6 +37,7 @@ BELOW = {
     "looplab/convert": ("looplab/tasks/registry.py",),
     "looplab/export": ("looplab/tasks/registry.py",),
     "looplab/publish": ("looplab/tasks/registry.py",),
+    "looplab/rl": ("data_builders", "modeling_looped"),
     "looplab/pretrained": ("looplab/instruments",),
     "looplab/study": ("looplab/training", "looplab/bench"),
     "looplab/cli.py": (

@@ -189,6 +189,11 @@ def check_molecules(names: dict, printed: str) -> None:
     assert names["written"].shape[1] > 1
 
 
+def check_credit(names: dict, printed: str) -> None:
+    assert names["trainer"].state.global_step == 2
+    assert LoopedForCausalLM.from_pretrained("runs/credit/model").config.vocab_size == len(names["tokenizer"])
+
+
 def check_new_task(names: dict, printed: str) -> None:
     from looplab.tasks.registry import TASKS
 
@@ -235,11 +240,16 @@ RUNS: dict[str, tuple[Callable[[], dict], Callable[[dict, str], object]]] = {
     "docs/guides/hyperloop.md": (nothing, nothing),
     "docs/guides/melt.md": (nothing, nothing),
     "docs/guides/molecules.md": (toy_molecules, check_molecules),
+    "docs/guides/reinforce.md": (nothing, check_credit),
 }
 SLOW = {"docs/guides/clients.md"}  # exports eight loops, fine-tunes with TRL
 # Page -> the test that runs it, and why it is not run here.
 ELSEWHERE = {
     "docs/guides/publish.md": ("test_what_is_published_works_where_this_repository_does_not_exist", "needs a Hub"),
+    "docs/guides/teach_pretrained.md": (
+        "test_a_pretrained_model_is_taught_as_the_guide_says",
+        "its commands make what its code takes",
+    ),
 }
 
 
@@ -255,6 +265,7 @@ def test_a_page_with_python_is_run_or_says_where(page):
 
 # TRL 1.16 uses the old names of activation checkpointing; a CPU may have no bfloat16 to recommend.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in RUNS]
 )

@@ -190,9 +190,10 @@ def page_of(name: str, results: Results) -> str:
         "",
         bench.question,
         "",
-        f"`{command}` trains what is missing, and draws this page from `{name}.jsonl`; `{command} --check` only looks whether page and rows agree. {len(done)} of {len(wanted)} "
-        f"cells ran; seeds {', '.join(map(str, results.seeds))}, learning rates chosen on "
-        f"{', '.join(map(str, bench.tuned_on))}" + (f"; commit {', '.join(commits)}." if commits else "."),
+        f"`{command}` trains what is missing, and draws this page from `{name}.jsonl`; `{command} --check` only looks "
+        f"whether page and rows agree. {len(done)} of {len(wanted)} cells ran; seeds "
+        f"{', '.join(map(str, results.seeds))}, learning rates chosen on {', '.join(map(str, bench.tuned_on))}"
+        + (f"; commit {', '.join(commits)}." if commits else "."),
         "",
         budget_of(bench),
         "",
@@ -221,8 +222,10 @@ def page_of(name: str, results: Results) -> str:
             LEGEND,
         ]
     for task in results.tasks:
-        data = next(pair.choices[0].data for pair in results.pairs if pair.task == task)
-        lines += [f"### {task}", "", f"`data: {text_of(data)}`", "", task_table(results, task), ""]
+        choice = next(pair.choices[0] for pair in results.pairs if pair.task == task)
+        said = [f"`data: {text_of(choice.data)}`"]
+        said += [f"`{text_of(choice.overrides)[1:-1]}`"] if choice.overrides else []
+        lines += [f"### {task}", "", "; ".join(said), "", task_table(results, task), ""]
     if left:
         cells: dict[str, list[int]] = {}
         for task, architecture, seed in left:

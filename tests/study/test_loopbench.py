@@ -11,9 +11,12 @@ from looplab.cli import main
 from looplab.runs.yaml_text import to_yaml
 from looplab.study import loopbench, measuring
 from looplab.study.cells import task_of_arm
-from looplab.study.loopbench_file import architecture_named, pairs_of, read_bench, task_named, tuning
+from looplab.study.loopbench_file import architecture_named, chosen_rates, pairs_of, read_bench, task_named, tuning
 from looplab.study.loopbench_page import check_bench
 from looplab.study.measuring import best_loops, reached
+from looplab.study.study_file import digests_of
+from looplab.tasks.hops import results as hop_results
+from looplab.tasks.sequence import results as sequence_results
 from toy_runs import reset_accelerator
 from toys import ROOT
 
@@ -207,6 +210,39 @@ def test_the_committed_page_says_what_the_committed_rows_say(path, monkeypatch):
     name, bench = read_bench(str(path))
     if Path(f"docs/results/{name}.jsonl").exists():
         assert check_bench(name, bench, Path("docs/results"))
+
+
+def test_the_rate_is_the_best_of_rows_that_count(tmp_path):
+    _, bench = read_bench(str(write(tmp_path)))
+    [pair] = pairs = pairs_of(bench, ["khop"], ["plain"])
+    digests = digests_of(tuning(bench, pairs))
+
+    def row(rate: str, right: float, **changes) -> dict:
+        arm = f"{pair.arm}.{rate}"
+        return {"arm": arm, "seed": 100, "recipe": digests[arm], "right": right} | changes
+
+    middle = row("middle", 0.5)
+    assert chosen_rates(bench, pairs, []) == {}
+    assert chosen_rates(bench, pairs, [middle, row("low", 0.6)]) == {pair.arm: "low"}
+    assert chosen_rates(bench, pairs, [row("low", 0.5), middle]) == {pair.arm: "middle"}  # the first of equals
+    assert chosen_rates(bench, pairs, [middle, row("low", 0.6, recipe="old")]) == {pair.arm: "middle"}
+    _, alone = read_bench(str(write(tmp_path, rates={"low": {}})))
+    assert chosen_rates(alone, pairs, []) == {pair.arm: "low"}
+
+
+def test_halting_is_that_of_the_best_rule_beside_the_oracle_on_solved_rows():
+    """Two rules, three difficulties of which the last is not solved: on both kinds of records."""
+    loops = {"kl": (2, 4, 9), "latent": (3, 5, 9)}
+    chosen = [
+        {"measure": "chosen", "rule": rule, "loops": count, "own_loops": own, "solvable": own < 8}
+        for rule, counts in loops.items()
+        for count, own in zip(counts, (1, 3, 8), strict=True)
+    ]
+    oracle = [{"measure": "oracle", "rule": "fixed", "loops": own, "solvable": own < 8} for own in (1, 3, 8)]
+    best = [{"measure": "best", "rule": "latent", "loops": 0}]
+    assert hop_results.halting_loops(chosen + best) == (4, 2)
+    assert sequence_results.halting_loops(chosen + oracle + best) == (4, 2)
+    assert hop_results.halting_loops(chosen) is sequence_results.halting_loops(chosen + oracle) is None
 
 
 @given(st.dictionaries(st.integers(1, 30), st.floats(0, 1), min_size=1), st.floats(0, 1))

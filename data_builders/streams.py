@@ -303,7 +303,8 @@ class Reader:
         """Read the epoch from its beginning, or from the state that was loaded."""
         order = stream(self.seed, "shards of a stream", self.epoch).integers(1, 2**31)
         self.part.set_epoch(int(order))  # `datasets` orders the shards by this number
-        self._batches = iter(self.loader)
+        with blaming(dict(self.text.arguments), self.text.named_by):
+            self._batches = iter(self.loader)
 
     def state_dict(self) -> dict:
         if self._batches is None:

@@ -33,7 +33,7 @@ from .files import find_files
 from .streams import DOCUMENTS, StreamedText, load_streams
 from .text_batches import Encoder, TextBlocks, TokenStream, UnknownToken
 
-NOTE, TOKENIZER, LOCK = "tokens.json", "tokenizer", ".lock"
+NOTE, TOKENIZER, LOCK = "tokens.json", "tokenizer", "lock"
 FORMAT = 1
 SHARDS = 64  # that a source of fewer files is cut into, if its files can be cut
 TOKENS = 2**22  # of a record batch: a run keeps a few hundred bytes for each of them
@@ -160,6 +160,7 @@ def read_note(folder: Path) -> dict:
 
 def write_note(folder: Path, note: Mapping) -> None:
     partial = folder / f".{NOTE}.partial"
+    partial.unlink(missing_ok=True)  # it may be a link
     partial.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / NOTE)
 
@@ -305,6 +306,7 @@ class ShardWriter:
         """
         schema = datasets.Features({"input_ids": datasets.List(datasets.Value(self.ids))}).arrow_schema
         partial, entry = self.folder / f".{name}.partial", {"split": split, "documents": 0, "tokens": 0}
+        partial.unlink(missing_ok=True)  # what a kill has left
         with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
             for lengths, tokens in self.batches(texts, place or split):
                 offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 FREE = frozenset(
     {
         "max_steps", "max_seconds", "log_every", "checkpoint_every", "max_shard_size", "eval_loops", "snapshots",
-        "spike", "trackers", "compile",
+        "spike", "trackers", "compile", "data.prefetch",
     }
 )  # fmt: skip
 

@@ -28,6 +28,10 @@ WRITING = {
     "frozen": ["frozen {here}/study.yaml --stages cost"],
     "bench": ["bench --quick --no-compile --output {here}/bench"],
     "convert": ["convert {here}/llama {here}/looped"],
+    "tokenize": [
+        "tokenize {here}/text/data/test.parquet --tokenizer {here}/llama --held-out-documents 1 --processes 1 "
+        "--to {here}/tokens"
+    ],
     "export": ["export {here}/hops --to gguf", "export {here}/hops --to mlx"],
 }
 # halting, harness, study and loopbench write single files, by the same function; fetch a folder that must not exist,

@@ -1,20 +1,22 @@
 """Every recipe can be run: its fields, its model, its depths and its data exist, and the paper's have its sizes."""
 
 import glob
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from data_builders import DepthSampler, task_builder
-from looplab.instruments.flops import update_flops
+from data_builders import DepthSampler, task_builder, train_byte_bpe
+from looplab.instruments.flops import training_flops, update_flops
 from looplab.training.optimizers import build_optimizers
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.layers_looped import LoopedLayer
-from toy_runs import launch_environment
-from toys import ROOT
+from toy_runs import ended, launch_environment, measured, sharded, train_in
+from toys import ROOT, make_texts, write_shards
 from train import Recipe, main, read_recipe
 
 RECIPES = ROOT / "recipes"
@@ -23,8 +25,9 @@ PAPER = sorted(RECIPES.glob("paper/*.yaml"))
 MOLECULES = sorted(RECIPES.glob("molecules/*.yaml"))
 OURO = sorted(RECIPES.glob("ouro/*.yaml"))
 MELT = sorted(RECIPES.glob("melt/**/*.yaml"))
+LM = sorted(RECIPES.glob("lm/*.yaml"))
 FILES = sorted(
-    [*RECIPES.glob("*.yaml"), *RECIPES.glob("hyperloop/*.yaml"), *PAPER, *HYPERLOOP, *MOLECULES, *OURO, *MELT]
+    [*RECIPES.glob("*.yaml"), *RECIPES.glob("hyperloop/*.yaml"), *PAPER, *HYPERLOOP, *MOLECULES, *OURO, *MELT, *LM]
 )
 SPECIAL_TOKENS = 3  # of `hop_tokenizer`
 
@@ -133,6 +136,49 @@ def test_the_model_of_the_melt_paper_has_its_size():
         assert model.config.num_hidden_layers * 2 * 16 * 128 * 2 == 196_608  # bytes per token
         assert recipe.batch_size * recipe.data.sequence_length == 320_000
         assert f"{MELT_GATES:,}" in (RECIPES / "melt" / "paper" / f"{name}.yaml").read_text()
+
+
+LM_PARAMETERS = {"looped_135m": 134_757_376, "unrolled_12": 195_060_736}
+
+
+def test_twins_of_a_language_model_cost_the_same(tmp_path):
+    """FLOPs of an update, on the mean over loop counts; only model and depth differ."""
+    recipes = {file.stem: read_recipe(file) for file in LM}
+    flops = {}
+    for name, recipe in recipes.items():
+        config, depth = LoopedConfig(**recipe.model), sampler(recipe)
+        with torch.device("meta"):
+            assert LoopedForCausalLM(config).num_parameters() == LM_PARAMETERS[name]
+        text = (RECIPES / "lm" / f"{name}.yaml").read_text()
+        assert f"{LM_PARAMETERS[name]:,} parameters" in " ".join(text.replace("\n#", "").split())
+        costs = [training_flops(config, 1, recipe.data.sequence_length, int(loops)) for loops in depth.depths]
+        flops[name] = float(depth.probabilities @ costs)
+        assert recipe.max_steps * recipe.batch_size * recipe.data.sequence_length == pytest.approx(1e10, rel=1e-3)
+    assert flops["looped_135m"] == pytest.approx(flops["unrolled_12"], rel=1e-9)
+    one, two = (recipe.resolved() for recipe in recipes.values())
+    differ = {name for name in one if one[name] != two[name]}
+    assert differ == {"name", "model", "depth", "eval_loops"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [{}, sharded()], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("file", LM, ids=lambda file: file.stem)
+def test_a_language_model_takes_two_updates_on_a_local_stream(file, launched, tmp_path):
+    """In two processes, each with a part of its own; narrower, and on shorter rows than the recipe."""
+    texts = make_texts()
+    dataset = write_shards(tmp_path / "shards", "parquet", texts)
+    train_byte_bpe([text for shard in texts for text in shard], 300).save_pretrained(tmp_path / "tokenizer")
+    model = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 300}
+    data = {"sequence_length": 32, "validation_tokens": 64, "held_out_documents": 20, "shuffle_blocks": 8}
+    data |= {"dataset": json.dumps(dataset), "tokenizer": tmp_path / "tokenizer", "parts": 2, "workers": 0}
+    flags = [f"--model.{name}={value}" for name, value in model.items()]
+    flags += [f"--data.{name}={value}" for name, value in data.items()]
+    flags += ["--batch_size=8", "--accumulation_steps=2", "--max_steps=2", "--log_every=1", "--compile=false"]
+    ended(train_in(2, tmp_path, f"lm/{file.name}", f"--output_dir={tmp_path}", *flags, **launched))
+    losses = [loss for _, loss in measured(tmp_path / file.stem)]
+    assert losses == pytest.approx([np.log(300)] * 2, abs=0.2)
+    assert LoopedForCausalLM.from_pretrained(tmp_path / file.stem / "model").config.hidden_size == 32
+    assert json.loads((tmp_path / file.stem / "summary.json").read_text())["hardware"]["processes"] == 2
 
 
 @pytest.mark.slow

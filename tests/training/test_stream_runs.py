@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from data_builders import train_byte_bpe
 from looplab.cli import main as looped
-from toy_runs import failure, measured, reset_accelerator, rows_of, train_in_two
+from toy_runs import ended, failure, measured, reset_accelerator, rows_of, train_in
 from toys import ROOT, make_texts, write_shards
 from train import main, read_recipe
 
@@ -61,7 +61,7 @@ def test_one_process_goes_on_with_the_parts_of_two(flags, tmp_path):
     """As if there were two still, and as one process with two parts from the beginning."""
     more = ["--max_steps=20", "--checkpoint_every=10", "--optim.kind=adamw", "--model.residual_dropout=0"]
     more += ["--log_every=1", "--data.workers=1"]
-    train_in_two(tmp_path, "smoke_text.yaml", *flags("two", *more))
+    ended(train_in(2, tmp_path, "smoke_text.yaml", *flags("two", *more)))
     shutil.copytree(tmp_path / "two", tmp_path / "parts")
     back_to(tmp_path / "parts", 10)
     run(flags("parts", *more))

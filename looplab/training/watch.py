@@ -8,7 +8,8 @@
                          since the row before), where the peak is known
 
 A run stops at a loss that is not finite, and at a spike: a loss `recipe.spike` nats above the mean of the losses
-before it, at most `WINDOW` of them. A run that goes on has those that metrics.jsonl holds.
+before it, at most `WINDOW` of them, and no less than twice that mean: where embeddings of variance 1 are the head, too, a
+training begins at hundreds of nats. A run that goes on has the losses that metrics.jsonl holds.
 """
 
 import json
@@ -104,7 +105,7 @@ class Watch:
             FloatingPointError: it is not finite, or a spike; the sentence names update, rows of data and checkpoint.
         """
         usual = fmean(self.losses) if len(self.losses) >= FEWEST else math.inf
-        if math.isfinite(loss) and loss - usual < (self.recipe.spike or math.inf):
+        if math.isfinite(loss) and not spikes(loss, usual, self.recipe.spike):
             self.losses.append(loss)
             return
         self.run.end_checkpoint()  # that is being written
@@ -120,6 +121,11 @@ class Watch:
         saved = sorted(path.parent for path in self.run.checkpoints.glob("step-*/state.json"))
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         raise FloatingPointError(f"{said}{told(rows)}; {kept}: {remedy}.")
+
+
+def spikes(loss: float, usual: float, spike: float | None) -> bool:
+    """Whether a loss is a spike over the usual one, see above. spike: in nats, None where no loss is one."""
+    return spike is not None and loss - usual >= max(spike, usual)
 
 
 def told(rows: list[int]) -> str:

@@ -2,6 +2,7 @@
 says where, on which rows of data, and loses nothing."""
 
 import json
+import math
 import re
 import time
 
@@ -11,7 +12,7 @@ from data_builders import HopBatches
 from looplab.instruments.devices import DEVICES, known_device
 from looplab.instruments.flops import training_flops
 from looplab.mistakes import sentence
-from looplab.training.watch import FEWEST, NAMED, WINDOW, Watch
+from looplab.training.watch import FEWEST, NAMED, WINDOW, Watch, spikes
 from modeling_looped import LoopedConfig
 from toy_runs import measured, rows_of
 from toys import ROOT
@@ -123,4 +124,20 @@ def test_no_run_of_this_project_would_have_been_stopped(path):
     assert len(losses) > WINDOW
     for at in range(FEWEST, len(losses)):
         before = losses[max(0, at - WINDOW) : at]
-        assert losses[at] - sum(before) / len(before) < 10.0
+        assert not spikes(losses[at], sum(before) / len(before), 10.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "usual", "spike", "expected"),
+    [
+        (12.9, 3.0, 10.0, False),
+        (13.0, 3.0, 10.0, True),
+        (500.0, 459.0, 10.0, False),  # the first losses of recipes/paper
+        (918.0, 459.0, 10.0, True),
+        (1e9, 3.0, None, False),
+        (1e9, math.inf, 10.0, False),  # nothing is usual yet
+        (3.0, 0.01, 2.0, True),
+    ],
+)
+def test_a_spike_is_so_many_nats_above_the_usual_loss_and_twice_as_large(loss, usual, spike, expected):
+    assert spikes(loss, usual, spike) == expected

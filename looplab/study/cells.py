@@ -179,14 +179,20 @@ def training(study: Study, cell: Cell) -> list[str]:
 
 def run_modules(commands: Sequence[Sequence[str]], log: Path, threads: int) -> None:
     """Run modules of this package with their arguments, one after the other, and keep what they print in `log`.
-    Raises ValueError, which names the log, if one fails."""
+
+    threads: of each, unless OMP_NUM_THREADS says otherwise: on a busy machine, two that wait for each other are slower
+        by far than one.
+
+    Raises:
+        ValueError: one of them failed; the message names the log.
+    """
     with open(log, "w", encoding="utf-8") as output:
         for command in commands:
             done = subprocess.run(
                 [sys.executable, "-m", *command],
                 stdout=output,
                 stderr=output,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ,
             )
             if done.returncode:
                 raise ValueError(f"its process ended with status {done.returncode}, see {log}.")

@@ -39,6 +39,11 @@ class CompositionConfig(datasets.BuilderConfig):
     test_per_kind: int = number(1_000, at_least=0, whole=True)  # most rows of ood_first, of ood_second and of pair
     seed: int = number(0, at_least=0, whole=True)
 
+    def train_rows(self) -> dict[int, int]:
+        """Hop count -> rows of the split train."""
+        facts = self.num_entities * self.out_degree
+        return {1: facts, 2: round(self.phi * (facts - round(self.ood_share * facts)))}
+
 
 class Composition(datasets.ArrowBasedBuilder):
     """Two-hop questions over a knowledge graph: does a model compose facts that it never saw composed?

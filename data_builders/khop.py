@@ -44,6 +44,11 @@ class KhopConfig(datasets.BuilderConfig):
     far_hops: int = number(0, at_least=0, whole=True)  # validation and test go on to here, in steps of FAR_STEP
     seed: int = number(0, at_least=0, whole=True)
 
+    def train_rows(self) -> dict[int, int]:
+        """Hop count -> rows of the split train."""
+        facts = self.num_entities * self.num_relations
+        return {1: facts} | dict.fromkeys(range(2, self.train_hops + 1), self.train_per_hop)
+
 
 class Khop(datasets.ArrowBasedBuilder):
     """k-hop chains: train (hops 1 .. train_hops), validation and test (hops 2 .. max_hops), pairwise disjoint.

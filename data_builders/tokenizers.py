@@ -39,6 +39,9 @@ SMILES_TOKEN = LONG_SMILES_TOKEN + r"|[BCNOPSFIbcnops*]|[-=#$:/\\]|[().]|[0-9]"
 SMILES_SPLIT = {"type": "Split", "pattern": {"Regex": SMILES_TOKEN}, "behavior": "Isolated", "invert": False}
 
 
+HOP_SPECIALS = (PAD, EOS, READOUT)
+
+
 def hop_tokenizer(
     num_entities: int,
     num_relations: int,
@@ -59,7 +62,7 @@ def hop_tokenizer(
         raise ValueError(f"readout must be token or last, got {readout!r}.")
     if num_entities < 1 or num_relations < 1:
         raise ValueError(f"num_entities and num_relations must be >= 1, got {num_entities} and {num_relations}.")
-    words = [PAD, EOS, READOUT, *(f"e{i}" for i in range(num_entities)), *(f"r{i}" for i in range(num_relations))]
+    words = [*HOP_SPECIALS, *(f"e{i}" for i in range(num_entities)), *(f"r{i}" for i in range(num_relations))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     if readout == "token":

@@ -1,5 +1,6 @@
-"""The command line: `looped train | recipes | eval | halting | memory | plot | table | lens | dynamics | fetch |
-tokenize | harness | frozen | ask | demo | bench | convert | quantize | export | publish | serve | study | loopbench`.
+"""The command line: `looped train | plan | recipes | eval | halting | memory | plot | table | lens | dynamics |
+fetch | tokenize | harness | frozen | ask | demo | bench | convert | quantize | export | publish | serve | study |
+loopbench`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from looplab.instruments.devices import DEVICES
 from looplab.publish.limits import LIMITS, Limits, option
 from looplab.runs.records import PICTURES
 from looplab.shipped import list_recipes
@@ -18,7 +20,7 @@ from looplab.tasks.registry import arguments_of, files_of, having, help_of, spel
 from looplab.training.recipe import add_recipe
 
 from . import __version__
-from .mistakes import Parser, Whole, run_command
+from .mistakes import Parser, Real, Whole, run_command
 
 COUNT = Whole()
 LOOPS = Whole(highest=10_000)
@@ -95,6 +97,18 @@ def run_train(arguments) -> None:
     from looplab.train import main
 
     main(recipe)
+
+
+def run_plan(arguments) -> None:
+    from looplab.training.recipe import read_recipe
+
+    recipe = read_recipe(arguments.recipe, arguments.flags)
+    from looplab.planning.plan import Setup, device_of, make_plan
+    from looplab.planning.told import told
+
+    device = device_of(arguments.gpu, arguments.memory, arguments.peak)
+    setup = Setup(device, arguments.count, arguments.mfu, 1e9 * arguments.network)
+    print(told(make_plan(recipe, setup, arguments.tokens)))
 
 
 def run_recipes(arguments) -> None:
@@ -426,6 +440,25 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a model by a recipe, in one process, to OUTPUT_DIR/NAME")
     add_recipe(command)
     command.set_defaults(call=run_train, flags=())
+
+    command = commands.add_parser(
+        "plan", help="say what training by a recipe would take: FLOPs, memory, traffic and hours; trains nothing"
+    )
+    add_recipe(command)
+    command.add_argument("--gpu", default="h100", metavar="GPU", help=f"such as {', '.join(DEVICES)}; or any name")
+    command.add_argument("--count", type=COUNT, default=8, metavar="N", help="GPUs")
+    command.add_argument(
+        "--mfu", type=Real(0.001, 1), default=0.4, metavar="SHARE", help="share of the GPU's peak that is reached"
+    )
+    command.add_argument("--memory", type=Real(0.1, 1e6), metavar="GB", help="of a GPU (default: what is known of it)")
+    command.add_argument(
+        "--peak", type=Real(0.001, 1e6), metavar="TFLOPS", help="TFLOP/s of a GPU (default: what is known of it)"
+    )
+    command.add_argument(
+        "--network", type=Real(0.001, 1e6), default=50, metavar="GB", help="GB/s that a GPU sends to other machines"
+    )
+    command.add_argument("--tokens", type=COUNT, metavar="N", help="of a row of data, if the recipe does not say")
+    command.set_defaults(call=run_plan, flags=())
 
     command = commands.add_parser("recipes", help="list the recipes that come with this package")
     command.set_defaults(call=run_recipes)

@@ -40,6 +40,7 @@ BELOW = {
     "looplab/rl": ("data_builders", "modeling_looped"),
     "looplab/pretrained": ("looplab/instruments",),
     "looplab/study": ("looplab/training", "looplab/bench"),
+    "looplab/planning": ("looplab/training",),
     "looplab/cli.py": (
         "looplab/__init__.py",
         "looplab/train.py",
@@ -49,6 +50,7 @@ BELOW = {
         "looplab/publish",
         "looplab/pretrained",
         "looplab/study",
+        "looplab/planning",
     ),
     "looplab/__init__.py": (),
     "looplab/train.py": ("looplab/training",),

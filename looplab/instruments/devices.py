@@ -5,8 +5,10 @@ in fp32 those of the vector units, since this project does not switch on TF32.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,11 @@ def known_device(reported: str) -> Device | None:
     return next((device for device in DEVICES.values() if device.name in reported), None)
 
 
-def peak_of(device: torch.device, precision: str) -> float | None:
+def peak_of(device: "torch.device", precision: str) -> float | None:
     """FLOP/s that a device of this machine can do at most in "bf16" or "fp32"; None where it is not known."""
     if device.type != "cuda":
         return None
+    import torch
+
     found = known_device(torch.cuda.get_device_name(device))
     return None if found is None else {"bf16": found.bf16, "fp32": found.fp32}[precision]

@@ -29,6 +29,21 @@ COPY = "data"  # the folder of a run with the copy of its data
 KEPT_BYTES = 32 * 2**20  # the most rows that a run keeps a copy of, as Arrow has them in memory
 
 
+@dataclass(frozen=True)
+class RowShape:
+    """What rows of training data are to a model, as far as a recipe alone says it.
+
+    Args:
+        vocabulary: tokens of the tokenizer; None where they are known with the data only.
+        tokens: length of the rows -> share of the updates with rows of that length; None as above.
+        logits: positions of a row that are learnt, counted from its end; 0 for all.
+    """
+
+    vocabulary: int | None = None
+    tokens: dict[int, float] | None = None
+    logits: int = 0
+
+
 @strict
 @dataclass
 class Data:
@@ -70,6 +85,10 @@ class Data:
     def preset(self) -> tuple[str, dict]:
         """(preset of the builder, fields in place of the preset's)."""
         return "default", {"seed": self.seed} | self.overrides
+
+    def shape(self) -> RowShape:
+        """What is known of the rows without reading them."""
+        return RowShape()
 
     def load(self, **changed) -> "DatasetDict":
         """The splits, built into the `datasets` cache on first use.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from looplab.tasks.training import TaskTraining
-from modeling_looped import LoopedForCausalLM
+from modeling_looped import LoopedConfig, LoopedForCausalLM
 
 from .distillation import Distillation, interpolated
 from .model import load_trained
@@ -47,11 +47,18 @@ def make_objective(
     Raises:
         ValueError: fields of the recipe ask for two objectives.
     """
-    if model.config.exit_gate:
-        return ExitLoss(recipe, task.logits_to_keep)
-    if recipe.distill.teacher is not None:
+    if recipe.distill.teacher is not None and not model.config.exit_gate:
         return DistillationLoss(recipe, model, task.padding, accelerator)
-    return LabelLoss(recipe, task.logits_to_keep)
+    return label_objective(recipe, model.config, task.logits_to_keep)
+
+
+def label_objective(recipe: Recipe, config: LoopedConfig, logits_to_keep: int) -> "ExitLoss | LabelLoss":
+    """The objective of a recipe without a teacher, of labels at the last `logits_to_keep` positions, or at all (0).
+
+    Raises:
+        ValueError: fields of the recipe ask for two objectives.
+    """
+    return (ExitLoss if config.exit_gate else LabelLoss)(recipe, logits_to_keep)
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:

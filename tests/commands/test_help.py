@@ -40,7 +40,9 @@ def test_every_argument_of_a_verb_has_a_line_with_its_type_and_default(verb, cap
         if isinstance(action.type, Whole):
             assert str(action.type) in said, begin
         if action.nargs != 0 and action.default not in (None, (), argparse.SUPPRESS) and action.option_strings:
-            shown = action.default if isinstance(action.default, str | int) else " ".join(map(str, action.default))
+            shown = (
+                action.default if isinstance(action.default, str | int | float) else " ".join(map(str, action.default))
+            )
             assert f"default: {shown}" in said or "default: all" in said, f"{verb} {begin}"
 
 

@@ -17,6 +17,8 @@ LINES = {
     "train smoke --optim.lrr 3": set(),
     "train frozen/smollm2": set(),
     "train zzz": set(),
+    "plan zzz": set(),
+    "plan smoke --count 0": set(),
     "eval smoke": set(),
     "eval {runs}/text --masked 3": set(),
     "table {runs}/hops --against x": set(),

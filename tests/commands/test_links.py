@@ -37,7 +37,7 @@ WRITING = {
 # halting, harness, study and loopbench write single files, by the same function; fetch a folder that must not exist,
 # as convert does; what train writes is looked at in tests/training/test_run_folder.py.
 OTHERS = {"train", "recipes", "table", "ask", "demo", "publish", "serve", "halting", "harness", "fetch"}
-OTHERS |= {"study", "loopbench"}
+OTHERS |= {"study", "loopbench", "plan"}
 AGAIN = {"convert", "export"}  # what needs its output gone before it runs again
 
 

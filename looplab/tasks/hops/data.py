@@ -6,7 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from data_builders.fields import number
-from looplab.tasks.data import Data
+from looplab.tasks.data import Data, RowShape
 from looplab.tasks.stages import StagedCurriculum
 
 
@@ -24,6 +24,18 @@ class HopData(Data):
 
     def preset(self) -> tuple[str, dict]:
         return self.config, {"seed": self.seed} | self.overrides
+
+    def shape(self) -> RowShape:
+        """Of all hop counts in the data, also those that a curriculum may never reach."""
+        from data_builders import task_builder
+        from data_builders.tokenizers import HOP_SPECIALS
+
+        preset, fields = self.preset()
+        config = task_builder(self.builder, preset, **fields).config
+        rows = config.train_rows() if self.weighting == "rows" else dict.fromkeys(config.train_rows(), 1)
+        fixed = 1 + (self.readout == "token")  # the entity, and where the answer is read
+        tokens = {self.pad_to: 1.0} if self.pad_to else {k + fixed: n / sum(rows.values()) for k, n in rows.items()}
+        return RowShape(len(HOP_SPECIALS) + config.num_entities + config.num_relations, tokens, logits=1)
 
 
 @strict

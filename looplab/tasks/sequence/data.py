@@ -6,6 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from data_builders.fields import number, path
+from looplab.tasks.data import RowShape
 from looplab.tasks.language.data import NamedData
 from looplab.tasks.stages import StagedCurriculum
 
@@ -121,6 +122,10 @@ class SequenceData(NamedData):
             preset, named = "chats", {n: v for n, v in named.items() if n not in ("prompt", "answer", "messages")}
         counted = {"counted": "words"} if self.cut == "words" else {}
         return preset, counted | named
+
+    def shape(self) -> RowShape:
+        tokens = None if self.sequence_length is None else {self.sequence_length: 1.0}
+        return RowShape(self.vocab_size, tokens)
 
     def reader(self, tokenizer):
         """The `data_builders.sequence_rows.Reader` of the rows. Raises ValueError as it does."""

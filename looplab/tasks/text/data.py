@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 
 from data_builders.fields import number, path
 from looplab.runs.folder import Run
+from looplab.tasks.data import RowShape
 from looplab.tasks.language.data import LanguageData, below
 
 from .sources import Rows, Shards, Source, Stream
@@ -77,6 +78,10 @@ class TextData(LanguageData):
     def preset(self) -> tuple[str, dict]:
         preset, fields = self.of_files("corpus")
         return "chats" if self.chats else preset, fields
+
+    def shape(self) -> RowShape:
+        assert self.sequence_length is not None  # `check` refuses it
+        return RowShape(self.vocab_size, {self.sequence_length: 1.0})
 
     def load(self, **changed) -> Mapping:
         return self.source.load(**changed)

@@ -437,6 +437,10 @@ class StreamBatches(torch.utils.data.Dataset):
         )  # fmt: skip
         return Lane(reader, self.sequence_length, self.buffer, self.seed, part)
 
+    def chosen(self, step: int) -> np.ndarray:
+        """None, (0,): the documents of a stream have no numbers."""
+        return np.zeros(0, dtype=np.int64)
+
     def __getitem__(self, step: int) -> dict:
         if step != self.step:
             raise IndexError(f"a stream is read in order: step {self.step} is next, got {step}.")

@@ -268,5 +268,5 @@ def sharded(recipe: Recipe, weights: Weights, kept: Kept, work: Work, count: int
     return Process(held, round(sent * (count - 1) / count))
 
 
-MUON_GATHERS = SINGLE  # bytes of a weight that Muon gathers to orthogonalize whole matrices, see muon.py
+MUON_GATHERS = HALF  # bytes of a weight that Muon gathers to orthogonalize whole matrices, see muon.py
 WAYS = {"DDP": data_parallel, "FSDP2": sharded}

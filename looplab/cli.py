@@ -1,6 +1,6 @@
 """The command line: `looped train | plan | recipes | eval | halting | memory | plot | table | lens | dynamics |
 fetch | tokenize | harness | frozen | ask | demo | bench | convert | quantize | export | publish | serve | study |
-loopbench`.
+loopbench | phi`.
 
 Nothing heavy is imported before the arguments are parsed.
 """
@@ -405,6 +405,12 @@ def run_loopbench(arguments) -> None:
         print(path)
     if failed:
         raise ValueError(f"{len(failed)} cells failed, first {failed[0]} The same command tries them again.")
+
+
+def run_phi(arguments) -> None:
+    from looplab.study.phi import phi_of
+
+    print(phi_of(arguments.sources, Path(arguments.rows)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -876,6 +882,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--to", default="docs/results", metavar="FOLDER", help="of rows, page and figure")
     command.add_argument("--runs", default="runs", metavar="FOLDER", help="of the trainings")
     command.set_defaults(call=run_loopbench)
+
+    command = commands.add_parser(
+        "phi", help="fit what a loop is worth in layers of its own, to the losses of a study or of runs on text"
+    )
+    command.add_argument("sources", metavar="SOURCE", nargs="+", help="a study, such as phi, or run folders")
+    command.add_argument("--rows", default="docs/results", metavar="FOLDER", help="of the rows of the study")
+    command.set_defaults(call=run_phi)
 
     for command in commands.choices.values():
         command.register("type", None, named)  # the type of options that name none

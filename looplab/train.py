@@ -7,7 +7,7 @@ process, or `accelerate launch -m looplab.train RECIPE [--field value ...]`, in 
         update                            AdamW, or Muon for the matrices of the layers and AdamW for the rest; of all
                                           weights, of the core's, or of adapters (`train`)
         every check_every steps:          task.check on held-out rows, and task.advance
-        every checkpoint_every steps:     save the whole training state
+        every checkpoint_every steps:     save the whole training state; and once a signal asks for it
 
     task       labels                            held-out check           advance
     hops       the answer, at the last token     accuracy by hop count    stage k passed -> train on 1..k+1 hops
@@ -30,7 +30,7 @@ import logging
 import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +49,7 @@ from looplab.training.processes import ModelFiles, make_accelerator, whole_weigh
 from looplab.training.provenance import provenance
 from looplab.training.recipe import Recipe, add_recipe, read_recipe
 from looplab.training.run_folder import RunFolder, held
+from looplab.training.stopping import REQUEUE, listening
 from looplab.training.trackers import Trackers, check_trackers, closed_trackers
 from looplab.training.trained import TRAINED
 from looplab.training.watch import Watch
@@ -60,6 +61,7 @@ def main(recipe: Recipe) -> dict:
     Raises:
         ValueError: a recipe that cannot run.
         FloatingPointError: the loss is no longer finite, or far above those before it.
+        SystemExit: with REQUEUE, after the checkpoint that a signal asked for.
     """
     check_trackers(recipe.trackers)
     if recipe.compile:
@@ -75,14 +77,15 @@ def main(recipe: Recipe) -> dict:
         if run.complete:
             accelerator.print(f"{run.final}: finished, and its checkpoints are gone: it is left as it is")
             return run.summary()
-        with closed_trackers(accelerator):
-            summary = fit(recipe, accelerator, run)
+        with ExitStack() as stack:
+            stack.enter_context(closed_trackers(accelerator))
+            summary = fit(recipe, accelerator, run, stack)
         accelerator.end_training()
         return summary
 
 
-def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
-    """`main` in the folder of the run, which this process holds."""
+def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder, stack: ExitStack) -> dict:
+    """`main` in the folder of the run, which this process holds. stack: what ends with the training."""
     # Data: what the task trains and measures on.
     depth = recipe.depth.sampler(recipe.seed)
     with accelerator.main_process_first():
@@ -146,10 +149,11 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
     if recipe.init_from is not None and state.step == 0:
         write_row({"step": 0, "seconds": 0.0} | check())
     model.train()
-    paces = recipe.log_every, recipe.check_every, recipe.checkpoint_every
-    unread: list[tuple[int, torch.Tensor]] = []  # (step, loss and seconds) of updates whose loss was not read yet
+    paces = recipe.log_every, recipe.check_every
+    unread: list[tuple[int, torch.Tensor]] = []  # (step, loss, seconds, stop) of updates whose loss was not read yet
+    asked, stops, saved = stack.enter_context(listening()), False, state.seconds
     began = time.perf_counter() - state.seconds
-    while not state.finished:
+    while not (state.finished or stops):
         # The schedule follows the steps, or the clock where only that limits the run.
         progress = state.step / recipe.max_steps if recipe.max_steps else state.seconds / recipe.max_seconds
         progress = min(1.0, progress)
@@ -176,18 +180,21 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
         # The clock is the main process's, so that all ranks stop at one step. The loss of the update before is read,
         # while an accelerator computes on; an update after which something is written reads its own.
         seconds = time.perf_counter() - began if accelerator.is_main_process else 0.0
-        shares = torch.stack([loss / accelerator.num_processes, loss.new_tensor(seconds)])
+        stop = float(asked.is_set())
+        shares = torch.stack([loss / accelerator.num_processes, *loss.new_tensor([seconds, stop])])
         state.step += 1
         state.tokens += num_tokens
         unread.append((state.step, accelerator.reduce(shares)))
-        writes = (
-            over(recipe, state) or any(state.step % every == 0 for every in paces) or state.step in recipe.snapshots
-        )
+        saves = state.seconds - saved >= (recipe.checkpoint_seconds or math.inf)
+        saves |= state.step % recipe.checkpoint_every == 0
+        writes = saves or over(recipe, state) or any(state.step % every == 0 for every in paces)
+        writes |= state.step in recipe.snapshots
         while len(unread) > (0 if writes else 1):
             step, shares = unread.pop(0)
-            loss, state.seconds = shares.tolist()
+            loss, state.seconds, stop = shares.tolist()
             watch.check(step, loss)
-            writes |= over(recipe, state)
+            stops |= stop > 0
+            writes |= stops or over(recipe, state)
         state.finished = over(recipe, state)
         logs = state.step % recipe.log_every == 0 or state.finished
         if recipe.optim.clip is not None or logs:
@@ -214,9 +221,14 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder) -> dict:
                 restart(optimizers)
         if state.step in recipe.snapshots:
             run.save_model(f"snapshots/step-{state.step:09d}", files(), task.tokenizer)
-        if state.step % recipe.checkpoint_every == 0 or state.finished:
+        if saves or stops or state.finished:
             run.save_checkpoint(training, state)
-        run.end_checkpoint(wait=state.finished)
+            saved = state.seconds
+        run.end_checkpoint(wait=stops or state.finished)
+    if not state.finished:
+        progress_bar.close()
+        accelerator.print(f"{run.folder}: asked to stop, and saved after {state.step} steps; the same command goes on")
+        raise SystemExit(REQUEUE)
 
     # The result: a model folder that loads anywhere, and what it took to make it.
     progress_bar.close()

@@ -83,6 +83,7 @@ ALIASES: dict[str, Alias] = {
     "eval_steps": Alias("check_every"),
     "save_steps": Alias("checkpoint_every"),
     "checkpointing_steps": Alias("checkpoint_every"),
+    "save_total_limit": Alias("keep_checkpoints"),
     "bf16": Alias("precision", choice({True: "bf16", False: "fp32"}), switch=True),
     "mixed_precision": Alias("precision", choice({"no": "fp32", "bf16": "bf16"})),
     "activation_checkpointing": Alias("gradient_checkpointing", switch=True),
@@ -174,7 +175,7 @@ ANSWERED: dict[str, tuple[str, ...]] = {
         "include_for_metrics", "include_inputs_for_metrics", "batch_eval_metrics", "eval_packing",
         "predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config",
     ),
-    KEPT: ("save_only_model", "save_on_each_node", "save_total_limit", "save_safetensors", "enable_jit_checkpoint"),
+    KEPT: ("save_only_model", "save_on_each_node", "save_safetensors", "enable_jit_checkpoint"),
     HUB: (
         "push_to_hub", "hub_token", "token", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
         "push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token",

@@ -3,6 +3,7 @@
     one process     python train.py                                      all weights, the whole batch
     data-parallel   recipes/accelerate/ddp.yaml                          all weights, a part of each batch
     sharded         recipes/accelerate/fsdp2.yaml                        a part of the weights, too (FSDP2)
+    hybrid          the same, with accelerate's parallelism_config       as sharded, in several groups of processes
 
 accelerate reads what its launcher put into the environment, and prepares the model.
 """
@@ -14,7 +15,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, get_int_from_env, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ParallelismConfig,
+    get_int_from_env,
+    parse_flag_from_env,
+)
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import nn
@@ -43,6 +50,20 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                 "recipes/accelerate/ddp.yaml or fsdp2.yaml. Stages of a pipeline would wait for each other, because "
                 "every loop comes back to the first of them."
             )
+    if get_int_from_env(["TORCHELASTIC_MAX_RESTARTS"], 0) and parse_flag_from_env("TORCHELASTIC_USE_AGENT_STORE"):
+        # Of one store for all tries, a second try reads the addresses of the first (pytorch issue 135712), and waits.
+        raise ValueError(
+            "torchrun --max-restarts would wait for ever at its first restart: put "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 into the environment of torchrun."
+        )
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        asked = ParallelismConfig()
+        for size in ("tp_size", "cp_size", "sp_size"):
+            if vars(asked)[size] > 1:
+                raise ValueError(
+                    f"the launcher's parallelism_config asks for {size} {vars(asked)[size]}, and a training here "
+                    "divides batches and weights, not layers or texts: set dp_replicate_size and dp_shard_size alone."
+                )
     shards = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if shards:
         if get_int_from_env(["FSDP_VERSION"], 1) != 2:

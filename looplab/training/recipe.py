@@ -155,6 +155,8 @@ class Recipe:
     check_every: int = number(200, at_least=1)  # updates between held-out checks
     checkpoint_every: int = number(500, at_least=1)  # updates between savings of the whole state
     spike: Number | None = number(10.0, above=0)  # nats above the last losses' mean at which a run stops; None: never
+    checkpoint_seconds: Number | None = number(above=0)  # seconds after which to save it, too
+    keep_checkpoints: int = number(2, at_least=1)  # the newest of them
     max_shard_size: str = "5GB"  # of a file of weights in model/; larger models are divided
     snapshots: list[int] = numbers(at_least=1, distinct=True)  # updates at which to keep the model, for `looped lens`
     trackers: list[str] = field(default_factory=list)  # of accelerate: tensorboard, trackio, wandb, ...

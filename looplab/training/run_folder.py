@@ -61,8 +61,9 @@ logger = logging.getLogger(__name__)
 # that follow the budget, and the last digits where layers are compiled.
 FREE = frozenset(
     {
-        "max_steps", "max_seconds", "log_every", "checkpoint_every", "max_shard_size", "eval_loops", "snapshots",
-        "spike", "trackers", "compile", "data.prefetch",
+        "max_steps", "max_seconds", "log_every", "checkpoint_every", "checkpoint_seconds", "keep_checkpoints",
+        "max_shard_size", "eval_loops", "snapshots", "spike", "trackers", "compile",
+        "data.prefetch",
     }
 )  # fmt: skip
 
@@ -384,8 +385,9 @@ class RunFolder:
         self.folder = self.final
 
     def drop_before(self, newest: Path) -> None:
-        """Keep one checkpoint before the newest."""
-        for checkpoint in [path for path in sorted(self.checkpoints.glob("step-*/")) if path < newest][:-1]:
+        """Keep so many checkpoints as the recipe says, the newest among them."""
+        before = [path for path in sorted(self.checkpoints.glob("step-*/")) if path < newest]
+        for checkpoint in before[: max(0, len(before) + 1 - self.recipe.keep_checkpoints)]:
             self.drop(checkpoint)
 
     def drop(self, checkpoint: Path) -> None:

@@ -1,13 +1,17 @@
 """Sharded processes (FSDP2) train, save and go on as one process does, over gloo on CPUs."""
 
 import json
+import re
+import subprocess
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from looplab.training.stopping import REQUEUE
 from modeling_looped import LoopedForCausalLM
 from toy_runs import ended, measured, sharded, train_in
+from toys import ROOT
 from train import main
 
 # Largest difference of a loss. Muon orthogonalizes in bfloat16: a sum in another order may move a number to the
@@ -78,9 +82,56 @@ def test_an_engine_with_stages_is_refused_with_the_reason(variable, hops, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("size", ["TP_SIZE", "CP_SIZE", "SP_SIZE"])
+def test_what_divides_layers_or_texts_is_refused(size, hops, tmp_path, monkeypatch):
+    """accelerate would go on without a word where the model is not prepared for it."""
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}", "2")
+    with pytest.raises(ValueError, match=f"asks for {size.lower()} 2.*dp_shard_size alone"):
+        main(hops("run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_restarts_that_would_wait_for_ever_are_refused(hops, tmp_path, monkeypatch):
+    """torchrun tells its processes how often it restarts them, and that one store serves all tries."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        main(hops("run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_batch_script_tells_what_the_config_tells():
+    """Its processes are started without a launcher, so it repeats what accelerate reads of fsdp2.yaml."""
+    script = (ROOT / "recipes" / "slurm" / "train.sh").read_text()
+    told = dict(re.findall(r"^export (\w+)=(\w+)$", script, re.MULTILINE))
+    assert told.items() <= sharded().items()
+    assert {"ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_TRANSFORMER_CLS_TO_WRAP"} <= told.keys()
+    assert f'"$status" -eq {REQUEUE}' in script
+    assert subprocess.run(["bash", "-n", ROOT / "recipes" / "slurm" / "train.sh"]).returncode == 0
+
+
 def test_the_first_version_of_fsdp_is_refused(hops, tmp_path, monkeypatch):
     for name, value in sharded(FSDP_VERSION="1").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="set fsdp_version to 2"):
         main(hops("run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_two_replicas_of_two_shards_are_one_process(kind, hops, tmp_path):
+    """Hybrid sharding, by accelerate's ParallelismConfig; two sharded processes go on."""
+    flags = [f"--optim.kind={kind}", "--check_every=4", "--checkpoint_every=4"]
+    many = [f"--output_dir={tmp_path}", "--name=many", *flags]
+    hybrid = {"DP_REPLICATE_SIZE": "2", "DP_SHARD_SIZE": "2"}
+    environment = {f"PARALLELISM_CONFIG_{name}": size for name, size in hybrid.items()}
+    environment = sharded(ACCELERATE_USE_PARALLELISM_CONFIG="true", **environment)
+    ended(train_in(4, tmp_path, "smoke.yaml", *many, "--max_steps=4", **environment))
+    assert divided_into(tmp_path / "many", 4) == {2}
+    ended(train_in(2, tmp_path, "smoke.yaml", *many, "--max_steps=8", **sharded()))
+    main(hops("one", *flags, "--max_steps=8"))
+    losses = [[loss for _, loss in measured(tmp_path / name)] for name in ("many", "one")]
+    assert losses[0] == pytest.approx(losses[1], abs=OPTIMIZERS[kind])
+    assert measured(tmp_path / "many", "gate") == measured(tmp_path / "one", "gate")

@@ -9,6 +9,11 @@ What is scheduled is one loop of one request. A step runs one loop of every requ
 that is: a token that halts is read out, and in the next step the next token of the request enters at loop 0, or the
 next request does. A batch of fixed rows would wait for the deepest of them (arXiv 2608.09444).
 
+With `draft_loops` a request does not wait for its own token either: when a token has run so many loops, the head
+guesses the next one, which enters at loop 0 while the token before it loops on. If the guess changes, what followed
+from it begins anew: a wavefront of tokens (arXiv 2510.14961). A token always loops behind the one before it, so that
+it reads the entries that it would read otherwise, and the reply is the same.
+
 Every request computes what `generate` computes for it alone, to float rounding, since matrix products of another
 number of rows may add in another order. Tokens that halt early leave in the cache what `cache_looped.py` says.
 
@@ -47,6 +52,7 @@ class Request:
     Attributes:
         input_ids: the prompt.
         num_loops: loops per token, or with a halting rule the most of them.
+        draft_loops: loops after which the next token enters on a guess; None for after all.
         tokens: the reply.
         loops_used: of every token of the reply, the loops of the call that made it.
         loops: all loops that were run for it, those of the prompt counted.
@@ -56,10 +62,16 @@ class Request:
     """
 
     def __init__(
-        self, input_ids: list[int], num_loops: int, decision: Decision | None, choose: "Choice", leaving: deque
+        self,
+        input_ids: list[int],
+        num_loops: int,
+        draft_loops: int | None,
+        decision: Decision | None,
+        choose: "Choice",
+        leaving: deque,
     ):
         self.input_ids, self.choose = input_ids, choose
-        self.num_loops, self.decision = num_loops, decision
+        self.num_loops, self.draft_loops, self.decision = num_loops, draft_loops, decision
         self.leaving = leaving
         self.tokens: list[int] = []
         self.loops_used: list[int] = []
@@ -147,13 +159,15 @@ class Row:
         self.waiting = request.input_ids  # tokens that have not looped yet
         self.memory: torch.Tensor | None = None  # of the halting rule
         self.start = self.length = self.loop = 0
+        self.guess: int | None = None  # the token after these, as far as these have looped
+        self.next: Row | None = None  # loops on that guess
 
     def begin(self) -> list[int]:
         """The tokens that loop next, after all that have."""
         self.start += self.length
         tokens = self.waiting[: self.chunk]
         self.waiting = self.waiting[len(tokens) :]
-        self.length, self.loop, self.memory = len(tokens), 0, None
+        self.length, self.loop, self.memory, self.guess, self.next = len(tokens), 0, None, None, None
         for pages in (self.core, self.outer):
             pages.make_room(self.start + self.length)
         return tokens
@@ -167,6 +181,21 @@ class Row:
     def decision(self) -> Decision | None:
         """The halting rule of these tokens."""
         return self.request.decision if self.is_read else None
+
+    def followers(self) -> "set[Row]":
+        """The rows that loop on its guess, and on theirs."""
+        found, row = set(), self.next
+        while row is not None:
+            found.add(row)
+            row = row.next
+        return found
+
+    def follower(self) -> "Row":
+        """A row of the same request and pages, for the token that is guessed to come after these."""
+        row = Row(self.request, self.chunk, self.core, self.outer)
+        assert self.guess is not None
+        row.waiting, row.start = [self.guess], self.start + self.length
+        return row
 
     def release(self) -> None:
         """Give its pages back."""
@@ -339,6 +368,7 @@ class DepthBatching:
         *,
         num_loops: int | None = None,
         halting=None,
+        draft_loops: int | None = None,
         logits_processor: Sequence[LogitsProcessor] | None = None,
         generator: torch.Generator | None = None,
         on_token: OnToken | None = None,
@@ -351,6 +381,9 @@ class DepthBatching:
             generation_config: settings that the call does not have itself; the model's by default.
             num_loops: loops per token, an int >= 1.
             halting: rule by which a token stops looping earlier; True is the calibrated one.
+            draft_loops: after so many loops of a token the next one enters on a guess, which is taken back if it was
+                wrong: the same reply in fewer steps. Steps of a few tokens cost little more than those of one where
+                few requests are at work.
             logits_processor: changes the scores, as in `generate`.
             generator: what sampled tokens are drawn from: seeded, they are those that `generate` draws after
                 `torch.manual_seed`.
@@ -393,7 +426,9 @@ class DepthBatching:
             generator=generator,
             on_token=on_token,
         )
-        request = Request(ids, num_loops, prepared.decision, choice, self.leaving)
+        if draft_loops is not None:
+            check_drafts(model, draft_loops, prepared.decision, choice)
+        request = Request(ids, num_loops, draft_loops, prepared.decision, choice, self.leaving)
         self.queue.append(request)
         return request
 
@@ -485,6 +520,7 @@ class DepthBatching:
             self._begin()
             if self.looping:
                 self._run_loop()
+                self._draft()
                 told += self._read_out(self._halted())
             if not self.is_busy:
                 for pool in itertools.chain(*self.pools):
@@ -498,28 +534,31 @@ class DepthBatching:
 
     def _drop_cancelled(self) -> list[tuple[Request, int | None]]:
         told: list[tuple[Request, int | None]] = []
-        rows = {row.request: row for row in (*self.ready, *self.looping)} if self.leaving else {}
-        gone = set()
         while self.leaving:
             request = self.leaving.popleft()
             if request.ended is not None:
                 continue
-            if request in rows:
-                gone.add(rows[request])
-                self._end(rows[request], "cancelled")
+            rows = {row for row in (*self.ready, *self.looping) if row.request is request}
+            if rows:
+                self._drop(rows)
+                self._end(next(iter(rows)), "cancelled")
             else:
                 self.queue.remove(request)
                 request.ended = "cancelled"
             told.append((request, None))
-        if gone:
-            self.ready = [row for row in self.ready if row not in gone]
-            self._leave({row for row in self.looping if row in gone})
         return told
+
+    def _drop(self, rows: set[Row]) -> None:
+        """Take rows out, whether they loop or are about to."""
+        self.ready = [row for row in self.ready if row not in rows]
+        self._leave({row for row in self.looping if row in rows})
 
     def _begin(self) -> None:
         """Let the next tokens of requests enter, and requests for which there is room."""
         rows, self.ready = self.ready, []
-        while self.queue and len(rows) + len(self.looping) < self.max_rows:
+        at_work = len({row.request for row in (*rows, *self.looping)})
+        while self.queue and at_work < self.max_rows:
+            at_work += 1
             rows.append(self._row(self.queue.popleft()))
         if not rows:
             return
@@ -612,6 +651,29 @@ class DepthBatching:
             cell += row.length
         return groups
 
+    def _draft(self) -> None:
+        """Let the next token enter on a guess, where the one before it has looped often enough; others leave."""
+        asked, cell = {}, -1
+        for row in self.looping:
+            cell += row.length
+            often = row.request.draft_loops
+            if often is not None and row.loop >= often and row.is_read and row.loop < row.request.num_loops:
+                asked[row] = cell
+        if not asked:
+            return
+        assert self.cells is not None
+        state = self.body.connection.close(self.cells.state[list(asked.values())])  # (n, 1, D)
+        guesses = self.model.readout(self.body.coda_norm(state))[:, 0].argmax(-1).tolist()
+        for row, guess in zip(asked, guesses, strict=True):
+            if row.guess == guess or row not in self.looping:  # it has just left itself
+                continue
+            self._drop(row.followers())
+            row.guess, row.next, choose = guess, None, row.request.choose
+            written = row.start + row.length + 1 - len(row.request.input_ids)  # tokens of the reply, with this one
+            if written < choose.max_new_tokens and guess not in choose.end_tokens:
+                row.next = row.follower()
+                self.ready.append(row.next)
+
     def _halted(self) -> set[Row]:
         """The rows whose tokens have had their last loop."""
         assert self.cells is not None
@@ -654,7 +716,13 @@ class DepthBatching:
                 told += self._choose(rows[index], logits[number : number + 1], likeliest[number])
         staying = [(row, last) for row, last in zip(rows, ends.tolist(), strict=True) if row.request.ended is None]
         self._close(staying, cells)
-        self.ready += [row for row, _ in staying]
+        for row in rows:
+            going_on = row.request.ended is None
+            if row.next is not None and going_on and row.waiting == [row.guess]:
+                continue  # the next token loops already
+            self._drop(row.followers())
+            if going_on:
+                self.ready.append(row)
         return told
 
     def _choose(self, row: Row, logits: torch.Tensor, likeliest: int) -> list[tuple[Request, int | None]]:
@@ -743,6 +811,28 @@ def check_can_batch(model) -> None:
         troubles.append(f"{CALLS_ARE_PREPARED}: use generate")
     if troubles:
         raise ValueError(f"continuous depth batching: {troubles[0]}.")
+
+
+def check_drafts(model, draft_loops: int, decision: Decision | None, choice: Choice) -> None:
+    """ValueError where tokens cannot enter on a guess, or would be others than without."""
+    troubles = []
+    if isinstance(draft_loops, bool) or not isinstance(draft_loops, int) or draft_loops < 1:
+        troubles.append(f"it must be an int >= 1, or None for no drafts, got {draft_loops!r}")
+    if model.model.sharing.rewrites:
+        troubles.append(
+            f"kv_sharing={model.config.kv_sharing!r} rewrites an entry in every loop, and a token would read others "
+            "than without drafts: use 'per_loop', 'first' or 'natural'"
+        )
+    if model.config.num_coda_layers:
+        troubles.append("a guess is read without the coda, which this model has")
+    if decision is not None:
+        troubles.append(
+            "halting ends loops early, and a token has to loop behind the one before it: use one of the two"
+        )
+    if not choice.is_plain:
+        troubles.append("guesses are the likeliest tokens: decode greedily, without processors")
+    if troubles:
+        raise ValueError(f"draft_loops={draft_loops!r}: {troubles[0]}.")
 
 
 def check_prompt(input_ids: Sequence[int] | torch.Tensor, vocab_size: int) -> list[int]:

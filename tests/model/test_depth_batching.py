@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,7 @@ def batches(draw):
     fields["max_position_embeddings"] = 2 * SHORT[-1]
     try:
         config = LoopedConfig(**{**SIZES, **fields})
-    except ValueError:  # what does not go together
+    except (ValueError, StrictDataclassError):  # what does not go together
         config = LoopedConfig(**{**SIZES, "kv_sharing": fields["kv_sharing"]})
     one = requests(config.exit_gate, config.max_num_loops)
     return config, draw(st.lists(one, min_size=1, max_size=5)), draw(st.sampled_from([1, 2, 3, 8]))
@@ -184,6 +185,80 @@ def test_pages_of_requests_that_have_ended_are_given_to_others():
         most = max(most, *(pool.num_pages for pool in scheduler.pools[0]))
     assert most == 2 * 3  # two rows of at most three loops
     assert scheduler.pools[0][0].num_pages == 0
+
+
+# ---- tokens that enter on a guess
+
+UNREWRITTEN = ["per_loop", "first", "natural"]
+WAVES = [
+    {},
+    {"sliding_window": 3},
+    {"loop_connection": "damped", "num_prelude_layers": 1},
+    {"loop_embedding": "learned", "max_num_loops": 8},
+]
+
+
+@pytest.mark.parametrize("fields", WAVES, ids=str)
+@pytest.mark.parametrize("kv_sharing", UNREWRITTEN)
+def test_a_reply_is_the_same_whenever_its_tokens_enter(kv_sharing, fields):
+    """Beside requests without drafts, in contexts that outgrow their pages; one ends by a token that was guessed."""
+    model = make_model(kv_sharing=kv_sharing, initializer_range=0.3, **fields)
+    starts = [(5, 6, 1), (SHORT[0] - 3, 5, 2), (SHORT[-1] - 4, 4, 1), (1, 5, 4), (3, 2, 1), (4, 3, None), (4, 3, 7)]
+    asked = [
+        {"input_ids": make_ids(1, length, seed=length)[0].tolist(), "num_loops": loops, "max_new_tokens": 8}
+        for length, loops, _ in starts
+    ]
+    asked[0]["eos_token_id"] = alone(model, **asked[0], eos_token_id=None)[0][4]
+    drafted = [each | {"draft_loops": drafts} for each, (_, _, drafts) in zip(asked, starts, strict=True)]
+    for max_rows in (1, 3):
+        scheduler = model.depth_batching(max_rows)
+        added = [scheduler.add(**each) for each in drafted]
+        while scheduler.is_busy:
+            scheduler.step()
+            assert len({row.request for row in (*scheduler.ready, *scheduler.looping)}) <= max_rows
+        for request, each in zip(added, asked, strict=True):
+            assert (request.tokens, request.loops_used) == alone(model, **each)
+        assert all(tensor is None for pool in itertools.chain(*scheduler.pools) for tensor in pool.tensors)
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_where_every_guess_is_right_a_token_takes_as_many_steps_as_its_guess(drafts):
+    model = make_model(residual_init="zero")  # loops change nothing
+    scheduler = model.depth_batching(1)
+    request = scheduler.add([3, 4], num_loops=9, max_new_tokens=5, draft_loops=drafts, eos_token_id=None)
+    steps = 0
+    while scheduler.is_busy:
+        scheduler.step()
+        steps += 1
+    assert len(request.tokens) == 5
+    assert steps == 4 * drafts + 9
+
+
+def test_a_request_that_is_cancelled_leaves_with_all_its_tokens():
+    model = make_model()
+    scheduler = model.depth_batching(2)
+    kept = scheduler.add([5, 6], num_loops=4, max_new_tokens=3, eos_token_id=None)
+    gone = scheduler.add([3, 4], num_loops=400, max_new_tokens=9, draft_loops=1, eos_token_id=None)
+    for _ in range(6):
+        scheduler.step()
+    assert len([row for row in scheduler.looping if row.request is gone]) > 1
+    gone.cancel()
+    scheduler.step()
+    assert all(row.request is kept for row in (*scheduler.ready, *scheduler.looping))
+    run(scheduler)
+    assert (kept.tokens, gone.tokens) == (
+        alone(model, [5, 6], num_loops=4, max_new_tokens=3, eos_token_id=None)[0],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [({"kv_sharing": "last"}, "rewrites an entry"), ({"num_coda_layers": 1}, "without the coda")],
+)
+def test_drafts_of_a_model_that_would_write_other_tokens_are_refused(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_model(**fields).generate_each([[3, 4]], draft_loops=2)
 
 
 # ---- requests among others
@@ -311,6 +386,10 @@ WRONG = [
     ({"stop_strings": ["a"]}, "stop_strings"),
     ({"max_time": 1.0}, "max_time"),
     ({"numloops": 3}, "numloops"),
+    ({"draft_loops": 0}, "draft_loops=0: it must be an int >= 1"),
+    ({"draft_loops": 2, "halting": {"rule": "latent", "threshold": 0.3}}, "use one of the two"),
+    ({"draft_loops": 2, "do_sample": True}, "decode greedily"),
+    ({"draft_loops": 2, "repetition_penalty": 1.5}, "decode greedily"),
     ({"max_length": 2}, "max_length=2"),
 ]
 

@@ -28,7 +28,7 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .growing_looped import GrowingLayer, GrowingSlidingWindowLayer
+from .growing_looped import Growing, GrowingLayer, GrowingSlidingWindowLayer, in_place_of
 
 # What models, their outputs and generate call the KV cache: transformers 5.24 renamed it from `past_key_values`. Calls
 # of transformers go by this name; forward takes both. Since then an attention layer writes the cache of an engine
@@ -101,16 +101,11 @@ def blank_like(layer: DynamicLayer | StaticLayer) -> DynamicLayer | StaticLayer:
         return StaticSlidingWindowLayer(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
     if isinstance(layer, StaticLayer):
         return StaticLayer(max_cache_len=layer.max_cache_len)
-    grows = isinstance(layer, (GrowingLayer, GrowingSlidingWindowLayer))
+    grows = isinstance(layer, Growing)
     if isinstance(layer, DynamicSlidingWindowLayer):
         kind = GrowingSlidingWindowLayer if grows else DynamicSlidingWindowLayer
-        blank = kind(layer.sliding_window)
-        blank.record_past = layer.record_past
-    else:
-        blank = GrowingLayer() if grows else DynamicLayer()
-    if grows:
-        blank.most, blank.record_past = layer.most, layer.record_past
-    return blank
+        return in_place_of(layer, kind(layer.sliding_window))
+    return in_place_of(layer, GrowingLayer() if grows else DynamicLayer())
 
 
 # The most special first.
@@ -308,7 +303,7 @@ class RewindingDynamicLayer(RewindingLayer, DynamicSlidingWindowLayer):
     def __init__(self, like: DynamicSlidingWindowLayer, stays: LastEntries | MeanEntries):
         """A rewriting layer of the window of an empty stock one."""
         super().__init__(like.sliding_window)
-        self.record_past, self.stays = like.record_past, stays
+        self.stays = stays
 
     def write(self, keys, values):
         if self.step_is_open or torch.is_grad_enabled():

@@ -61,7 +61,7 @@ from .cache_layers_looped import (
     recent_entries,
 )
 from .gates_looped import KV_GATES
-from .growing_looped import Growing
+from .growing_looped import Growing, in_place_of
 from .layers_looped import GatedLoopedLayer, LoopedLayer, NaturalLoopedLayer, SlotAttention
 from .two_sources_looped import own_columns, two_source_mask
 
@@ -343,12 +343,8 @@ class OneEntrySharing(Sharing):
         grows = isinstance(layer, Growing)
         if isinstance(layer, DynamicSlidingWindowLayer):
             kind = RewindingGrowingLayer if grows else RewindingDynamicLayer
-            rewriting = kind(layer, self.stays())
-        else:
-            rewriting = (RewritingGrowingLayer if grows else RewritingDynamicLayer)(self.stays())
-        if grows:
-            rewriting.most, rewriting.record_past = layer.most, layer.record_past
-        return rewriting
+            return in_place_of(layer, kind(layer, self.stays()))
+        return in_place_of(layer, (RewritingGrowingLayer if grows else RewritingDynamicLayer)(self.stays()))
 
     def previous(self, slot: int) -> int:
         return slot

@@ -180,9 +180,16 @@ def growing_like(layer):
         return layer
     if type(layer) is DynamicLayer:
         return GrowingLayer()
-    grows = GrowingSlidingWindowLayer(layer.sliding_window)
-    grows.record_past = layer.record_past
-    return grows
+    return in_place_of(layer, GrowingSlidingWindowLayer(layer.sliding_window))
+
+
+def in_place_of(layer, new):
+    """An empty layer that takes the place of another, with what that one was told of its text; it is returned."""
+    if isinstance(layer, Growing):
+        new.most, new.record_past = layer.most, layer.record_past
+    elif isinstance(layer, DynamicSlidingWindowLayer):
+        new.record_past = layer.record_past
+    return new
 
 
 def growing_cache(config) -> DynamicCache:

@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from looplab.training.muon import Muon
 
@@ -63,3 +68,38 @@ def test_matrices_of_a_shape_are_orthogonalized_at_once():
         counts[name] = sum(event.count for event in profile.key_averages() if event.key in products)
     assert counts["ours"] == 2 * 5 * 3
     assert counts["theirs"] >= 12 * 5 * 3
+
+
+class Received(TorchDispatchMode):
+    """Bytes that this process receives from the others in collectives."""
+
+    def __init__(self, world: int):
+        super().__init__()
+        self.world, self.bytes = world, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.bytes += result.numel() * result.element_size() * (self.world - 1) // self.world
+        assert "reduce" not in str(function)
+        return result
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_sharded_matrices_are_gathered_once_in_bfloat16(world):
+    """2 (W - 1) / W bytes per element. The processes are torch's fake ones, which send nothing."""
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (world,))
+        matrices = made([(32, 32), (64, 32), (32, 64)])
+        shards = [torch.nn.Parameter(distribute_tensor(m.detach(), mesh, [Shard(0)])) for m in matrices]
+        for shard in shards:
+            shard.grad = torch.ones_like(shard.detach())
+        optimizer = Muon(shards, lr=0.02, weight_decay=0.1)
+        with Received(world) as received:
+            optimizer.step()
+        assert received.bytes == 2 * sum(matrix.numel() for matrix in matrices) * (world - 1) // world
+    finally:
+        dist.destroy_process_group()

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from kill_ranks import sweep
 
 from forks import Fork
 from looplab.training.stopping import REQUEUE, listening
@@ -119,3 +120,11 @@ def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path):
     assert "exitcode: -9" in launch.printed()
     ended(train_in(2, tmp_path, "smoke.yaml", *flags, "--name=whole", **sharded()))
     assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing():
+    """The whole sweep is `python tests/kill_ranks.py`."""
+    rows, wrong = sweep(kills=2, seed=4)
+    assert len(rows) == 2
+    assert wrong == []

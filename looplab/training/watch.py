@@ -8,8 +8,8 @@
                          since the row before), where the peak is known
 
 A run stops at a loss that is not finite, and at a spike: a loss `recipe.spike` nats above the mean of the losses
-before it, at most `WINDOW` of them, and no less than twice that mean: where embeddings of variance 1 are the head, too, a
-training begins at hundreds of nats. A run that goes on has the losses that metrics.jsonl holds.
+before it, at most `WINDOW` of them, and no less than twice that mean: where embeddings of variance 1 are the head,
+too, a training begins at hundreds of nats. A run that goes on has the losses that metrics.jsonl holds.
 """
 
 import json

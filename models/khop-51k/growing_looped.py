@@ -31,6 +31,7 @@ class Growing(CacheLayerMixin):
     room: tuple[torch.Tensor, torch.Tensor] | None = None  # keys, values: (B, K, capacity, d), which may differ in d
     views: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, where they lie in `room`
     seen: int = 0  # columns of the room that were shown to somebody
+    kind: tuple | None = None  # of the last update that fitted into this room
 
     def activate_past_recording(self) -> None:
         """This cache is cropped after every call: what is cropped makes room."""
@@ -39,15 +40,20 @@ class Growing(CacheLayerMixin):
     def grown(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Views of the entries that are kept and of these (B, K, T, d) behind them; None where the stock layer must
         do it."""
-        new = keys, values
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.fits(new):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
+        new = keys, values
+        kind = keys.shape, values.shape, keys.dtype, values.dtype, keys.device, values.device
+        if not (kind == self.kind and self.lies_in_room()) and not self.fits(new):
+            return None
+        assert self.keys is not None  # they fit beside something
         num_kept = self.keys.shape[-2]
         start = self.start()
         end = start + num_kept + keys.shape[-2]
         if not self.has_room(start + num_kept, end):
             start, end = 0, end - start
             self.move(new, end)
+        self.kind = kind
         assert self.room is not None  # now
         self.seen = end
         for room, entries in zip(self.room, new, strict=True):
@@ -121,7 +127,7 @@ class Growing(CacheLayerMixin):
         views = tuple(new[:, :, start : start + num_kept] for new in room)
         for old, new in zip(self.views, views, strict=True):
             torch.index_select(old, 0, rows, out=new)
-        self.room, self.seen = room, start + num_kept
+        self.room, self.seen, self.kind = room, start + num_kept, None
         self.show(*views)
 
 

@@ -20,7 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
@@ -59,6 +58,12 @@ def make_dropout(probability: float) -> Callable:
 def make_outer_norm(config: PreTrainedConfig) -> Callable:
     """What `norm_placement` puts behind a sublayer: a norm, or nothing."""
     return as_is if config.norm_placement == "pre" else make_norm(config)
+
+
+def rotated(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Heads (B, H, T, d) turned by the angles of their positions, (B or 1, T, d) each, as Llama turns them."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosines.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sines.unsqueeze(1)
 
 
 def add_normalised(norm: Callable, dropout: Callable, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -174,9 +179,9 @@ class SlotAttention(nn.Module):
     def is_slow_in_bfloat16(self, query: torch.Tensor) -> bool:
         """Whether sdpa is faster in float32: in training on a CPU, with heads too short for the kernel in bfloat16."""
         return (
-            query.device.type == "cpu"
+            torch.is_grad_enabled()
+            and query.device.type == "cpu"
             and query.shape[-1] < SHORT_HEAD
-            and torch.is_grad_enabled()
             and (query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"))
             and self.config._attn_implementation == "sdpa"
         )
@@ -248,7 +253,8 @@ class LoopedAttention(nn.Module):
         value = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)
 
         if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            both = rotated(torch.cat((query, key), dim=1), *position_embeddings)  # in half the steps
+            query, key = both[:, : query.shape[1]], both[:, query.shape[1] :]
         output, weights = attend(query, key, value, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
@@ -357,7 +363,8 @@ OPENING = threading.Lock()  # held while a model gets attentions for more slots
 def open_slots(core: Iterable, num_loops: int) -> None:
     """Have an attention in every core layer for every slot of `num_loops` loops; the last layer gets its own last."""
     layers = [layer.self_attn for layer in core]
-    if layers[-1].has_slot_per_loop and len(layers[-1].attentions) < num_loops:
+    # It asks for the last slot, and not how many there are, which a compiled step would compare with other counts'.
+    if layers[-1].has_slot_per_loop and f"loop_{num_loops - 1}" not in layers[-1].attentions:
         with nullcontext() if torch.compiler.is_compiling() else OPENING:  # a lock cannot be traced
             for layer in layers:
                 layer.open_slots(num_loops)

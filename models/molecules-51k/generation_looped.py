@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
@@ -17,13 +19,14 @@ from .depth_batching_looped import DepthBatching, Request
 from .depth_looped import asked_count, generation_count
 from .growing_looped import GrowingCacheMixin
 from .halting_looped import Rule, calibrated_rule, halting_rule
-from .masks_looped import ANSWER, PATTERNS, PROMPT
+from .masks_looped import ANSWER, PATTERNS, PROMPT, mask_of_step
 from .speculation_looped import CALLS_ARE_PREPARED, NO_DRAFTS, calls_are_prepared, self_speculation
 
 LOOP_SETTINGS = ("num_loops", "halting")
 OF_ROWS = ("attention_mask", "position_ids", "inputs_embeds", "num_loops")  # of a call, by batch row
 ROWS_ALIKE = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)  # look at a batch row as at any other
 CALIBRATED = "calibrated_halting"  # the rule that `halting=True` stands for; alone it changes nothing
+COMPILED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # the decoding methods that can be
 GENERATION_SETTINGS = (*LOOP_SETTINGS, CALIBRATED, "draft_loops")  # of a generation config, beside transformers' own
 
 
@@ -119,6 +122,18 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         if speculation is not None:
             call["custom_generate"] = speculation
         return super().generate(**call, **settings)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """As in transformers. A `compile_config` asks for a static cache, without which no step is compiled, unless
+        the call or its generation config names a cache."""
+        given = [value for value in model_kwargs.values() if isinstance(value, Cache)]
+        if generation_config.compile_config is not None and generation_mode in COMPILED and not given:
+            generation_config.cache_implementation = generation_config.cache_implementation or "static"
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
         """As in transformers, which compiles on accelerators; with a `compile_config` also on a CPU."""
@@ -320,6 +335,9 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         config, inputs_embeds, attention_mask, past_key_values, position_ids=None, token_type_ids=None, **kwargs
     ):
         """The mask of a call with a static cache, which `generate` makes itself."""
+        mask = mask_of_step(config, inputs_embeds, attention_mask, past_key_values)
+        if mask is not None:
+            return mask
         pattern = PATTERNS[config.attention_pattern]
         return pattern.mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, token_type_ids)
 

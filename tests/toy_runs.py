@@ -140,18 +140,19 @@ def failure(capfd, *arguments) -> str:
     return line
 
 
-def launch_environment(file: Path) -> dict[str, str]:
-    """What `accelerate launch --config_file` puts into the environment of its processes."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+def launch_environment(file: Path, *flags: str) -> dict[str, str]:
+    """What `accelerate launch --config_file FILE FLAGS` puts into the environment of its processes."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), *flags, "train.py"])
     # A misspelt field of fsdp_config would be set and never read.
     assert set(yaml.safe_load(file.read_text()).get("fsdp_config", {})) <= set(vars(arguments))
     return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
 
 
-def sharded(**more: str) -> dict[str, str]:
-    """The environment of processes that recipes/accelerate/fsdp2.yaml starts, with `more` put over it."""
-    environment = launch_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")
-    kept = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+def sharded(*flags: str, **more: str) -> dict[str, str]:
+    """The environment of processes that recipes/accelerate/fsdp2.yaml and flags start, with `more` put over it."""
+    environment = launch_environment(ROOT / "recipes" / "accelerate" / "fsdp2.yaml", *flags)
+    prefixes = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+    kept = {name: value for name, value in environment.items() if name.startswith(prefixes)}
     return kept | more
 
 

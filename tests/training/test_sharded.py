@@ -125,9 +125,8 @@ def test_two_replicas_of_two_shards_are_one_process(kind, hops, tmp_path):
     """Hybrid sharding, by accelerate's ParallelismConfig; two sharded processes go on."""
     flags = [f"--optim.kind={kind}", "--check_every=4", "--checkpoint_every=4"]
     many = [f"--output_dir={tmp_path}", "--name=many", *flags]
-    hybrid = {"DP_REPLICATE_SIZE": "2", "DP_SHARD_SIZE": "2"}
-    environment = {f"PARALLELISM_CONFIG_{name}": size for name, size in hybrid.items()}
-    environment = sharded(ACCELERATE_USE_PARALLELISM_CONFIG="true", **environment)
+    sizes = "--parallelism_config_dp_replicate_size=2", "--parallelism_config_dp_shard_size=2"
+    environment = sharded("--use_fsdp", "--fsdp_version=2", "--use_parallelism_config", "--num_processes=4", *sizes)
     ended(train_in(4, tmp_path, "smoke.yaml", *many, "--max_steps=4", **environment))
     assert divided_into(tmp_path / "many", 4) == {2}
     ended(train_in(2, tmp_path, "smoke.yaml", *many, "--max_steps=8", **sharded()))

@@ -227,15 +227,26 @@ def page_of(name: str, results: Results) -> str:
         said += [f"`{text_of(choice.overrides)[1:-1]}`"] if choice.overrides else []
         lines += [f"### {task}", "", "; ".join(said), "", task_table(results, task), ""]
     if left:
-        cells: dict[str, list[int]] = {}
-        for task, architecture, seed in left:
-            cells.setdefault(f"{task} {architecture}", []).append(seed)
-        said = "; ".join(
-            cell if len(seeds) == len(results.seeds) else f"{cell} seed {', '.join(map(str, seeds))}"
-            for cell, seeds in cells.items()
-        )
-        lines += [f"Not run: {said}."]
+        lines += [f"Not run: {'; '.join(left_of(results, left))}."]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def left_of(results: Results, left: Sequence[tuple]) -> list[str]:
+    """The cells (task, architecture, seed) that are left, in words: a task by its name alone if none of it ran."""
+    said = []
+    for task in dict.fromkeys(task for task, _, _ in left):
+        if task not in results.tasks:
+            said.append(task)
+            continue
+        seeds: dict[str, list[int]] = {}
+        for _, architecture, seed in (cell for cell in left if cell[0] == task):
+            seeds.setdefault(architecture, []).append(seed)
+        parts = [
+            name if len(mine) == len(results.seeds) else f"{name} (seed {', '.join(map(str, mine))})"
+            for name, mine in seeds.items()
+        ]
+        said.append(f"{task}: {', '.join(parts)}")
+    return said
 
 
 def text_of(value) -> str:

@@ -71,7 +71,7 @@ def mean_of(grades: Mapping[int, float]) -> float | None:
 def flops_of(config, recipe: Mapping, summary: Mapping) -> float:
     """FLOPs of the training, a mean over the loop counts that are drawn."""
     batch, steps = recipe["batch_size"], summary["steps"]
-    length = round(summary["tokens"] / (steps * batch))
+    length = summary["tokens"] / (steps * batch)  # a mean
     depth = DepthSampler(**{name: value for name, value in recipe["depth"].items() if value is not None})
     drawn = zip(depth.depths.tolist(), depth.probabilities.tolist(), strict=True)
     return steps * sum(share * training_flops(config, batch, length, loops) for loops, share in drawn)

@@ -51,7 +51,9 @@ class State:
 class Part(Protocol):
     """What a process keeps beside tensors. Its states are plain: dicts, lists, numbers, strings and tensors."""
 
-    def state_dict(self) -> dict: ...
+    def state_dict(self) -> dict:
+        """What this process keeps."""
+        ...
 
     def load_state_dicts(self, states: Sequence[dict]) -> None:
         """Go on. states: what each process of the run kept, which may be more or fewer than there are now."""

@@ -1,11 +1,14 @@
 """Laws of token shards: the documents of the source and nothing else, written once, and read as text is."""
 
+import gc
 import json
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -187,3 +190,19 @@ def test_a_text_file_is_one_document(tmp_path):
     rows = load_tokens(tmp_path / "t")["train"].rows["input_ids"]
     assert list(rows) == tokens_of(["\n\n".join(texts) for texts in TEXTS[2:]])
     assert json.loads((tmp_path / "t" / "tokens.json").read_text())["complete"]
+
+
+def test_tokens_stay_in_their_files(tmp_path):
+    """Arrow allocates nothing for them, and Python hardly anything, however many blocks are read."""
+    source = write_shards(tmp_path / "shards", "json", [TEXTS[1] * 60] * 2)
+    note = write(source, tmp_path / "tokens")
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    blocks = TokenBlocks(load_tokens(tmp_path / "tokens")["train"], TOKENIZER, 16)
+    for numbers in torch.arange(len(blocks)).split(50):
+        blocks.rows(numbers)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pa.total_allocated_bytes() == before
+    assert held < sum(shard["bytes"] for shard in note["shards"].values()) / 4

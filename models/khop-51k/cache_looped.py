@@ -473,8 +473,8 @@ class ActiveCache:
         dropped = key_states.shape[-2] - before[0].shape[-2]  # by a sliding layer: batch rows that halted read none
         if dropped:
             before = [F.pad(entries, (0, 0, dropped, 0)) for entries in before]
-        new = (put(old, entries, self.active) for old, entries in zip(before, (key_states, value_states), strict=True))
-        return self.cache.update(*new, slot, rows=self.active)
+        keys, values = map(put, before, (key_states, value_states), (self.active, self.active))
+        return self.cache.update(keys, values, slot, rows=self.active)
 
     def views_pay(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether to read the batch rows run by run, each a view of the cache (B, K, S, d), rather than all of them by

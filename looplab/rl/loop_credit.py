@@ -98,8 +98,8 @@ class ExitDistribution(LoopWeights):
 class LoopCreditTrainer(GRPOTrainer):
     """The GRPOTrainer of TRL with log-probabilities that are a weighted sum over loops.
 
-    Answers are sampled and scored at one loop count: `generation_kwargs={"num_loops": R}` of the GRPOConfig, or what the
-    model's `generate` does without an argument. It runs in one process or with DDP.
+    Answers are sampled and scored at one loop count: `generation_kwargs={"num_loops": R}` of the GRPOConfig, or what
+    the model's `generate` does without an argument. It runs in one process or with DDP.
 
     >>> LoopCreditTrainer(model, verified(SameAnswer()), GRPOConfig("runs/credit"), rows, loop_weights=Progressive())
 

@@ -455,9 +455,9 @@ def test_questions_of_your_own_are_trained_on_and_answered(tmp_path, monkeypatch
 def test_the_dataset_that_a_guide_names_is_accepted():
     page = "docs/guides/train_your_own_data.md"
     [recipe] = blocks_of(page, "yaml")
-    [dataset] = re.findall(r"`data.overrides: (\{.*\})`", prose_of(page))
+    [(dataset, overrides)] = re.findall(r"`data.dataset: (\{.*\})` with `overrides: (\{.*\})`", prose_of(page))
     values = parse_yaml(recipe, page)
-    values["data"] |= {"files": None, "overrides": yaml.safe_load(dataset)}
+    values["data"] |= {"files": None, "dataset": yaml.safe_load(dataset), "overrides": yaml.safe_load(overrides)}
     assert build_recipe(values).data.overrides["column"] == "text"
 
 

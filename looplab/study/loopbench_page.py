@@ -140,7 +140,8 @@ def task_table(results: Results, task: str) -> str:
 LEGEND = """Measured at the loop count that is best on the validation rows (`loops`), on the test rows; mean [lowest,
 highest] over seeds.
 
-- trained, beyond: right answers in %, a mean over the grades that were trained, and over the harder ones.
+- trained, beyond: right answers in %, a mean over the grades that the training reached, which may differ between seeds
+  where a task has a curriculum, and over the harder ones. Compare cells by the table above, which has all grades.
 - learnable: the highest trained grade such that it and all easier ones have 95 % of the validation rows right; reach:
   the highest grade of all such that it and all easier ones have so many of the test rows right. 0 is none.
 - kept at R: right answers of trained grades at R loops over those at `loops`; -: the architecture has no such loops.
@@ -303,8 +304,9 @@ def figure_of(results: Results):
             axes.vlines(places, low, high, color=PALETTE[index % len(PALETTE)], linewidth=1.2, alpha=0.5)
         rows = results.of(task=task)
         axes.axhline(100 * fmean(row["chance"] for row in rows), color="0.5", linestyle=":", linewidth=0.9, zorder=0)
-        if rows[0]["hardest_trained"] is not None:
-            axes.axvline(rows[0]["hardest_trained"], color="0.6", linestyle="--", linewidth=0.8, zorder=0)
+        trained = [row["hardest_trained"] for row in rows if row["hardest_trained"] is not None]
+        if trained:
+            axes.axvline(max(trained), color="0.6", linestyle="--", linewidth=0.8, zorder=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(0, 103)
         axes.set_title(task, loc="left", fontsize=10)

@@ -37,7 +37,7 @@ WITHOUT_EFFECT = frozenset(
         "attention_dropout", "residual_dropout", "embedding_dropout", "residual_init", "initializer_range",
         "embedding_init_std", "use_cache", "num_streams", "hyper_mixing", "hyper_gates", "hyper_init",
         "state_init_std", "kv_gate", "kv_gate_rank", "prefill_chunk", "exit_gate", "exit_loss", "exit_entropy_weight",
-        "damped_beta", "damped_horizon",
+        "damped_beta", "damped_horizon", "disco_channel", "disco_weight",
     }
 )  # fmt: skip
 # Fields that every stock model has, or that `unroll` and the writers read.

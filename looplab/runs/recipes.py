@@ -19,7 +19,6 @@ KINDS = {
     "grid": FROZEN,
     "arms": STUDY,
     "tasks": BENCH,
-    "architectures": BENCH,
     "seeds": STUDY,
     "distributed_type": "a configuration of `accelerate launch --config_file`",
     "model_type": "the configuration of a model",

@@ -25,8 +25,7 @@ from scipy.optimize import least_squares
 from looplab.runs.folder import Run
 from looplab.runs.seeds import to_markdown
 from looplab.runs.sources import opened_runs
-from looplab.tasks.text.records import PERPLEXITY
-from looplab.tasks.text.results import own_row
+from looplab.tasks.registry import task_for
 from looplab.training.recipe import read_recipe
 from modeling_looped import LoopedConfig, LoopedModel
 from modeling_looped.connections_looped import CONNECTIONS
@@ -236,7 +235,11 @@ def points_of_runs(runs: Sequence[Run]) -> list[Point]:
         ValueError: a run has not finished, or was not evaluated.
     """
     return [
-        point_of(LoopedConfig.from_pretrained(run.model_folder()), run.summary()["tokens"], own_row(run)["loss"])
+        point_of(
+            LoopedConfig.from_pretrained(run.model_folder()),
+            run.summary()["tokens"],
+            task_for("eval", [run]).own_loss(run),
+        )
         for run in runs
     ]
 
@@ -247,10 +250,10 @@ def points_of_study(name: str, study: Study, folder: Path) -> list[Point]:
     Raises:
         ValueError: the study is not on text, or an arm says nothing of its tokens.
     """
-    if study.record != PERPLEXITY.name:
-        raise ValueError(f"phi needs losses of text: study {name} keeps {study.record}, not {PERPLEXITY.name}.")
     points = []
     for row in known(cells_of(name, study, Path()), read_rows(folder / f"{name}.jsonl")):
+        if "loss" not in row:
+            raise ValueError(f"phi needs losses of text, and the rows of the study {name}, {study.record}, have none.")
         what = study.arms[row["arm"]]
         recipe = read_recipe(what.recipe, flags_of(study, what, row["seed"]))
         if recipe.max_steps is None:

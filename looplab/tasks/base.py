@@ -211,6 +211,14 @@ class Task(ABC):
         """What `evaluate` and, if it ran, `halting` have measured, by difficulty: for `looped loopbench`."""
         raise NotImplementedError
 
+    def own_loss(self, run: Run) -> float:
+        """Nats per token of held-out text at the model's own loop count, as `evaluate` has measured them.
+
+        Raises:
+            ValueError: the run is not of text, or was not evaluated there.
+        """
+        raise ValueError(f"{run} is of the task {self.name}, and losses of text are needed: name runs on text.")
+
     def lens(self, run: Run) -> list[Path]:
         """Look inside the model; returns the paths of the files that were written."""
         raise NotImplementedError

@@ -157,7 +157,8 @@ class ModelFiles:
         if self.plan.is_sharded:
             metadata = {"total_parameters": self.model.num_parameters(), **self.plan.metadata}
             index = {"metadata": metadata, "weight_map": self.plan.tensor_to_filename}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -252,9 +252,11 @@ class LoopedAttention(nn.Module):
         key = self.k_norm(self.k_proj(source).unflatten(-1, heads)).transpose(1, 2)
         value = self.v_proj(source).unflatten(-1, heads).transpose(1, 2)
 
-        if position_embeddings is not None:
+        if position_embeddings is not None and key_value_states is None:
             both = rotated(torch.cat((query, key), dim=1), *position_embeddings)  # in half the steps
             query, key = both[:, : query.shape[1]], both[:, query.shape[1] :]
+        elif position_embeddings is not None:  # there may be keys of several sources, one after another
+            query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
         output, weights = attend(query, key, value, **kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 

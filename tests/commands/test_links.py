@@ -29,7 +29,7 @@ WRITING = {
     "bench": ["bench --quick --no-compile --output {here}/bench"],
     "convert": ["convert {here}/llama {here}/looped"],
     "tokenize": [
-        "tokenize {here}/text/data/test.parquet --tokenizer {here}/llama --held-out-documents 1 --processes 1 "
+        "tokenize {here}/text/data/test.parquet --tokenizer {here}/text/model --held-out-documents 1 --processes 1 "
         "--to {here}/tokens"
     ],
     "export": ["export {here}/hops --to gguf", "export {here}/hops --to mlx"],
@@ -37,7 +37,7 @@ WRITING = {
 # halting, harness, study and loopbench write single files, by the same function; fetch a folder that must not exist,
 # as convert does; what train writes is looked at in tests/training/test_run_folder.py.
 OTHERS = {"train", "recipes", "table", "ask", "demo", "publish", "serve", "halting", "harness", "fetch"}
-OTHERS |= {"study", "loopbench", "plan"}
+OTHERS |= {"study", "loopbench", "plan", "phi"}
 AGAIN = {"convert", "export"}  # what needs its output gone before it runs again
 
 

@@ -400,7 +400,7 @@ def test_a_fault_of_ours_stays_a_traceback(error):
         run_command("x", fail)
 
 
-def test_of_several_processes_one_speaks_unless_they_differ(capsys, monkeypatch):
+def test_of_several_processes_the_first_speaks_first(capsys, monkeypatch):
     waited = []
     monkeypatch.setattr(mistakes.time, "sleep", waited.append)
 
@@ -408,8 +408,8 @@ def test_of_several_processes_one_speaks_unless_they_differ(capsys, monkeypatch)
         raise error
 
     assert [run_command("x", lambda: fail(ValueError("no")), rank=rank) for rank in range(3)] == [2, 2, 2]
-    assert capsys.readouterr().err == "x: no\n"
-    assert len(waited) == 2  # a launcher kills the others when one ends
+    assert capsys.readouterr().err == "x: no\nx, process 1: no\nx, process 2: no\n"
+    assert len(waited) == 2  # a launcher kills the others when one ends, before they speak
     assert run_command("x", lambda: fail(OSError("my disk is full")), rank=1) == 2
     assert capsys.readouterr().err == "x: my disk is full\n"
 

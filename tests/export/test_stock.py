@@ -66,6 +66,8 @@ OTHER = {
     "exit_entropy_weight": 0.2,
     "damped_beta": 0.4,
     "damped_horizon": 0.7,
+    "disco_channel": "likeliest",
+    "disco_weight": 0.3,
     "use_cache": False,
     "pad_token_id": 3,
     "bos_token_id": 4,

@@ -140,4 +140,4 @@ def test_the_study_of_this_package_is_a_grid_that_tells(tmp_path, capsys, monkey
 
 def test_a_study_of_something_else_is_refused(capsys):
     assert main(["phi", "far_hops"]) == 2
-    assert "keeps grid.jsonl, not text.jsonl" in capsys.readouterr().err
+    assert "losses of text, and the rows of the study far_hops, grid.jsonl, have none" in capsys.readouterr().err

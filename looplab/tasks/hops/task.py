@@ -37,6 +37,8 @@ class HopTask(Task):
         "patch": Figure("Share of corrupted runs that give the clean answer after one clean state was put in", "lens",
                         True),
         "swap": Figure("Share of runs that follow the other bridge after its direction was exchanged", "lens", True),
+        "realign": Figure("Share of chains that are right with a token's embedding in the place of one state", "lens",
+                          True),
         "probe": Figure("Accuracy of a linear probe for the bridge, and for the answer", "lens", True),
         "stages": Figure("What states say and cause, over training", "lens"),
     }  # fmt: skip

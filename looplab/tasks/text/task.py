@@ -81,6 +81,11 @@ class TextTask(Task):
 
         return halting_run(run, max_loops, limit), exits_text(run.read(HALTING))
 
+    def own_loss(self, run: Run) -> float:
+        from .results import own_row
+
+        return own_row(run)["loss"]
+
     def best_rule(self, run: Run) -> tuple[Mapping | None, str]:
         from looplab.tasks.language.exits import best_rule
 

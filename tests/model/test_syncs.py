@@ -117,11 +117,11 @@ def test_what_is_kept_of_a_call_is_no_output_of_its_graph(num_loops, monkeypatch
 
 
 @torch.no_grad()
-def test_every_loop_count_is_compiled(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_every_loop_count_is_compiled():
     """At its limit, eight graphs of a function unless set, torch goes on without a graph and without a word."""
     model, token, graphs = make_model(num_core_layers=1), make_ids(1, 1), []
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     compiled = model.get_compiled_call(compile_counted(graphs))
     for num_loops in range(1, 5):
         cache = StaticCache(config=model.config, max_cache_len=8)

@@ -413,6 +413,18 @@ def run_phi(arguments) -> None:
     print(phi_of(arguments.sources, Path(arguments.rows)))
 
 
+def add_study(command: argparse.ArgumentParser, pages_say: str) -> None:
+    """The options of what trains cells and draws their rows. pages_say: subject and verb of the help of --check."""
+    command.add_argument("--jobs", type=Whole(highest=1024), default=1, metavar="N", help="trainings at once")
+    what = command.add_mutually_exclusive_group()
+    what.add_argument("--draw", action="store_true", help="train nothing: draw the rows there are")
+    what.add_argument(
+        "--check", action="store_true", help=f"write nothing: look whether the {pages_say} what the rows say"
+    )
+    command.add_argument("--to", default="docs/results", metavar="FOLDER", help="of rows, page and figure")
+    command.add_argument("--runs", default="runs", metavar="FOLDER", help="of the trainings")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `call`, the function that runs it with the arguments."""
     main_parser = Parser(prog="looped", description="Train, evaluate, plot, ask and measure looped models.")
@@ -836,14 +848,7 @@ def parser() -> argparse.ArgumentParser:
         "study", help="train and measure what a study compares, and draw its page from the rows, to FOLDER/NAME.*"
     )
     command.add_argument("study", metavar="NAME", help="a file, or a study of this package, such as far_hops")
-    command.add_argument("--jobs", type=Whole(highest=1024), default=1, metavar="N", help="trainings at once")
-    what = command.add_mutually_exclusive_group()
-    what.add_argument("--draw", action="store_true", help="train nothing: draw the rows there are")
-    what.add_argument(
-        "--check", action="store_true", help="write nothing: look whether the pages say what the rows say"
-    )
-    command.add_argument("--to", default="docs/results", metavar="FOLDER", help="of rows, page and figure")
-    command.add_argument("--runs", default="runs", metavar="FOLDER", help="of the trainings")
+    add_study(command, "pages say")
     command.set_defaults(call=run_study)
 
     command = commands.add_parser(
@@ -873,14 +878,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--seeds", type=Whole(0), nargs="+", metavar="N", help="that are reported (default: the bench's)"
     )
-    command.add_argument("--jobs", type=Whole(highest=1024), default=1, metavar="N", help="trainings at once")
-    what = command.add_mutually_exclusive_group()
-    what.add_argument("--draw", action="store_true", help="train nothing: draw the rows there are")
-    what.add_argument(
-        "--check", action="store_true", help="write nothing: look whether the page says what the rows say"
-    )
-    command.add_argument("--to", default="docs/results", metavar="FOLDER", help="of rows, page and figure")
-    command.add_argument("--runs", default="runs", metavar="FOLDER", help="of the trainings")
+    add_study(command, "page says")
     command.set_defaults(call=run_loopbench)
 
     command = commands.add_parser(

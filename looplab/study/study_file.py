@@ -133,19 +133,17 @@ def flags_of(study: Study, arm: Arm, seed: int) -> list[str]:
     return [f"--{name}={json.dumps(value)}" for name, value in values.items()]
 
 
-def digest_of(study: Study, arm: Arm) -> str:
-    """What the rows of an arm depend on, as it is written: recipe, overrides, seeds' fields, evaluation."""
-    return digest_with(study, arm, read_recipe_file(arm.recipe, TRAIN)[1])
-
-
 def digests_of(study: Study) -> dict[str, str]:
     """Name of every arm -> its digest. A recipe of several arms is read once."""
     recipes = {name: read_recipe_file(name, TRAIN)[1] for name in {what.recipe for what in study.arms.values()}}
-    return {name: digest_with(study, what, recipes[what.recipe]) for name, what in study.arms.items()}
+    return {name: digest_of(study, what, recipes[what.recipe]) for name, what in study.arms.items()}
 
 
-def digest_with(study: Study, arm: Arm, recipe: Mapping) -> str:
-    """The digest of an arm. recipe: the fields of the file `arm.recipe`."""
+def digest_of(study: Study, arm: Arm, recipe: Mapping) -> str:
+    """What the rows of an arm depend on, as it is written: recipe, overrides, seeds' fields, evaluation.
+
+    recipe: the fields of the file `arm.recipe`.
+    """
     said = [recipe, arm.overrides, study.seed_fields, study.evaluate | arm.evaluate, study.record, study.keep]
     said += [] if arm.data is None else [arm.data]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]

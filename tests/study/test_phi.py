@@ -8,7 +8,7 @@ import pytest
 from looplab.cli import main
 from looplab.runs.folder import open_run, to_json_lines
 from looplab.study.phi import Fit, Point, fit, log_losses, phi_text, point_of, points_of_runs, points_of_study
-from looplab.study.study_file import digest_of, read_study
+from looplab.study.study_file import digests_of, read_study
 from looplab.training.recipe import read_recipe
 from modeling_looped import LoopedConfig
 from toys import make_model
@@ -117,13 +117,13 @@ def test_the_study_of_this_package_is_a_grid_that_tells(tmp_path, capsys, monkey
     """Rows as if all its runs had followed the law, with another phi for each connection."""
     name, study = read_study("phi")
     known = {"plain": 0.4, "static": 0.6, "hyperloop": 0.7}
-    draw, rows = np.random.default_rng(0), []
+    draw, rows, digests = np.random.default_rng(0), [], digests_of(study)
     for arm, what in study.arms.items():
         config = LoopedConfig(**read_recipe(what.recipe, [f"--{k}={v}" for k, v in what.overrides.items()]).model)
         point = point_of(config, 2048 * what.overrides["max_steps"], 0.0)
         phi = known[arm.split("_")[0]]
         loss = law(point.once, point.looped, point.loops, point.tokens, phi) * np.exp(0.001 * draw.standard_normal())
-        facts = {"arm": arm, "seed": 10, "recipe": digest_of(study, what), "commit": "c0ffee"}
+        facts = {"arm": arm, "seed": 10, "recipe": digests[arm], "commit": "c0ffee"}
         rows += [facts | {"loops": point.loops, "loss": loss}, facts | {"loops": 9, "loss": 99.0}]
     (tmp_path / "phi.jsonl").write_text(to_json_lines(rows))
     found = points_of_study(name, study, tmp_path)

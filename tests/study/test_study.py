@@ -14,7 +14,7 @@ from looplab.runs.folder import to_json_lines
 from looplab.runs.yaml_text import to_yaml
 from looplab.study.cells import cells_of, check_arms, missing
 from looplab.study.page import BLOCK, by_seed, check_study, draw_study, replaced, verdict
-from looplab.study.study_file import Success, digest_of, flags_of, read_study
+from looplab.study.study_file import Success, digests_of, flags_of, read_study
 from toys import ROOT
 
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
@@ -37,8 +37,9 @@ def write(folder: Path, **changes) -> Path:
 
 def rows_of(study, values) -> list[dict]:
     """Rows of every cell, values[arm][seed], as if it had run."""
+    digests = digests_of(study)
     return [
-        {"arm": arm, "seed": seed, "recipe": digest_of(study, study.arms[arm]), "commit": "c0ffee", "loops": 2}
+        {"arm": arm, "seed": seed, "recipe": digests[arm], "commit": "c0ffee", "loops": 2}
         | {"hops": hops, "accuracy": value}
         for arm, seeds in values.items()
         for seed, value in seeds.items()

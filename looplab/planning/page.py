@@ -11,7 +11,7 @@ from pathlib import Path
 from looplab.instruments.devices import DEVICES
 from looplab.runs.writing import write_whole
 from looplab.shipped import find_recipe, shipped
-from looplab.training.recipe import Recipe, build_recipe, read_recipe
+from looplab.training.recipe import read_recipe
 
 from .memory import WAYS
 from .plan import Plan, Setup, make_plan
@@ -19,25 +19,10 @@ from .told import short
 
 PAGE = "results/plans.md"
 REPORTED = 212_000  # tokens/s of training, LoopLM-135M on one H100
-# Widths, sections and depth are as reported; the vocabulary, the width of the MLP and the sequence are not, and are
-# chosen so that there are 135 million weights.
-LOOPLM = {
-    "name": "looplm_135m",
-    "model": {
-        "vocab_size": 49152, "hidden_size": 1024, "intermediate_size": 2560, "num_attention_heads": 16,
-        "num_prelude_layers": 4, "num_core_layers": 1, "num_coda_layers": 2, "num_loops": 6,
-    },
-    "data": {"task": "text", "sequence_length": 2048, "tokenizer": "tokenizers/looplm"},
-    "depth": {"kind": "poisson", "rate": 6, "minimum": 1, "maximum": 24},
-    "optim": {"kind": "adamw"},
-    "batch_size": 256,
-    "accumulation_steps": 4,
-    "max_steps": 19073,
-    "precision": "bf16",
-}  # fmt: skip
+LOOPLM = "lm/looped_135m"
 # Recipe -> GPU and number of them.
 LANGUAGE = {
-    "looplm_135m": ("h100", 8),
+    LOOPLM: ("h100", 8),
     "ouro/ouro_1_4b": ("h100", 64),
     "ouro/ouro_2_6b": ("h100", 64),
     "hyperloop/paper/transformer_16l": ("h100", 8),
@@ -53,15 +38,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def recipe_named(name: str) -> Recipe:
-    """A recipe of this package, or that of LoopLM-135M."""
-    return build_recipe(LOOPLM) if name == LOOPLM["name"] else read_recipe(find_recipe(name))
-
-
 @cache
 def plan_named(name: str, gpu: str, count: int) -> Plan:
     """The plan of one line."""
-    return make_plan(recipe_named(name), Setup(DEVICES[gpu], count))
+    return make_plan(read_recipe(find_recipe(name)), Setup(DEVICES[gpu], count))
 
 
 def cells(name: str, gpu: str, count: int) -> list[str]:
@@ -108,13 +88,13 @@ def table(lines: dict[str, tuple[str, int]]) -> str:
 
 def reported_share() -> float:
     """Share of an H100's peak that LoopLM-135M's reported speed is, by our count of FLOPs."""
-    plan = plan_named("looplm_135m", *LANGUAGE["looplm_135m"])
+    plan = plan_named(LOOPLM, *LANGUAGE[LOOPLM])
     return REPORTED * plan.flops() / plan.tokens / DEVICES["h100"].bf16
 
 
 def page() -> str:
     """The page as Markdown."""
-    plan = plan_named("looplm_135m", *LANGUAGE["looplm_135m"])
+    plan = plan_named(LOOPLM, *LANGUAGE[LOOPLM])
     tokens = replace(plan, setup=replace(plan.setup, share=1.0)).tokens_per_second
     gigaflops = plan.flops() / plan.tokens / 1e9
     return f"""# What the published models would take
@@ -136,9 +116,9 @@ checkpointing. *Sent* is what one GPU sends per update. *Smallest* is the fewest
 
 {table(LANGUAGE)}
 
-- `looplm_135m` is LoopLM-135M: 1,024 wide, 4 prelude layers, 1 core layer x Poisson(6) loops, 2 coda layers. The
-  vocabulary (49,152), the width of the MLP (2,560) and the length of a sequence (2,048) are not reported; with these
-  there are {plan.weights.all:,} parameters, and {gigaflops:.2f} GFLOP per token.
+- `{LOOPLM}` has the shape of LoopLM-135M: 1,024 wide, 4 prelude layers, 1 core layer x Poisson(6) loops, 2 coda
+  layers. The vocabulary (49,152), the width of the MLP (2,560) and the length of a sequence (2,048) are not reported;
+  with these there are {plan.weights.all:,} parameters, and {gigaflops:.2f} GFLOP per token.
 - {REPORTED:,} tokens/s on one H100 were reported of it. That is {100 * reported_share():.0f} % of the peak, which is
   {tokens:,.0f} tokens/s.
 - The loss of `ouro/*` reads every loop out: a token pays for four heads.

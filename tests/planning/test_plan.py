@@ -129,7 +129,7 @@ def test_a_named_gpu_may_have_more_memory():
 # docs/results/plans.md
 
 EVERY = page.LANGUAGE | page.HOPS
-FEW = ("looplm_135m", "ouro/ouro_1_4b", "hyperloop/paper/hyperloop_16l", "paper/composition_r4")
+FEW = ("lm/looped_135m", "ouro/ouro_1_4b", "hyperloop/paper/hyperloop_16l", "paper/composition_r4")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW)) for name in EVERY])

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 from . import hop_rows
-from .fields import check_fields, number
+from .fields import check_fields, number, numbers
 from .hop_rows import FEATURES, hop_tables
 from .seeding import source_hash, stream
 
@@ -42,6 +42,8 @@ class KhopConfig(datasets.BuilderConfig):
     gate_per_hop: int = number(375, at_least=1, whole=True)  # validation rows: the held-out check of a curriculum
     test_per_hop: int = number(375, at_least=1, whole=True)
     far_hops: int = number(0, at_least=0, whole=True)  # validation and test go on to here, in steps of FAR_STEP
+    # Validation and test hold these hop counts instead, to measure a trained model there.
+    held_out_hops: list[int] | None = numbers(None, at_least=2, whole=True, distinct=True)
     seed: int = number(0, at_least=0, whole=True)
 
     def train_rows(self) -> dict[int, int]:
@@ -54,11 +56,11 @@ class Khop(datasets.ArrowBasedBuilder):
     """k-hop chains: train (hops 1 .. train_hops), validation and test (hops 2 .. max_hops), pairwise disjoint.
 
     Configs: `paper` (200 entities x 10 relations, hops to 40), `cpu` (50 x 6, trained to 6 hops, tested to 16) and
-    `quickstart` (20 x 4, trained to 8, tested to 24); with the field `far_hops` they go further, in steps of 8.
-    `split_kind` is "atomic" or "train" in train; in validation and
-    test it is "id" for a hop count that train holds, and "ood" for a deeper one. The rows of a hop count depend only
-    on graph sizes, rows per hop and seed, so that a run trained to fewer hops is tested on the same rows. One example,
-    e10 --r1--> e12 --r1--> e15 --r2--> e14:
+    `quickstart` (20 x 4, trained to 8, tested to 24); with the field `far_hops` they go further, in steps of 8,
+    and the field `held_out_hops` names hop counts one by one. `split_kind` is "atomic" or "train" in train; in
+    validation and test it is "id" for a hop count that train holds, and "ood" for a deeper one. The rows of a hop
+    count depend only on graph sizes, rows per hop and seed, so that a run trained to fewer hops is tested on the same
+    rows. One example, e10 --r1--> e12 --r1--> e15 --r2--> e14:
 
     >>> load_task("khop", "quickstart")["test"][41]
     {'text': 'e10 r1 r1 r2', 'answer': 'e14', 'hops': 3, 'split_kind': 'id', 'path': [10, 12, 15, 14]}
@@ -101,17 +103,18 @@ class Khop(datasets.ArrowBasedBuilder):
         return datasets.DatasetInfo(features=FEATURES, description=self.config.description)
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        hops = {
-            "train": range(1, self.config.train_hops + 1),
-            "validation": [*range(2, self.config.max_hops + 1), *self.far_hops()],
-            "test": [*range(2, self.config.max_hops + 1), *self.far_hops()],
-        }
+        train, held_out = range(1, self.config.train_hops + 1), self.held_out_hops()
+        hops = {"train": train, "validation": held_out, "test": held_out}
         # `datasets` shares out the items of a list among processes and streaming workers.
         return [datasets.SplitGenerator(split, {"split": split, "hops": list(hops[split])}) for split in hops]
 
-    def far_hops(self) -> range:
-        """The hop counts that are held out beyond max_hops: multiples of FAR_STEP up to `config.far_hops`."""
-        return range((self.config.max_hops // FAR_STEP + 1) * FAR_STEP, self.config.far_hops + 1, FAR_STEP)
+    def held_out_hops(self) -> list[int]:
+        """The hop counts of validation and test: unless named, 2 .. max_hops and then multiples of FAR_STEP up to
+        far_hops."""
+        if self.config.held_out_hops is not None:
+            return sorted(self.config.held_out_hops)
+        far = range((self.config.max_hops // FAR_STEP + 1) * FAR_STEP, self.config.far_hops + 1, FAR_STEP)
+        return [*range(2, self.config.max_hops + 1), *far]
 
     def _generate_tables(self, split: str, hops: list[int]):
         tables = self.relation_tables()

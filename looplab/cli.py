@@ -440,7 +440,8 @@ def parser() -> argparse.ArgumentParser:
     def add_arguments(command: Parser, verb: str) -> None:
         for name, argument in arguments_of(verb).items():
             words = f"{argument.help} {help_of(verb, name)}"
-            command.add_argument(spelt(name), type=argument.type, metavar=argument.metavar, help=words)
+            several = "+" if argument.many else None
+            command.add_argument(spelt(name), type=argument.type, nargs=several, metavar=argument.metavar, help=words)
 
     def add_run(command: Parser, verb: str | None = None) -> None:
         command.add_argument("run", metavar="RUN", help=MODELS + (f"; of {having(verb)}" if verb else ""))

@@ -9,12 +9,15 @@ import logging
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
+from typing import TextIO
 
 from tqdm.auto import tqdm
 
@@ -24,9 +27,11 @@ from looplab.runs.writing import write_whole
 from looplab.tasks.base import Task
 from looplab.tasks.registry import TASKS
 
-from .study_file import Study, digests_of, flags_of, matches
+from .study_file import Study, digests_of, flags_of, folder_of, matches, named
 
 logger = logging.getLogger(__name__)
+
+TRAINING = defaultdict(Lock)  # folder of a run -> held while it is trained: several cells may use one run
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ class Cell:
 
 def cells_of(name: str, study: Study, runs: Path) -> list[Cell]:
     """All cells, seed by seed, so that every arm has a seed before one arm has all. runs: the folder of runs."""
-    recipes = digests_of(study)
+    recipes, trainings = digests_of(study), runs / (study.folder or name)
     return [
-        Cell(arm, seed, recipes[arm], runs / name / f"{arm}-seed{seed}") for seed in study.seeds for arm in study.arms
+        Cell(arm, seed, recipes[arm], trainings / folder_of(arm, seed)) for seed in study.seeds for arm in study.arms
     ]
 
 
@@ -82,20 +87,26 @@ def missing(cells: Sequence[Cell], rows: Sequence[Mapping]) -> list[Cell]:
 
 
 def check_arms(study: Study) -> None:
-    """Raise ValueError if a recipe cannot run, or `looped eval` lacks an option for its task."""
+    """Raise ValueError if a recipe cannot run, or its task cannot be measured as it is written."""
     for name, what in study.arms.items():
         task = task_of_arm(study, name)
-        unknown = sorted((study.evaluate | what.evaluate).keys() - task.options("eval"))
+        options = task.options(study.measure)
+        if options is None:
+            raise ValueError(f"arms.{name}: there is no `looped {study.measure}` for {task.name}: change `measure`.")
+        unknown = sorted((study.evaluate | what.evaluate).keys() - options)
         if unknown:
-            raise ValueError(f"evaluate.{unknown[0]} is no option of `looped eval` for {task.name}: leave it out.")
+            raise ValueError(
+                f"evaluate.{unknown[0]} is no option of `looped {study.measure}` for {task.name}: leave it out."
+            )
 
 
 def task_of_arm(study: Study, name: str) -> Task:
     """What an arm is trained on. Raises ValueError if its recipe cannot run."""
     from looplab.training.recipe import read_recipe
 
+    arm = study.arms[name]
     try:
-        return TASKS[read_recipe(study.arms[name].recipe, flags_of(study, study.arms[name], study.seeds[0])).data.task]
+        return TASKS[read_recipe(arm.recipe, flags_of(study, arm, study.seeds[0], Path("runs"))).data.task]
     except ValueError as error:
         raise ValueError(f"arms.{name}: {error}") from error
 
@@ -111,13 +122,13 @@ def run_cells(name: str, study: Study, path: Path, runs: Path, jobs: int = 1) ->
     """
     check_arms(study)
     cells = cells_of(name, study, runs)
-    with alone(name, runs), tqdm(total=len(cells), desc=name) as bar:
+    with alone(study.folder or name, runs), tqdm(total=len(cells), desc=name) as bar:
         return fill(path, cells, [(cell.arm, cell.seed) for cell in cells], partial(run_cell, study), jobs, bar)
 
 
 @contextmanager
 def alone(name: str, runs: Path) -> Iterator[None]:
-    """Within the block, no other process runs cells of `name`. Raises ValueError if one does."""
+    """Within the block, no other process trains in runs/NAME. Raises ValueError if one does."""
     (runs / name).mkdir(parents=True, exist_ok=True)
     with locked(runs / name / "lock", f"the study {name} is running"):
         yield
@@ -160,8 +171,9 @@ def run_cell(study: Study, cell: Cell, threads: int) -> list[dict]:
     options = []
     for option, value in (study.evaluate | what.evaluate).items():
         options += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    evaluation = ["looplab.cli", "eval", str(cell.folder), *options]
-    run_modules([training(study, cell), evaluation], cell.beside(".log"), threads)
+    with open(cell.beside(".log"), "w", encoding="utf-8") as log:
+        train_cell(study, cell.arm, cell.seed, cell.folder.parent, log, threads)
+        run_module(["looplab.cli", study.measure, str(cell.folder), *options], log, threads)
     run = Run(cell.folder)
     lines = json_lines((cell.folder / study.record).read_text(encoding="utf-8"))
     rows = [line for line in lines if matches(line, study.keep)]
@@ -170,32 +182,40 @@ def run_cell(study: Study, cell: Cell, threads: int) -> list[dict]:
     return [cell.key | {"commit": run.summary()["commit"]} | row for row in rows]
 
 
-def training(study: Study, cell: Cell) -> list[str]:
-    """The module and its arguments that train a cell, or go on with it."""
-    what = study.arms[cell.arm]
-    place = [f"--output_dir={cell.folder.parent}", f"--name={cell.folder.name}"]
-    return ["looplab.cli", "train", what.recipe, *place, *flags_of(study, what, cell.seed)]
+def train_cell(study: Study, arm: str, seed: int, trainings: Path, log: TextIO, threads: int) -> None:
+    """Train an arm with a seed, or go on with it; and before it the arms whose runs it uses.
+
+    trainings: the folder of the runs. `log`, `threads` and what it raises: see `run_module`.
+    """
+    what, name = study.arms[arm], folder_of(arm, seed)
+    for before in sorted(named(what.overrides)):
+        train_cell(study, before, seed, trainings, log, threads)
+    place = [f"--output_dir={trainings}", f"--name={name}"]
+    with TRAINING[trainings / name]:
+        run_module(
+            ["looplab.cli", "train", what.recipe, *place, *flags_of(study, what, seed, trainings)], log, threads
+        )
 
 
-def run_modules(commands: Sequence[Sequence[str]], log: Path, threads: int) -> None:
-    """Run modules of this package with their arguments, one after the other, and keep what they print in `log`.
+def run_module(command: Sequence[str], log: TextIO, threads: int) -> None:
+    """Run a module of this package with its arguments.
 
-    threads: of each, unless OMP_NUM_THREADS says otherwise: on a busy machine, two that wait for each other are slower
-        by far than one.
+    Args:
+        log: a file that gets what it prints.
+        threads: of it, unless OMP_NUM_THREADS says otherwise: on a busy machine, two that wait for each other are
+            slower by far than one.
 
     Raises:
-        ValueError: one of them failed; the message names the log.
+        ValueError: it failed; the message names the log.
     """
-    with open(log, "w", encoding="utf-8") as output:
-        for command in commands:
-            done = subprocess.run(
-                [sys.executable, "-m", *command],
-                stdout=output,
-                stderr=output,
-                env={"OMP_NUM_THREADS": str(threads)} | os.environ,
-            )
-            if done.returncode:
-                raise ValueError(f"its process ended with status {done.returncode}, see {log}.")
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        stdout=log,
+        stderr=log,
+        env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+    )
+    if done.returncode:
+        raise ValueError(f"its process ended with status {done.returncode}, see {log.name}.")
 
 
 def add_rows(path: Path, order: Sequence[tuple[str, int]], cell: Cell, rows: list[dict]) -> None:

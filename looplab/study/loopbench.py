@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from looplab.runs.folder import Run
 
-from .cells import Cell, alone, cells_of, fill, read_rows, run_modules, task_of_arm, training
+from .cells import Cell, alone, cells_of, fill, read_rows, run_module, task_of_arm, train_cell
 from .loopbench_file import RIGHT, Bench, Pair, arm_name, pairs_of, reporting, study_of, tuning
 from .study_file import Study
 
@@ -74,7 +74,8 @@ def order_of(bench: Bench, rows: Sequence[Mapping], names: Names) -> list[tuple[
 
 def tune(study: Study, pairs: Mapping[str, Pair], cell: Cell, threads: int) -> list[dict]:
     """The row of a training at one rate: right answers of the held-out check at its end, a mean over grades."""
-    run_modules([training(study, cell)], cell.beside(".log"), threads)
+    with open(cell.beside(".log"), "w", encoding="utf-8") as log:
+        train_cell(study, cell.arm, cell.seed, cell.folder.parent, log, threads)
     summary = Run(cell.folder).summary()
     found = {RIGHT: fmean(summary["gate"].values()), "seconds": summary["seconds"]}
     arm, _, rate = cell.arm.rpartition(".")
@@ -85,7 +86,9 @@ def report(study: Study, pairs: Mapping[str, Pair], cell: Cell, threads: int) ->
     """The row of a training that is reported."""
     output = cell.beside(".json")
     measuring = ["looplab.study.measuring", str(cell.folder), str(output), json.dumps(study.arms[cell.arm].evaluate)]
-    run_modules([training(study, cell), measuring], cell.beside(".log"), threads)
+    with open(cell.beside(".log"), "w", encoding="utf-8") as log:
+        train_cell(study, cell.arm, cell.seed, cell.folder.parent, log, threads)
+        run_module(measuring, log, threads)
     found = json.loads(output.read_text(encoding="utf-8"))
     return [row_of(cell, pairs[cell.arm], Run(cell.folder).summary(), found)]
 

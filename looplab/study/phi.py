@@ -255,7 +255,7 @@ def points_of_study(name: str, study: Study, folder: Path) -> list[Point]:
         if "loss" not in row:
             raise ValueError(f"phi needs losses of text, and the rows of the study {name}, {study.record}, have none.")
         what = study.arms[row["arm"]]
-        recipe = read_recipe(what.recipe, flags_of(study, what, row["seed"]))
+        recipe = read_recipe(what.recipe, flags_of(study, what, row["seed"], Path()))
         if recipe.max_steps is None:
             raise ValueError(f"arms.{row['arm']}: phi needs the tokens of a training, so set max_steps.")
         config = LoopedConfig(**recipe.model)

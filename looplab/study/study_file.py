@@ -15,8 +15,10 @@ success:
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -33,9 +35,11 @@ class Arm:
     """What is trained once per seed."""
 
     recipe: str  # a file, or a name of `looped recipes`
-    overrides: dict = field(default_factory=dict)  # fields of the recipe put over it, such as optim.lr
+    # Fields of the recipe put over it, such as optim.lr. In their text, {ARM} is the run of an earlier arm at the same
+    # seed, as in init_from: "{teacher}/model".
+    overrides: dict = field(default_factory=dict)
     data: dict | None = None  # in place of the recipe's section `data`
-    evaluate: dict = field(default_factory=dict)  # options of `looped eval`, over those of the study
+    evaluate: dict = field(default_factory=dict)  # options of the measurement, over those of the study
     where: dict = field(default_factory=dict)  # field -> value of its rows that are shown and judged, such as loops
 
 
@@ -75,7 +79,9 @@ class Study:
     seeds: list[int] = numbers(at_least=0, distinct=True)  # that are reported
     tuned_on: list[int] = numbers(at_least=0, distinct=True)  # that choices were made on: never reported
     seed_fields: list[str] = field(default_factory=lambda: ["seed", "data.seed"])  # of the recipe, that get the seed
-    evaluate: dict = field(default_factory=dict)  # options of `looped eval`, such as max_loops
+    folder: str | None = None  # of runs/ that has the trainings, for studies that share them; the study's own name
+    measure: Literal["eval", "halting"] = "eval"  # verb of `looped` that measures a run
+    evaluate: dict = field(default_factory=dict)  # options of the verb, such as max_loops
     record: str = "grid.jsonl"  # file of the run whose lines become rows
     keep: dict = field(default_factory=dict)  # field -> values of the lines that become rows; all, unless given
     table: Table = field(default_factory=lambda: Table("hops"))
@@ -86,8 +92,13 @@ class Study:
         check_fields(self)
         if not self.seeds or not self.arms:
             raise ValueError("a study has at least one arm and one seed: fill in `arms` and `seeds`.")
-        for name in self.arms:
+        for name in [*self.arms, *([] if self.folder is None else [self.folder])]:
             check_name(name)
+        known = set()
+        for name, arm in self.arms.items():
+            if later := sorted(named(arm.overrides) - known):
+                raise ValueError(f"arms.{name} uses {{{later[0]}}}: write an arm of this name before it.")
+            known.add(name)
         both = sorted(set(self.seeds) & set(self.tuned_on))
         if both:
             raise ValueError(f"seed {both[0]} is in tuned_on and in seeds: report on seeds without choices.")
@@ -126,26 +137,56 @@ def read_study(name: str) -> tuple[str, Study]:
     return path.stem, study
 
 
-def flags_of(study: Study, arm: Arm, seed: int) -> list[str]:
-    """The flags of `looped train` for one arm and seed."""
+REFERENCE = re.compile(r"\{([^{}]+)\}")
+
+
+def named(overrides: Mapping) -> set[str]:
+    """The arms whose runs are named in the text of some field."""
+    values = flatten(overrides).values()
+    return {name for value in values if isinstance(value, str) for name in REFERENCE.findall(value)}
+
+
+def folder_of(arm: str, seed: int) -> str:
+    """The name of a run within the folder of the trainings."""
+    return f"{arm}-seed{seed}"
+
+
+def flags_of(study: Study, arm: Arm, seed: int, trainings: Path) -> list[str]:
+    """The flags of `looped train` for one arm and seed. trainings: the folder of the runs of all arms."""
+
+    def placed(value):
+        if not isinstance(value, str):
+            return value
+        return REFERENCE.sub(lambda found: str(trainings / folder_of(found[1], seed)), value)
+
     values = {} if arm.data is None else {"data": arm.data}
-    values |= flatten(arm.overrides) | dict.fromkeys(study.seed_fields, seed)
+    values |= {name: placed(value) for name, value in flatten(arm.overrides).items()}
+    values |= dict.fromkeys(study.seed_fields, seed)
     return [f"--{name}={json.dumps(value)}" for name, value in values.items()]
 
 
 def digests_of(study: Study) -> dict[str, str]:
     """Name of every arm -> its digest. A recipe of several arms is read once."""
     recipes = {name: read_recipe_file(name, TRAIN)[1] for name in {what.recipe for what in study.arms.values()}}
-    return {name: digest_of(study, what, recipes[what.recipe]) for name, what in study.arms.items()}
+    digests = {}
+    for name, what in study.arms.items():
+        digests[name] = digest_of(
+            study, what, recipes[what.recipe], [digests[arm] for arm in sorted(named(what.overrides))]
+        )
+    return digests
 
 
-def digest_of(study: Study, arm: Arm, recipe: Mapping) -> str:
+def digest_of(study: Study, arm: Arm, recipe: Mapping, before: Sequence[str]) -> str:
     """What the rows of an arm depend on, as it is written: recipe, overrides, seeds' fields, evaluation.
 
-    recipe: the fields of the file `arm.recipe`.
+    Args:
+        recipe: the fields of the file `arm.recipe`.
+        before: digests of the arms whose runs it uses.
     """
     said = [recipe, arm.overrides, study.seed_fields, study.evaluate | arm.evaluate, study.record, study.keep]
     said += [] if arm.data is None else [arm.data]
+    said += [] if study.measure == "eval" else [study.measure]
+    said += [list(before)] if before else []
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 

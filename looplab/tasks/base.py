@@ -104,11 +104,13 @@ class Argument:
         help: what it does.
         metavar: what stands for its value in the help.
         type: `Whole` or `Real` for the range of a number, str for a text, None for a name.
+        many: it takes one or more of them.
     """
 
     help: str
     metavar: str
     type: Callable[[str], object] | None = None
+    many: bool = False
 
 
 @dataclass(frozen=True)

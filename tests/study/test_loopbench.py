@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from looplab.cli import main
 from looplab.runs.yaml_text import to_yaml
-from looplab.study import loopbench, measuring
+from looplab.study import cells, loopbench, measuring
 from looplab.study.cells import task_of_arm
 from looplab.study.loopbench_file import architecture_named, chosen_rates, pairs_of, read_bench, task_named, tuning
 from looplab.study.loopbench_page import check_bench
@@ -74,17 +75,22 @@ class Cells:
     def __init__(self, last: int | None = None):
         self.last, self.ran = last, []
 
-    def __call__(self, commands, log: Path, threads: int) -> None:
-        for module, *arguments in commands:
-            if len(self.ran) == self.last:
-                raise KeyboardInterrupt
-            reset_accelerator()
-            self.ran.append((log.name, module))
-            if module == "looplab.cli":
-                assert main(arguments) == 0
-            else:
-                assert module == measuring.__name__
-                measuring.main(*arguments)
+    def __call__(self, command, log: TextIO, threads: int) -> None:
+        module, *arguments = command
+        if len(self.ran) == self.last:
+            raise KeyboardInterrupt
+        reset_accelerator()
+        self.ran.append((Path(log.name).name, module))
+        if module == "looplab.cli":
+            assert main(arguments) == 0
+        else:
+            assert module == measuring.__name__
+            measuring.main(*arguments)
+
+    def put(self, monkeypatch) -> None:
+        """In the place of the function that starts processes."""
+        for module in (cells, loopbench):
+            monkeypatch.setattr(module, "run_module", self)
 
 
 @pytest.mark.slow
@@ -94,12 +100,12 @@ def test_a_killed_bench_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch, ca
     command = ["loopbench", "tiny.yaml", "--to", "out"]
     # Of khop: four rates; then training and measuring of the first cell, and the kill comes before the second.
     first, rest, again = Cells(last=6), Cells(), Cells()
-    monkeypatch.setattr(loopbench, "run_modules", first)
+    first.put(monkeypatch)
     assert main(command) == 130
     kept = Path("out/tiny.jsonl").read_text().splitlines()
     assert [json.loads(line)["arm"] for line in kept][-1] == "khop.plain.low"
     assert len(kept) == 5
-    monkeypatch.setattr(loopbench, "run_modules", rest)
+    rest.put(monkeypatch)
     assert main(command) == 0
     done = [*first.ran, *rest.ran]
     assert len(done) == len(set(done)) == 4 * 2 + 2 * 4  # trainings at a rate; trainings and measurements
@@ -111,7 +117,7 @@ def test_a_killed_bench_goes_on_and_runs_nothing_twice(tmp_path, monkeypatch, ca
         for name in TINY["architectures"]
         for rate, seed in ((".middle", 100), (".low", 100), ("", 10))
     ]
-    monkeypatch.setattr(loopbench, "run_modules", again)
+    again.put(monkeypatch)
     assert main([*command, "--jobs", "2"]) == 0
     assert again.ran == []
 

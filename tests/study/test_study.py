@@ -6,11 +6,12 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from looplab.cli import main
-from looplab.runs.folder import to_json_lines
+from looplab.runs.folder import open_run, to_json_lines
 from looplab.runs.yaml_text import to_yaml
 from looplab.study.cells import cells_of, check_arms, missing
 from looplab.study.page import BLOCK, by_seed, check_study, draw_study, replaced, verdict
@@ -29,8 +30,8 @@ PLAIN = {
 }
 
 
-def write(folder: Path, **changes) -> Path:
-    path = folder / "toy.yaml"
+def write(place: Path, **changes) -> Path:
+    path = place / "toy.yaml"
     path.write_text(to_yaml(PLAIN | changes))
     return path
 
@@ -65,6 +66,13 @@ def rows_of(study, values) -> list[dict]:
         ({"success": [{"arm": "long", "at_least": 1, "of": "median"}]}, "of"),
         ({"success": {}}, "success must be a list"),
         ({"sedes": [1]}, "seeds"),
+        ({"folder": "../elsewhere"}, "plain folder name"),
+        ({"measure": "lens"}, "measure"),
+        (
+            {"arms": {"a": {"recipe": "smoke", "overrides": {"init_from": "{b}/model"}}, "b": {"recipe": "smoke"}}},
+            "{b}",
+        ),
+        ({"arms": {"a": {"recipe": "smoke", "overrides": {"init_from": "{a}/model"}}}}, "{a}"),
         ({"table": {"columns": "hops", "digits": -1}}, "digits"),
     ],
 )
@@ -169,7 +177,55 @@ def test_the_seed_goes_into_every_field_named(tmp_path):
     _, study = read_study(
         write(tmp_path, arms={"a": {"recipe": "smoke", "overrides": {"depth": {"rate": 2}}}}, success=[])
     )
-    assert flags_of(study, study.arms["a"], 12) == ["--depth.rate=2", "--seed=12", "--data.seed=12"]
+    assert flags_of(study, study.arms["a"], 12, Path("runs")) == ["--depth.rate=2", "--seed=12", "--data.seed=12"]
+
+
+def test_an_arm_that_goes_on_from_another_gets_its_run_and_is_old_when_it_changes(tmp_path):
+    going_on = {"recipe": "smoke", "overrides": {"init_from": "{long}/model", "distill": {"teacher": "{long}/model"}}}
+    arms = PLAIN["arms"] | {"after": going_on}
+    _, study = read_study(write(tmp_path, arms=arms, folder="shared"))
+    assert [cell.folder for cell in cells_of("toy", study, tmp_path)][2] == tmp_path / "shared" / "after-seed10"
+    teacher = json.dumps(str(tmp_path / "shared" / "long-seed11" / "model"))
+    flags = flags_of(study, study.arms["after"], 11, tmp_path / "shared")
+    assert flags[:2] == [f"--init_from={teacher}", f"--distill.teacher={teacher}"]
+    before = digests_of(study)
+    arms["long"] = {"recipe": "smoke", "overrides": {"max_steps": 3}}
+    after = digests_of(read_study(write(tmp_path, arms=arms))[1])
+    assert {arm for arm in before if before[arm] != after[arm]} == {"long", "after"}
+    halting = digests_of(read_study(write(tmp_path, arms=arms, measure="halting"))[1])
+    assert all(halting[arm] != after[arm] for arm in after)
+
+
+def test_options_are_those_of_the_measurement(tmp_path):
+    arms = {"only": {"recipe": "smoke"}}
+    check_arms(read_study(write(tmp_path, arms=arms, success=[], measure="halting", evaluate={"max_hops": 3}))[1])
+    with pytest.raises(ValueError, match=r"evaluate\.hops is no option of `looped halting`"):
+        check_arms(read_study(write(tmp_path, arms=arms, success=[], measure="halting", evaluate={"hops": [3]}))[1])
+
+
+@pytest.mark.slow
+def test_a_teacher_is_trained_before_its_student_and_once(tmp_path, monkeypatch):
+    """Also where its own rows are there and its run is not, as on another machine."""
+    monkeypatch.chdir(tmp_path)
+    short = {"max_steps": 2, "check_every": 2, "checkpoint_every": 2, "optim.warmup_steps": 0}
+    recipe = yaml.safe_load((ROOT / "recipes" / "smoke.yaml").read_text())
+    Path("on.yaml").write_text(to_yaml(recipe | {"model": {}}))
+    arms = {
+        "teacher": {"recipe": "smoke", "overrides": short},
+        "student": {"recipe": "on.yaml", "overrides": short | {"init_from": "{teacher}/model"}},
+    }
+    path = write(tmp_path, arms=arms, seeds=[10], success=[], folder="both")
+    _, study = read_study(path)
+    teacher = digests_of(study)["teacher"]
+    row = {"arm": "teacher", "seed": 10, "recipe": teacher, "commit": "c0ffee", "loops": 2, "hops": 2, "accuracy": 1.0}
+    Path("out").mkdir()
+    Path("out/toy.jsonl").write_text(to_json_lines([row]))
+    assert main(["study", str(path), "--to", "out"]) == 0
+    rows = [json.loads(line) for line in Path("out/toy.jsonl").read_text().splitlines()]
+    assert rows[0] == row
+    assert {row["arm"] for row in rows[1:]} == {"student"}
+    assert open_run("runs/both/student-seed10").recipe()["init_from"] == "runs/both/teacher-seed10/model"
+    assert not Path("runs/toy").exists()
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ def evaluate_run(
     limit: int | None = None,
     max_loops: int | None = None,
     max_hops: int | None = None,
+    hops: Sequence[int] | None = None,
 ) -> Path:
     """Write RUN/grid.jsonl (`accuracy_grid`), RUN/loops.jsonl (`loop_rows`) and RUN/evaluation.json.
 
@@ -122,15 +123,18 @@ def evaluate_run(
         limit: most rows of a group (hops, split_kind); all held-out rows unless given.
         max_loops: last loop of loops.jsonl, `MAX_LOOPS` unless given.
         max_hops: deepest hop count of held-out rows, the recipe's unless given (task khop only).
+        hops: hop counts of held-out rows, in place of all up to the deepest (task khop only).
 
     Raises:
-        ValueError: the run has not finished, or `load_run_task` refuses `max_hops`.
+        ValueError: the run has not finished, both max_hops and hops are given, or `load_run_task` refuses them.
     """
+    if hops is not None and max_hops is not None:
+        raise ValueError(f"hops {hops} and max_hops {max_hops} both say which chains are measured: leave one out.")
     max_loops = MAX_LOOPS if max_loops is None else max_loops
     trained_hops = run.summary()["trained_hops"]
     loops = sorted(set(loops or GRID_LOOPS))
     model, tokenizer = load_run_model(run, *loops, max_loops)
-    task = load_run_task(run, max_hops)
+    task = load_run_task(run, max_hops=max_hops, held_out_hops=None if hops is None else list(hops))
     depth = {"train": loops[-1], "test": max(max_loops, loops[-1]), "validation": max_loops}
     limits = {"train": min(limit or TRAIN_ROWS, TRAIN_ROWS), "test": limit, "validation": limit}
     plan = [(split, group) for split in depth for group in groups_of(task[split], tokenizer, limits[split])]

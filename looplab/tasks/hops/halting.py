@@ -172,7 +172,7 @@ def halting_run(
     """
     max_loops = MAX_LOOPS if max_loops is None else max_loops
     model, tokenizer = load_run_model(run, max_loops)
-    task = load_run_task(run, max_hops)
+    task = load_run_task(run, max_hops=max_hops)
     groups = {split: groups_of(task[split], tokenizer, limit) for split in ("validation", "test")}
     # Settings are chosen on validation rows: test groups without validation rows are left out.
     known = {(group.split_kind, group.hops) for group in groups["validation"]}

@@ -45,19 +45,20 @@ def groups_of(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit:
     return groups
 
 
-def load_run_task(run: Run, max_hops: int | None = None) -> datasets.DatasetDict:
+def load_run_task(run: Run, **held_out) -> datasets.DatasetDict:
     """The splits of a run, from its recipe; on the machine that trained it, they are in the `datasets` cache.
 
     Args:
-        max_hops: deepest hop count of validation and test, in place of the recipe's. Rows of other hop counts stay the
-            same.
+        held_out: fields of the builder that say which hop counts validation and test have, in place of the recipe's:
+            max_hops, held_out_hops. Those that are None are left out. The rows of a hop count stay the same.
 
     Raises:
-        ValueError: the builder has no field `max_hops`, it is below the trained hop counts, or the run was trained on
+        ValueError: the builder lacks a field, max_hops is below the trained hop counts, or the run was trained on
             other data.
     """
-    task = HopData.of(run).splits_of(run, **({} if max_hops is None else {"max_hops": max_hops}))
-    run.check_data(task, only=None if max_hops is None else "train")
+    changed = {name: value for name, value in held_out.items() if value is not None}
+    task = HopData.of(run).splits_of(run, **changed)
+    run.check_data(task, only="train" if changed else None)
     return task
 
 

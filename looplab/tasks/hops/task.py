@@ -194,6 +194,9 @@ class Khop(HopTask):
     name = "khop"
     arguments: ClassVar = HopTask.arguments | {
         ("eval", "max_hops"): Argument("test chains of up to K hops", "K", HOPS),
+        ("eval", "hops"): Argument(
+            "test chains of these hop counts alone", "K", Whole(lowest=2, highest=1_000), many=True
+        ),
         ("halting", "max_hops"): Argument("chains of up to K hops", "K", HOPS),
     }
     says = "Its graph is permutations, and it was trained on chains of up to {depth} hops."
@@ -210,10 +213,11 @@ class Khop(HopTask):
         limit: int | None = None,
         max_loops: int | None = None,
         max_hops: int | None = None,
+        hops: Sequence[int] | None = None,
     ) -> Path:
         from .evaluation import evaluate_run
 
-        return evaluate_run(run, loops, limit, max_loops, max_hops)
+        return evaluate_run(run, loops, limit, max_loops, max_hops, hops)
 
     def halting(
         self,

@@ -143,13 +143,18 @@ def test_deeper_test_chains_leave_the_others_as_they_were(tmp_path):
     overrides = {"test_per_hop": 5, "max_hops": 12}
     recipe = {"data": {"task": "khop", "config": "quickstart", "seed": 3, "overrides": overrides}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    shallow, deep = (load_run_task(open_run(tmp_path), max_hops)["test"] for max_hops in (None, 14))
+    shallow, deep = (load_run_task(open_run(tmp_path), max_hops=max_hops)["test"] for max_hops in (None, 14))
     assert deep[: len(shallow)] == shallow[:]
     assert set(deep["hops"][len(shallow) :]) == {13, 14}
+    named = load_run_task(open_run(tmp_path), held_out_hops=[300, 13, 4])
+    assert named["test"]["hops"][:] == [4] * 5 + [13] * 5 + [300] * 5
+    assert named["test"][:10] == deep.select([i for i, hops in enumerate(deep["hops"][:]) if hops in (4, 13)])[:]
+    assert set(named["validation"]["hops"]) == {4, 13, 300}
+    assert set(named["train"]["hops"]) == set(range(1, 9))
     recipe["data"] |= {"task": "composition", "config": "cpu", "overrides": {}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(ValueError, match="unknown field of composition: 'max_hops'"):
-        load_run_task(open_run(tmp_path), 14)
+        load_run_task(open_run(tmp_path), max_hops=14)
 
 
 def test_the_metric_agrees_with_counting_by_hand():

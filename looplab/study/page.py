@@ -63,11 +63,13 @@ def verdict(study: Study, asked: Success, rows: Sequence[Mapping]) -> str:
     value = study.table.value
     found = by_seed(study, rows, asked.arm, asked.where)
     if asked.over is not None:
-        other = by_seed(study, rows, asked.over, asked.where)
+        other = by_seed(study, rows, asked.over, asked.where if asked.over_where is None else asked.over_where)
         found = {seed: found[seed] - other[seed] for seed in found if seed in other}
     sign, bound = ("at least", asked.at_least) if asked.at_most is None else ("at most", asked.at_most)
     where = ", ".join(f"{name} {number}" for name, number in asked.where.items())
     over = "" if asked.over is None else f" less {value} of {asked.over}"
+    if asked.over_where is not None:
+        over += " at " + ", ".join(f"{name} {number}" for name, number in asked.over_where.items()) + ","
     said = f"{asked.arm}, {value}{over}{f' at {where}' if where else ''}: {sign} {bound:g}, {asked.of}."
     if not found:
         return f"{said} **Not run.**"

@@ -65,8 +65,9 @@ class Success:
     where: dict = field(default_factory=dict)  # field -> value of the rows that are judged
     at_least: Number | None = number()  # the value, or the difference to `over`, has to be
     at_most: Number | None = number()  # instead of `at_least`
-    over: str | None = None  # another arm, whose value of the same seed is subtracted
+    over: str | None = None  # another arm, or the same, whose value of the same seed is subtracted
     of: Literal["every seed", "mean", "interval"] = "every seed"  # which value: interval, its end that is nearer
+    over_where: dict | None = None  # rows that are subtracted: those of `where` unless given
 
 
 @strict
@@ -106,6 +107,8 @@ class Study:
             for arm in filter(None, (asked.arm, asked.over)):
                 if arm not in self.arms:
                     raise ValueError(f"success[{index}] names {arm!r}: the arms are {', '.join(self.arms)}.")
+            if asked.over is None and asked.over_where is not None:
+                raise ValueError(f"success[{index}].over_where needs `over`: name the arm that is subtracted.")
             if (asked.at_least is None) == (asked.at_most is None):
                 raise ValueError(f"success[{index}] needs at_least or at_most, and one of them.")
 

@@ -66,6 +66,7 @@ def rows_of(study, values) -> list[dict]:
         ({"success": [{"arm": "long", "at_least": 1, "of": "median"}]}, "of"),
         ({"success": {}}, "success must be a list"),
         ({"sedes": [1]}, "seeds"),
+        ({"success": [{"arm": "long", "over_where": {"hops": 1}, "at_least": 1}]}, "over_where needs `over`"),
         ({"folder": "../elsewhere"}, "plain folder name"),
         ({"measure": "lens"}, "measure"),
         (
@@ -130,6 +131,17 @@ def test_the_verdict_is_that_of_the_rows(found, other, bound, up, over, of, tmp_
         assert f"Open, {len(judged)} of {len(seeds)}" in text
     if of == "interval" and "**Met**" in text:  # no seed's mean lies on the wrong side of a met interval
         assert met["mean"]
+
+
+def test_rows_of_one_arm_are_compared(tmp_path):
+    asked = {"arm": "long", "where": {"hops": 2}, "over": "long", "over_where": {"hops": 1}, "at_most": -0.5}
+    _, study = read_study(write(tmp_path, success=[asked]))
+    rows = rows_of(study, {"long": {10: 0.75, 11: 0.75}})
+    for row in rows:
+        row["accuracy"] += {1: 0.5, 2: 0.0}[row["hops"]]
+    said = verdict(study, study.success[0], rows)
+    assert "of long at hops 1, at hops 2: at most -0.5" in said
+    assert "**Met**: seeds 10: -0.5, 11: -0.5" in said
 
 
 def test_pages_follow_the_rows_and_check_sees_a_changed_digit(tmp_path, monkeypatch, capsys):

@@ -7,9 +7,11 @@
     measured   the chosen setting on the test rows, by running it: rows that halt cost no more work
     timed      the chosen setting and the fixed loop count in turn, on one batch of mixed hop counts
 
-There are two baselines. `own` has for each hop count the smallest fixed loop count within a point of its best, and so
-is an oracle that knows the hops. `fixed` is the one loop count that is best on average. A hop count is solvable if
-some loop count reaches 60 % on its validation rows; other hop counts are measured, but no setting is chosen by them.
+There are three baselines. `own` has for each hop count the smallest fixed loop count within a point of its best, and
+so is an oracle that knows the hops. `fixed` is the one loop count that is best on average. `length` is as many loops
+as the input has tokens, and reads no state: where the length tells the hops, a rule has to beat it. A hop count is
+solvable if some loop count reaches 60 % on its validation rows; other hop counts are measured, but no setting is
+chosen by them.
 """
 
 from collections.abc import Callable, Sequence
@@ -153,8 +155,9 @@ def halting_run(
 
     fixed      accuracy on the solvable test rows at every fixed loop count
     frontier   accuracy and mean loops there, of the settings in the `frontier` of the validation rows
-    chosen     for each rule and hop count: accuracy and loops of the chosen setting, measured, simulated, and of both
-               baselines
+    chosen     for each rule and hop count: accuracy and loops of the chosen setting, measured, simulated, and of
+               `own` and `fixed`
+    length     for each hop count: accuracy and loops of as many loops as the input has tokens, at most max_loops
     time       for each rule, see `time_row`
     best       the chosen setting with the fewest loops, of those that lose at most a point of accuracy at each
                solvable hop count of the validation rows; no record where every rule loses more. `loops` is its
@@ -218,6 +221,13 @@ def halting_run(
             row |= {"fixed_loops": fixed.num_loops, "fixed_accuracy": outcome(fixed, group, traced)[0]}
             rows.append(row | {"needed_loops": needed})
         rows.append(time_row(model, tokenizer, timed, setting, fixed, rounds))
+    for index, (group, traced) in enumerate(zip(groups["test"], traces["test"], strict=True)):
+        length = HaltingSetting(None, min(group.input_ids.shape[1], max_loops))
+        accuracy, used = outcome(length, group, traced)
+        row = {"measure": "length", "rule": "length", "split_kind": group.split_kind, "hops": group.hops}
+        rows.append(
+            row | {"solvable": index in solvable, "n": len(group.answers), "accuracy": accuracy, "loops": used}
+        )
     (loss, used), setting = min(costs, key=lambda pair: pair[0])
     if loss == 0:
         rows.append({"measure": "best", **setting.row(), "loops": used})

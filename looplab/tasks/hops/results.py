@@ -201,6 +201,9 @@ def halting_text(rows: Sequence[dict]) -> str:
         f"hops; the largest is {first['needed_loops']})",
         f"{'fixed count':<12}{100 * first['fixed_accuracy']:9.1f}{first['fixed_loops']:7.2f}",
     ]
+    if by_length := [row for row in rows if row["measure"] == "length" and row["solvable"]]:
+        accuracy, loops = (sum(row[name] for row in by_length) / len(by_length) for name in ("accuracy", "loops"))
+        text.append(f"{'length':<12}{100 * accuracy:9.1f}{loops:7.2f}   (a loop per token of the input, no rule)")
     for rule, fact in facts.items():
         setting = ", ".join(
             f"{name} {value:.3g}" for name, value in fact["setting"].items() if isinstance(value, int | float)

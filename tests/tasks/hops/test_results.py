@@ -98,6 +98,23 @@ def halting_rows():
     return [*chosen, time | {"ratio": 1.5, "ratio_min": 1.4, "ratio_max": 1.7}]
 
 
+def test_the_length_of_the_input_is_a_baseline_of_files_that_have_it():
+    length = [
+        {
+            "measure": "length",
+            "rule": "length",
+            "hops": hops,
+            "solvable": hops < 4,
+            "accuracy": 0.5,
+            "loops": hops + 1.0,
+        }
+        for hops in (2, 3, 4)
+    ]
+    assert "length" not in halting_text(halting_rows())
+    (line,) = [line for line in halting_text([*halting_rows(), *length]).splitlines() if line.startswith("length")]
+    assert line.split()[1:3] == ["50.0", "3.50"]
+
+
 def test_savings_are_means_over_the_solvable_hop_counts_against_both_baselines():
     fact = halting_facts(halting_rows())["kl"]
     assert (fact["accuracy"], fact["loops"]) == (pytest.approx(0.95), 3.0)

@@ -656,8 +656,7 @@ def parser() -> argparse.ArgumentParser:
         "--stages",
         nargs="+",
         choices=("profile", "sweep", "confirm", "cost"),
-        default=["profile", "sweep", "confirm", "cost"],
-        help="default: all that are not on file yet",
+        help="default: all that are not on file yet; without a grid, confirm alone",
     )
     command.add_argument("--trust-remote-code", **trust)
     command.add_argument("--format", **formats)

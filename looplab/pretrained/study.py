@@ -101,9 +101,11 @@ class FrozenRecipe:
 
     name: str  # folder of the study, below output_dir
     model: str = field(metadata={"path": True})  # folder or Hub name; smollm2 is the folder of `looped fetch smollm2`
-    sweep: dict[str, int] = field(metadata={"range": Range(at_least=1)})  # rows per benchmark, and blocks of `text`
-    confirm: dict[str, int] = field(metadata={"range": Range(at_least=1)})  # the same
-    grid: list[dict]  # fields of LoopSetting -> a value or a list of values: all combinations are measured
+    confirm: dict[str, int] = field(metadata={"range": Range(at_least=1)})  # rows per benchmark, and blocks of `text`
+    sweep: dict[str, int] = field(default_factory=dict, metadata={"range": Range(at_least=1)})  # the same
+    # Fields of LoopSetting -> a value or a list of values: all combinations are measured by `sweep`, and the best of
+    # them by `confirm`. Without a grid, `confirm` measures the controls alone: settings written down before.
+    grid: list[dict] = field(default_factory=list)
     controls: list[dict] = field(default_factory=list)  # settings that `confirm` measures in any case
     cost: Cost = field(default_factory=Cost)  # what is timed
     text: dict = field(default_factory=dict)  # fields of the text builder; the text of `looped fetch corpus` if empty
@@ -116,7 +118,11 @@ class FrozenRecipe:
         check_fields(self)
         expand_paths(self)
         check_name(self.name)
-        if not set(self.sweep) - {TEXT}:
+        if not self.grid and (self.sweep or not self.controls):
+            raise ValueError(
+                "without a grid there is no sweep, and `confirm` measures controls: give the one or the other."
+            )
+        if self.grid and not set(self.sweep) - {TEXT}:
             raise ValueError("sweep has no task but text, by which no setting may be chosen: add one.")
         known = [TEXT, *task_names()]
         for name in {**self.sweep, **self.confirm}:
@@ -130,6 +136,11 @@ class FrozenRecipe:
     @property
     def folder(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """The stages that it has settings for."""
+        return STAGES if self.grid else ("confirm",)
 
     def counts(self, stage: str) -> dict[str, int]:
         """Benchmark -> number of rows that a stage measures; "text" -> number of blocks."""
@@ -287,9 +298,9 @@ def run_sweep(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
 
 
 def run_confirm(recipe: FrozenRecipe, model, tokenizer) -> list[dict]:
-    """`measure` the base model, the best setting of the sweep on file, and the controls."""
-    chosen = best(recipe, read_rows(recipe.folder / "sweep.jsonl"))
-    settings = {str(setting): setting for setting in [BASE, chosen, *map(make_setting, recipe.controls)]}
+    """`measure` the base model, the best setting of the sweep on file if there is a grid, and the controls."""
+    chosen = [best(recipe, read_rows(recipe.folder / "sweep.jsonl"))] if recipe.grid else []
+    settings = {str(setting): setting for setting in [BASE, *chosen, *map(make_setting, recipe.controls)]}
     return measure(recipe, "confirm", list(settings.values()), model, tokenizer)
 
 
@@ -450,12 +461,13 @@ def report(recipe: FrozenRecipe) -> str:
 
 
 def study(
-    path: str | Path, stages: Sequence[str] = STAGES, trust_remote_code: bool = False, format: str = "png"
+    path: str | Path, stages: Sequence[str] | None = None, trust_remote_code: bool = False, format: str = "png"
 ) -> Path:
     """Run the stages of a recipe that are not on file yet, draw the figures, and return the path of the report.
 
     Args:
         path: of the recipe.
+        stages: those of the recipe unless given.
         trust_remote_code: run the model's own code, see `load_model`.
         format: of the figures, see `drawing.save`.
 
@@ -472,7 +484,12 @@ def study(
     fixed = {name: value for name, value in asdict(recipe).items() if name not in ("grid", "controls", "output_dir")}
     if kept.exists() and read_yaml(kept) != fixed:
         raise ValueError(f"{recipe.folder} holds a study of another recipe: give this one another name, or delete it.")
-    if "confirm" in stages and "sweep" not in stages and not (recipe.folder / "sweep.jsonl").exists():
+    stages = recipe.stages if stages is None else stages
+    if without := sorted(set(stages) - set(recipe.stages)):
+        raise ValueError(
+            f"{recipe.name} has no grid, which {without[0]} goes with: give it one, or leave the stage out."
+        )
+    if recipe.grid and "confirm" in stages and "sweep" not in stages and not (recipe.folder / "sweep.jsonl").exists():
         raise ValueError(
             f"confirm takes the setting that the sweep chose, and {recipe.folder} has no sweep: run it first."
         )

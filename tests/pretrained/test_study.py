@@ -131,6 +131,16 @@ def test_a_study_of_another_recipe_is_not_mixed_in(done, folder, benchmarks, cap
     assert "another recipe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_setting_written_down_before_is_measured_without_a_sweep(folder, benchmarks, tmp_path, capsys):
+    path = write(tmp_path / "one.yaml", folder, benchmarks, name="one", grid=[], sweep={}, confirm={"arc_easy": 4})
+    assert main(["frozen", str(path), "--stages", "sweep"]) == 2
+    assert "has no grid, which sweep goes with" in capsys.readouterr().err
+    assert main(["frozen", str(path)]) == 0
+    assert {row["name"] for row in rows_of(folder / "one" / "confirm.jsonl")} == {str(BASE), "layers 1-4, naive, K 3"}
+    assert "## confirm, arc_easy" in (folder / "one" / "report.md").read_text()
+
+
 def test_the_choice_is_by_the_tasks_and_not_by_text():
     """Text would choose `a`; the right choice of a question says `b`."""
 
@@ -157,6 +167,8 @@ def test_the_choice_is_by_the_tasks_and_not_by_text():
     ("fields", "match"),
     [
         ({"sweep": {"text": 2}}, "no task but text"),
+        ({"grid": []}, "without a grid"),
+        ({"grid": [], "sweep": {}, "controls": []}, "without a grid"),
         ({"grid": [{"windows": [1, 2]}]}, "is not a setting"),
         ({"grid": [{"num_loops": 0.5}]}, "is not a setting"),
         ({"grid": [{"num_loops": 0}]}, "is not a setting"),
@@ -178,3 +190,4 @@ def test_a_report_of_nothing_is_a_title(tmp_path):
 def test_the_recipes_of_this_repository_can_be_read():
     recipe = read_recipe("recipes/frozen/smollm2.yaml")
     assert len(recipe.settings()) == 37
+    assert read_recipe("recipes/frozen/smollm2_all.yaml").stages == ("confirm",)

@@ -93,6 +93,8 @@ def check_arms(study: Study) -> None:
         options = task.options(study.measure)
         if options is None:
             raise ValueError(f"arms.{name}: there is no `looped {study.measure}` for {task.name}: change `measure`.")
+        if study.measure == "memory":  # which is the same for every task
+            options = {"chunks", "limit", "loops"}
         unknown = sorted((study.evaluate | what.evaluate).keys() - options)
         if unknown:
             raise ValueError(

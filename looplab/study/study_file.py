@@ -81,7 +81,7 @@ class Study:
     tuned_on: list[int] = numbers(at_least=0, distinct=True)  # that choices were made on: never reported
     seed_fields: list[str] = field(default_factory=lambda: ["seed", "data.seed"])  # of the recipe, that get the seed
     folder: str | None = None  # of runs/ that has the trainings, for studies that share them; the study's own name
-    measure: Literal["eval", "halting"] = "eval"  # verb of `looped` that measures a run
+    measure: Literal["eval", "halting", "memory"] = "eval"  # verb of `looped` that measures a run
     evaluate: dict = field(default_factory=dict)  # options of the verb, such as max_loops
     record: str = "grid.jsonl"  # file of the run whose lines become rows
     keep: dict = field(default_factory=dict)  # field -> values of the lines that become rows; all, unless given

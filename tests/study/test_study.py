@@ -211,6 +211,7 @@ def test_an_arm_that_goes_on_from_another_gets_its_run_and_is_old_when_it_change
 def test_options_are_those_of_the_measurement(tmp_path):
     arms = {"only": {"recipe": "smoke"}}
     check_arms(read_study(write(tmp_path, arms=arms, success=[], measure="halting", evaluate={"max_hops": 3}))[1])
+    check_arms(read_study(write(tmp_path, arms=arms, success=[], measure="memory", evaluate={"chunks": [1]}))[1])
     with pytest.raises(ValueError, match=r"evaluate\.hops is no option of `looped halting`"):
         check_arms(read_study(write(tmp_path, arms=arms, success=[], measure="halting", evaluate={"hops": [3]}))[1])
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -67,10 +68,10 @@ def spread(values: Sequence, most: int) -> list:
     return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
 
 
-# Okabe and Ito, without the yellow that does not show on white and the vermilion that marks the training.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000")
+# Okabe and Ito, without the yellow that does not show on white and the vermilion that marks the training; and a brown.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#8c564b")
 STYLES = ("-", "--", ":", "-.")
-MARKS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours: no two of many lines are alike
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # one more than colours: no two of many lines are alike
 
 
 def band_words(groups: Sequence[SeedGroup], alone: str = "95 % Wilson interval of one run's rows") -> str:
@@ -88,14 +89,20 @@ def tidy(axes, ylabel: str, xlabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def draw_bars(axes, x: Sequence[float], points: Sequence[tuple], index: int, label: str) -> None:
+    """(middle, low, high) `points` with error bars."""
+    middle, low, high = np.array(points).T
+    style = {"fmt": MARKS[index % len(MARKS)], "markersize": 4.5, "capsize": 3, "color": PALETTE[index % len(PALETTE)]}
+    axes.errorbar(x, middle, [middle - low, high - middle], label=label, **style)
+
+
 def draw_band(axes, x: Sequence[float], points: Sequence[tuple], index: int, label: str, *, shaded: bool) -> None:
     """A line through (middle, low, high) `points` with its band, if `shaded`; a single point gets an error bar."""
+    if len(points) == 1:
+        draw_bars(axes, x, points, index, label)
+        return
     middle, low, high = zip(*points, strict=True)
     colour, mark = PALETTE[index % len(PALETTE)], MARKS[index % len(MARKS)]
-    if len(points) == 1:
-        errors = [[middle[0] - low[0]], [high[0] - middle[0]]]
-        axes.errorbar(x, middle, errors, fmt=mark, markersize=4.5, capsize=3, color=colour, label=label)
-        return
     axes.plot(x, middle, marker=mark, markersize=4.5, linewidth=1.8, color=colour, label=label)
     if shaded:
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)

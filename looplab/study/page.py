@@ -172,10 +172,11 @@ def draw_study(name: str, study: Study, folder: Path, runs: Path) -> list[Path]:
 
 
 def figure_of(study: Study, rows: Sequence[Mapping]):
-    """A line per arm over the columns, with a band from the lowest to the highest seed."""
+    """A line per arm over the columns, with a band from the lowest to the highest seed; names stand apart, as points
+    side by side."""
     from matplotlib.figure import Figure
 
-    from looplab.instruments.drawing import draw_band, tidy
+    from looplab.instruments.drawing import draw_band, draw_bars, tidy
 
     table = study.table
     columns = columns_of(study, rows)
@@ -183,14 +184,18 @@ def figure_of(study: Study, rows: Sequence[Mapping]):
     axes = figure.add_subplot()
     numeric = all(isinstance(column, (int, float)) for column in columns)
     for index, arm in enumerate(study.arms):
+        aside = 0.6 * ((index + 0.5) / len(study.arms) - 0.5)
         points, places = [], []
         for place, column in enumerate(columns):
             found = by_seed(study, rows, arm, {**table.where, table.columns: column}).values()
             if found:
-                places.append(column if numeric else place)
+                places.append(column if numeric else place + aside)
                 points.append(tuple(table.scale * each for each in (fmean(found), min(found), max(found))))
         if points:
-            draw_band(axes, places, points, index, arm, shaded=True)
+            if numeric:
+                draw_band(axes, places, points, index, arm, shaded=True)
+            else:
+                draw_bars(axes, places, points, index, arm)
     if not numeric:
         axes.set_xticks(range(len(columns)), [str(column) for column in columns])
     if axes.dataLim.y0 >= 0:
@@ -198,5 +203,10 @@ def figure_of(study: Study, rows: Sequence[Mapping]):
     scale = "" if table.scale == 1 else " (%)" if table.scale == 100 else f" x {table.scale:g}"
     tidy(axes, f"{table.value}{scale}", table.columns)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    axes.set_title("mean of the seeds; band: from the lowest to the highest", fontsize=9, color="0.3", loc="left")
+    axes.set_title(
+        f"mean of the seeds; {'band' if numeric else 'bar'}: from the lowest to the highest",
+        fontsize=9,
+        color="0.3",
+        loc="left",
+    )
     return figure

@@ -257,6 +257,8 @@ def run_bench(arguments) -> None:
         bench(
             arguments.output,
             widths=arguments.widths,
+            layers=arguments.layers,
+            loops=arguments.loops,
             rounds=arguments.rounds,
             run=placed(runs[0], arguments) if runs else None,
             compiled=not arguments.no_compile,
@@ -690,6 +692,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--widths", type=Whole(64, 65_536, 64), nargs="+", default=[64, 256, 512], metavar="D", help="hidden sizes"
     )
+    words = "of the looped model; the Llama has LAYERS x LOOPS layers (default: %(default)s)"
+    command.add_argument(
+        "--layers", type=Whole(highest=1024), default=2, metavar="LAYERS", help=f"core layers {words}"
+    )
+    command.add_argument("--loops", type=LOOPS, default=4, metavar="LOOPS", help=f"loops {words}")
     command.add_argument("--rounds", type=Whole(highest=10_000), default=7, metavar="N", help="interleaved pairs")
     command.add_argument(
         "--run",

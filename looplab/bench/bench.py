@@ -19,6 +19,7 @@ of the pairs. Speeds of two machines do not compare.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def bench(
     output: str | Path,
     *,
     widths: Sequence[int] = (64, 256, 512),
+    layers: int = Workload.layers,
+    loops: int = Workload.loops,
     rounds: int = 7,
     run: Run | None = None,
     compiled: bool = True,
@@ -53,6 +56,7 @@ def bench(
 
     Args:
         widths: hidden sizes; a head is 64 wide.
+        layers, loops: of the looped model; the Llama has their product in layers.
         rounds: interleaved pairs of each ratio: each side is timed so many times.
         run: a trained run, which adds the rows of halting or of speculation that its task has.
         compiled: add rows with torch.compile, which take minutes to compile.
@@ -77,7 +81,7 @@ def bench(
         load_run_model(run)  # refuses a run that cannot be measured, before the other measurements
     if requests and (run is None or not task_for("bench", [run]).has("chains")):
         raise ValueError("--requests answers chains: name a run of khop or composition with --run.")
-    work = QUICK if quick else Workload()
+    work = replace(QUICK if quick else Workload(), layers=layers, loops=loops)
     widths, rounds = ((32,), 2) if quick else (widths, rounds)
     check_memory(max(widths), work, max(contexts, default=0), max(memory_loops) if contexts else work.loops)
     compiling = (False, True) if compiled else (False,)

@@ -95,6 +95,12 @@ def check_arms(study: Study) -> None:
             raise ValueError(f"arms.{name}: there is no `looped {study.measure}` for {task.name}: change `measure`.")
         if study.measure == "memory":  # which is the same for every task
             options = {"chunks", "limit", "loops"}
+        files = [each.name for each in task.records if each.verb == study.measure and each.name.endswith(".jsonl")]
+        if study.record not in files:
+            raise ValueError(
+                f"record {study.record} is no file that `looped {study.measure}` writes for {task.name}: name one of "
+                f"{', '.join(files)}."
+            )
         unknown = sorted((study.evaluate | what.evaluate).keys() - options)
         if unknown:
             raise ValueError(

@@ -31,12 +31,30 @@ def known(cells: Sequence[Cell], rows: Sequence[Mapping]) -> list[Mapping]:
 
 
 def by_seed(study: Study, rows: Sequence[Mapping], arm: str, where: Mapping) -> dict[int, float]:
-    """Seed -> mean of the table's value over the rows of the arm."""
+    """Seed -> mean of the table's value over the rows of the arm.
+
+    Raises ValueError for a field of `where` that none of the rows has, and as `value_of`.
+    """
     found, where = {}, where | study.arms[arm].where
-    for row in rows:
-        if row["arm"] == arm and matches(row, where):
-            found.setdefault(row["seed"], []).append(row[study.table.value])
+    mine = [row for row in rows if row["arm"] == arm]
+    fields = dict.fromkeys(name for row in mine for name in row)
+    for name in where if mine else ():
+        if name not in fields:
+            raise ValueError(f"`where` has the field {name!r}, and the rows of {arm} have {', '.join(fields)}.")
+    for row in mine:
+        if matches(row, where):
+            found.setdefault(row["seed"], []).append(value_of(row, study.table.value, "value"))
     return {seed: fmean(values) for seed, values in sorted(found.items())}
+
+
+def value_of(row: Mapping, name: str, part: str):
+    """A value of a row, whose field table.PART names. Raises ValueError if the row has no such field."""
+    if name not in row:
+        raise ValueError(
+            f"table.{part} is {name!r}, and a row of {row['arm']} has {', '.join(row)}: name one of these, or leave "
+            "such rows out by `keep`."
+        )
+    return row[name]
 
 
 def table_of(study: Study, rows: Sequence[Mapping]) -> str:
@@ -55,7 +73,8 @@ def table_of(study: Study, rows: Sequence[Mapping]) -> str:
 
 def columns_of(study: Study, rows: Sequence[Mapping]) -> list:
     """The values of the field `table.columns` in the rows, in order."""
-    return sorted({row[study.table.columns] for row in rows if matches(row, study.table.where)})
+    shown = [row for row in rows if matches(row, study.table.where)]
+    return sorted({value_of(row, study.table.columns, "columns") for row in shown})
 
 
 def verdict(study: Study, asked: Success, rows: Sequence[Mapping]) -> str:
@@ -197,7 +216,7 @@ def figure_of(study: Study, rows: Sequence[Mapping]):
             else:
                 draw_bars(axes, places, points, index, arm)
     if not numeric:
-        axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+        axes.set_xticks(range(len(columns)), [str(column) for column in columns], parse_math=False)
     if axes.dataLim.y0 >= 0:
         axes.set_ylim(bottom=0)
     scale = "" if table.scale == 1 else " (%)" if table.scale == 100 else f" x {table.scale:g}"

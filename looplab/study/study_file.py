@@ -109,6 +109,14 @@ class Study:
                     raise ValueError(f"success[{index}] names {arm!r}: the arms are {', '.join(self.arms)}.")
             if asked.over is None and asked.over_where is not None:
                 raise ValueError(f"success[{index}].over_where needs `over`: name the arm that is subtracted.")
+            for name, arm in (("where", asked.arm), ("over_where", asked.over)):
+                where = vars(asked)[name] or {}
+                for key, own in ({} if arm is None else self.arms[arm].where).items():
+                    if where.get(key, own) != own:
+                        raise ValueError(
+                            f"success[{index}].{name} has {key} {where[key]}, and arms.{arm}.where has {own}: "
+                            "leave one of them out."
+                        )
             if (asked.at_least is None) == (asked.at_most is None):
                 raise ValueError(f"success[{index}] needs at_least or at_most, and one of them.")
 

@@ -75,6 +75,20 @@ def rows_of(study, values) -> list[dict]:
         ),
         ({"arms": {"a": {"recipe": "smoke", "overrides": {"init_from": "{a}/model"}}}}, "{a}"),
         ({"table": {"columns": "hops", "digits": -1}}, "digits"),
+        (
+            {
+                "arms": {"a": {"recipe": "smoke", "where": {"loops": 4}}},
+                "success": [{"arm": "a", "where": {"loops": 8, "hops": 2}, "at_least": 1}],
+            },
+            "success[0].where has loops 8, and arms.a.where has 4",
+        ),
+        (
+            {
+                "arms": {"a": {"recipe": "smoke", "where": {"loops": 4}}},
+                "success": [{"arm": "a", "over": "a", "over_where": {"loops": 1}, "at_least": 1}],
+            },
+            "success[0].over_where has loops 1, and arms.a.where has 4",
+        ),
     ],
 )
 def test_mistakes_in_the_file(changes, said, tmp_path):
@@ -210,10 +224,47 @@ def test_an_arm_that_goes_on_from_another_gets_its_run_and_is_old_when_it_change
 
 def test_options_are_those_of_the_measurement(tmp_path):
     arms = {"only": {"recipe": "smoke"}}
-    check_arms(read_study(write(tmp_path, arms=arms, success=[], measure="halting", evaluate={"max_hops": 3}))[1])
-    check_arms(read_study(write(tmp_path, arms=arms, success=[], measure="memory", evaluate={"chunks": [1]}))[1])
+    halting = {"arms": arms, "success": [], "measure": "halting", "record": "halting.jsonl"}
+    check_arms(read_study(write(tmp_path, **halting, evaluate={"max_hops": 3}))[1])
+    memory = {"measure": "memory", "record": "memory.jsonl", "evaluate": {"chunks": [1]}}
+    check_arms(read_study(write(tmp_path, **halting | memory))[1])
     with pytest.raises(ValueError, match=r"evaluate\.hops is no option of `looped halting`"):
-        check_arms(read_study(write(tmp_path, arms=arms, success=[], measure="halting", evaluate={"hops": [3]}))[1])
+        check_arms(read_study(write(tmp_path, **halting, evaluate={"hops": [3]}))[1])
+
+
+@pytest.mark.parametrize(("arm", "measure", "record", "files"), [
+    ("smoke", "halting", "grid.jsonl", "halting.jsonl"),
+    ("smoke", "eval", "halting.jsonl", "grid.jsonl, loops.jsonl"),
+    ("smoke_sequence", "eval", "grid.jsonl", "grades.jsonl"),
+])  # fmt: skip
+def test_a_record_that_is_not_written_is_refused_before_anything_runs(arm, measure, record, files, tmp_path):
+    fields = {"arms": {"only": {"recipe": arm}}, "success": [], "measure": measure, "record": record, "evaluate": {}}
+    with pytest.raises(ValueError, match=rf"record {record} is no file .*: name one of {files}\."):
+        check_arms(read_study(write(tmp_path, **fields))[1])
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"table": {"columns": "grade"}}, "table.columns is 'grade'"),
+    ({"table": {"columns": "hops", "value": "exact"}}, "table.value is 'exact'"),
+    ({"table": {"columns": "hops", "where": {"loop": 2}}}, "`where` has the field 'loop'"),
+    ({"success": [{"arm": "long", "where": {"hop": 2}, "at_least": 0.5}]}, "`where` has the field 'hop'"),
+    (
+        {"success": [{"arm": "long", "over": "long", "over_where": {"loop": 2}, "at_least": 0.5}]},
+        "`where` has the field 'loop'",
+    ),
+])  # fmt: skip
+def test_a_name_that_the_rows_do_not_have_is_told_with_those_they_have(changes, said, tmp_path, monkeypatch, capsys):
+    """And the rows stay."""
+    monkeypatch.chdir(tmp_path)
+    _, study = read_study(write(tmp_path, **changes))
+    text = to_json_lines(rows_of(study, {"long": {10: 0.25}, "short": {10: 0.5}}))
+    Path("out").mkdir()
+    Path("out/toy.jsonl").write_text(text)
+    assert main(["study", "toy.yaml", "--draw", "--to", "out"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "arm, seed, recipe, commit, loops, hops, accuracy" in error
+    assert Path("out/toy.jsonl").read_text() == text
 
 
 @pytest.mark.slow

@@ -88,10 +88,10 @@ def span(values: Iterable[float | None], digits: int = 0, scale: float = 1) -> s
 
 
 def to_markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table with a line for each dict of column -> cell; a missing cell is -."""
+    """A Markdown table with a line for each dict of column -> cell; a missing cell is -. A cell may have a | in it."""
     columns = list(dict.fromkeys(column for cells in rows for column in cells))
     lines = [columns, ["---"] * len(columns)] + [[cells.get(column, "-") for column in columns] for cells in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def interval(values: Sequence[float], form: str) -> str:

@@ -11,6 +11,7 @@ A band or bar is the 95 % Wilson interval over the rows of a run, or the t-inter
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -39,7 +40,7 @@ from looplab.tasks.language.figures import held_out_figure, training_figure
 from .records import EVALUATION, GRADES, HALTING
 from .results import WORDS, Line, facts_of, lines_of, measure_of
 
-MOST_COLUMNS, MOST_ROWS, MOST_LINES = 24, 16, 6
+MOST_COLUMNS, MOST_ROWS, MOST_LINES, MOST_PANELS = 24, 16, 6, 12
 
 
 def plot_runs(runs: Sequence[Run], output: str | Path | None = None, format: str = "png") -> list[Path]:
@@ -88,7 +89,7 @@ def grades_figure(run: Run) -> Figure:
     image = shade(axes, [[test[line][count][measure] for line in lines] for count in loops])
     names = [name_of(line) for line in lines]
     turned = {"rotation": 45, "ha": "right"} if any(kind for _, kind in lines) else {}
-    axes.set_xticks(range(len(lines)), names, fontsize=points(figure, 8), **turned)
+    axes.set_xticks(range(len(lines)), names, fontsize=points(figure, 8), parse_math=False, **turned)
     axes.set_yticks(range(len(loops)), loops, fontsize=points(figure, 9))
     axes.set_xlabel("grade", fontsize=points(figure, 10))
     axes.set_ylabel("loops at inference", fontsize=points(figure, 10))
@@ -108,37 +109,44 @@ def grades_figure(run: Run) -> Figure:
     return figure
 
 
-def kinds_of(lines: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(kind for _, kind in sorted(lines, key=by_kind)))
+def panels_of(lines: Sequence[Line]) -> tuple[Figure, list[tuple[str, Axes]], str]:
+    """A figure with a panel for each kind, at most MOST_PANELS; and what a title says of the kinds left out."""
+    every = list(dict.fromkeys(kind for _, kind in sorted(lines, key=by_kind)))
+    kinds = spread(every, MOST_PANELS)
+    figure = Figure(figsize=(8, 1.2 + 3.4 * len(kinds)), layout="constrained")
+    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
+    some = f"; {len(kinds)} of {len(every)} kinds" if len(kinds) < len(every) else ""
+    return figure, list(zip(kinds, panels, strict=True)), some
+
+
+def name_panel(axes: Axes, kind: str, words: str) -> None:
+    """Write above a panel which kind it is of. A kind is the user's text, in which $ begins no formula."""
+    axes.set_title(f"{kind}{': ' if kind else ''}{words}", fontsize=9, loc="left", parse_math=False)
 
 
 def loops_figure(run: Run) -> Figure:
     """Right answers by grade, a line per loop count and a panel per kind."""
     rows = run.read(GRADES)
     test, measure = lines_of(rows, "test"), measure_of(rows)
-    loops, kinds = spread(sorted({row["loops"] for row in rows}), MOST_LINES), kinds_of(list(test))
-    figure = Figure(figsize=(8, 1.2 + 3.4 * len(kinds)), layout="constrained")
-    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
-    for axes, kind in zip(panels, kinds, strict=True):
+    loops = spread(sorted({row["loops"] for row in rows}), MOST_LINES)
+    figure, panels, some = panels_of(list(test))
+    for kind, axes in panels:
         own = {line[0]: at for line, at in test.items() if line[1] == kind}
         for index, count in enumerate(loops):
             values = [scaled(at[count][measure], *at[count][f"{measure}_interval"]) for at in own.values()]
             draw_band(axes, list(own), values, index, f"{count} loops" if count > 1 else "1 loop", shaded=True)
         shade_trained(axes, own, loops[0])
         tidy(axes, f"{WORDS[measure]} (%)", "grade")
-        axes.set_title(f"{kind}{': ' if kind else ''}{band_words([(run.name, [run])])}", fontsize=9, loc="left")
-    panels[0].legend(frameon=False, fontsize=9)
+        name_panel(axes, kind, band_words([(run.name, [run])]) + some)
+    figure.axes[0].legend(frameon=False, fontsize=9)
     return figure
 
 
 def reach_figure(groups: Sequence[SeedGroup]) -> Figure:
     """Right answers by grade of every group, at the loops that each run's validation rows choose."""
     tests = {name: [lines_of(run.read(GRADES), "test") for run in runs] for name, runs in groups}
-    lines = [line for found in tests.values() for test in found for line in test]
-    kinds = kinds_of(lines)
-    figure = Figure(figsize=(8, 1.2 + 3.4 * len(kinds)), layout="constrained")
-    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
-    for axes, kind in zip(panels, kinds, strict=True):
+    figure, panels, some = panels_of([line for found in tests.values() for test in found for line in test])
+    for kind, axes in panels:
         for index, (name, runs) in enumerate(groups):
             facts = [facts_of(run) for run in runs]
             shared = sorted(set.intersection(*(set(test) for test in tests[name])))
@@ -154,8 +162,8 @@ def reach_figure(groups: Sequence[SeedGroup]) -> Figure:
         tidy(axes, f"{WORDS[facts_of(groups[0][1][0])['measure']]} (%)", "grade")
         axes.set_ylim(-3, 103)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(f"{kind}{': ' if kind else ''}{band_words(groups)}", fontsize=9, loc="left")
-    panels[0].legend(frameon=False, fontsize=9)
+        name_panel(axes, kind, band_words(groups) + some)
+    figure.axes[0].legend(frameon=False, fontsize=9)
     return figure
 
 

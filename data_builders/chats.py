@@ -22,7 +22,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from .files import read_text
+from .files import read_json, read_text
 from .packing import IGNORED
 from .text_batches import TextBlocks, TokenStream, backend_parts
 
@@ -41,10 +41,7 @@ def read_chats(path: Path) -> Iterator[tuple[int, str]]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: no JSON ({error}): correct the line, or take it out.") from error
+        row = read_json(line, place)
         if not isinstance(row, dict) or "messages" not in row:
             raise ValueError(f'{place}: no object with "messages": write {{"messages": [...]}}, or take the line out.')
         yield number, conversation(row["messages"], place)

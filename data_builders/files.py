@@ -4,10 +4,15 @@ import csv
 import glob
 import gzip
 import io
+import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+# How JSON writes half of a pair that stands for one character beyond the first 65,536.
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class MissingData(ValueError):
@@ -84,6 +89,24 @@ def read_text(path: Path) -> str:
             "convert it to UTF-8, or leave it out."
         )
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(text: str, place: str):
+    """The value of a line of JSON. place: where it is, for the message of an error.
+
+    Raises ValueError for what is no JSON, and for half of a character, which no text in UTF-8 can have.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: no JSON ({error}): correct the line, or take it out.") from error
+    if HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"{place}: {half} is half of a character: write both halves, or take it out.") from error
+    return value
 
 
 def read_csv(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:

@@ -20,7 +20,7 @@ import datasets
 
 from . import chats, named_data, sequences
 from .fields import number
-from .files import read_csv, read_text
+from .files import read_csv, read_json, read_text
 from .named_data import NamedConfig
 from .seeding import source_hash
 from .sequences import FEATURES
@@ -113,6 +113,8 @@ class QuestionsConfig(NamedConfig):
         kind = "" if self.kind is None else text_of(cell("kind", self.kind))
         if kind is None:
             raise refuse(f"kind {row[self.kind]!r} is no text", "write it in quotes, or take it out")
+        if len(kind.splitlines()) > 1:
+            raise refuse(f"kind {kind!r} has several lines, and is a name in tables", "write it in one line")
         return {"prompt": prompt, "answer": answer, "grade": grade, "kind": kind}
 
     def grade_of(self, row: dict, prompt: str) -> int | None:
@@ -224,10 +226,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def json_row(text: str, place: str) -> dict:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: no JSON ({error}): correct the line, or take it out.") from error
+    row = read_json(text, place)
     if not isinstance(row, dict):
         raise ValueError(f'{place}: no object with fields: write {{"prompt": ..., "answer": ...}}, or take it out.')
     return row

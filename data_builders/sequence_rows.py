@@ -85,6 +85,19 @@ class AfterPrompt(Reader):
         return whole[:-1], whole[1:], len(prompt) - 1
 
 
+def messages_in(prompt: str) -> list[dict] | None:
+    """The messages that a prompt is as JSON; None if it is no list of messages."""
+    try:
+        found = json.loads(prompt)
+    except (ValueError, RecursionError):
+        return None
+    right = isinstance(found, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in found
+    )
+    return found if right else None
+
+
 class ChatPrompt(AfterPrompt):
     """The answer comes after what the chat template makes of messages; a prompt that is none becomes the user's."""
 
@@ -99,9 +112,7 @@ class ChatPrompt(AfterPrompt):
 
     def asked(self, prompt: str) -> list[dict]:
         """The messages before the answer; a prompt that is no list of messages is a user's."""
-        if self.messages and prompt.startswith("["):
-            return json.loads(prompt)
-        return [{"role": "user", "content": prompt}]
+        return (messages_in(prompt) if self.messages else None) or [{"role": "user", "content": prompt}]
 
     def question(self, prompt):
         text = self.template.write(self.asked(prompt), add_generation_prompt=True)

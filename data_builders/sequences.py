@@ -44,12 +44,12 @@ class Verifier(ABC):
 
 
 class SameAnswer(Verifier):
-    """The row's own answer is right, and no other is."""
+    """The row's own answer is right, and no other is; white space at the ends does not count."""
 
     exact = True
 
     def score(self, row: Mapping[str, object], text: str) -> float:
-        return float(text == row["answer"])
+        return float(text.strip() == str(row["answer"]).strip())
 
 
 class SequenceGenerator(datasets.GeneratorBasedBuilder):

@@ -8,7 +8,7 @@ sequence    a token per character, per word, or per digit and word; or byte-leve
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -104,13 +104,12 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     texts give the same tokenizer. Raises ValueError for a vocab_size that has no room for the bytes.
     """
     special = [PAD, EOS]
-    alphabet = ByteLevel.alphabet()
-    if vocab_size < len(special) + len(alphabet):
-        raise ValueError(f"vocab_size must be at least {len(special) + len(alphabet)}, got {vocab_size}.")
+    check_room(vocab_size, special)
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet))
+    alphabet = sorted(ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -119,6 +118,13 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def check_room(vocab_size: int, special: Sequence[str]) -> None:
+    """Raise ValueError for a vocab_size that has no room for the bytes and the special tokens."""
+    least = len(special) + len(ByteLevel.alphabet())
+    if vocab_size < least:
+        raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}.")
 
 
 def dataset_byte_bpe(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -178,7 +184,11 @@ def sequence_tokenizer(
 
 
 def sequence_bpe(texts: Iterable[str], vocab_size: int, readout: bool = True) -> PreTrainedTokenizerFast:
-    """`train_byte_bpe` for questions, whose prompts end in `<ans>`: it is the last token of the vocabulary."""
+    """`train_byte_bpe` for questions, whose prompts end in `<ans>`: it is the last token of the vocabulary.
+
+    Raises ValueError for a vocab_size that has no room for the bytes and the three special tokens.
+    """
+    check_room(vocab_size, [PAD, EOS, READOUT])
     tokenizer = train_byte_bpe(texts, vocab_size - 1).backend_tokenizer
     tokenizer.add_special_tokens([READOUT])
     return ended(tokenizer, readout)

@@ -98,6 +98,8 @@ class ReasoningGym(GradedGenerator):
                 f"train_grade and far_grades must be at most {last} for {config.dataset}, got {config.hardest}."
             )
         super().check()
+        if taken := sorted({"seed", "size"} & config.options.keys()):
+            raise ValueError(f"options.{taken[0]} is what `seed` and the rows per grade say: leave it out.")
         try:
             self.entries(0, 0)
         except (TypeError, AssertionError) as error:
@@ -138,7 +140,9 @@ class ReasoningGym(GradedGenerator):
                     found += 1
                     yield row
             if not found:
-                raise ValueError(f"{self.config.dataset} has no answers to learn from: take another data set.")
+                options = self.config.options
+                given, other = (f" with options {options}", "set of options") if options else ("", "data set")
+                raise ValueError(f"{self.config.dataset} has no answers to learn from{given}: take another {other}.")
 
     def row_of(self, entries, i: int) -> dict | None:
         """Entry i of a data set of the package as a row; None if the verifier rejects its answer, or there is none."""

@@ -682,8 +682,12 @@ class Reply:
 
 def messages_of(questions: Questions, prompt: str) -> list[dict]:
     """The messages that a prompt stands for: those of a conversation, or one of a user."""
-    if questions.chat == "messages" and prompt.startswith("["):
-        return json.loads(prompt)
+    try:
+        found = json.loads(prompt) if questions.chat == "messages" else None
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, list) and all(isinstance(each, dict) and "content" in each for each in found):
+        return found
     return [{"role": "user", "content": prompt}]
 
 
@@ -737,7 +741,7 @@ def replies_html(prompt: str, expected: str | None, replies: dict[int, Reply], t
     """A line per loop count: the answer, the probability of all of it, and whether it is right."""
     lines = []
     for loops, each in replies.items():
-        mark = "" if expected is None else "&#10003;" if each.text == expected else "&#10007;"
+        mark = "" if expected is None else "&#10003;" if each.text.split() == expected.split() else "&#10007;"
         beyond = " *" if loops > trained else ""
         lines.append(
             f'<tr><td class="loop">{loops}{beyond}</td><td>{mark}</td><td class="text">{escape(each.text)}</td>'

@@ -104,6 +104,7 @@ def test_blocks_are_the_conversations_one_after_the_other(chats, assistant_only)
 BAD = {
     "{": "line 2: no JSON",
     "[1, 2]": 'line 2: no object with "messages"',
+    '{"messages": [{"role": "assistant", "content": "\\uD83D"}]}': r"line 2: \\ud83d is half of a character",
     '{"text": "a"}': 'line 2: no object with "messages"',
     '{"messages": []}': r"line 2: messages must be a list of messages, got \[\]",
     '{"messages": "hello"}': "line 2: messages must be a list",

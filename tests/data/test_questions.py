@@ -17,6 +17,7 @@ from data_builders import (
     DepthSampler,
     OneLength,
     PackedSequences,
+    SameAnswer,
     encode_questions,
     load_task,
     reader_of,
@@ -122,6 +123,9 @@ BAD = [
     ({"g": -1}, "the grade -1 is no whole number"),
     ({"g": None}, "the grade None is no whole number"),
     ({"k": 2.5}, "kind 2.5 is no text"),
+    ({"k": "a\nb"}, "kind 'a.nb' has several lines"),
+    ({"prompt": "1+1=\ud83d"}, r"\\ud83d is half of a character"),
+    ({"answer": "\udcff2"}, r"\\udcff is half of a character"),
     ("prompt", "there is no 'prompt', and the row has answer, g, k"),
     ("g", "there is no 'g'"),
     ("k", "there is no 'k'"),
@@ -225,6 +229,12 @@ def test_a_row_that_does_not_fit_is_refused_with_its_place(pair, settings_, said
         encode_questions(places, reader_of(tokenizer, answers), **settings_)
 
 
+def test_byte_level_bpe_says_the_fewest_entries_that_it_takes():
+    with pytest.raises(ValueError, match="must be at least 259, got 258"):
+        sequence_bpe(["ab"], 258)
+    assert len(sequence_bpe(["ab"], 259)) == 259
+
+
 def test_byte_level_bpe_knows_every_character():
     tokenizer = sequence_bpe(["some text, some more"], 300)
     rows = encode_questions(rows_of([("\u00e9\u4e2d z", "\u00fc")]), reader_of(tokenizer))
@@ -245,6 +255,17 @@ def test_a_chat_is_what_the_template_makes_of_it(chat):
     assert ids[: first + 1].tolist() == asked
     assert labels[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(labels[first:], skip_special_tokens=True).strip() == "Yes"
+
+
+@pytest.mark.parametrize("prompt", ["[MAX 2 9 ] =", "[1, 2]", "[", '["a"]', '[{"role": "user"}]', '"a"', "{}"])
+def test_what_is_no_conversation_is_asked_as_a_users_message(prompt):
+    reader = reader_of(make_tokenizer(), chat="messages")
+    assert reader.asked(prompt) == [{"role": "user", "content": prompt}]
+
+
+@pytest.mark.parametrize(("said", "worth"), [("7", 1.0), (" 7\n", 1.0), ("77", 0.0), ("", 0.0)])
+def test_the_same_answer_is_right_whatever_white_space_is_around_it(said, worth):
+    assert SameAnswer().score({"answer": " 7"}, said) == worth
 
 
 # Batches

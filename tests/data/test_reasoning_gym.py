@@ -101,6 +101,8 @@ def test_no_question_is_in_two_splits_of_any_grades(cache):
         ({"dataset": "gcd", "far_grades": [4]}, "must be at most 3 for gcd, got 4"),
         ({"dataset": "acre", "train_grade": 1}, "must be at most"),
         ({"dataset": "gcd", "options": {"nope": 1}}, "options {'nope': 1} do not fit gcd"),
+        ({"dataset": "gcd", "options": {"size": 9}}, "options.size is what"),
+        ({"dataset": "chain_sum", "options": {"max_digits": 2.5}}, "learn from with options {'max_digits': 2.5}"),
         ({"dataset": "gcd", "train_grade": 2, "far_grades": [1]}, "far_grades must be above train_grade 2"),
     ],
 )

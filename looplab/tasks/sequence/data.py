@@ -136,7 +136,7 @@ class SequenceData(NamedData):
 
     def questions(self):
         """The rows that a model answers which was not trained on any of them, a `datasets.Dataset`: all that the user
-        names, or the test rows of a generator."""
+        names, or the test rows of a generator. Raises ValueError if there are none."""
         from datasets import Dataset, Features, Split
 
         from data_builders import task_builder
@@ -147,7 +147,10 @@ class SequenceData(NamedData):
         if self.generator is not None:
             return self.load()["test"]
         config = task_builder(self.builder, preset, **named).config
-        return Dataset.from_list(list(config.questions("train")), Features(FEATURES | PLACES), split=Split.TEST)
+        rows = list(config.questions("train"))
+        if not rows:
+            raise ValueError(f"there is no question in {self.files or self.named_dataset}: name data with rows.")
+        return Dataset.from_list(rows, Features(FEATURES | PLACES), split=Split.TEST)
 
     def verifier(self):
         """What an answer is worth, a `data_builders.sequences.Verifier`."""

@@ -67,6 +67,7 @@ def test_a_generator_asks_its_test_rows(bare, capfd):
     ("{files: [a.jsonl]}", "is a model without run/recipe.yaml"),
     ("{task: sequence}", "questions come from one of"),
     ("{task: sequence, files: [none.jsonl]}", "nothing matches 'none.jsonl'"),
+    ("{task: sequence, files: [head.csv]}", "there is no question in ['head.csv']"),
     ("{task: sequence, files: [a.jsonl], tokenizer: words}", "leave one of them out"),
     ("{task: text, files: [a.txt]}", "it is for sequence"),
     ("{task: nothing}", "there is no task 'nothing'"),
@@ -74,6 +75,7 @@ def test_a_generator_asks_its_test_rows(bare, capfd):
 def test_what_cannot_be_asked_is_refused(bare, tmp_path, monkeypatch, capfd, data, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"prompt": "ab", "answer": "ba"}\n')
+    (tmp_path / "head.csv").write_text("prompt,answer\n")
     assert said in failure(capfd, "eval", bare, "--data", data)
 
 

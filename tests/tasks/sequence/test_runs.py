@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,10 @@ def test_the_page_asks_as_the_task_does(run, tmp_path):
         with pytest.raises(ValueError, match=r"Write a question|no token"):
             app.reply(model, tokenizer, questions, wrong, 2)
     assert app.loops_to_show(6) == [1, 2, 4, 6]
+    for asked in ("[MAX 2 9 ]", "[1]"):  # no conversation, although it begins like one
+        assert app.messages_of(replace(questions, chat="messages"), asked) == [{"role": "user", "content": asked}]
+    spaced = app.replies_html("a", "b  c", {1: replace(reply, text="b c")}, 1)
+    assert "&#10003;" in spaced  # a tokenizer of words writes one space
 
 
 def test_groups_of_seeds_are_read_together(run, tmp_path):

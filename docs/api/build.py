@@ -23,6 +23,7 @@ SPECIFICATIONS = (
     "data_builders",
     "looplab.runs",
     "looplab.instruments",
+    "looplab.rl",
     *(f"looplab.tasks.{module}" for module in ("base", "data", "card", "training", "registry")),
     "looplab.training.recipe",
 )

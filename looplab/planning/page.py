@@ -109,8 +109,9 @@ compares it with the code. [plan](../guides/plan.md) says what the columns count
 tested of them.
 
 GB are of one GPU, and hours at 40 % of its peak in the recipe's precision. Where two numbers stand, the first is of
-DDP and the second of FSDP2. *Without recomputing* is what activations take without the recipe's gradient
-checkpointing. *Sent* is what one GPU sends per update. *Smallest* is the fewest GPUs that the training fits on.
+DDP and the second of FSDP2. *Weights* are with autocast's copies of them, *activations* with the logits. *Without
+recomputing* is what activations take without the recipe's gradient checkpointing. *Sent* is what one GPU sends per
+update. *Smallest* is the fewest GPUs that the training fits on.
 
 ## Language models
 

@@ -563,8 +563,8 @@ class DepthBatching:
         if not rows:
             return
         device, body = self.device, self.body
+        self.looping += rows  # before anything can fail, so that it ends them
         tokens = [row.begin() for row in rows]
-        self.looping += rows
         ids = torch.tensor([[token] for each in tokens for token in each], device=device)
         places = [[place] for row in rows for place in range(row.start, row.start + row.length)]
         position_ids = torch.tensor(places, device=device)

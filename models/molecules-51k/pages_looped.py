@@ -49,20 +49,22 @@ class Pool:
         self.num_pages, self.free = 0, []
 
     def take(self, count: int) -> list[int]:
-        """Pages that nobody has."""
+        """Pages that nobody has, filled with zeros: what was never written is read as well, with a weight of 0, which
+        does not hide the infinities that an earlier request may have left."""
         if len(self.free) < count:
             more = max(self.num_pages // 4, count)
             self.free = [*range(self.num_pages, self.num_pages + more), *self.free]
             self.num_pages += more
         taken = self.free[len(self.free) - count :]
         del self.free[len(self.free) - count :]
+        for tensor in filter(torch.is_tensor, self.tensors):
+            tensor[[page for page in taken if page < len(tensor)]] = 0  # `of_layer` makes the others
         return taken
 
     def of_layer(self, layer: int, entries: torch.Tensor) -> torch.Tensor:
         """The (pages, capacity, 2, K, d) of a layer whose entries are like these (N, 2, K, d)."""
         tensor = self.tensors[layer]
         if tensor is None or len(tensor) < self.num_pages:
-            # Zeros, since what was never written is read as well, with a weight of 0.
             grown = entries.new_zeros(self.num_pages, self.capacity, *entries.shape[1:])
             if tensor is not None:
                 grown[: len(tensor)] = tensor
@@ -94,20 +96,18 @@ class Pages:
         """Have room for a context of so many tokens."""
         if num_tokens <= self.capacity:
             return
-        olds = self.long or self._of_pool()  # (count, 2, K, tokens, d)
-        old_pool, old_pages, used = self.pool, self.short, self.capacity
+        olds, used = self.long or self._of_pool(), self.capacity  # copies, (count, 2, K, tokens, d) each
+        self.release()
         self.pool = next((pool for pool in self.pools if num_tokens <= pool.capacity), None)
         if self.pool is None:
             self.capacity = min(page_capacity(self.most), page_capacity(2 * num_tokens))
-            self.short, self.long = [], [None if old is None else self._grown(old) for old in olds]
+            self.long = [None if old is None else self._grown(old) for old in olds]
         else:
             self.capacity, self.short = self.pool.capacity, self.pool.take(self.count)
             for layer, old in enumerate(olds):
                 if old is not None:
                     entries = old.permute(0, 3, 1, 2, 4)  # (count, tokens, 2, K, d)
                     self.pool.of_layer(layer, entries.flatten(0, 1))[self.short, :used] = entries
-        if old_pool is not None:
-            old_pool.free += old_pages
 
     def release(self) -> None:
         """Give everything back."""

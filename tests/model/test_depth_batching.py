@@ -8,10 +8,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.halting_looped import LatentRule, Rule
-from modeling_looped.pages_looped import SHORT
+from modeling_looped.pages_looped import SHORT, Pages
 from strategies import SIZES, VOCABULARY, configs
 from toys import KV_SHARINGS, count_layer_calls, make_ids, make_model, open_gates
 
@@ -316,6 +317,44 @@ def test_a_model_that_fails_ends_the_requests_at_work_and_goes_on_with_the_next(
     assert [request.ended for request in lost] == ["error"] * 2
     run(scheduler)
     assert kept.tokens == alone(model, ids[2], max_new_tokens=3, eos_token_id=None)[0]
+
+
+@pytest.mark.parametrize("kv_sharing", KV_SHARINGS)
+def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_pages(kv_sharing):
+    """Beside a longer request, whose columns the mask of the next one has to hide."""
+    model = open_gates(make_model(kv_sharing=kv_sharing, tie_word_embeddings=False))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.inf
+    scheduler = model.depth_batching(max_rows=2)
+    plain = {"max_new_tokens": 4, "eos_token_id": None}
+    long, short = list(range(8, 33)), [5, 3, 8]
+    beside = scheduler.add(long, num_loops=7, **plain)
+    overflown = scheduler.add([7] * 24, num_loops=2, max_new_tokens=1, eos_token_id=None)
+    after = scheduler.add(short, num_loops=2, **plain)
+    run(scheduler)
+    assert overflown.ended == "length"
+    assert beside.tokens == alone(model, long, num_loops=7, **plain)[0]
+    assert after.tokens == alone(model, short, num_loops=2, **plain)[0]
+
+
+def test_a_request_without_memory_for_its_next_token_ends_and_gives_its_pages_back(monkeypatch):
+    def full(*_):
+        raise MemoryError("of a context that has outgrown its pages")
+
+    model = make_model()
+    scheduler = model.depth_batching(max_rows=2)
+    plain = {"max_new_tokens": 3, "eos_token_id": None}
+    lost = [scheduler.add([3] * SHORT[-1], **plain), scheduler.add([4, 5], num_loops=9, **plain)]
+    kept = scheduler.add([5, 6], **plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pages, "_grown", full)
+        with pytest.raises(MemoryError):
+            run(scheduler)
+    assert [request.ended for request in lost] == ["error"] * 2
+    assert all(sorted(pool.free) == list(range(pool.num_pages)) for pool in itertools.chain(*scheduler.pools))
+    lost[0].cancel()  # as a client that gives up does
+    run(scheduler)
+    assert kept.tokens == alone(model, [5, 6], **plain)[0]
 
 
 def test_on_token_sees_every_token_and_ends_the_reply():

@@ -132,11 +132,13 @@ class Prepared:
     """Settings as `generate` prepares them, before the length of the prompt is known.
 
     Args:
+        told: what they were prepared from. It is kept, since an object in it, such as a rule, is known by its address.
         num_loops: of requests that do not say how many.
         no_max_length, no_min_length: nobody has said one.
         is_plain: no processor changes the scores, whatever the prompt.
     """
 
+    told: tuple
     config: GenerationConfig
     num_loops: int
     decision: Decision | None
@@ -436,9 +438,11 @@ class DepthBatching:
         """The settings of a request. `generate` copies four generation configs per call: that is a third of the time
         of a request with one new token, so that settings which were seen before are not prepared anew."""
         model, own = self.model, self.model.generation_config
-        given = None if generation_config is None else vars(generation_config)
-        known = repr((asked, given, vars(own), generation_count(model.config, generation_config, own)))
-        if known not in self.prepared:
+        given = None if generation_config is None else dict(vars(generation_config))
+        told = asked, given, dict(vars(own)), generation_count(model.config, generation_config, own)
+        known = repr(told)
+        prepared = self.prepared.get(known)  # asked once: another thread may clear them
+        if prepared is None:
             if len(self.prepared) >= MOST_PREPARED:
                 self.prepared.clear()
                 self.decisions.clear()
@@ -451,18 +455,16 @@ class DepthBatching:
             num_loops, rule = rest.pop("num_loops"), rest.pop("halting", None)
             check_settings(settings, rest)
             model._prepare_special_tokens(settings, True, device=self.device, batch_size=1)
-            return self.prepared.setdefault(
-                known,
-                Prepared(
-                    config=settings,
-                    num_loops=num_loops,
-                    decision=None if rule is None else self._decision(rule),
-                    no_max_length=absent["max_length"],
-                    no_min_length=absent["min_length"],
-                    is_plain=not self._processors(settings, [0], LogitsProcessorList()),
-                ),
+            self.prepared[known] = prepared = Prepared(
+                told=told,
+                config=settings,
+                num_loops=num_loops,
+                decision=None if rule is None else self._decision(rule),
+                no_max_length=absent["max_length"],
+                no_min_length=absent["min_length"],
+                is_plain=not self._processors(settings, [0], LogitsProcessorList()),
             )
-        return self.prepared[known]
+        return prepared
 
     def _checked_loops(self, num_loops) -> int:
         """The loop count of a request; ValueError for one that it cannot have."""
@@ -489,9 +491,8 @@ class DepthBatching:
     def _decision(self, rule) -> Decision:
         """A rule and what it reads. Requests with equal rules share one, so that it looks at them together."""
         known = (type(rule), *sorted(vars(rule).items())) if type(rule) in RULES.values() else id(rule)
-        if known not in self.decisions:
-            self.decisions[known] = Decision(rule, head=self.model.readout, gate=self.body.exit_readout, positions=1)
-        return self.decisions[known]
+        new = Decision(rule, head=self.model.readout, gate=self.body.exit_readout, positions=1)
+        return self.decisions.setdefault(known, new)  # in one go, since another thread may clear them
 
     @property
     def is_busy(self) -> bool:

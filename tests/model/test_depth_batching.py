@@ -408,6 +408,20 @@ def test_settings_of_the_model_are_read_anew_for_every_request():
     assert [len(request.tokens) for request in added] == [20] * 4  # the length that generate has by default
 
 
+def test_a_rule_that_nobody_keeps_is_not_taken_for_an_earlier_one():
+    """Python gives the address of an object that is gone to the next one."""
+    model = make_model()
+    scheduler = model.depth_batching()
+    thresholds = [0.0, 0.0, 1e9, 0.0, 1e9, 1e9, 0.0]
+    settings = {"num_loops": 5, "max_new_tokens": 1}
+    added = [scheduler.add([3, 4], halting=LatentRule(each), **settings) for each in thresholds]
+    for each in thresholds:
+        config = GenerationConfig(halting=LatentRule(each), eos_token_id=None, pad_token_id=0)
+        added.append(scheduler.add([3, 4], config, **settings))
+    run(scheduler)
+    assert [request.loops_used for request in added] == [[2 if each else 5] for each in thresholds] * 2
+
+
 # ---- what is refused
 
 WRONG = [

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -25,6 +31,7 @@ from .speculation_looped import CALLS_ARE_PREPARED, NO_DRAFTS, calls_are_prepare
 LOOP_SETTINGS = ("num_loops", "halting")
 OF_ROWS = ("attention_mask", "position_ids", "inputs_embeds", "num_loops")  # of a call, by batch row
 ROWS_ALIKE = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)  # look at a batch row as at any other
+OF_GUIDANCE = (*LOOP_SETTINGS, "generator")  # of a call, also for the prompt that it is compared with
 CALIBRATED = "calibrated_halting"  # the rule that `halting=True` stands for; alone it changes nothing
 COMPILED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # the decoding methods that can be
 GENERATION_SETTINGS = (*LOOP_SETTINGS, CALIBRATED, "draft_loops")  # of a generation config, beside transformers' own
@@ -214,6 +221,18 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         if rule is not None:
             model_kwargs["halting"] = rule
         return generation_config, model_kwargs
+
+    def _get_logits_processor(self, *args, logits_processor=None, model_kwargs=None, **kwargs):
+        """As in transformers. What `guidance_scale` compares a prompt with runs the loops of the call as well."""
+        processors = super()._get_logits_processor(
+            *args, logits_processor=logits_processor, model_kwargs=model_kwargs, **kwargs
+        )
+        given = {name: value for name, value in (model_kwargs or {}).items() if name in OF_GUIDANCE}
+        for each in processors:
+            made_here = each not in (logits_processor or [])
+            if made_here and isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                each.model = partial(self, logits_to_keep=1, **given)
+        return processors
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, loops_of_calls=None, tokenizer=None, **kwargs

@@ -339,6 +339,32 @@ def test_the_exit_rule_needs_no_head_and_can_be_saved(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "depth",
+    [{"num_loops": 7}, {"num_loops": torch.tensor([1, 5, 4])}, {"num_loops": 6, "halting": RULES["latent"]}],
+    ids=str,
+)
+@pytest.mark.parametrize("against", ["the last token", "another prompt"])
+def test_guidance_loops_as_the_text_does(against, depth):
+    """Against two decodings of one call per token, guided by hand."""
+    model, ids = make_model(num_loops=2), make_ids(3, 5)
+    other = make_ids(3, 4, seed=2) if against == "another prompt" else None
+    settings = {"max_new_tokens": 4, "eos_token_id": None, "return_dict_in_generate": True, "output_scores": True}
+    got = model.generate(ids, guidance_scale=1.7, negative_prompt_ids=other, **depth, **settings)
+
+    sides = [[ids, None], [ids[:, -1:] if other is None else other, None]]  # what comes next, and the cache
+    for scores in got.scores:
+        chances = []
+        for side in sides:
+            output = model(side[0], past_key_values=side[1], use_cache=True, logits_to_keep=1, **depth)
+            side[1] = output.past_key_values
+            chances.append(output.logits[:, -1].log_softmax(-1))
+        text, unguided = chances
+        torch.testing.assert_close(scores, unguided + 1.7 * (text - unguided), **FP32)
+        for side in sides:
+            side[0] = scores.argmax(-1, keepdim=True)
+
+
 def test_fixed_halting_is_no_halting():
     model, ids = make_model(), make_ids()
     assert model(ids, halting="fixed").logits.equal(model(ids).logits)

@@ -394,7 +394,7 @@ class SelfSpeculation:
             ),
             (PATTERNS[config.attention_pattern].tells_prompts, NO_DRAFTS),
             (calls_are_prepared(model), CALLS_ARE_PREPARED),
-            ("halting" in model_kwargs, "halting ends loops early, and verification needs all: use one of the two"),
+            ("halting" in model_kwargs, NO_DRAFTS_THAT_HALT),
             (
                 bool(settings.prompt_lookup_num_tokens or settings.assistant_early_exit),
                 "prompt_lookup_num_tokens and assistant_early_exit draft as well: use one of them",
@@ -431,6 +431,7 @@ class SelfSpeculation:
 NO_DRAFTS = (
     "attention_pattern='prefix' tells the prompt from what follows it, and drafted tokens come into one call with it"
 )
+NO_DRAFTS_THAT_HALT = "halting ends loops early, and verification needs all: use one of the two"
 CALLS_ARE_PREPARED = (
     "a library prepares each call of this model, as PEFT does for its prompt methods, and what it adds would be missed"
 )

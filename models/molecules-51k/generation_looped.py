@@ -26,7 +26,13 @@ from .depth_looped import asked_count, generation_count
 from .growing_looped import GrowingCacheMixin
 from .halting_looped import Rule, calibrated_rule, halting_rule
 from .masks_looped import ANSWER, PATTERNS, PROMPT, mask_of_step
-from .speculation_looped import CALLS_ARE_PREPARED, NO_DRAFTS, calls_are_prepared, self_speculation
+from .speculation_looped import (
+    CALLS_ARE_PREPARED,
+    NO_DRAFTS,
+    NO_DRAFTS_THAT_HALT,
+    calls_are_prepared,
+    self_speculation,
+)
 
 LOOP_SETTINGS = ("num_loops", "halting")
 OF_ROWS = ("attention_mask", "position_ids", "inputs_embeds", "num_loops")  # of a call, by batch row
@@ -188,7 +194,8 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         """Loop settings are model arguments: a generation config that knows them must not swallow the call's own.
 
         Raises:
-            ValueError: the prompt is to be cut where cuts show (`kv_sharing`), or the halting rule is none.
+            ValueError: the prompt is to be cut where cuts show (`kv_sharing`, a halting rule), or the halting rule is
+                none.
         """
         asked = {name: kwargs.pop(name, None) for name in LOOP_SETTINGS}
         given = generation_config
@@ -218,6 +225,11 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
                 model_kwargs[name] = value.cpu() if isinstance(value, torch.Tensor) else value
         halting = calibrated_rule(model_kwargs.pop("halting", None), calibrated)
         rule = halting_rule(halting)  # built once: raises before any work, not per token
+        if rule is not None and cut is not None:
+            raise ValueError(
+                f"prefill_chunk_size={cut} cuts the prompt, and each piece would halt by a token of its own: leave it "
+                "out, or halting (halting='fixed' for one of the generation config)."
+            )
         if rule is not None:
             model_kwargs["halting"] = rule
         return generation_config, model_kwargs
@@ -311,7 +323,8 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         exit, it runs fewer loops, even if the call asks for more.
 
         Raises:
-            ValueError: drafts cannot be verified (`kv_sharing`), or a library prepares the calls of this model.
+            ValueError: drafts cannot be verified (`kv_sharing`, a halting rule), or a library prepares the calls of
+                this model.
         """
         if self.model.sharing.rewrites:
             raise ValueError(
@@ -323,6 +336,8 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
             raise ValueError(f"drafts: {NO_DRAFTS}: decode without.")
         if calls_are_prepared(self):
             raise ValueError(f"drafts of {type(self).__name__}: {CALLS_ARE_PREPARED}: decode without.")
+        if "halting" in model_kwargs:
+            raise ValueError(f"drafts: {NO_DRAFTS_THAT_HALT} (halting='fixed' for one of the generation config).")
         if assistant_model is not None:
             own = (*LOOP_SETTINGS, "generator", "loops_of_calls")
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}

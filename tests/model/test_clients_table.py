@@ -133,6 +133,17 @@ def cut_prompts(kv_sharing, folder):
     assert model.generate(ids, prefill_chunk_size=4, **GREEDY).equal(model.generate(ids, **GREEDY))
 
 
+@client("drafts, a halting rule", {"prompt_lookup_num_tokens": 2})
+@client("prefill_chunk_size, a halting rule", {"prefill_chunk_size": 4})
+def halt_among_several_tokens(how, folder):
+    """The rule that halts nothing is the text; another one would give other tokens."""
+    model, threshold = make_model(), {"rule": "latent", "threshold": 0.3}
+    model.generation_config.halting = threshold
+    plain = model.generate(REPEATS, halting="fixed", **GREEDY)
+    assert model.generate(REPEATS, halting="fixed", **how, **GREEDY).equal(plain)
+    model.generate(REPEATS, **how, **GREEDY)
+
+
 @of_each_sharing("continuous batching")
 def batch_continuously(kv_sharing, folder):
     """At a load that cuts no prompt, and at one that does."""

@@ -375,9 +375,9 @@ def test_another_model_drafts_at_its_own_depth(drafter, stored):
     ids = make_ids(1)
     kwargs = {"max_new_tokens": 6, "do_sample": False}
     if stored:
-        model.generation_config.num_loops, model.generation_config.halting = 5, "latent"
+        model.generation_config.num_loops, model.generation_config.halting = 5, "fixed"
     else:
-        kwargs |= {"num_loops": 5, "halting": "latent", "generator": torch.Generator().manual_seed(0)}
+        kwargs |= {"num_loops": 5, "halting": "fixed", "generator": torch.Generator().manual_seed(0)}
     assert model.generate(ids, assistant_model=assistant, **kwargs).equal(model.generate(ids, **kwargs))
     assert depths == ({2} if drafter == "looped" else set())
 

@@ -232,10 +232,13 @@ def encode_questions(
     field `limit` says.
 
     Raises ValueError, with file and line, for a part that the tokenizer has no token for, a prompt or an answer
-    without tokens, an answer with the token that ends answers in it, and a row that is too long.
+    without tokens, an answer with a token in it that ends answers or is left out of them, and a row that is too long.
     """
     tokenizer = reader.tokenizer
     stop = tokenizer.eos_token if isinstance(reader, AfterPrompt) else None
+    # A template writes special tokens of its own around what is said.
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    unsaid = {} if reader.name == "chat" else special
 
     lost_of, unknown = LostCharacters(tokenizer), tokenizer.unk_token_id
 
@@ -262,6 +265,10 @@ def encode_questions(
                         raise ValueError(f"the {name} {shown(batch[name][i])} has no tokens")
                 if unknown is not None and unknown in answer:
                     raise ValueError(f"the tokenizer has no token for a part of the answer {shown(said)}")
+                if taken := [unsaid[token] for token in answer if token in unsaid]:
+                    raise ValueError(
+                        f"the answer {shown(said)} has the token {taken[0]!r} in it, which is left out of what is said"
+                    )
                 ids, labels, first = reader.lay(prompt, answer)
                 if longest is not None and len(ids) > longest:
                     raise ValueError(

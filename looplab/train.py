@@ -100,7 +100,8 @@ def fit(recipe: Recipe, accelerator: Accelerator, run: RunFolder, stack: ExitSta
     trained.prepare(looped)
     check_loops = recipe.gate_loops or looped.config.num_loops
     objective = make_objective(recipe, looped, task, accelerator)
-    check_max_loops(looped.config, {"depth": int(depth.depths[-1]), "gate_loops": check_loops}, recipe.eval_loops)
+    most_loops = {"depth": int(depth.depths[-1]), "gate_loops": check_loops, **task.most_loops()}
+    check_max_loops(looped.config, most_loops, recipe.eval_loops)
     accelerator.ddp_handler.find_unused_parameters = may_lack_gradients(recipe, looped.config)
     set_seed(recipe.seed, device_specific=True)
     if recipe.gradient_checkpointing:

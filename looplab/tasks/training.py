@@ -104,6 +104,10 @@ class TaskTraining(ABC):
     def begin(self, state: State) -> None:  # noqa: B027 (a task may have no stages)
         """Set `batches` to those of the stage in `state`; a task without stages has nothing to do."""
 
+    def most_loops(self) -> Mapping[str, int]:
+        """Field of the recipe -> the most loops that it may ask for, beside those of `depth`."""
+        return {}
+
     def parts(self) -> Mapping[str, Part]:
         """Name -> what a checkpoint keeps of this process beside the state."""
         return {}

@@ -229,6 +229,15 @@ def test_a_row_that_does_not_fit_is_refused_with_its_place(pair, settings_, said
         encode_questions(places, reader_of(tokenizer, answers), **settings_)
 
 
+@pytest.mark.parametrize("answers", ["after", "in_place"])
+@pytest.mark.parametrize("word", ["<pad>", "<ans>"])
+def test_an_answer_has_no_token_that_is_left_out_of_what_is_said(answers, word):
+    pairs = [("a b", "b a"), ("b a", f"{word} b")]
+    reader = reader_of(sequence_tokenizer(["a b", word], "words", readout=answers == "after"), answers)
+    with pytest.raises(ValueError, match=f"prompt 'b a': the answer '{word} b' has the token '{word}' in it"):
+        encode_questions(rows_of(pairs), reader)
+
+
 def test_byte_level_bpe_says_the_fewest_entries_that_it_takes():
     with pytest.raises(ValueError, match="must be at least 259, got 258"):
         sequence_bpe(["ab"], 258)

@@ -81,6 +81,8 @@ def test_loops_without_parameters_are_refused_before_training(hops, tmp_path):
         flags += [] if flag else ["--depth={kind: fixed, mean: 3}"]
         with pytest.raises(ValueError, match=f"{name} asks for .* loops, and model.max_num_loops is 2"):
             main(hops("run", *flags))
+    with pytest.raises(ValueError, match=r"data\.at_least_hops asks for 3 loops, and model.max_num_loops is 2"):
+        main(hops("run", *HYPER, "--model.num_loops=2", "--depth={kind: fixed, mean: 2}", "--data.at_least_hops=true"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -64,6 +64,9 @@ class HopTraining(StagedTraining):
             pad_to=data.pad_to,
         )  # fmt: skip
 
+    def most_loops(self) -> dict[str, int]:
+        return {"data.at_least_hops": self.stages.stop} if self.recipe.data.at_least_hops else {}
+
     def rows_of(self, step: int) -> list[int]:
         return self.batches.chosen(step).tolist()
 

@@ -78,6 +78,9 @@ class SequenceTraining(StagedTraining):
         else:
             self.batches = OneLength(rows, *draws, **settings)
 
+    def most_loops(self) -> dict[str, int]:
+        return {"data.at_least_grade": self.stages.stop} if self.recipe.data.at_least_grade else {}
+
     def sizes(self, batch: dict) -> tuple[int, int]:
         """Padding is counted among the input tokens, those of this rank for all ranks alike."""
         return batch["num_labels"], batch["input_ids"].numel() * self.accelerator.num_processes

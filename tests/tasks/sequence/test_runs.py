@@ -233,6 +233,7 @@ REFUSED = [
     (["--curriculum.start_grade=99"], "must not be above|must be in order"),
     (["--data.files=[nothing.jsonl]"], "nothing matches"),
     (["--data.tokenizer=nowhere"], "there is no tokenizer in the folder"),
+    (["--data.at_least_grade=true", "--model.max_num_loops=4"], r"data\.at_least_grade asks for 6 loops, and .* is 4"),
 ]
 
 

@@ -66,7 +66,12 @@ class Stages:
 
     def is_through(self, state) -> bool:
         """Whether the last stage has passed and the recipe stops there."""
-        return self.curriculum.after_last == "stop" and state.learnable_depth == self.stop
+        return self.curriculum.after_last == "stop" and state.stage == self.stop and self.is_passed(state)
+
+    def is_passed(self, state) -> bool:
+        """Whether the last check passes the stage."""
+        rested = state.step - state.stage_start >= self.curriculum.min_steps
+        return rested and state.gate.get(str(state.stage), 0.0) > self.curriculum.threshold
 
     def schedule_step(self, state) -> int:
         return state.step - state.stage_start if self.curriculum.restart_optimizer else state.step
@@ -74,8 +79,7 @@ class Stages:
     def advance(self, state) -> bool:
         """Note in `state` whether its stage is passed by the last check, and begin the next one; whether one began.
         After the last one, the run may end."""
-        rested = state.step - state.stage_start >= self.curriculum.min_steps
-        if not rested or state.gate.get(str(state.stage), 0.0) <= self.curriculum.threshold:
+        if not self.is_passed(state):
             return False
         state.learnable_depth = state.stage
         if state.stage == self.stop:

@@ -202,6 +202,19 @@ def test_stages_add_grades_when_lower_ones_pass(sequence, tmp_path):
     assert stages == sorted(stages)
 
 
+@pytest.mark.parametrize(("threshold", "steps"), [(0.99, 4), (0.0, 2)])
+def test_a_run_of_grade_0_goes_on_with_a_larger_budget_until_it_has_passed(sequence, tmp_path, threshold, steps):
+    """Also where no answer is right: 0 is a grade, and not what was learnt of none."""
+    rows = [{"prompt": "a" * number, "answer": "b"} for number in range(1, 40)]
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--data={{task: sequence, files: [{tmp_path}/same.jsonl], overrides: {{validation_share: 0.3}}}}"]
+    flags += [f"--curriculum={{after_last: stop, threshold: {threshold}}}", "--check_every=2", "--optim.lr=0.05"]
+    train.main(sequence("zero", *flags, "--max_steps=2"))
+    gate = train.main(sequence("zero", *flags, "--max_steps=4"))["gate"]
+    assert gate["0"] > 0 or threshold > 0
+    assert json.loads((tmp_path / "zero" / "summary.json").read_text())["steps"] == steps
+
+
 @pytest.mark.parametrize("tokenizer", ["characters", "words", "digits", "bpe"])
 @pytest.mark.parametrize("loss", ["answer", "all"])
 def test_every_tokenizer_and_loss_trains(sequence, tmp_path, tokenizer, loss):

@@ -12,6 +12,7 @@ leave a gap.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata as packages
 from pathlib import Path
@@ -190,4 +191,11 @@ def render(template: str, **values) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["fenced"] = fenced
     return environment.get_template(template).render(**values)
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of Markdown that shows a text as it is; its fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -159,11 +159,22 @@ def test_the_example_of_a_card_runs(which, request, capsys):
     folder = request.getfixturevalue(which)
     card = str(model_card(open_run(folder), Names(REPO, "mit")))
     [block] = python_blocks(card)
+    capsys.readouterr()  # what a training printed, if this test is the first to need the run
     exec(compile(block.replace(REPO, str(folder / "model")), "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) >= 2
     if which == "hops":
         assert f"It prints\n\n```text\n{printed}```" in card
+
+
+@pytest.mark.parametrize("said", ["a", "```", "1 ```py\nx\n```\n````", "``", ""])
+def test_what_a_card_prints_is_one_block(said):
+    lines = cards.fenced(f"1 a\n{said}", "text").split("\n")
+    fence = lines[-1]
+    assert set(fence) == {"`"}
+    assert lines[0] == f"{fence}text"
+    assert "\n".join(lines[1:-1]) == f"1 a\n{said}"
+    assert not any(fence in line for line in lines[1:-1])
 
 
 PLACEHOLDERS = r"\[More|TODO|COMMIT|\bNone\b|\bnan\b|\{\{|<your|unknown"

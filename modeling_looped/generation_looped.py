@@ -243,7 +243,7 @@ class LoopedGenerationMixin(GrowingCacheMixin, GenerationMixin):
         for each in processors:
             made_here = each not in (logits_processor or [])
             if made_here and isinstance(each, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                each.model = partial(self, logits_to_keep=1, **given)
+                each.model = partial(self, logits_to_keep=1, **given)  # pyright: ignore[reportArgumentType]
         return processors
 
     def prepare_inputs_for_generation(

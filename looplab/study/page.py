@@ -21,6 +21,8 @@ from .study_file import Study, Success, matches
 
 logger = logging.getLogger(__name__)
 
+WIDE = 100  # times its smallest column: an axis is logarithmic from here on
+
 BLOCK = "<!-- study {name} -->\n{text}\n<!-- end of study -->"
 
 
@@ -215,6 +217,10 @@ def figure_of(study: Study, rows: Sequence[Mapping]):
                 draw_band(axes, places, points, index, arm, shaded=True)
             else:
                 draw_bars(axes, places, points, index, arm)
+    if numeric and min(columns) > 0 and max(columns) >= WIDE * min(columns):
+        axes.set_xscale("log")
+        axes.set_xticks(columns, [f"{column:g}" for column in columns], minor=False)
+        axes.minorticks_off()
     if not numeric:
         axes.set_xticks(range(len(columns)), [str(column) for column in columns], parse_math=False)
     if axes.dataLim.y0 >= 0:

@@ -103,9 +103,8 @@ class FrozenRecipe:
     model: str = field(metadata={"path": True})  # folder or Hub name; smollm2 is the folder of `looped fetch smollm2`
     confirm: dict[str, int] = field(metadata={"range": Range(at_least=1)})  # rows per benchmark, and blocks of `text`
     sweep: dict[str, int] = field(default_factory=dict, metadata={"range": Range(at_least=1)})  # the same
-    # Fields of LoopSetting -> a value or a list of values: all combinations are measured by `sweep`, and the best of
-    # them by `confirm`. Without a grid, `confirm` measures the controls alone: settings written down before.
-    grid: list[dict] = field(default_factory=list)
+    # Without a grid, `confirm` measures the controls alone: settings written down before.
+    grid: list[dict] = field(default_factory=list)  # fields of LoopSetting -> a value or values: all combinations
     controls: list[dict] = field(default_factory=list)  # settings that `confirm` measures in any case
     cost: Cost = field(default_factory=Cost)  # what is timed
     text: dict = field(default_factory=dict)  # fields of the text builder; the text of `looped fetch corpus` if empty

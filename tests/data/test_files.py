@@ -309,7 +309,8 @@ def test_a_dataset_that_is_cut_short_is_refused(kind, end, tmp_path):
 @pytest.mark.parametrize(
     "arguments", [{"path": "json"}, {"path": "json", "data_files": "nowhere.jsonl"}, {"pat": "json"}]
 )
-def test_a_dataset_that_cannot_be_found_is_named(arguments):
+def test_a_dataset_that_cannot_be_found_is_named(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without a name of files, `datasets` looks at all that are here
     with pytest.raises(ValueError, match=r"dataset \{.*\} cannot be read"):
         load_task("text", "files", dataset=arguments | {"split": "train"})
 

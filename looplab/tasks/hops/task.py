@@ -194,9 +194,7 @@ class Khop(HopTask):
     name = "khop"
     arguments: ClassVar = HopTask.arguments | {
         ("eval", "max_hops"): Argument("test chains of up to K hops", "K", HOPS),
-        ("eval", "hops"): Argument(
-            "test chains of these hop counts alone", "K", Whole(lowest=2, highest=1_000), many=True
-        ),
+        ("eval", "hops"): Argument("test chains of these hop counts alone", "K", HOPS, many=True),
         ("halting", "max_hops"): Argument("chains of up to K hops", "K", HOPS),
     }
     says = "Its graph is permutations, and it was trained on chains of up to {depth} hops."

@@ -9,7 +9,7 @@
 
 `per_loop` and `first` do not depend on the chunk length and are measured in one call. Weights without KV gates are
 measured with every policy that has none, without training (Ouro, arXiv 2510.25741, table of decode policies); weights
-with KV gates fit their own policy only.
+with KV gates fit their own policy only. Policies that the model's attention pattern cannot have are left out.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,9 @@ def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> P
 
 
 def kv_bytes(model: PreTrainedModel) -> int:
-    """Bytes of keys and values per token, from a cache that two tokens filled."""
+    """Bytes of keys and values per token, from a cache that two tokens filled; 0 if the model keeps none."""
+    if not model.model.pattern.takes_cache:
+        return 0
     cache = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)[CACHE_NAME]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 2
 
@@ -46,6 +48,8 @@ def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, i
     own = model.config.kv_sharing
     # Weights that have KV gates fit no other policy, and others lack them.
     sharings = [own] if SHARINGS[own].has_parameters else [s for s in SHARINGS if not SHARINGS[s].has_parameters]
+    fitting = model.model.pattern.sharings or sharings
+    sharings = [s for s in sharings if s in fitting]
     lengths = [chunk or None for chunk in chunks]
     return [(s, chunk) for s in sharings for chunk in (lengths if SHARINGS[s].rewrites else [None])]
 

@@ -1,17 +1,22 @@
 """Questions to models that look ahead: the prompt sees itself, or answers are read in place."""
 
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import train
+from looplab.cli import main
 from looplab.runs.folder import Run
 from looplab.runs.models import load_run_model
+from looplab.study.loopbench_file import Measure
+from looplab.study.measuring import measure_run
 from looplab.tasks.sequence.data import SequenceData
 from looplab.tasks.sequence.measures import said_at
 from looplab.tasks.sequence.rows import encoded
 from looplab.training.recipe import build_recipe
+from toy_runs import rows_of
 from toys import FP32
 
 FEW = {"train_per_grade": 30, "validation_per_grade": 3, "test_per_grade": 3, "train_grade": 3, "far_grades": [4]}
@@ -52,6 +57,24 @@ def test_what_a_prompt_that_sees_itself_says_is_what_generate_writes(tmp_path, b
 def test_answers_in_place_are_learnt_by_a_model_that_sees_the_whole(tmp_path):
     train.main(recipe(tmp_path, "bidirectional", "sudoku"))
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "generator", "policies"),
+    [("prefix", "addition", {"per_loop", "first", "natural"}), ("bidirectional", "sudoku", {"per_loop"})],
+)
+def test_what_looks_ahead_is_measured_by_every_verb(tmp_path, pattern, generator, policies, capsys):
+    """A model without a cache keeps no bytes; only policies that the pattern can have are tried."""
+    train.main(recipe(tmp_path, pattern, generator))
+    run = str(tmp_path / "run")
+    for verb in (["eval", "--loops", "1", "3"], ["table"], ["plot"], ["memory"]):
+        assert main([verb[0], run, *verb[1:]]) == 0, capsys.readouterr().err
+    rows = rows_of(tmp_path / "run" / "memory.jsonl")
+    assert {row["kv_sharing"] for row in rows} == policies
+    assert all((row["kv_bytes"] == 0) == (pattern == "bidirectional") for row in rows)
+    found = measure_run(Run(tmp_path / "run"), asdict(Measure([1, 3], [5], limit=2)))
+    assert found["kv_bytes"] == next(row["kv_bytes"] for row in rows if row["trained"])
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ def run_bench(name: str, bench: Bench, names: Names, path: Path, runs: Path, job
     """
     tasks, architectures, seeds = names
     pairs = pairs_of(bench, tasks, architectures)
+    if not pairs:
+        raise ValueError(
+            f"{' and '.join(tasks)} cannot have {' or '.join(architectures)}, by `without` of the bench: name other "
+            "architectures."
+        )
     rates = tuning(bench, pairs)
     for arm in rates.arms:
         if not task_of_arm(rates, arm).has("graded"):
@@ -48,6 +53,8 @@ def run_bench(name: str, bench: Bench, names: Names, path: Path, runs: Path, job
         bar.set_description(name)
         for task in tasks:
             mine = {pair.arm: pair for pair in pairs if pair.task == task}
+            if not mine:
+                continue
             rates = tuning(bench, list(mine.values()))
             if len(bench.rates) > 1:
                 failed += fill(path, cells_of(name, rates, runs), order, partial(tune, rates, mine), jobs, bar)

@@ -56,6 +56,7 @@ class Choice:
     data: dict | None = None  # of a task: in place of the recipe's section `data`
     overrides: dict = field(default_factory=dict)  # fields of the recipe, such as model.loop_connection
     measure: dict = field(default_factory=dict)  # fields of `measure`, over those of the file
+    without: list[str] = field(default_factory=list)  # of a task: architectures that cannot learn it
 
 
 @strict
@@ -80,9 +81,15 @@ class Bench:
                 raise ValueError(f"a bench has at least one of each: fill in `{name}`.")
         for name in (*self.tasks, *self.architectures, *self.rates):
             check_name(name)
-        for place in (self.tasks, self.architectures):
-            for choice in place.values():
+        for part, place in (("tasks", self.tasks), ("architectures", self.architectures)):
+            for name, choice in place.items():
                 replace(self.measure, **choice.measure)
+                for other in choice.without:
+                    if part == "architectures" or other not in self.architectures:
+                        raise ValueError(
+                            f"{part}.{name}.without: a task names architectures of the file there, got {other!r}: one "
+                            f"of {', '.join(self.architectures)}."
+                        )
         arms = {arm_name(task, name): Arm(self.recipe) for task in self.tasks for name in self.architectures}
         study_of(self, arms, self.seeds, self.success)  # which refuses seeds and success that cannot be
 
@@ -172,9 +179,12 @@ def arm_name(task: str, architecture: str) -> str:
 
 
 def pairs_of(bench: Bench, tasks: Iterable[str], architectures: Iterable[str]) -> list[Pair]:
-    """Every task with every architecture, task by task. Raises ValueError for a name that nobody knows."""
-    known = {name: architecture_named(bench, name) for name in architectures}
-    pairs = [Pair(task, name, (task_named(bench, task), known[name])) for task in tasks for name in known]
+    """Every task with every architecture that it can have, task by task. Raises ValueError for a name that nobody
+    knows."""
+    known, pairs = {name: architecture_named(bench, name) for name in architectures}, []
+    for task in tasks:
+        choice = task_named(bench, task)
+        pairs += [Pair(task, name, (choice, known[name])) for name in known if name not in choice.without]
     for pair in pairs:
         check_name(pair.arm)
     return pairs

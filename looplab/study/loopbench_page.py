@@ -226,6 +226,7 @@ def page_of(name: str, results: Results) -> str:
         choice = next(pair.choices[0] for pair in results.pairs if pair.task == task)
         said = [f"`data: {text_of(choice.data)}`"]
         said += [f"`{text_of(choice.overrides)[1:-1]}`"] if choice.overrides else []
+        said += [f"without {', '.join(choice.without)}"] if choice.without else []
         lines += [f"### {task}", "", "; ".join(said), "", task_table(results, task), ""]
     if left:
         lines += [f"Not run: {'; '.join(left_of(results, left))}."]

@@ -172,6 +172,8 @@ def test_an_unknown_bench_is_refused_with_the_names(capsys):
         ({"architectures": {"a/b": {}}}, "plain folder name"),
         ({"architectures": {"a": {"measure": {"lops": [1]}}}}, "lops"),
         ({"measure": {"loops": [0]}}, "loops"),
+        ({"tasks": TINY["tasks"] | {"a": {"without": ["plian"]}}}, "plian"),
+        ({"architectures": TINY["architectures"] | {"a": {"without": ["plain"]}}}, "architectures.a.without"),
         ({"success": [{"arm": "parity.plain"}]}, "success"),
     ],
 )
@@ -198,6 +200,17 @@ def test_names_beyond_the_file(tmp_path):
     study = tuning(bench, pairs_of(bench, ["reasoning_gym/gcd", "quickstart", "addition"], ["plain", "inject_concat"]))
     assert "reasoning_gym-gcd.inject_concat.low" in study.arms
     assert {task_of_arm(study, arm).name for arm in study.arms} == {"sequence", "khop"}
+
+
+def test_a_task_is_run_without_the_architectures_that_it_cannot_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tasks = TINY["tasks"] | {"parity": TINY["tasks"]["parity"] | {"without": ["plain"]}}
+    _, bench = read_bench(str(write(tmp_path, tasks=tasks)))
+    assert [pair.arm for pair in pairs_of(bench, ["khop", "parity"], ["unrolled", "plain"])] == [
+        "khop.unrolled", "khop.plain", "parity.unrolled"
+    ]  # fmt: skip
+    assert main(["loopbench", "tiny.yaml", "--tasks", "parity", "--architectures", "plain"]) == 2
+    assert "name other architectures" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)

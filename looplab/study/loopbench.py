@@ -51,10 +51,8 @@ def run_bench(name: str, bench: Bench, names: Names, path: Path, runs: Path, job
     order, failed = order_of(bench, read_rows(path), names), []
     with alone(name, runs), tqdm(total=len(pairs) * (tried + len(seeds))) as bar:
         bar.set_description(name)
-        for task in tasks:
+        for task in dict.fromkeys(pair.task for pair in pairs):
             mine = {pair.arm: pair for pair in pairs if pair.task == task}
-            if not mine:
-                continue
             rates = tuning(bench, list(mine.values()))
             if len(bench.rates) > 1:
                 failed += fill(path, cells_of(name, rates, runs), order, partial(tune, rates, mine), jobs, bar)

@@ -56,7 +56,7 @@ class Choice:
     data: dict | None = None  # of a task: in place of the recipe's section `data`
     overrides: dict = field(default_factory=dict)  # fields of the recipe, such as model.loop_connection
     measure: dict = field(default_factory=dict)  # fields of `measure`, over those of the file
-    without: list[str] = field(default_factory=list)  # of a task: architectures that cannot learn it
+    without: list[str] = field(default_factory=list)  # of a task: architectures that it cannot have
 
 
 @strict
@@ -90,7 +90,12 @@ class Bench:
                             f"{part}.{name}.without: a task names architectures of the file there, got {other!r}: one "
                             f"of {', '.join(self.architectures)}."
                         )
-        arms = {arm_name(task, name): Arm(self.recipe) for task in self.tasks for name in self.architectures}
+        arms = {
+            arm_name(task, name): Arm(self.recipe)
+            for task, choice in self.tasks.items()
+            for name in self.architectures
+            if name not in choice.without
+        }
         study_of(self, arms, self.seeds, self.success)  # which refuses seeds and success that cannot be
 
 

@@ -175,6 +175,10 @@ def test_an_unknown_bench_is_refused_with_the_names(capsys):
         ({"tasks": TINY["tasks"] | {"a": {"without": ["plian"]}}}, "plian"),
         ({"architectures": TINY["architectures"] | {"a": {"without": ["plain"]}}}, "architectures.a.without"),
         ({"success": [{"arm": "parity.plain"}]}, "success"),
+        (
+            {"tasks": {"a": {"without": ["plain"]}}, "success": [{"arm": "a.plain", "at_least": 0.5}]},
+            "a.plain",
+        ),
     ],
 )
 def test_mistakes_in_the_file(changes, said, tmp_path):
@@ -205,7 +209,7 @@ def test_names_beyond_the_file(tmp_path):
 def test_a_task_is_run_without_the_architectures_that_it_cannot_have(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tasks = TINY["tasks"] | {"parity": TINY["tasks"]["parity"] | {"without": ["plain"]}}
-    _, bench = read_bench(str(write(tmp_path, tasks=tasks)))
+    _, bench = read_bench(str(write(tmp_path, tasks=tasks, success=[])))
     assert [pair.arm for pair in pairs_of(bench, ["khop", "parity"], ["unrolled", "plain"])] == [
         "khop.unrolled", "khop.plain", "parity.unrolled"
     ]  # fmt: skip

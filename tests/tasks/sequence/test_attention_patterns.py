@@ -64,7 +64,7 @@ def test_answers_in_place_are_learnt_by_a_model_that_sees_the_whole(tmp_path):
     ("pattern", "generator", "policies"),
     [("prefix", "addition", {"per_loop", "first", "natural"}), ("bidirectional", "sudoku", {"per_loop"})],
 )
-def test_what_looks_ahead_is_measured_by_every_verb(tmp_path, pattern, generator, policies, capsys):
+def test_what_looks_ahead_is_measured_as_any_other(tmp_path, pattern, generator, policies, capsys):
     """A model without a cache keeps no bytes; only policies that the pattern can have are tried."""
     train.main(recipe(tmp_path, pattern, generator))
     run = str(tmp_path / "run")

@@ -374,9 +374,14 @@ def run_study(arguments) -> None:
             raise ValueError(f"{wrong[0]} does not say what {folder / name}.jsonl says: run `looped study {name}`.")
         print(f"{name}: the pages say what the rows say")
         return
-    from looplab.study.cells import run_cells
+    from looplab.study.cells import check_arms, measurement, run_cells
 
-    failed = [] if arguments.draw else run_cells(name, study, folder / f"{name}.jsonl", runs, arguments.jobs)
+    failed = []
+    if not arguments.draw:
+        check_arms(study)
+        for arm in study.arms:  # a value that the measurement refuses is told before anything is trained
+            parsed(measurement(study, arm, runs))
+        failed = run_cells(name, study, folder / f"{name}.jsonl", runs, arguments.jobs)
     for path in draw_study(name, study, folder, runs):
         print(path)
     if failed:
@@ -902,13 +907,19 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, see `mistakes.py`."""
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of one command. Exits, with what is wrong, if they are none."""
     arguments, unknown = parser().parse_known_args(argv)
     if "flags" in arguments:
         arguments.flags = unknown
     else:
         arguments.parser.refuse_unknown(unknown)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, see `mistakes.py`."""
+    arguments = parsed(argv)
     return run_command(arguments.parser.prog, lambda: arguments.call(arguments), arguments.debug)
 
 

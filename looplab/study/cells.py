@@ -25,7 +25,7 @@ from looplab.runs.folder import Run, json_lines, to_json_lines
 from looplab.runs.records import locked
 from looplab.runs.writing import write_whole
 from looplab.tasks.base import Task
-from looplab.tasks.registry import TASKS
+from looplab.tasks.registry import TASKS, spelt
 
 from .study_file import Study, digests_of, flags_of, folder_of, matches, named
 
@@ -93,19 +93,26 @@ def check_arms(study: Study) -> None:
         options = task.options(study.measure)
         if options is None:
             raise ValueError(f"arms.{name}: there is no `looped {study.measure}` for {task.name}: change `measure`.")
-        if study.measure == "memory":  # which is the same for every task
-            options = {"chunks", "limit", "loops"}
         files = [each.name for each in task.records if each.verb == study.measure and each.name.endswith(".jsonl")]
         if study.record not in files:
             raise ValueError(
                 f"record {study.record} is no file that `looped {study.measure}` writes for {task.name}: name one of "
                 f"{', '.join(files)}."
             )
+        # `memory` is the same for every task: the command knows its options, and refuses others.
         unknown = sorted((study.evaluate | what.evaluate).keys() - options)
-        if unknown:
+        if unknown and study.measure != "memory":
             raise ValueError(
                 f"evaluate.{unknown[0]} is no option of `looped {study.measure}` for {task.name}: leave it out."
             )
+
+
+def measurement(study: Study, arm: str, run: Path) -> list[str]:
+    """The arguments of `looped` that measure a run of an arm."""
+    options = []
+    for option, value in (study.evaluate | study.arms[arm].evaluate).items():
+        options += [spelt(option), *map(str, value if isinstance(value, list) else [value])]
+    return [study.measure, str(run), *options]
 
 
 def task_of_arm(study: Study, name: str) -> Task:
@@ -126,9 +133,8 @@ def run_cells(name: str, study: Study, path: Path, runs: Path, jobs: int = 1) ->
         jobs: cells that run at once. They share the cores.
 
     Raises:
-        ValueError: a recipe that cannot run, before anything runs; another process runs the study.
+        ValueError: another process runs the study.
     """
-    check_arms(study)
     cells = cells_of(name, study, runs)
     with alone(study.folder or name, runs), tqdm(total=len(cells), desc=name) as bar:
         return fill(path, cells, [(cell.arm, cell.seed) for cell in cells], partial(run_cell, study), jobs, bar)
@@ -175,13 +181,9 @@ def fill(
 
 def run_cell(study: Study, cell: Cell, threads: int) -> list[dict]:
     """Rows of one cell, made in processes of their own. Raises ValueError, with the log, if one fails."""
-    what = study.arms[cell.arm]
-    options = []
-    for option, value in (study.evaluate | what.evaluate).items():
-        options += [f"--{option.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     with open(cell.beside(".log"), "w", encoding="utf-8") as log:
         train_cell(study, cell.arm, cell.seed, cell.folder.parent, log, threads)
-        run_module(["looplab.cli", study.measure, str(cell.folder), *options], log, threads)
+        run_module(["looplab.cli", *measurement(study, cell.arm, cell.folder)], log, threads)
     run = Run(cell.folder)
     lines = json_lines((cell.folder / study.record).read_text(encoding="utf-8"))
     rows = [line for line in lines if matches(line, study.keep)]

@@ -232,6 +232,27 @@ def test_options_are_those_of_the_measurement(tmp_path):
         check_arms(read_study(write(tmp_path, **halting, evaluate={"hops": [3]}))[1])
 
 
+@pytest.mark.parametrize(("measure", "record", "evaluate", "said"), [
+    ("eval", "grid.jsonl", {"loops": [4, 0]}, "--loops: must be an integer from 1 to 10000, got '0'"),
+    ("eval", "grid.jsonl", {"loops": []}, "--loops: expected at least one argument"),
+    ("eval", "grid.jsonl", {"limit": True}, "--limit: must be an integer from 1 to 1000000000, got 'True'"),
+    ("eval", "grid.jsonl", {"max_loops": "8 loops"}, "--max-loops: must be an integer"),
+    ("halting", "halting.jsonl", {"limit": None}, "--limit: must be an integer"),
+    ("memory", "memory.jsonl", {"chunks": [1, -1]}, "--chunks: must be an integer from 0"),
+    ("memory", "memory.jsonl", {"hops": 3}, "unknown argument '--hops'"),
+])  # fmt: skip
+def test_an_option_that_the_measurement_refuses_is_told_before_anything_runs(
+    measure, record, evaluate, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    arms = {"only": {"recipe": "smoke"}}
+    write(tmp_path, arms=arms, success=[], measure=measure, record=record, evaluate=evaluate)
+    with pytest.raises(SystemExit):
+        main(["study", str(tmp_path / "toy.yaml")])
+    assert f"looped {measure}: " in (told := capsys.readouterr().err) and said in told
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(("arm", "measure", "record", "files"), [
     ("smoke", "halting", "grid.jsonl", "halting.jsonl"),
     ("smoke", "eval", "halting.jsonl", "grid.jsonl, loops.jsonl"),

@@ -155,7 +155,8 @@ def depth_text(run: Run) -> str:
     reach = ", ".join(
         f"{facts['reach'][t]} ({facts['reach_own_loops'][t]} with own loops) at >= {100 * t:.0f} %" for t in THRESHOLDS
     )
-    text.append(f"learnable depth {facts['learnable_depth']}; hops reached: {reach}; ratio {number(facts['ratio'])}")
+    reach = f"hops reached in loops 1 to {last}: {reach}"
+    text.append(f"learnable depth {facts['learnable_depth']}; {reach}; ratio {number(facts['ratio'])}")
     return "\n".join(text)
 
 

@@ -83,7 +83,7 @@ def test_the_text_has_a_line_per_line_and_the_reach(make_run):
     text = depth_text(make_run(VALIDATION, TEST)).splitlines()
     assert "3 loops are best on the validation rows" in text[0]
     assert text[2].split()[:6] == ["id", "2", "|", "97.0", "99.0", "@2"]
-    assert text[-1].startswith("learnable depth 2; hops reached: 3 (4 with own loops) at >= 60 %")
+    assert text[-1].startswith("learnable depth 2; hops reached in loops 1 to 4: 3 (4 with own loops) at >= 60 %")
     assert text[-1].endswith("ratio 1.50")
 
 

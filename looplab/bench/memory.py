@@ -15,7 +15,6 @@ with KV gates fit their own policy only. Policies that the model's attention pat
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -23,8 +22,9 @@ from looplab.runs.folder import Run, to_json_lines
 from looplab.runs.models import load_run_model
 from looplab.tasks.base import MEMORY
 from looplab.tasks.registry import task_for
-from modeling_looped.cache_layers_looped import CACHE_NAME
 from modeling_looped.cache_looped import SHARINGS
+
+from .pair import kv_bytes_per_token
 
 
 def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> PreTrainedModel:
@@ -37,10 +37,7 @@ def with_memory(model: PreTrainedModel, kv_sharing: str, chunk: int | None) -> P
 
 def kv_bytes(model: PreTrainedModel) -> int:
     """Bytes of keys and values per token, from a cache that two tokens filled; 0 if the model keeps none."""
-    if not model.model.pattern.takes_cache:
-        return 0
-    cache = model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)[CACHE_NAME]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 2
+    return int(kv_bytes_per_token(model, 2)) if model.model.pattern.takes_cache else 0
 
 
 def memories(model: PreTrainedModel, chunks: Sequence[int]) -> list[tuple[str, int | None]]:

@@ -103,5 +103,6 @@ def compile_layers(model: PreTrainedModel) -> None:
 @torch.inference_mode()
 def kv_bytes_per_token(model: PreTrainedModel, tokens: int) -> float:
     """Bytes per token of all cache tensors, after a call of `tokens` tokens."""
-    cache = model.eval()(torch.ones(1, tokens, dtype=torch.long), use_cache=True)[CACHE_NAME]
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    cache = model.eval()(ids, use_cache=True)[CACHE_NAME]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / tokens

@@ -32,12 +32,15 @@ def known(cells: Sequence[Cell], rows: Sequence[Mapping]) -> list[Mapping]:
     return [row for row in rows if (row["arm"], row["seed"], row["recipe"]) in keys]
 
 
-def by_seed(study: Study, rows: Sequence[Mapping], arm: str, where: Mapping) -> dict[int, float]:
-    """Seed -> mean of the table's value over the rows of the arm.
+def by_seed(
+    study: Study, rows: Sequence[Mapping], arm: str, where: Mapping, value: str | None = None
+) -> dict[int, float]:
+    """Seed -> mean of `value`, the table's unless given, over the rows of the arm.
 
     Raises ValueError for a field of `where` that none of the rows has, and as `value_of`.
     """
     found, where = {}, where | study.arms[arm].where
+    place = "table.value" if value is None else "success: value"
     mine = [row for row in rows if row["arm"] == arm]
     fields = dict.fromkeys(name for row in mine for name in row)
     for name in where if mine else ():
@@ -45,15 +48,15 @@ def by_seed(study: Study, rows: Sequence[Mapping], arm: str, where: Mapping) -> 
             raise ValueError(f"`where` has the field {name!r}, and the rows of {arm} have {', '.join(fields)}.")
     for row in mine:
         if matches(row, where):
-            found.setdefault(row["seed"], []).append(value_of(row, study.table.value, "value"))
+            found.setdefault(row["seed"], []).append(value_of(row, value or study.table.value, place))
     return {seed: fmean(values) for seed, values in sorted(found.items())}
 
 
 def value_of(row: Mapping, name: str, part: str):
-    """A value of a row, whose field table.PART names. Raises ValueError if the row has no such field."""
+    """A value of a row, whose field is named in the study's `part`. Raises ValueError if the row has no such field."""
     if name not in row:
         raise ValueError(
-            f"table.{part} is {name!r}, and a row of {row['arm']} has {', '.join(row)}: name one of these, or leave "
+            f"{part} is {name!r}, and a row of {row['arm']} has {', '.join(row)}: name one of these, or leave "
             "such rows out by `keep`."
         )
     return row[name]
@@ -76,15 +79,16 @@ def table_of(study: Study, rows: Sequence[Mapping]) -> str:
 def columns_of(study: Study, rows: Sequence[Mapping]) -> list:
     """The values of the field `table.columns` in the rows, in order."""
     shown = [row for row in rows if matches(row, study.table.where)]
-    return sorted({value_of(row, study.table.columns, "columns") for row in shown})
+    return sorted({value_of(row, study.table.columns, "table.columns") for row in shown})
 
 
 def verdict(study: Study, asked: Success, rows: Sequence[Mapping]) -> str:
     """A sentence: what was asked for, whether it is met, and what was measured."""
-    value = study.table.value
-    found = by_seed(study, rows, asked.arm, asked.where)
+    value = asked.value or study.table.value
+    found = by_seed(study, rows, asked.arm, asked.where, asked.value)
     if asked.over is not None:
-        other = by_seed(study, rows, asked.over, asked.where if asked.over_where is None else asked.over_where)
+        over_where = asked.where if asked.over_where is None else asked.over_where
+        other = by_seed(study, rows, asked.over, over_where, asked.value)
         found = {seed: found[seed] - other[seed] for seed in found if seed in other}
     sign, bound = ("at least", asked.at_least) if asked.at_most is None else ("at most", asked.at_most)
     where = ", ".join(f"{name} {number}" for name, number in asked.where.items())

@@ -68,6 +68,7 @@ class Success:
     over: str | None = None  # another arm, or the same, whose value of the same seed is subtracted
     of: Literal["every seed", "mean", "interval"] = "every seed"  # which value: interval, its end that is nearer
     over_where: dict | None = None  # rows that are subtracted: those of `where` unless given
+    value: str | None = None  # field of the rows that is judged: that of the table unless given
 
 
 @strict

@@ -10,11 +10,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from looplab.cli import main
+from looplab.cli import main, parsed
 from looplab.runs.folder import open_run, to_json_lines
 from looplab.runs.yaml_text import to_yaml
-from looplab.study.cells import cells_of, check_arms, missing
-from looplab.study.page import BLOCK, by_seed, check_study, draw_study, replaced, verdict
+from looplab.study.cells import cells_of, check_arms, measurement, missing
+from looplab.study.page import BLOCK, by_seed, check_study, draw_study, replaced, table_of, verdict
 from looplab.study.study_file import Success, digests_of, flags_of, read_study
 from toys import ROOT
 
@@ -270,6 +270,7 @@ def test_a_record_that_is_not_written_is_refused_before_anything_runs(arm, measu
     ({"table": {"columns": "grade"}}, "table.columns is 'grade'"),
     ({"table": {"columns": "hops", "value": "exact"}}, "table.value is 'exact'"),
     ({"table": {"columns": "hops", "where": {"loop": 2}}}, "`where` has the field 'loop'"),
+    ({"success": [{"arm": "long", "value": "exact", "at_least": 0.5}]}, "success: value is 'exact'"),
     ({"success": [{"arm": "long", "where": {"hop": 2}, "at_least": 0.5}]}, "`where` has the field 'hop'"),
     (
         {"success": [{"arm": "long", "over": "long", "over_where": {"loop": 2}, "at_least": 0.5}]},
@@ -337,6 +338,16 @@ def test_cells_run_once_and_a_failed_one_is_told(tmp_path, monkeypatch, capsys):
     assert Path("runs/toy/good-seed10/summary.json").stat().st_mtime_ns == before
 
 
+def test_a_success_may_judge_another_field_than_the_table_shows(tmp_path):
+    asked = {"arm": "long", "over": "short", "value": "loss", "at_most": -1.0}
+    _, study = read_study(write(tmp_path, success=[asked]))
+    rows = rows_of(study, {"long": {10: 0.25, 11: 0.25}, "short": {10: 0.5, 11: 0.5}})
+    rows = [row | {"loss": {"long": 1, "short": 3}[row["arm"]] * row["hops"]} for row in rows]
+    said = verdict(study, study.success[0], rows)
+    assert said.startswith("long, loss less loss of short: at most -1, every seed. **Met**: seeds 10: -3, 11: -3;")
+    assert "| long | 2 | 0.2 | 0.2 |" in table_of(study, rows)
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_committed_pages_say_what_committed_rows_say(path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -347,7 +358,10 @@ def test_committed_pages_say_what_committed_rows_say(path, monkeypatch):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_arm_of_a_committed_study_can_run(path):
-    check_arms(read_study(str(path))[1])
+    _, study = read_study(str(path))
+    check_arms(study)
+    for arm in study.arms:
+        parsed(measurement(study, arm, Path("runs")))
 
 
 def test_every_block_on_a_page_is_of_a_study_that_names_the_page():

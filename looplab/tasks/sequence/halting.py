@@ -6,7 +6,9 @@
              solvable line of the validation rows; measured on the test rows, a record per line
     oracle   for each line, the fewest fixed loops within a point of its best on the validation rows: what a rule that
              knew the grade would run; on the test rows
-    time     the chosen setting and all loops in turn, on one batch of rows
+    fixed    the fewest fixed loops that lose at most a point in each solvable line of the validation rows; on the test
+             rows, a record per line
+    time     the chosen setting and these fixed loops in turn, on rows of one length, one by one and in a batch
     best     of the chosen settings, the one with the fewest loops that loses so little; `--save` writes its rule
 
 Every row is decoded as `generate(halting=...)` does, the right tokens put in place of those said: the answer is right
@@ -14,6 +16,8 @@ if and only if `generate` writes it. A line is solvable if all loops, or a fixed
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -90,17 +94,33 @@ def cost(outcome: Outcome, best: Mapping[Line, float]) -> tuple[float, float]:
     return 0.0 if loss <= POINT + ROUNDING else loss, loops
 
 
-def time_row(
-    model: PreTrainedModel, rows: EncodedRows, numbers: Sequence[int], setting: HaltingSetting, full: int, rounds: int
-) -> dict:
-    """Time `setting` against all loops on the largest batch of rows of one length among `numbers`, TIMED_ROWS at most:
-    the ratio is seconds of all loops over seconds of `setting`."""
-    batch = max(rows.by_length(numbers, TOKENS), key=len)[:TIMED_ROWS]
-    fixed = HaltingSetting(None, full)
-    pairs = interleaved(
-        lambda: answer_rows(model, rows, batch, setting), lambda: answer_rows(model, rows, batch, fixed), rounds
-    )
-    return {"measure": "time", **setting.row(), "against": full, "rows": len(batch), **ratio_of(pairs)}
+def in_turn(groups: Sequence[np.ndarray]) -> list[int]:
+    """Row numbers of several lines, one of each line in turn."""
+    return [number for each in zip_longest(*groups) for number in each if number is not None]
+
+
+def time_rows(
+    model: PreTrainedModel,
+    rows: EncodedRows,
+    numbers: Sequence[int],
+    setting: HaltingSetting,
+    fixed: HaltingSetting,
+    rounds: int,
+) -> list[dict]:
+    """Time `setting` against `fixed` on TIMED_ROWS rows, or fewer, of the commonest length among `numbers`: one by
+    one, and in one batch. The ratio is seconds of `fixed` over seconds of `setting`."""
+    timed = max(rows.by_length(numbers, TOKENS), key=len)[:TIMED_ROWS]
+
+    def run(which: HaltingSetting, size: int) -> None:
+        for start in range(0, len(timed), size):
+            answer_rows(model, rows, timed[start : start + size], which)
+
+    records = []
+    for size in dict.fromkeys((1, len(timed))):
+        pairs = interleaved(partial(run, setting, size), partial(run, fixed, size), rounds)
+        row = {"measure": "time", **setting.row(), "against": fixed.num_loops, "batch": size, "rows": len(timed)}
+        records.append(row | ratio_of(pairs))
+    return records
 
 
 def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None, rounds: int = 5) -> Path:
@@ -110,7 +130,7 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
         run: a finished one.
         num_loops: the budget; the model's own loop count unless given.
         limit: most rows of a line, LIMIT unless given.
-        rounds: interleaved pairs of `time_row`.
+        rounds: interleaved pairs of `time_rows`.
 
     Raises:
         ValueError: the run has not finished, its data have changed, there is only one loop, or no line is solvable.
@@ -146,13 +166,16 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
         line: min(count for count, found in fixed.items() if found[line][0] >= share - POINT - ROUNDING)
         for line, share in best.items()
     }
-    for line in groups["test"]:
-        exact = on_test(at_fixed[own[line]])[line][0]
-        records.append(
-            {"measure": "oracle", "rule": "fixed", "num_loops": own[line], "grade": line[0], "kind": line[1]}
-            | {"solvable": line in solvable, "exact": exact, "loops": own[line], "n": len(groups["test"][line])}
-        )
-    costs = []
+    # Where no fixed count loses so little, the one whose largest loss is the smallest.
+    common = min(fixed, key=lambda count: cost(fixed[count], solvable))
+    for measure, of_line in (("oracle", own), ("fixed", dict.fromkeys(own, common))):
+        for line in groups["test"]:
+            loops, exact = of_line[line], on_test(at_fixed[of_line[line]])[line][0]
+            records.append(
+                {"measure": measure, "rule": measure, "num_loops": loops, "grade": line[0], "kind": line[1]}
+                | {"solvable": line in solvable, "exact": exact, "loops": loops, "n": len(groups["test"][line])}
+            )
+    timed, costs = in_turn([groups["test"][line] for line in solvable]), []
     for rule in dict.fromkeys(setting.rule for setting in settings if setting.halting is not None):
         mine = [index for index, setting in enumerate(settings) if setting.rule == rule]
         chosen = min(mine, key=lambda index: cost(swept[index], solvable))
@@ -163,8 +186,7 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
                 | {"solvable": line in solvable, "n": len(groups["test"][line]), "exact": exact, "loops": loops}
                 | {"full_exact": full[line][0], "full_loops": num_loops}
             )
-        numbers = np.concatenate([groups["test"][line] for line in solvable])
-        records.append(time_row(model, rows["test"], numbers, settings[chosen], num_loops, rounds))
+        records += time_rows(model, rows["test"], timed, settings[chosen], HaltingSetting(None, common), rounds)
     (loss, used), index = min(costs, key=lambda pair: pair[0])
     if loss == 0:
         records.append({"measure": "best", **settings[index].row(), "loops": used})
@@ -173,9 +195,12 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
 
 def halting_text(rows: Sequence[dict]) -> str:
     """The chosen settings as text. rows: records of halting.jsonl."""
+    times: dict[str, list[dict]] = {}
+    for row in (row for row in rows if row["measure"] == "time"):
+        times.setdefault(row["rule"], []).append(row)
     text = [
         "Test rows of the solvable grades, every line alike; settings chosen on validation rows.",
-        f"{'rule':<14}{'threshold':>10}{'right':>9}{'loops':>7}   speed (all loops / rule)",
+        f"{'rule':<14}{'threshold':>10}{'right':>9}{'loops':>7}   time of the fixed loops over time of the rule",
     ]
 
     def line(name: str, threshold: str, chosen: Sequence[dict], fields: tuple[str, str], end: str) -> str:
@@ -183,11 +208,13 @@ def halting_text(rows: Sequence[dict]) -> str:
         return f"{name:<14}{threshold:>10}{100 * exact:7.1f} %{loops:7.2f}   {end}".rstrip()
 
     solvable = [row for row in rows if row.get("solvable")]
-    oracle = [row for row in solvable if row["measure"] == "oracle"]
-    text.append(line("oracle", "", oracle, ("exact", "loops"), "the fewest fixed loops of each grade"))
-    for time in (row for row in rows if row["measure"] == "time"):
-        mine = [row for row in solvable if row["measure"] == "chosen" and row["rule"] == time["rule"]]
-        text.append(line(time["rule"], threshold_text(time), mine, ("exact", "loops"), ratio_text(time)))
+    for name, what in (("oracle", "the fewest fixed loops of each grade"), ("fixed", "the fewest for all grades")):
+        mine = [row for row in solvable if row["measure"] == name]
+        text.append(line(name, "", mine, ("exact", "loops"), what))
+    for rule, timed in times.items():
+        mine = [row for row in solvable if row["measure"] == "chosen" and row["rule"] == rule]
+        speed = ", ".join(f"{ratio_text(row)} in batches of {row['batch']}" for row in timed)
+        text.append(line(rule, threshold_text(timed[0]), mine, ("exact", "loops"), speed))
     text.append(line("all loops", "", mine, ("full_exact", "full_loops"), ""))
     for row in (row for row in rows if row["measure"] == "best"):
         text.append(f"best: {row['rule']}, the fewest loops of a rule that {CRITERION}; --save keeps it for generate")

@@ -8,7 +8,7 @@ import torch
 from data_builders import EncodedRows
 from data_builders.text_batches import TokenStream
 from looplab.instruments.halting_settings import HaltingSetting
-from looplab.tasks.sequence.halting import answer_rows
+from looplab.tasks.sequence.halting import answer_rows, in_turn
 from looplab.tasks.sequence.measures import decode_answers, decodes, said_at
 from modeling_looped.cache_looped import SHARINGS
 from toys import make_model, open_gates
@@ -123,3 +123,7 @@ def test_a_halted_answer_is_the_one_that_generate_writes():
         generated(model, prompt, len(answer), 4, halting=rule) == answer for prompt, answer in pairs
     ]
     assert {True, False} == set(right.tolist())
+
+
+def test_rows_that_are_timed_are_of_every_line():
+    assert in_turn([np.array([3, 1, 4]), np.array([15]), np.array([9, 2])]) == [3, 15, 9, 1, 2, 4]

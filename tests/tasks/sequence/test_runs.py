@@ -1,5 +1,6 @@
 """Runs on questions: trained once for this session, and asked by every verb; what is refused before training."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -123,12 +124,35 @@ def test_halting_is_chosen_on_validation_rows(run, capfd):
         assert "nothing to save" in capfd.readouterr().err
         return
     found = rows_of(run / "halting.jsonl")
-    assert {row["measure"] for row in found} >= {"sweep", "chosen", "oracle", "time"}
+    assert {row["measure"] for row in found} >= {"sweep", "chosen", "oracle", "fixed", "time"}
     for row in found:
         if row["measure"] == "chosen":
             assert 1 <= row["loops"] <= row["num_loops"]
     assert main(["plot", str(run)]) == 0
     assert (run / "figures" / "halting.png").is_file()
+
+
+def test_a_rule_is_timed_against_the_loops_that_all_grades_need(sequence, tmp_path, capfd):
+    """On questions whose answer is their last letter, which few updates learn."""
+    words = ["".join(letters) for n in (2, 3, 4) for letters in itertools.product("abc", repeat=n)]
+    rows = [{"question": word, "answer": word[-1], "length": len(word)} for word in words]
+    (tmp_path / "last.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"--data.files=[{tmp_path / 'last.jsonl'}]", "--data.train_grades=4", "--optim.lr=1e-2"]
+    train.main(sequence("last", *data, "--max_steps=60", "--check_every=60", "--checkpoint_every=60"))
+    assert main(["halting", str(tmp_path / "last"), "--max-loops", "4"]) == 0
+    found = rows_of(tmp_path / "last" / "halting.jsonl")
+    own, common = (
+        {row["grade"]: row["loops"] for row in found if row["measure"] == measure and row["solvable"]}
+        for measure in ("oracle", "fixed")
+    )
+    [count] = set(common.values())
+    assert count >= max(own.values())
+    timed = [row for row in found if row["measure"] == "time"]
+    sizes = sorted({row["rows"] for row in timed} | {1})
+    rules = {row["rule"] for row in found if row["measure"] == "chosen"}
+    assert sorted((row["rule"], row["batch"]) for row in timed) == sorted(itertools.product(rules, sizes))
+    assert {row["against"] for row in timed} == {count}
+    assert f"in batches of {sizes[-1]}" in capfd.readouterr().out
 
 
 def test_what_is_published_answers_as_its_card_says(run, tmp_path):

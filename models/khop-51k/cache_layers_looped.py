@@ -119,6 +119,13 @@ STOCK_LAYERS = (
 )
 
 
+def gets_slots_late(cache: Cache) -> bool:
+    """Whether a cache may get slots within a call: the layers of a static cache are part of compiled graphs, and a new
+    slot is filled with what is read back from another."""
+    kinds = {type(layer) for layer in cache.layers}
+    return all(kind in STOCK_LAYERS and issubclass(kind, DynamicLayer) for kind in kinds)
+
+
 def append(layer: object, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> None:
     """Put the entries of `num_tokens` tokens at the end of a layer, whatever its policy does with loops.
 

@@ -3,6 +3,7 @@
     context = everything that a layer call needs beside hidden states
     active  = ActiveBatch(call, state, embeds, context, sharing)
     for loop in range(call.most_loops):
+        active.reach(loop)                     # the cache has slots for it
         active.state = ... one loop ...
         active.leave(loop, close)              # the batch rows that halt leave, with all that is theirs
     state, loops_used = active.gather()        # every batch row again, in the order of the call
@@ -21,6 +22,7 @@ from typing import final
 import torch
 from transformers.cache_utils import Cache
 
+from .cache_layers_looped import gets_slots_late
 from .cache_looped import ActiveAttention, ActiveCache, KeySource, Sharing, chosen, places_of
 from .checks_looped import check_positions, is_row_mask
 from .halting_looped import Readout, Rule, halting_rule
@@ -110,6 +112,12 @@ class Call:
     def most_loops(self) -> int:
         """Loops of the batch row that may loop the longest."""
         return self.num_loops if isinstance(self.num_loops, int) else max(self.budgets or [0])
+
+    @property
+    def sure_loops(self) -> int:
+        """Loops that the cache is opened for: all of the call, or one where it may be deepened as loops run."""
+        cache = self.past_key_values
+        return 1 if self.halting is not None and cache is not None and gets_slots_late(cache) else self.most_loops
 
     @property
     def rows_may_halt(self) -> bool:
@@ -210,6 +218,7 @@ class ActiveBatch:
         self.context = context.with_keys(sharing.key_source())
         self.rows = torch.arange(embeds.shape[0], device=embeds.device)  # len() would fix it in an exported graph
         self.loops_run = self.most_loops = call.most_loops
+        self.sure_loops = call.sure_loops
         self.may_halt = call.rows_may_halt
         self.memory = None  # of the halting rule
         self.halted: list[tuple[list[int], torch.Tensor, int]] = []  # who left, their state, their loops
@@ -232,6 +241,14 @@ class ActiveBatch:
         if loop == self.call.first_grad_loop and recomputed:
             self.state = in_graph(self.state)
         return nullcontext()
+
+    def reach(self, loop: int) -> None:
+        """Before `loop`, counted from 0: have slots for it and for the next, in a cache that was not opened for all.
+
+        The next loop's are filled with what this loop's hold, which a sliding window may drop as the loop runs.
+        """
+        if self.cache is not None and loop + 1 >= self.sure_loops and loop + 1 < self.most_loops:
+            self.sharing.deepen(self.cache, loop, loop + 2)
 
     def leave(self, loop: int, close: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         """Show the states to the observer, and let the batch rows leave that halt after `loop`.

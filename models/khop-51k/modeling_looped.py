@@ -275,6 +275,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
         context, embeds, state = self.begin(call, **kwargs)
         active = ActiveBatch(call, state, embeds, context, self.sharing)
         for loop in range(call.most_loops):  # the same weights every time
+            active.reach(loop)
             with active.gradients(loop, self.gradient_checkpointing):
                 active.state = self.run_loop(active.state, active.embeds, active.context, loop, **kwargs)
             if not active.leave(loop, self.connection.close):  # batch rows that halt leave, with all that is theirs
@@ -310,7 +311,7 @@ class LoopedModel(LoopedPreTrainedModel, SetsInitialValues):
             context.check_rows_can_leave()
         open_slots(self.core, call.most_loops)
         if cache is not None:
-            self.sharing.open(cache, call.most_loops)
+            self.sharing.open(cache, call.sure_loops)
         return context
 
     def embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

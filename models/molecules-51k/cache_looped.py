@@ -17,6 +17,7 @@ token-by-token decoding computes.
 Every forward uses its policy, whatever the cache:
 
     sharing.open(cache, num_loops)               makes the slots that so many loops need
+    sharing.deepen(cache, loop, num_loops)       the same within a call, for loops that may not be run
     keys = sharing.key_source()                  keys.run_layer(layer, index, x, loop) runs a layer, and chooses what
                                                  its keys and values are computed from
     sharing.close(cache, loops_run, num_tokens)  gives tokens that stopped early entries in the slots they lack
@@ -242,6 +243,10 @@ class Sharing(ABC):
             ValueError: the cache holds entries that this policy cannot go on from.
         """
 
+    def deepen(self, cache: Cache, loop: int, num_loops: int) -> None:  # noqa: B027 (few policies need more slots)
+        """Give a cache that was opened for fewer loops the slots that `num_loops` loops need, before loop number
+        `loop` runs: its slots still hold what was cached before the call."""
+
     @abstractmethod
     def previous(self, slot: int) -> int:
         """The slot that holds the entries of the same layer in the loop before."""
@@ -274,14 +279,19 @@ class PerLoopSharing(Sharing):
             if cache.layer_class_to_replicate is None:
                 del cache.layers[needed:]
                 cache.layers.extend(copy.deepcopy(cache.layers[-1]) for _ in range(needed - len(cache.layers)))
-        elif len(cache.layers) < needed:
-            self._deepen(cache, needed)
+        else:
+            self._deepen(cache, needed, int(cache.get_seq_length()))
 
-    def _deepen(self, cache: Cache, needed: int) -> None:
-        seen = int(cache.get_seq_length())
+    def deepen(self, cache: Cache, loop: int, num_loops: int) -> None:
+        first = self.slots.slot("core", 0, loop)
+        if first < len(cache.layers):  # an empty cache may make its layers as they are written
+            self._deepen(cache, self.slots.count(num_loops), int(cache.layers[first].get_seq_length()))
+
+    def _deepen(self, cache: Cache, needed: int, seen: int) -> None:
         for slot in range(len(cache.layers), needed):
             cache.layers.append(blank_like(readable(cache, slot - 1)))
-            self._fill(cache, slot, seen)
+            if seen:
+                self._fill(cache, slot, seen)
 
     def _fill(self, cache: Cache, slot: int, num_tokens: int) -> None:
         keys, values = recent_entries(readable(cache, self.previous(slot)), num_tokens)

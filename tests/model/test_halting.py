@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.utils.logging import warning_once
 
 from modeling_looped import LoopedForCausalLM, cache_looped
+from modeling_looped.growing_looped import growing_cache
 from modeling_looped.halting_looped import RULES as RULE_CLASSES
 from modeling_looped.halting_looped import Rule, halting_rule
 from toys import FP32, KV_SHARINGS, count_layer_calls, make_ids, make_model
@@ -242,6 +243,33 @@ def test_an_early_token_is_cached_as_its_last_computed_loop():
             for row, ran in enumerate(used.tolist()):
                 expected = full.layers[2 * min(loop, ran - 1) + layer].keys[row]
                 torch.testing.assert_close(cache.layers[2 * loop + layer].keys[row], expected, **FP32)
+
+
+@torch.no_grad()
+@every_rule
+@pytest.mark.parametrize(("make_cache", "window"), [
+    (growing_cache, None),
+    (growing_cache, 3),
+    (lambda config: DynamicCache(config=config), None),
+    (lambda config: DynamicCache(config=config), 3),
+    (lambda config: DynamicCache(), None),
+], ids=["growing", "growing, window", "dynamic", "dynamic, window", "no config"])  # fmt: skip
+def test_a_cache_has_the_slots_of_the_loops_that_ran_and_of_one_more(make_cache, window, rule):
+    """Whatever the largest count is; and later tokens, which loop deeper or less deep, see what they see in a static
+    cache, which has the slots of all loops from the start."""
+    model, ids = make_model_for(rule, sliding_window=window), make_ids(3, 9)
+    late, static = make_cache(model.config), StaticCache(model.config, max_cache_len=9)
+    deepest = 0
+    for tokens, budget, halting in ((4, 40, True), (1, 40, True), (1, 3, False), (2, 40, True), (1, 9, False)):
+        now, ids = ids[:, :tokens], ids[:, tokens:]
+        call = {"num_loops": budget, "halting": RULES[rule] if halting else None, "use_cache": True}
+        got, full = (model(now, past_key_values=cache, **call) for cache in (late, static))
+        torch.testing.assert_close(got.logits, full.logits, **FP32)
+        assert got.loops_used.equal(full.loops_used)
+        deepest = max(deepest, int(got.loops_used.max()))
+        slots = model.config.kv_slots()
+        assert slots.count(deepest) <= len(late.layers) <= slots.count(deepest + 1)
+    assert 9 <= deepest < 39
 
 
 @pytest.mark.parametrize(

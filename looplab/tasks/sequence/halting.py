@@ -11,6 +11,9 @@
     time     the chosen setting and these fixed loops in turn, on rows of one length, one by one and in a batch
     best     of the chosen settings, the one with the fewest loops that loses so little; `--save` writes its rule
 
+`loops` are a mean over the tokens of an answer, and `first_loops` those of its first: an end that follows one sure token
+costs a rule little, and the oracle, which knows the grade alone, as much as any.
+
 Every row is decoded as `generate(halting=...)` does, the right tokens put in place of those said: the answer is right
 if and only if `generate` writes it. A line is solvable if all loops, or a fixed count, get 60 % of it right.
 """
@@ -40,17 +43,19 @@ from .rows import Line, encoded, groups_of, load_questions
 LIMIT = 32  # rows of a line
 TIMED_ROWS = 16
 
-# Line -> (share of right answers, mean loops of a token).
-Outcome = dict[Line, tuple[float, float]]
+# Line -> (share of right answers, mean loops of a token, mean loops of the first token of an answer).
+Outcome = dict[Line, tuple[float, float, float]]
 
 
 @torch.no_grad()
 def answer_rows(
     model: PreTrainedModel, rows: EncodedRows, numbers: Sequence[int], setting: HaltingSetting
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) bool, whether the answer is right under a setting; and (N,), mean loops of the tokens of each row."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N,) bool, whether the answer is right under a setting; (N,), mean loops of the tokens of each row; and (N,),
+    loops of the first of them."""
     place = {int(number): index for index, number in enumerate(numbers)}
-    right, loops = torch.zeros(len(place), dtype=torch.bool), torch.zeros(len(place), dtype=torch.float64)
+    right = torch.zeros(len(place), dtype=torch.bool)
+    loops, first_loops = torch.zeros(2, len(place), dtype=torch.float64)
     for batch in rows.by_length(list(place), TOKENS):
         for first, members in same_first(rows, batch):
             some = [batch[member] for member in members]
@@ -66,7 +71,8 @@ def answer_rows(
                 said, used = done.said, done.loops
             right[at] = (said == labels).all(1).cpu()
             loops[at] = used.double().mean(1).cpu()
-    return right, loops
+            first_loops[at] = used[:, 0].double().cpu()
+    return right, loops, first_loops
 
 
 def outcome_of(
@@ -75,14 +81,13 @@ def outcome_of(
     """What a setting does to every line."""
     found = {}
     for line, numbers in groups.items():
-        right, loops = answer_rows(model, rows, numbers, setting)
-        found[line] = float(right.double().mean()), float(loops.mean())
+        found[line] = tuple(float(each.double().mean()) for each in answer_rows(model, rows, numbers, setting))
     return found
 
 
 def means(outcome: Outcome) -> dict[str, float]:
     """exact and loops, means over lines."""
-    exact, loops = (sum(column) / len(outcome) for column in zip(*outcome.values(), strict=True))
+    exact, loops, _ = (sum(column) / len(outcome) for column in zip(*outcome.values(), strict=True))
     return {"exact": exact, "loops": loops}
 
 
@@ -173,18 +178,19 @@ def halting_run(run: Run, num_loops: int | None = None, limit: int | None = None
             loops, exact = of_line[line], on_test(at_fixed[of_line[line]])[line][0]
             records.append(
                 {"measure": measure, "rule": measure, "num_loops": loops, "grade": line[0], "kind": line[1]}
-                | {"solvable": line in solvable, "exact": exact, "loops": loops, "n": len(groups["test"][line])}
+                | {"solvable": line in solvable, "exact": exact, "loops": loops, "first_loops": loops}
+                | {"n": len(groups["test"][line])}
             )
     timed, costs = in_turn([groups["test"][line] for line in solvable]), []
     for rule in dict.fromkeys(setting.rule for setting in settings if setting.halting is not None):
         mine = [index for index, setting in enumerate(settings) if setting.rule == rule]
         chosen = min(mine, key=lambda index: cost(swept[index], solvable))
         costs.append((cost(swept[chosen], solvable), chosen))
-        for line, (exact, loops) in on_test(chosen).items():
+        for line, (exact, loops, first_loops) in on_test(chosen).items():
             records.append(
                 {"measure": "chosen", **settings[chosen].row(), "grade": line[0], "kind": line[1]}
                 | {"solvable": line in solvable, "n": len(groups["test"][line]), "exact": exact, "loops": loops}
-                | {"full_exact": full[line][0], "full_loops": num_loops}
+                | {"first_loops": first_loops, "full_exact": full[line][0], "full_loops": num_loops}
             )
         records += time_rows(model, rows["test"], timed, settings[chosen], HaltingSetting(None, common), rounds)
     (loss, used), index = min(costs, key=lambda pair: pair[0])

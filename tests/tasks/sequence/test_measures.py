@@ -117,8 +117,11 @@ def test_decoding_equals_one_pass_where_tokens_see_each_other_alike(fields):
 def test_a_halted_answer_is_the_one_that_generate_writes():
     model, rule = make(), {"rule": "kl", "kl_threshold": 0.05}
     pairs = pairs_for(model, 4, halting=rule)
-    right, loops = answer_rows(model, rows_of(pairs), range(len(pairs)), HaltingSetting(rule, 4))
+    right, loops, first = answer_rows(model, rows_of(pairs), range(len(pairs)), HaltingSetting(rule, 4))
     assert (loops < 4).any()
+    settings = {"num_loops": 4, "halting": rule, "max_new_tokens": 1, "return_dict_in_generate": True}
+    said = [model.generate(torch.tensor([prompt]), **settings) for prompt, _ in pairs]
+    assert first.tolist() == [output.loops_used.item() for output in said]
     assert right.tolist() == [
         generated(model, prompt, len(answer), 4, halting=rule) == answer for prompt, answer in pairs
     ]

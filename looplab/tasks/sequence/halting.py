@@ -11,8 +11,8 @@
     time     the chosen setting and these fixed loops in turn, on rows of one length, one by one and in a batch
     best     of the chosen settings, the one with the fewest loops that loses so little; `--save` writes its rule
 
-`loops` are a mean over the tokens of an answer, and `first_loops` those of its first: an end that follows one sure token
-costs a rule little, and the oracle, which knows the grade alone, as much as any.
+`loops` are a mean over the tokens of an answer, and `first_loops` those of its first: an end that follows one sure
+token costs a rule little, and the oracle, which knows the grade alone, as much as any.
 
 Every row is decoded as `generate(halting=...)` does, the right tokens put in place of those said: the answer is right
 if and only if `generate` writes it. A line is solvable if all loops, or a fixed count, get 60 % of it right.

@@ -118,7 +118,7 @@ class Train:
 KEEPS_WEIGHTS = frozenset(
     {
         "num_loops", "attention_dropout", "residual_dropout", "embedding_dropout", "kv_sharing", "kv_gate",
-        "kv_gate_rank", "prefill_chunk", "exit_loss", "exit_entropy_weight",
+        "kv_gate_rank", "prefill_chunk", "sliding_window", "exit_loss", "exit_entropy_weight",
     }
 )  # fmt: skip
 

@@ -49,6 +49,17 @@ def test_fields_that_keep_the_weights_may_change(text, trained, tmp_path):
         text("third", *flags, "--model={num_loops: 4, hidden_size: 32}")
 
 
+def test_a_window_may_be_put_over_the_weights(text, trained, tmp_path):
+    """At a learning rate of zero: what comes out is the saved model, loaded with a window."""
+    flags = [f"--init_from={trained('text') / 'model'}", "--data.vocab_size=null", "--optim.lr=0", "--optim.muon_lr=0"]
+    main(text("second", *flags, "--model={sliding_window: 3}", "--max_steps=1"))
+    model = LoopedForCausalLM.from_pretrained(tmp_path / "second" / "model")
+    loaded = LoopedForCausalLM.from_pretrained(trained("text") / "model", sliding_window=3)
+    ids = torch.arange(24).view(2, 12)
+    assert model(ids).logits.equal(loaded(ids).logits)
+    assert not model(ids).logits.equal(LoopedForCausalLM.from_pretrained(trained("text") / "model")(ids).logits)
+
+
 def test_half_precision_weights_are_trained_in_full(text, trained, tmp_path):
     folder = trained.copy(tmp_path, "text") / "model"
     LoopedForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)

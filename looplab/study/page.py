@@ -227,7 +227,7 @@ def figure_of(study: Study, rows: Sequence[Mapping]):
         axes.minorticks_off()
     if not numeric:
         axes.set_xticks(range(len(columns)), [str(column) for column in columns], parse_math=False)
-    if axes.dataLim.y0 >= 0:
+    if 0 <= axes.dataLim.y0 < axes.dataLim.y1 / 2:  # losses that differ by a tenth would all look the same
         axes.set_ylim(bottom=0)
     scale = "" if table.scale == 1 else " (%)" if table.scale == 100 else f" x {table.scale:g}"
     tidy(axes, f"{table.value}{scale}", table.columns)

@@ -18,7 +18,6 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
@@ -78,7 +77,6 @@ class Rule(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say how it stops on a trace.")
 
     @classmethod
-    @cache  # every call looks up a rule that is given by name
     def thresholds(cls) -> list[str]:
         """Names of its thresholds; the first is the one that tables show."""
         return list(inspect.signature(cls).parameters)

@@ -279,7 +279,7 @@ class PerLoopSharing(Sharing):
             if cache.layer_class_to_replicate is None:
                 del cache.layers[needed:]
                 cache.layers.extend(copy.deepcopy(cache.layers[-1]) for _ in range(needed - len(cache.layers)))
-        else:
+        elif len(cache.layers) < needed:
             self._deepen(cache, needed, int(cache.get_seq_length()))
 
     def deepen(self, cache: Cache, loop: int, num_loops: int) -> None:

@@ -379,8 +379,9 @@ def run_study(arguments) -> None:
     failed = []
     if not arguments.draw:
         check_arms(study)
-        for arm in study.arms:  # a value that the measurement refuses is told before anything is trained
-            parsed(measurement(study, arm, runs))
+        # A value that the measurement refuses is told before anything is trained; most arms have the same.
+        for command in dict.fromkeys(tuple(measurement(study, arm, runs)) for arm in study.arms):
+            parsed(command)
         failed = run_cells(name, study, folder / f"{name}.jsonl", runs, arguments.jobs)
     for path in draw_study(name, study, folder, runs):
         print(path)

@@ -283,9 +283,9 @@ class PerLoopSharing(Sharing):
             self._deepen(cache, needed, int(cache.get_seq_length()))
 
     def deepen(self, cache: Cache, loop: int, num_loops: int) -> None:
-        first = self.slots.slot("core", 0, loop)
-        if first < len(cache.layers):  # an empty cache may make its layers as they are written
-            self._deepen(cache, self.slots.count(num_loops), int(cache.layers[first].get_seq_length()))
+        first, needed = self.slots.slot("core", 0, loop), self.slots.count(num_loops)
+        if first < len(cache.layers) < needed:  # an empty cache may make its layers as they are written
+            self._deepen(cache, needed, int(cache.layers[first].get_seq_length()))
 
     def _deepen(self, cache: Cache, needed: int, seen: int) -> None:
         for slot in range(len(cache.layers), needed):

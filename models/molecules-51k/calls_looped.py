@@ -218,7 +218,6 @@ class ActiveBatch:
         self.context = context.with_keys(sharing.key_source())
         self.rows = torch.arange(embeds.shape[0], device=embeds.device)  # len() would fix it in an exported graph
         self.loops_run = self.most_loops = call.most_loops
-        self.sure_loops = call.sure_loops
         self.may_halt = call.rows_may_halt
         self.memory = None  # of the halting rule
         self.halted: list[tuple[list[int], torch.Tensor, int]] = []  # who left, their state, their loops
@@ -247,7 +246,7 @@ class ActiveBatch:
 
         The next loop's are filled with what this loop's hold, which a sliding window may drop as the loop runs.
         """
-        if self.cache is not None and loop + 1 >= self.sure_loops and loop + 1 < self.most_loops:
+        if self.may_halt and self.cache is not None and loop + 1 < self.most_loops:
             self.sharing.deepen(self.cache, loop, loop + 2)
 
     def leave(self, loop: int, close: Callable[[torch.Tensor], torch.Tensor]) -> bool:
